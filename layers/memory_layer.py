@@ -1,0 +1,90 @@
+"""The contract that every memory layer obeys.
+
+    y, state = layer.apply(params, x, state=None, segment_ids=None)        x, y: [B, T, D]
+
+* `state` is a NamedTuple pytree with a leading batch axis on every leaf. Its shapes never change. `None` means a fresh
+  memory; what comes back is complete, and feeding it to the next call continues the sequence exactly. Generation is the
+  same call with T = 1.
+* `segment_ids` int32 `[B, T]`: equal neighbours belong to one document; a change forgets everything; 0 is padding, which
+  leaves the state untouched and yields zeros. The first token of a call continues the state that came in.
+* Memories are float32 whatever `dtype` is (float64 where the inputs are), caches of activations have the activations'
+  dtype.
+
+`tests/test_laws.py` holds every layer of the registry to it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..pallas_kernels.segments import check_segment_ids
+
+Dtype = Any
+
+
+class MemoryLayer(nn.Module):
+  """Base of all memory layers: argument checks and the accounting that follows from the state alone.
+
+  A layer defines `__call__` and `initial_state`; both may be called on an unbound module through `apply`.
+
+  Attributes:
+    dtype: of the activations; `None` takes the input's.
+    param_dtype: of the parameters.
+  """
+
+  dtype: Dtype | None = None
+  param_dtype: Dtype = jnp.float32
+
+  def initial_state(self, batch_size: int) -> Any:
+    """A fresh memory: what `state=None` means. Every leaf has a leading axis of `batch_size`."""
+    raise NotImplementedError(f"{type(self).__name__} must define initial_state(batch_size)")
+
+  def state_bytes(self, batch_size: int, length: int) -> int:
+    """Bytes that the state of `batch_size` sequences takes after `length` tokens.
+
+    The state has one size from the first token to the last, so `length` matters only to layers that say otherwise.
+    """
+    del length
+    state = jax.eval_shape(lambda: self.apply({}, batch_size, method="initial_state"))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+  def activation_dtype(self, x: jax.Array | None = None) -> Dtype:
+    """`dtype`, or the input's where none was asked for."""
+    if self.dtype is not None:
+      return jnp.dtype(self.dtype)
+    return jnp.dtype(self.param_dtype) if x is None else x.dtype
+
+  def begin(self, x: jax.Array, state: Any | None, segment_ids: jax.Array | None) -> Any:
+    """Checks the arguments of a call and returns the state to start from.
+
+    Raises:
+      ValueError: if `x` is not [batch, tokens, width] of floats, `segment_ids` does not match it, or `state` is not one
+        of this layer's for this batch.
+    """
+    if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"x is {x.dtype}{list(x.shape)}; want floats of shape [batch, tokens, width].")
+    if x.shape[1] == 0:
+      raise ValueError(f"x has shape {list(x.shape)}, no tokens; want at least one.")
+    check_segment_ids(segment_ids, x.shape[:2])
+    fresh = jax.eval_shape(lambda: self.initial_state(x.shape[0]))
+    if state is None:
+      return self.initial_state(x.shape[0])
+    check_state(type(self).__name__, state, fresh)
+    return state
+
+
+def check_state(owner: str, state: Any, expected: Any) -> None:
+  """Raises `ValueError` where `state` differs from `expected` (a tree of shapes) in structure or in any shape."""
+  if jax.tree.structure(state) != jax.tree.structure(expected):
+    raise ValueError(
+      f"state is not one of {owner}'s: it has the structure {jax.tree.structure(state)}; want "
+      f"{jax.tree.structure(expected)}, as returned by a call or by initial_state(batch_size)."
+    )
+  for (path, leaf), want in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):
+    if leaf.shape != want.shape:
+      raise ValueError(
+        f"state{jax.tree_util.keystr(path)} has shape {list(leaf.shape)}; want {list(want.shape)} for {owner} with this "
+        "batch and configuration."
+      )

@@ -1,0 +1,282 @@
+"""The delta-rule family: one operation behind six faces.
+
+    S <- Diag(exp g_t) S;   r times:  S <- S - k (a^T S) + k z^T;   o_t = S^T (scale q_t)
+
+One log-decay a token (none, one for the head, or one a channel), then r rank-1 micro-steps, each erasing along a covector
+`a` and writing `z` along `k`. Specs: linear attention (Katharopoulos et al. 2020), DeltaNet (Yang et al. 2024,
+arXiv:2406.06484), Gated DeltaNet (arXiv:2412.06464), Kimi Delta Attention (arXiv:2510.26692), DeltaProduct
+(arXiv:2502.10297), Erase-then-Delta Attention (arXiv:2606.26560).
+
+Common to all faces, with B batch rows, T tokens, Hk key heads, Hv = G * Hk value heads (value head h uses key head h // G):
+
+  q, k: [B, T, Hk, K]. Normalise keys to unit length: the rule contracts for 0 <= beta |k|^2 <= 2.
+  v: [B, T, Hv, V].
+  beta: [B, T, Hv], the write strength; up to 2.
+  log_decay: `None`, [B, T, Hv] or [B, T, Hv, K]; not positive. Float32 keeps what a bfloat16 sum would lose.
+  scale: of the read, K ** -0.5 unless given.
+  initial_state: [B, Hv, K, V], float32 (float64 where inputs are); zeros unless given.
+  segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding. See `memzoo.pallas_kernels.segments`.
+  chunk_size: tokens solved at once, a power of two. Speed only.
+  implementation: "auto", "recurrent" (the oracle) or "xla" (chunk-parallel); `explain` tells what "auto" means.
+
+  Returns the output [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V], both differentiable in every input.
+
+  Raises `ValueError` for shapes that do not fit together, an unknown implementation or a bad chunk size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ..dispatch import Choice, choose
+from ..precision import accumulator
+from ..segments import check_segment_ids, documents
+from .chunked import chunked
+from .recurrent import recurrent
+
+__all__ = [
+  "delta_product",
+  "delta_rule",
+  "erase_then_delta_rule",
+  "explain",
+  "gated_delta_rule",
+  "kimi_delta_rule",
+  "linear_attention",
+]
+
+
+def linear_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  log_decay: jax.Array | None = None,
+  *,
+  scale: float | None = None,
+  initial_state: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  chunk_size: int | None = None,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """Linear attention, S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T: what every delta rule is without its erase.
+
+  With `log_decay` it is RetNet, GLA or Mamba-2's SSD, by where the decay comes from. See the module for arguments.
+  """
+  _check_tokens(q, k, v)
+  step = k, None, v
+  return _run(q, [step], log_decay, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+
+
+def delta_rule(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  beta: jax.Array,
+  *,
+  scale: float | None = None,
+  initial_state: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  chunk_size: int | None = None,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """The delta rule, S_t = (I - beta k k^T) S_{t-1} + beta k v^T (Yang et al. 2024, arXiv:2406.06484).
+
+  See the module for arguments.
+  """
+  _check_tokens(q, k, v)
+  _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
+  return _run(q, [_micro_step(k, v, beta)], None, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+
+
+def gated_delta_rule(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  beta: jax.Array,
+  log_decay: jax.Array | None = None,
+  *,
+  scale: float | None = None,
+  initial_state: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  chunk_size: int | None = None,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """The gated delta rule, S_t = (I - beta k k^T) Diag(exp g) S_{t-1} + beta k v^T (arXiv:2412.06464).
+
+  See the module for arguments.
+  """
+  _check_tokens(q, k, v)
+  _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
+  return _run(q, [_micro_step(k, v, beta)], log_decay, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+
+
+def kimi_delta_rule(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  beta: jax.Array,
+  log_decay: jax.Array,
+  *,
+  scale: float | None = None,
+  initial_state: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  chunk_size: int | None = None,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """The gated delta rule with a decay for every channel, `log_decay` [B, T, Hv, K] (Kimi Linear, arXiv:2510.26692).
+
+  See the module for arguments.
+  """
+  _check_tokens(q, k, v)
+  _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
+  _check("log_decay", log_decay, (*v.shape[:3], k.shape[-1]), "batch, tokens, value heads, key width")
+  return _run(q, [_micro_step(k, v, beta)], log_decay, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+
+
+def delta_product(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  beta: jax.Array,
+  log_decay: jax.Array | None = None,
+  *,
+  scale: float | None = None,
+  initial_state: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  chunk_size: int | None = None,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """r delta rules a token, decayed once before the first and read after the last (arXiv:2502.10297).
+
+  Args:
+    q: [B, T, Hk, K].
+    k: [B, T, r, Hk, K].
+    v: [B, T, r, Hv, V].
+    beta: [B, T, r, Hv].
+    log_decay: as the module says, like all other arguments.
+  """
+  if k.ndim != 5 or v.ndim != 5 or k.shape[2] != v.shape[2]:
+    raise ValueError(
+      f"k has shape {list(k.shape)} and v {list(v.shape)}; want [batch, tokens, r, heads, width], with equal r."
+    )
+  _check_tokens(q, k[:, :, 0], v[:, :, 0])
+  _check("beta", beta, v.shape[:4], "batch, tokens, r, value heads")
+  steps = [_micro_step(k[:, :, m], v[:, :, m], beta[:, :, m]) for m in range(k.shape[2])]
+  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+
+
+def erase_then_delta_rule(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  beta: jax.Array,
+  erase_key: jax.Array,
+  erase_strength: jax.Array,
+  log_decay: jax.Array | None = None,
+  *,
+  scale: float | None = None,
+  initial_state: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  chunk_size: int | None = None,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """S_t = (I - beta k k^T)(I - gamma e e^T) Diag(exp g) S_{t-1} + beta k v^T (arXiv:2606.26560, eq. 8).
+
+  Args:
+    q, k, v, beta: as the module says, like all other arguments.
+    erase_key: e, [B, T, Hk, K], of unit length.
+    erase_strength: gamma, [B, T, Hv].
+  """
+  _check_tokens(q, k, v)
+  _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
+  _check("erase_key", erase_key, k.shape, "batch, tokens, key heads, key width")
+  _check("erase_strength", erase_strength, v.shape[:3], "batch, tokens, value heads")
+  steps = [_micro_step(erase_key, jnp.zeros_like(v), erase_strength), _micro_step(k, v, beta)]
+  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+
+
+def explain(tokens: int, *, implementation: str = "auto") -> Choice:
+  """Which implementation runs for calls of this many tokens, and why not the others."""
+  single = tokens == 1
+  return choose(
+    "delta_rule",
+    implementation,
+    {
+      "xla": "a chunk of a single token is the recurrence with more work around it" if single else None,
+      "recurrent": None if single else "one dependent step a token: the oracle, and the way to decode",
+    },
+  )
+
+
+def _micro_step(k: jax.Array, v: jax.Array, strength: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Write vector k, erase covector `strength * k` and value `strength * v`; products keep the strength's precision."""
+  dtype = jnp.promote_types(k.dtype, strength.dtype)
+  heads = v.shape[2] // k.shape[2]
+  strength = strength[..., None].astype(dtype)
+  return k, strength * jnp.repeat(k, heads, axis=2).astype(dtype), strength * v.astype(dtype)
+
+
+def _run(
+  q: jax.Array,
+  steps: list[tuple[jax.Array, jax.Array | None, jax.Array]],
+  log_decay: jax.Array | None,
+  out_dtype: jnp.dtype,
+  scale: float | None,
+  initial_state: jax.Array | None,
+  segment_ids: jax.Array | None,
+  chunk_size: int | None,
+  implementation: str,
+) -> tuple[jax.Array, jax.Array]:
+  """The general operation; `steps` are the micro-steps' (k, a, z) of a token, in order."""
+  k, a, z = (None if step[0] is None else jnp.stack(step, axis=3) for step in zip(*steps, strict=True))
+  (batch, tokens, _, width), (heads, r, value_width) = q.shape, z.shape[2:]
+  _check_log_decay(log_decay, (batch, tokens, heads), width)
+  check_segment_ids(segment_ids, (batch, tokens))
+  dtype = accumulator(q, k, a, z, log_decay, initial_state)
+  if initial_state is None:
+    initial_state = jnp.zeros((batch, heads, width, value_width), dtype)
+  _check("initial_state", initial_state, (batch, heads, width, value_width), "batch, value heads, key width, value width")
+
+  q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
+  q = q.astype(dtype) * jnp.asarray(width**-0.5 if scale is None else scale, dtype)
+  docs = None if segment_ids is None else documents(segment_ids)
+  args = q, k, a, z, log_decay, initial_state.astype(dtype), docs
+  if explain(tokens, implementation=implementation).implementation == "recurrent":
+    out, state = recurrent(*args)
+  else:
+    out, state = chunked(*args, chunk_size=_chunk_size(chunk_size, tokens, r, log_decay))
+  return out.astype(out_dtype), state
+
+
+def _chunk_size(asked: int | None, tokens: int, r: int, log_decay: jax.Array | None) -> int:
+  """The chunk asked for, or the one measured best; never more than the tokens there are, rounded up."""
+  if asked is not None and (asked < 1 or asked & (asked - 1)):
+    raise ValueError(f"chunk_size={asked}; want a power of two, such as 16, 32 or 64.")
+  by_channel = log_decay is not None and log_decay.ndim == 4
+  default = 16 if by_channel or r > 1 else 32
+  return min(asked or default, 1 << (tokens - 1).bit_length())
+
+
+def _check(name: str, x: jax.Array, shape: tuple[int, ...], axes: str) -> None:
+  if x.shape != shape:
+    raise ValueError(f"{name} has shape {list(x.shape)}; want {list(shape)} ({axes}).")
+
+
+def _check_tokens(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+  """Checks q, k [B, T, Hk, K] against v [B, T, Hv, V]."""
+  for name, x in (("q", q), ("k", k), ("v", v)):
+    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; want floats [batch, tokens, heads, width].")
+  if q.shape[1] == 0:
+    raise ValueError("q has no tokens; want at least one.")
+  _check("k", k, q.shape, "batch, tokens, key heads, key width, as q")
+  if v.shape[:2] != q.shape[:2]:
+    raise ValueError(f"v has shape {list(v.shape)}; want {list(q.shape[:2])} (batch, tokens) first, as q.")
+  if v.shape[2] % k.shape[2]:
+    raise ValueError(f"v has {v.shape[2]} heads; want a multiple of k's {k.shape[2]}.")
+
+
+def _check_log_decay(log_decay: jax.Array | None, tokens_by_heads: tuple[int, int, int], width: int) -> None:
+  if log_decay is not None and log_decay.shape not in (tokens_by_heads, (*tokens_by_heads, width)):
+    raise ValueError(
+      f"log_decay has shape {list(log_decay.shape)}; want {list(tokens_by_heads)} (batch, tokens, value heads), "
+      f"or one a channel, {[*tokens_by_heads, width]}."
+    )

@@ -1,0 +1,26 @@
+"""The arithmetic of every operation: what accumulates in what, and how precisely.
+
+Gates, cumulative sums, triangular inverses, inner weights and states are float32, or float64 where an input is. Float32
+operands are multiplied at full float32 precision on every platform; bfloat16 operands accumulate in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Dtype = jnp.dtype
+
+
+def accumulator(*operands: jax.Array | None) -> Dtype:
+  """The dtype of sums and states: float64 if any operand is float64, else float32. `None` operands are skipped."""
+  wide = any(x is not None and x.dtype == jnp.float64 for x in operands)
+  return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """`jnp.einsum` of two operands at full precision, accumulated in and returned as `accumulator(x, y)`."""
+  return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=accumulator(x, y))
+
+
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+  """`x @ y` at full precision, accumulated in and returned as `accumulator(x, y)`."""
+  return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=accumulator(x, y))

@@ -1,0 +1,62 @@
+"""Packed documents and padding: what `segment_ids` mean, decided in one place.
+
+`segment_ids` int32 [B, T]: equal neighbours belong to one document, a change starts another, 0 is padding. Padding is not
+there: the tokens around it are neighbours, and the first token of a call continues the state that came in.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Documents(NamedTuple):
+  """`segment_ids` in the form that the operations use.
+
+  Attributes:
+    index: int32 [B, T], never falling along T: which document of the call a token belongs to. 0 is the one that the
+      incoming state belongs to. Padding has the index of the last token before it.
+    is_token: bool [B, T], false at padding.
+  """
+
+  index: jax.Array
+  is_token: jax.Array
+
+
+def check_segment_ids(segment_ids: jax.Array | None, shape: tuple[int, int]) -> None:
+  """Raises `ValueError` unless `segment_ids` is `None` or integers of `shape` (batch, tokens)."""
+  if segment_ids is None:
+    return
+  if segment_ids.shape != shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+    raise ValueError(
+      f"segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}; want integers of shape {list(shape)} (batch, tokens)."
+    )
+
+
+def documents(segment_ids: jax.Array) -> Documents:
+  """Numbers the documents of each row of `segment_ids` [B, T]."""
+  is_token = segment_ids != 0
+  previous = _previous_token(is_token)
+  before = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
+  starts = is_token & (previous >= 0) & (segment_ids != before)
+  return Documents(jnp.cumsum(starts, axis=1, dtype=jnp.int32), is_token)
+
+
+def positions(docs: Documents, offset: jax.Array) -> jax.Array:
+  """Index of each token within its document, int32 [B, T].
+
+  Args:
+    docs: the documents.
+    offset: int32 [B], tokens that the incoming document already has.
+  """
+  count = jnp.cumsum(docs.is_token, axis=1, dtype=jnp.int32) - 1
+  starts = jnp.diff(docs.index, axis=1, prepend=0) > 0
+  first = jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
+  return count - first + jnp.where(docs.index == 0, offset[:, None], 0)
+
+
+def _previous_token(is_token: jax.Array) -> jax.Array:
+  """Column of the last token strictly before each column, -1 where there is none."""
+  columns = jnp.arange(is_token.shape[1], dtype=jnp.int32)
+  last = jax.lax.cummax(jnp.where(is_token, columns, -1), axis=1)
+  return jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
