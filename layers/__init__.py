@@ -1,0 +1,18 @@
+"""Memory layers: pure functions of (params, x, state), each a thin Flax module over an operation with an oracle."""
+
+from .attention import Attention
+from .delta_net import DeltaNet, DeltaProduct, GatedDeltaNet, KimiDeltaAttention
+from .erase_then_delta import EraseThenDelta
+from .linear_attention import LinearAttention
+from .memory_layer import MemoryLayer
+
+__all__ = [
+  "Attention",
+  "DeltaNet",
+  "DeltaProduct",
+  "EraseThenDelta",
+  "GatedDeltaNet",
+  "KimiDeltaAttention",
+  "LinearAttention",
+  "MemoryLayer",
+]

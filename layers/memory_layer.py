@@ -24,7 +24,7 @@ from ..pallas_kernels.segments import check_segment_ids
 Dtype = Any
 
 
-class MemoryLayer(nn.Module):
+class MemoryLayer(nn.Module, kw_only=True):
   """Base of all memory layers: argument checks and the accounting that follows from the state alone.
 
   A layer defines `__call__` and `initial_state`; both may be called on an unbound module through `apply`.
@@ -68,15 +68,20 @@ class MemoryLayer(nn.Module):
     if x.shape[1] == 0:
       raise ValueError(f"x has shape {list(x.shape)}, no tokens; want at least one.")
     check_segment_ids(segment_ids, x.shape[:2])
-    fresh = jax.eval_shape(lambda: self.initial_state(x.shape[0]))
+    fresh = self.initial_state(x.shape[0])
     if state is None:
-      return self.initial_state(x.shape[0])
+      return fresh
     check_state(type(self).__name__, state, fresh)
     return state
 
 
+def silence_padding(y: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+  """Zeros in `y` [B, T, D] where `segment_ids` [B, T] say padding."""
+  return y if segment_ids is None else jnp.where(segment_ids[..., None] != 0, y, 0)
+
+
 def check_state(owner: str, state: Any, expected: Any) -> None:
-  """Raises `ValueError` where `state` differs from `expected` (a tree of shapes) in structure or in any shape."""
+  """Raises `ValueError` where `state` differs from `expected` in structure or in any shape."""
   if jax.tree.structure(state) != jax.tree.structure(expected):
     raise ValueError(
       f"state is not one of {owner}'s: it has the structure {jax.tree.structure(state)}; want "

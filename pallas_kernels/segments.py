@@ -58,5 +58,5 @@ def positions(docs: Documents, offset: jax.Array) -> jax.Array:
 def _previous_token(is_token: jax.Array) -> jax.Array:
   """Column of the last token strictly before each column, -1 where there is none."""
   columns = jnp.arange(is_token.shape[1], dtype=jnp.int32)
-  last = jax.lax.cummax(jnp.where(is_token, columns, -1), axis=1)
+  last = jax.lax.cummax(jnp.where(is_token, columns[None], -1), axis=1)
   return jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)

@@ -1,0 +1,202 @@
+"""Causal softmax attention with a bounded cache: the baseline, and the partner of a memory in hybrid models.
+
+    o_t = sum_s softmax_s(q_t . k_s d^{-1/2}) v_s          over the last `window` tokens s <= t of t's document
+
+Queries and keys carry rotary positions (Su et al. 2021, arXiv:2104.09864), counted from the start of the document; several
+query heads may share a key head (Ainslie et al. 2023, arXiv:2305.13245). The attention itself is
+`jax.nn.dot_product_attention`; longer inputs than the window are cut into blocks of a window, each attending to itself and
+to the block before, O(T window).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..pallas_kernels.segments import Documents, documents, positions
+from .memory_layer import MemoryLayer, silence_padding
+from .norms import RMSNorm
+from .projections import dense
+
+
+class CacheState(NamedTuple):
+  """A ring of the last keys and values; the token at position p of its document lies in slot p modulo the slots.
+
+  Attributes:
+    keys: rotated, [B, slots, Hk, d].
+    values: [B, slots, Hk, d].
+    length: int32 [B], tokens that the current document has so far.
+  """
+
+  keys: jax.Array
+  values: jax.Array
+  length: jax.Array
+
+
+class _Tokens(NamedTuple):
+  """Where tokens stand: document and position in it, int32 [B, T]. The document of what nobody may see is -1."""
+
+  document: jax.Array
+  position: jax.Array
+
+
+class Attention(MemoryLayer):
+  """Causal softmax attention over a window; see the module for the equation.
+
+  Attributes:
+    num_heads: query heads, H.
+    head_dim: width of a head, d; even.
+    num_key_heads: key heads, a divisor of `num_heads`; as many unless given.
+    window: tokens that each token sees, its own included; `None` for `max_length`.
+    max_length: longest sequence without a window. What lies further back is out of sight, in parallel as in decoding.
+    rope_base: of the rotary frequencies; `None` for no positions.
+    qk_norm: RMSNorm of queries and keys.
+  """
+
+  num_heads: int
+  head_dim: int
+  num_key_heads: int | None = None
+  window: int | None = None
+  max_length: int = 2048
+  rope_base: float | None = 10_000.0
+  qk_norm: bool = False
+
+  @property
+  def key_heads(self) -> int:
+    heads = self.num_key_heads or self.num_heads
+    if self.num_heads % heads:
+      raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_key_heads={heads}.")
+    return heads
+
+  @property
+  def slots(self) -> int:
+    """Tokens that the cache holds, and that a token sees."""
+    slots = self.max_length if self.window is None else self.window
+    if slots < 1:
+      raise ValueError(f"window={self.window}, max_length={self.max_length}; want at least one token.")
+    return slots
+
+  def initial_state(self, batch_size: int) -> CacheState:
+    """An empty cache."""
+    shape = (batch_size, self.slots, self.key_heads, self.head_dim)
+    cache = jnp.zeros(shape, self.activation_dtype())
+    return CacheState(cache, cache, jnp.zeros((batch_size,), jnp.int32))
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, state: CacheState | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, CacheState]:
+    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    fresh = state is None
+    state = self.begin(x, state, segment_ids)
+    x = x.astype(self.activation_dtype(x))
+    q = self._heads("query", self.num_heads, x)
+    k = self._heads("key", self.key_heads, x)
+    v = self._heads("value", self.key_heads, x)
+    if self.qk_norm:
+      q, k = (RMSNorm(param_dtype=self.param_dtype, axis=None, name=f"{n}_norm")(a) for n, a in (("query", q), ("key", k)))
+
+    docs = _everything(x) if segment_ids is None else documents(segment_ids)
+    position = positions(docs, state.length)
+    if self.rope_base is not None:
+      q, k = (_rotate(a, position, self.rope_base) for a in (q, k))
+
+    out = self._attend(q, k, v, None if fresh else state, docs, position)
+    out = out.reshape(*out.shape[:2], -1)
+    y = dense(x.shape[-1], ("heads", "embed"), name="output", dtype=self.dtype, param_dtype=self.param_dtype)(out)
+    return silence_padding(y, segment_ids), self._remember(state, k, v, docs, position)
+
+  def _heads(self, name: str, heads: int, x: jax.Array) -> jax.Array:
+    features = heads * self.head_dim
+    y = dense(features, ("embed", "heads"), name=name, dtype=self.dtype, param_dtype=self.param_dtype)(x)
+    return y.reshape(*x.shape[:2], heads, self.head_dim)
+
+  def _attend(self, q, k, v, state, docs: Documents, position) -> jax.Array:
+    """Attention of new tokens to new tokens and, unless `state` is `None`, to the cache; [B, T, H, d]."""
+    tokens = q.shape[1]
+    if tokens > self.slots:  # blocks count columns, windows count tokens: padding must not lie between
+      order = jnp.argsort(~docs.is_token, axis=1, stable=True)
+      back = jnp.argsort(order, axis=1)
+      q, k, v = (jnp.take_along_axis(a, order[..., None, None], axis=1) for a in (q, k, v))
+      docs, position = jax.tree.map(lambda a: jnp.take_along_axis(a, order, axis=1), (docs, position))
+
+    here = _Tokens(docs.index, position)
+    seen = _Tokens(jnp.where(docs.is_token, docs.index, -1), position)
+    if state is not None:
+      k, v = jnp.concatenate([state.keys, k], axis=1), jnp.concatenate([state.values, v], axis=1)
+      seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self._cached(state.length), seen)
+    if tokens <= self.slots:
+      return _windowed(q, k, v, here, seen, self.slots)
+    if state is None:
+      before = [(0, 0), (self.slots, 0)]
+      k, v = (jnp.pad(a, [*before, (0, 0), (0, 0)]) for a in (k, v))
+      seen = jax.tree.map(lambda a: jnp.pad(a, before, constant_values=-1), seen)
+    return jnp.take_along_axis(self._blocked(q, k, v, here, seen), back[..., None, None], axis=1)
+
+  def _blocked(self, q, k, v, here: _Tokens, seen: _Tokens) -> jax.Array:
+    """`_windowed`, for queries T and keys slots + T, in blocks of `slots` queries against two blocks of keys."""
+    batch, tokens = q.shape[:2]
+    size = self.slots
+
+    def blocks(a, fill=0):
+      widths = [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2)
+      return jnp.pad(a, widths, constant_values=fill).reshape(batch, -1, size, *a.shape[2:])
+
+    def pairs(a, fill=0):
+      a = blocks(a, fill)
+      return _merge(jnp.concatenate([a[:, :-1], a[:, 1:]], axis=2))
+
+    here = jax.tree.map(lambda a: _merge(blocks(a)), here)
+    seen = jax.tree.map(lambda a: pairs(a, fill=-1), seen)
+    out = _windowed(_merge(blocks(q)), pairs(k), pairs(v), here, seen, size)
+    return out.reshape(batch, -1, *out.shape[2:])[:, :tokens]
+
+  def _cached(self, length: jax.Array) -> _Tokens:
+    """What the slots of the cache hold: of document 0, the last token whose position is the slot modulo the slots."""
+    slot = jnp.arange(self.slots, dtype=jnp.int32)[None]
+    last = length[:, None] - 1
+    position = last - (last - slot) % self.slots
+    return _Tokens(jnp.where(position >= 0, 0, -1), position)
+
+  def _remember(self, state: CacheState, k, v, docs: Documents, position) -> CacheState:
+    """The cache after these tokens: of the last document, the last `slots`."""
+    ours = docs.is_token & (docs.index == docs.index[:, -1:])
+    carried = jnp.where(docs.index[:, -1] == 0, state.length, 0)
+    length = carried + jnp.sum(ours, axis=1, dtype=jnp.int32)
+    kept = ours & (position >= length[:, None] - self.slots)
+    slot = jnp.where(kept, position % self.slots, self.slots)  # one past the end: dropped
+    row = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
+
+    def write(cache, new):
+      return cache.at[row, slot].set(new.astype(cache.dtype), mode="drop")
+
+    return CacheState(write(state.keys, k), write(state.values, v), length)
+
+
+def _windowed(q, k, v, here: _Tokens, seen: _Tokens, window: int) -> jax.Array:
+  """Attention of q [B, T, H, d] to those of k, v [B, S, Hk, d] in the same document, not ahead, in the window."""
+  back = here.position[:, :, None] - seen.position[:, None, :]
+  mask = (here.document[:, :, None] == seen.document[:, None, :]) & (back >= 0) & (back < window)
+  return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+
+def _rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
+  """Rotates the pairs (x_i, x_{i + d/2}) of x [B, T, H, d] by position * base^(-2i/d)."""
+  half = x.shape[-1] // 2
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  frequency = base ** -(jnp.arange(half, dtype=wide) / half)
+  angle = position[..., None, None].astype(wide) * frequency[None, None, None]
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _everything(x: jax.Array) -> Documents:
+  """One document without padding."""
+  return Documents(jnp.zeros(x.shape[:2], jnp.int32), jnp.ones(x.shape[:2], bool))
+
+
+def _merge(a: jax.Array) -> jax.Array:
+  """[B, N, C, ...] -> [B * N, C, ...]."""
+  return a.reshape(-1, *a.shape[2:])

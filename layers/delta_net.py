@@ -1,0 +1,111 @@
+"""The delta rule as layers: DeltaNet, Gated DeltaNet, Kimi Delta Attention and DeltaProduct.
+
+    S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t K^{-1/2}
+
+A write first takes back what the memory already says under its key. DeltaNet has alpha = 1, Gated DeltaNet a scalar alpha
+per head, Kimi Delta Attention one per channel; DeltaProduct makes several such writes a token. Projections, convolutions,
+norms and the way out are those of `linear_attention.py`.
+
+The papers leave open, or their code disagrees -> we do: A ~ Uniform(1, 16) at the start everywhere, for Uniform(0, 16) can
+give log 0 · no bias on beta · the read is scaled by K^{-1/2}, as in all released code · Kimi's decay bounded below by the
+form of Erase-then-Delta Attention, which keeps the meaning of A.
+"""
+
+from typing import Any
+
+import jax
+
+from ..pallas_kernels import delta_rule
+from .linear_attention import LinearAttention
+from .projections import LogDecay, Strength
+
+
+class DeltaNet(LinearAttention):
+  """DeltaNet (Yang et al. 2024, arXiv:2406.06484): overwrites what a key holds instead of adding to it.
+
+  Attributes:
+    negative_eigenvalues: beta in (0, 2) instead of (0, 1), so that a write can reflect (Grazzi et al. 2024,
+      arXiv:2411.12537); parity and other state tracking need it.
+
+  Further attributes are `LinearAttention`'s.
+  """
+
+  negative_eigenvalues: bool = False
+
+  def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+    return delta_rule.delta_rule(q, k, v, self.strength(x), **options)
+
+  def strength(self, x: jax.Array, writes: int = 1) -> jax.Array:
+    """beta, [B, T, writes * H]."""
+    maximum = 2.0 if self.negative_eigenvalues else 1.0
+    return Strength(writes * self.num_heads, maximum, name="beta", **self.types)(x)
+
+
+class GatedDeltaNet(DeltaNet):
+  """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464): the delta rule with a learned decay per head.
+
+  Attributes:
+    output_gate: "silu", as in the paper.
+
+  Further attributes are `DeltaNet`'s.
+  """
+
+  output_gate: str = "silu"
+
+  def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+    log_decay = LogDecay(self.num_heads, name="decay", **self.types)(x)
+    return delta_rule.gated_delta_rule(q, k, v, self.strength(x), log_decay, **options)
+
+
+class KimiDeltaAttention(DeltaNet):
+  """Kimi Delta Attention (Kimi Team 2025, arXiv:2510.26692): a decay for every key channel.
+
+  Attributes:
+    output_gate, gate_rank: "sigmoid", of rank `key_dim` unless given, as in the paper.
+    decay_rank: of the map to the decays; `key_dim` unless given.
+    decay_lower_bound: of the log-decay; `None` for none.
+
+  Further attributes are `DeltaNet`'s.
+  """
+
+  output_gate: str = "sigmoid"
+  decay_rank: int | None = None
+  decay_lower_bound: float | None = -5.0
+
+  @property
+  def output_gate_rank(self) -> int | None:
+    return self.gate_rank or self.key_dim
+
+  def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+    rank = self.decay_rank or self.key_dim
+    log_decay = LogDecay(self.num_heads, self.key_dim, rank, self.decay_lower_bound, name="decay", **self.types)(x)
+    return delta_rule.kimi_delta_rule(q, k, v, self.strength(x), log_decay, **options)
+
+
+class DeltaProduct(DeltaNet):
+  """DeltaProduct (Siems et al. 2025, arXiv:2502.10297): several delta rules a token, so that a token can rotate.
+
+  Attributes:
+    num_writes: delta rules a token, each with its own key, value and strength.
+    forget_gate: decay per head before the first of them ("gated" DeltaProduct).
+    negative_eigenvalues: on, as in the paper; without it no number of writes can track a group.
+    output_gate: "silu", as in the paper.
+
+  Further attributes are `DeltaNet`'s.
+  """
+
+  num_writes: int = 2
+  forget_gate: bool = True
+  negative_eigenvalues: bool = True
+  output_gate: str = "silu"
+
+  @property
+  def writes(self) -> int:
+    return self.num_writes
+
+  def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+    beta = self.strength(x, self.num_writes).reshape(*x.shape[:2], self.num_writes, self.num_heads)
+    log_decay = LogDecay(self.num_heads, name="decay", **self.types)(x) if self.forget_gate else None
+    many = (*x.shape[:2], self.num_writes)
+    k, v = k.reshape(*many, *k.shape[-2:]), v.reshape(*many, *v.shape[-2:])
+    return delta_rule.delta_product(q, k, v, beta, log_decay, **options)

@@ -1,0 +1,48 @@
+"""Erase-then-Delta Attention: forget under one address, then write under another.
+
+    S_t = (I - beta_t k_t k_t^T)(I - gamma_t e_t e_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T      o_t = S_t^T q_t K^{-1/2}
+
+Decay, then erase, then write; the order is part of the rule. Source: Li et al. 2026 (arXiv:2606.26560), eq. 8. Projections,
+convolutions, norms and the way out are those of `linear_attention.py`.
+
+The paper leaves open -> we do: start of gamma -> sigmoid(-3), about 0.05, for a gate that starts at a half erases a random
+direction with every token · convolution on e -> none, nor silu · output gate -> sigmoid, full rank · A ~ Uniform(1, 16).
+"""
+
+from typing import Any
+
+import jax
+
+from ..pallas_kernels import delta_rule
+from .delta_net import DeltaNet
+from .norms import l2_normalise
+from .projections import LogDecay, LowRank, Strength
+
+
+class EraseThenDelta(DeltaNet):
+  """Erase-then-Delta Attention (arXiv:2606.26560); see the module for the equation.
+
+  Attributes:
+    output_gate: "sigmoid".
+    rank_per_head: of the maps to the decays (times value heads) and to the erase address (times key heads).
+    decay_lower_bound: of the log-decay; `None` for none.
+    erase_bias: start of gamma's logit.
+
+  Further attributes are `DeltaNet`'s.
+  """
+
+  output_gate: str = "sigmoid"
+  rank_per_head: int = 16
+  decay_lower_bound: float | None = -5.0
+  erase_bias: float = -3.0
+
+  def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+    rank = self.rank_per_head
+    log_decay = LogDecay(
+      self.num_heads, self.key_dim, rank * self.num_heads, self.decay_lower_bound, name="decay", **self.types
+    )(x)
+    e = LowRank(self.key_heads * self.key_dim, rank * self.key_heads, name="erase_key", **self.types)(x)
+    gamma = Strength(self.num_heads, bias=self.erase_bias, name="gamma", **self.types)(x)
+    return delta_rule.erase_then_delta_rule(
+      q, k, v, self.strength(x), l2_normalise(e.reshape(k.shape)), gamma, log_decay, **options
+    )

@@ -1,0 +1,37 @@
+"""Normalisations. All of them compute in float32 (float64 where the input is) and return the input's dtype."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..pallas_kernels.precision import accumulator
+
+
+def l2_normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+  """x / sqrt(sum_i x_i^2 + epsilon) over the last axis: finite, with finite gradients, for x = 0."""
+  wide = x.astype(accumulator(x))
+  return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+  """scale * x / sqrt(mean_i x_i^2 + epsilon) over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+  Attributes:
+    epsilon: inside the root.
+    param_dtype: of `scale`, which starts at one.
+    axis: logical name of the normalised axis.
+  """
+
+  epsilon: float = 1e-6
+  param_dtype: Any = jnp.float32
+  axis: str | None = "norm"
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+    scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
+    wide = x.astype(accumulator(x))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+    return (normed * jnp.expand_dims(scale.astype(wide.dtype), range(x.ndim - 1))).astype(x.dtype)

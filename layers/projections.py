@@ -1,0 +1,155 @@
+"""The linear maps around a memory: projections, short convolutions and the gates made from them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..pallas_kernels.precision import accumulator
+from ..pallas_kernels.short_conv import short_conv
+
+INIT = nn.initializers.normal(0.02)
+
+
+def dense(features: int, axes: tuple[str | None, str | None], *, bias: Callable | None = None, **options: Any) -> nn.Dense:
+  """`nn.Dense` from normal(0, 0.02), with logical axis names for sharding.
+
+  Args:
+    features: output width.
+    axes: logical names of the kernel's (input, output) axes.
+    bias: initialiser of the bias, `None` for no bias.
+    **options: `name`, `dtype`, `param_dtype`, as for `nn.Dense`.
+  """
+  return nn.Dense(
+    features,
+    use_bias=bias is not None,
+    kernel_init=nn.with_logical_partitioning(INIT, axes),
+    bias_init=nn.with_logical_partitioning(bias or nn.initializers.zeros, axes[1:]),
+    precision=jax.lax.Precision.HIGHEST,
+    **options,
+  )
+
+
+class LowRank(nn.Module):
+  """x -> W2 W1 x, with nothing in between.
+
+  Attributes:
+    features: output width.
+    rank: width in between; `None` for a single full-rank map.
+    bias: initialiser of a bias on the output, `None` for no bias.
+  """
+
+  features: int
+  rank: int | None
+  bias: Callable | None = None
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    if self.rank is None:
+      return dense(self.features, ("embed", "heads"), bias=self.bias, name="full", **types)(x)
+    x = dense(self.rank, ("embed", None), name="down", **types)(x)
+    return dense(self.features, (None, "heads"), bias=self.bias, name="up", **types)(x)
+
+
+class ShortConv(nn.Module):
+  """silu of a causal depthwise convolution, `memzoo.pallas_kernels.short_conv`, with its own weights.
+
+  Attributes:
+    width: tokens that each output sees, its own included.
+  """
+
+  width: int = 4
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, tail: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """x [B, T, D] and the inputs before it, `tail` [B, width - 1, D], to the output and the next tail."""
+    bound = self.width**-0.5
+    init = nn.with_logical_partitioning(_uniform(-bound, bound), (None, "heads"))
+    weight = self.param("weight", init, (self.width, x.shape[-1]), self.param_dtype)
+    y, tail = short_conv(x, weight, initial_state=tail, segment_ids=segment_ids)
+    return nn.silu(y), tail
+
+
+class Strength(nn.Module):
+  """A gate per head, sigmoid(W x + b) in float32: how much to write, or to erase.
+
+  Attributes:
+    num_heads: how many.
+    maximum: the gate lies in (0, maximum); 2 lets a delta rule reflect (negative eigenvalues), 1 does not.
+    bias: initial b; `None` for no bias.
+  """
+
+  num_heads: int
+  maximum: float = 1.0
+  bias: float | None = None
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    bias = None if self.bias is None else nn.initializers.constant(self.bias)
+    logits = dense(
+      self.num_heads, ("embed", "heads"), bias=bias, name="logits", dtype=self.dtype, param_dtype=self.param_dtype
+    )(x)
+    return self.maximum * nn.sigmoid(logits.astype(accumulator(x)))
+
+
+class LogDecay(nn.Module):
+  """A log-decay per head or per channel, never positive, in float32 (float64 where the input is).
+
+      s = exp(A_log) softplus(u + dt_bias),     g = -s       or, bounded below by l,       g = |l| expm1(-s / |l|)
+
+  u is a linear map of x. The bounded form (Erase-then-Delta Attention, arXiv:2606.26560) agrees with the unbounded one
+  of Mamba-2 and Gated DeltaNet for gentle decays, and tends to it as l goes to minus infinity.
+
+  Attributes:
+    num_heads: heads H; the output is [B, T, H] or, with `channels`, [B, T, H, channels].
+    channels: decays per head; `None` for one that the head's channels share.
+    rank: of the map to u; `None` for full rank.
+    lower_bound: l < 0, or `None` for no bound.
+  """
+
+  num_heads: int
+  channels: int | None = None
+  rank: int | None = None
+  lower_bound: float | None = None
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (self.num_heads,) if self.channels is None else (self.num_heads, self.channels)
+    features = self.num_heads * (self.channels or 1)
+    u = LowRank(features, self.rank, dtype=self.dtype, param_dtype=self.param_dtype, name="step")(x)
+    a_log = self.param("A_log", nn.with_logical_partitioning(_a_log_init, ("heads",)), shape[:1], self.param_dtype)
+    dt_bias = self.param("dt_bias", nn.with_logical_partitioning(_dt_bias_init, ("heads",)), (features,), self.param_dtype)
+
+    wide = accumulator(x)
+    step = nn.softplus(u.astype(wide) + dt_bias.astype(wide)[None, None]).reshape(*x.shape[:2], *shape)
+    rate = jnp.exp(a_log.astype(wide)).reshape(1, 1, -1, *[1] * (len(shape) - 1))
+    decay = rate * step
+    return -decay if self.lower_bound is None else -self.lower_bound * jnp.expm1(decay / self.lower_bound)
+
+
+def _uniform(low: float, high: float) -> Callable:
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, low, high)
+
+  return init
+
+
+def _a_log_init(key, shape, dtype=jnp.float32):
+  """log A, A ~ Uniform(1, 16)."""
+  return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+
+def _dt_bias_init(key, shape, dtype=jnp.float32):
+  """The inverse softplus of steps dt, log-uniform in [0.001, 0.1]."""
+  dt = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1)))
+  return dt + jnp.log(-jnp.expm1(-dt))

@@ -1,0 +1,27 @@
+"""The short convolution token by token, with the last W - 1 inputs as its state. The other form must equal this one."""
+
+import jax
+import jax.numpy as jnp
+
+from ..segments import Documents
+
+
+def recurrent(
+  x: jax.Array, weight: jax.Array, initial_state: jax.Array, docs: Documents | None
+) -> tuple[jax.Array, jax.Array]:
+  """x [B, T, D], weight [W, D], initial_state [B, W - 1, D]; returns y [B, T, D] and the final state."""
+  starts = None if docs is None else jnp.diff(docs.index, axis=1, prepend=0) > 0
+  is_token = None if docs is None else docs.is_token
+
+  def step(state, token):
+    x, starts, is_token = token
+    before = state if starts is None else jnp.where(starts[:, None, None], 0, state)
+    window = jnp.concatenate([before, x[:, None]], axis=1)
+    y = jnp.sum(window * weight[None], axis=1)
+    if is_token is None:
+      return window[:, 1:], y
+    return jnp.where(is_token[:, None, None], window[:, 1:], state), jnp.where(is_token[:, None], y, 0)
+
+  tokens = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (x, starts, is_token))
+  state, y = jax.lax.scan(step, initial_state, tokens)
+  return jnp.swapaxes(y, 0, 1), state

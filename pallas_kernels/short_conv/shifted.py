@@ -1,0 +1,50 @@
+"""The short convolution as W shifted copies of its input, added up.
+
+Padding is squeezed out first, so that a token's neighbours are the tokens before it; a shifted copy is masked where it
+would bring in another document.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ..segments import Documents
+
+
+def shifted(
+  x: jax.Array, weight: jax.Array, initial_state: jax.Array, docs: Documents | None
+) -> tuple[jax.Array, jax.Array]:
+  """As `recurrent`, with the same arguments and results."""
+  if docs is None:
+    inputs = jnp.concatenate([initial_state, x], axis=1)
+    return _convolve(inputs, weight, None), inputs[:, x.shape[1] :]
+
+  tokens_first = jnp.argsort(~docs.is_token, axis=1, stable=True)
+  inputs = jnp.concatenate([initial_state, _take(x, tokens_first)], axis=1)
+  before = jnp.zeros(initial_state.shape[:2], docs.index.dtype)
+  index = jnp.concatenate([before, _take(docs.index, tokens_first)], axis=1)
+  y = _take(_convolve(inputs, weight, index), jnp.argsort(tokens_first, axis=1))
+  y = jnp.where(docs.is_token[..., None], y, 0)
+
+  count = jnp.sum(docs.is_token, axis=1, dtype=jnp.int32)
+  last = count[:, None] + jnp.arange(initial_state.shape[1], dtype=jnp.int32)[None]
+  in_last_document = _take(index, last) == docs.index[:, -1:]
+  return y, jnp.where(in_last_document[..., None], _take(inputs, last), 0)
+
+
+def _convolve(inputs: jax.Array, weight: jax.Array, index: jax.Array | None) -> jax.Array:
+  """y_t from `inputs` [B, W - 1 + T, D]; tokens of another document than t's (by `index`) count as zeros."""
+  width = weight.shape[0]
+  tokens = inputs.shape[1] - width + 1
+  y = inputs[:, width - 1 :] * weight[None, None, -1]
+  for j in range(width - 1):
+    tap = inputs[:, j : j + tokens]
+    if index is not None:
+      same = index[:, j : j + tokens] == index[:, width - 1 :]
+      tap = jnp.where(same[..., None], tap, 0)
+    y = y + tap * weight[None, None, j]
+  return y
+
+
+def _take(x: jax.Array, columns: jax.Array) -> jax.Array:
+  """Row-wise gather of `columns` [B, M] from x [B, T] or [B, T, D]."""
+  return jnp.take_along_axis(x, columns if x.ndim == 2 else columns[..., None], axis=1)
