@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ..pallas_kernels.precision import accumulator, einsum
 from ..pallas_kernels.segments import Documents, documents, positions
 from .memory_layer import MemoryLayer, silence_padding
 from .norms import RMSNorm
@@ -178,13 +179,29 @@ def _windowed(q, k, v, here: _Tokens, seen: _Tokens, window: int) -> jax.Array:
   """Attention of q [B, T, H, d] to those of k, v [B, S, Hk, d] in the same document, not ahead, in the window."""
   back = here.position[:, :, None] - seen.position[:, None, :]
   mask = (here.document[:, :, None] == seen.document[:, None, :]) & (back >= 0) & (back < window)
-  return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+  return softmax_attention(q, k, v, mask)
+
+
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """softmax(q k^T d^{-1/2}) v where `mask` [B, T, S] allows, by `jax.nn.dot_product_attention`."""
+  if q.dtype == jnp.float64:  # whose softmax would be float32
+    return reference_attention(q, k, v, mask)
+  with jax.numpy_dtype_promotion("standard"):  # it promotes dtypes implicitly inside
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+
+def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """The oracle of `softmax_attention`, in the inputs' own precision: q [B, T, H, d], k and v [B, S, Hk, d]."""
+  k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
+  logits = einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+  weights = jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min), axis=-1)
+  return einsum("bhts,bshd->bthd", weights, v.astype(weights.dtype)).astype(q.dtype)
 
 
 def _rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
   """Rotates the pairs (x_i, x_{i + d/2}) of x [B, T, H, d] by position * base^(-2i/d)."""
   half = x.shape[-1] // 2
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+  wide = accumulator(x)
   frequency = base ** -(jnp.arange(half, dtype=wide) / half)
   angle = position[..., None, None].astype(wide) * frequency[None, None, None]
   sin, cos = jnp.sin(angle), jnp.cos(angle)

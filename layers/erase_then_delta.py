@@ -39,10 +39,10 @@ class EraseThenDelta(DeltaNet):
   def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
     rank = self.rank_per_head
     log_decay = LogDecay(
-      self.num_heads, self.key_dim, rank * self.num_heads, self.decay_lower_bound, name="decay", **self.types
+      self.num_heads, self.key_dim, rank * self.num_heads, self.decay_lower_bound, param_dtype=self.param_dtype, name="decay"
     )(x)
     e = LowRank(self.key_heads * self.key_dim, rank * self.key_heads, name="erase_key", **self.types)(x)
-    gamma = Strength(self.num_heads, bias=self.erase_bias, name="gamma", **self.types)(x)
+    gamma = Strength(self.num_heads, bias=self.erase_bias, param_dtype=self.param_dtype, name="gamma")(x)
     return delta_rule.erase_then_delta_rule(
       q, k, v, self.strength(x), l2_normalise(e.reshape(k.shape)), gamma, log_decay, **options
     )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels import delta_rule
+from ..pallas_kernels.precision import accumulator
 from .memory_layer import MemoryLayer, silence_padding
 from .norms import RMSNorm, l2_normalise
 from .projections import LowRank, ShortConv, dense
@@ -92,9 +93,7 @@ class LinearAttention(MemoryLayer):
     def tail(channels):
       return jnp.zeros((batch_size, self.conv_width - 1, channels), dtype)
 
-    memory = jnp.zeros(
-      (batch_size, self.num_heads, self.key_dim, self.value_dim), jnp.promote_types(dtype, jnp.float32)
-    )
+    memory = jnp.zeros((batch_size, self.num_heads, self.key_dim, self.value_dim), accumulator(dtype))
     return MatrixState(memory, tail(keys), tail(self.writes * keys), tail(self.writes * values))
 
   @nn.compact

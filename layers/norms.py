@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels.precision import accumulator
+from .axes import named
 
 
 def l2_normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
@@ -30,8 +31,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
-    scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
+    scale = self.param("scale", named(nn.initializers.ones, self.axis), x.shape[-1:], self.param_dtype)
     wide = x.astype(accumulator(x))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
     return (normed * jnp.expand_dims(scale.astype(wide.dtype), range(x.ndim - 1))).astype(x.dtype)

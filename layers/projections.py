@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from ..pallas_kernels.precision import accumulator
 from ..pallas_kernels.short_conv import short_conv
+from .axes import named
 
 INIT = nn.initializers.normal(0.02)
 
@@ -25,8 +26,8 @@ def dense(features: int, axes: tuple[str | None, str | None], *, bias: Callable 
   return nn.Dense(
     features,
     use_bias=bias is not None,
-    kernel_init=nn.with_logical_partitioning(INIT, axes),
-    bias_init=nn.with_logical_partitioning(bias or nn.initializers.zeros, axes[1:]),
+    kernel_init=named(INIT, *axes),
+    bias_init=named(bias or nn.initializers.zeros, axes[1]),
     precision=jax.lax.Precision.HIGHEST,
     **options,
   )
@@ -70,8 +71,7 @@ class ShortConv(nn.Module):
   def __call__(self, x: jax.Array, tail: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """x [B, T, D] and the inputs before it, `tail` [B, width - 1, D], to the output and the next tail."""
     bound = self.width**-0.5
-    init = nn.with_logical_partitioning(_uniform(-bound, bound), (None, "heads"))
-    weight = self.param("weight", init, (self.width, x.shape[-1]), self.param_dtype)
+    weight = self.param("weight", named(_uniform(-bound, bound), None, "heads"), (self.width, x.shape[-1]), self.param_dtype)
     y, tail = short_conv(x, weight, initial_state=tail, segment_ids=segment_ids)
     return nn.silu(y), tail
 
@@ -88,16 +88,13 @@ class Strength(nn.Module):
   num_heads: int
   maximum: float = 1.0
   bias: float | None = None
-  dtype: Any = None
   param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     bias = None if self.bias is None else nn.initializers.constant(self.bias)
-    logits = dense(
-      self.num_heads, ("embed", "heads"), bias=bias, name="logits", dtype=self.dtype, param_dtype=self.param_dtype
-    )(x)
-    return self.maximum * nn.sigmoid(logits.astype(accumulator(x)))
+    types = {"dtype": accumulator(x), "param_dtype": self.param_dtype}
+    return self.maximum * nn.sigmoid(dense(self.num_heads, ("embed", "heads"), bias=bias, name="logits", **types)(x))
 
 
 class LogDecay(nn.Module):
@@ -119,19 +116,18 @@ class LogDecay(nn.Module):
   channels: int | None = None
   rank: int | None = None
   lower_bound: float | None = None
-  dtype: Any = None
   param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (self.num_heads,) if self.channels is None else (self.num_heads, self.channels)
     features = self.num_heads * (self.channels or 1)
-    u = LowRank(features, self.rank, dtype=self.dtype, param_dtype=self.param_dtype, name="step")(x)
-    a_log = self.param("A_log", nn.with_logical_partitioning(_a_log_init, ("heads",)), shape[:1], self.param_dtype)
-    dt_bias = self.param("dt_bias", nn.with_logical_partitioning(_dt_bias_init, ("heads",)), (features,), self.param_dtype)
-
     wide = accumulator(x)
-    step = nn.softplus(u.astype(wide) + dt_bias.astype(wide)[None, None]).reshape(*x.shape[:2], *shape)
+    u = LowRank(features, self.rank, dtype=wide, param_dtype=self.param_dtype, name="step")(x)
+    a_log = self.param("A_log", named(_a_log_init, "heads"), shape[:1], self.param_dtype)
+    dt_bias = self.param("dt_bias", named(_dt_bias_init, "heads"), (features,), self.param_dtype)
+
+    step = nn.softplus(u + dt_bias.astype(wide)[None, None]).reshape(*x.shape[:2], *shape)
     rate = jnp.exp(a_log.astype(wide)).reshape(1, 1, -1, *[1] * (len(shape) - 1))
     decay = rate * step
     return -decay if self.lower_bound is None else -self.lower_bound * jnp.expm1(decay / self.lower_bound)

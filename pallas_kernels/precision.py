@@ -10,9 +10,9 @@ import jax.numpy as jnp
 Dtype = jnp.dtype
 
 
-def accumulator(*operands: jax.Array | None) -> Dtype:
-  """The dtype of sums and states: float64 if any operand is float64, else float32. `None` operands are skipped."""
-  wide = any(x is not None and x.dtype == jnp.float64 for x in operands)
+def accumulator(*operands: jax.Array | Dtype | None) -> Dtype:
+  """The dtype of sums and states: float64 if any operand, or dtype, is float64, else float32. `None` is skipped."""
+  wide = any(x is not None and jnp.dtype(getattr(x, "dtype", x)) == jnp.float64 for x in operands)
   return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ..layers.axes import named
 from ..layers.norms import RMSNorm
 from ..layers.projections import INIT, dense
 from ..pallas_kernels.precision import accumulator
@@ -77,8 +78,7 @@ class LanguageModel(nn.Module):
       ValueError: for tokens that are not integers [B, T], a state of another depth, or anything a layer objects to.
     """
     self._check(tokens, state)
-    init = nn.with_logical_partitioning(INIT, ("vocab", "embed"))
-    embedding = self.param("embedding", init, (self.vocab_size, self.width), self.param_dtype)
+    embedding = self.param("embedding", named(INIT, "vocab", "embed"), (self.vocab_size, self.width), self.param_dtype)
     x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
 
     policy = REMAT_POLICIES[self.remat]

@@ -208,7 +208,7 @@ def explain(tokens: int, *, implementation: str = "auto") -> Choice:
 
 def _micro_step(k: jax.Array, v: jax.Array, strength: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Write vector k, erase covector `strength * k` and value `strength * v`; products keep the strength's precision."""
-  dtype = jnp.promote_types(k.dtype, strength.dtype)
+  dtype = k.dtype if k.dtype == strength.dtype else accumulator(k, strength)
   heads = v.shape[2] // k.shape[2]
   strength = strength[..., None].astype(dtype)
   return k, strength * jnp.repeat(k, heads, axis=2).astype(dtype), strength * v.astype(dtype)

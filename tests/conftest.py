@@ -1,0 +1,24 @@
+"""Strictness for the whole suite: no implicit dtype or rank promotion, four devices, warnings are errors (pyproject)."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported: tests run on the CPU unless told otherwise, split into four devices for the sharding laws.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def float64():
+  """Float64 for one test."""
+  with jax.enable_x64(True):
+    yield

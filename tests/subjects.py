@@ -1,0 +1,92 @@
+"""What the laws are tried on: every layer of the registry at a small size, and language models of them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from memzoo.zoo.language_model import LanguageModel
+from memzoo.zoo.registry import LAYERS
+
+WIDTH = 8
+CHUNK = 4
+
+# A layer is built from those of these that it has fields for: one size for all, odd where it can be.
+SMALL = {
+  "num_heads": 4,
+  "num_key_heads": 2,
+  "head_dim": 6,
+  "key_dim": 6,
+  "value_dim": 5,
+  "window": 5,
+  "chunk_size": CHUNK,
+  "negative_eigenvalues": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """A module that keeps the contract, and inputs for it."""
+
+  name: str
+  module: nn.Module
+
+  def __str__(self) -> str:
+    return self.name
+
+  @property
+  def takes_tokens(self) -> bool:
+    return isinstance(self.module, LanguageModel)
+
+  def inputs(self, batch: int, tokens: int, seed: int = 0) -> jax.Array:
+    """Integers for a model; for a layer, floats with a common direction, so that keys are correlated as trained ones are."""
+    key = jax.random.key(seed)
+    if self.takes_tokens:
+      return jax.random.randint(key, (batch, tokens), 0, self.module.vocab_size, jnp.int32)
+    common, own = jax.random.split(key)
+    dtype = self.module.param_dtype
+    x = jax.random.normal(own, (batch, tokens, WIDTH), dtype)
+    return x + jax.random.normal(common, (1, 1, WIDTH), dtype)
+
+  def params(self, scale: float = 8.0) -> Any:
+    """Parameters `scale` times as large as fresh ones where they are matrices: gates and keys as varied as trained ones."""
+    params = jax.jit(self.module.init)(jax.random.key(7), self.inputs(1, 2))
+    return jax.tree.map(lambda p: p * jnp.asarray(scale, p.dtype) if p.ndim > 1 else p, params)
+
+  def apply(self, params, x, state=None, segment_ids=None):
+    return self.module.apply(params, x, state, segment_ids)
+
+  def fresh(self, params, batch: int):
+    return self.module.apply(params, batch, method="initial_state")
+
+  def used(self, params, batch: int):
+    """A state that has seen something."""
+    return jax.jit(self.apply)(params, self.inputs(batch, 7, seed=11))[1]
+
+  def one_by_one(self, params, x, state=None, segment_ids=None):
+    """The same call, a token at a time."""
+    state = self.fresh(params, x.shape[0]) if state is None else state
+
+    def step(state, token):
+      x, ids = token
+      y, state = self.apply(params, x[:, None], state, None if ids is None else ids[:, None])
+      return state, y[:, 0]
+
+    tokens = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (x, segment_ids))
+    state, y = jax.lax.scan(step, state, tokens)
+    return jnp.swapaxes(y, 0, 1), state
+
+
+def layer(name: str, **fields: Any) -> nn.Module:
+  """A small layer of the registry."""
+  known = {field.name for field in dataclasses.fields(LAYERS[name])}
+  return LAYERS[name](**{k: v for k, v in (SMALL | fields).items() if k in known})
+
+
+def subjects(dtype=jnp.float64) -> list[Subject]:
+  """Every layer, and a hybrid model, with parameters and activations of `dtype`."""
+  types = {"dtype": dtype, "param_dtype": dtype}
+  layers = [Subject(name, layer(name, **types)) for name in LAYERS]
+  hybrid = LanguageModel(11, WIDTH, 3, (layer("EraseThenDelta"), layer("Attention")), **types)
+  return [*layers, Subject("LanguageModel", hybrid)]
