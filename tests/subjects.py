@@ -31,6 +31,7 @@ class Subject:
 
   name: str
   module: nn.Module
+  width: int = WIDTH
 
   def __str__(self) -> str:
     return self.name
@@ -46,8 +47,8 @@ class Subject:
       return jax.random.randint(key, (batch, tokens), 0, self.module.vocab_size, jnp.int32)
     common, own = jax.random.split(key)
     dtype = self.module.param_dtype
-    x = jax.random.normal(own, (batch, tokens, WIDTH), dtype)
-    return x + jax.random.normal(common, (1, 1, WIDTH), dtype)
+    x = jax.random.normal(own, (batch, tokens, self.width), dtype)
+    return x + jax.random.normal(common, (1, 1, self.width), dtype)
 
   def params(self, scale: float = 8.0) -> Any:
     """Parameters `scale` times as large as fresh ones where they are matrices: gates and keys as varied as trained ones."""
@@ -84,9 +85,9 @@ def layer(name: str, **fields: Any) -> nn.Module:
   return LAYERS[name](**{k: v for k, v in (SMALL | fields).items() if k in known})
 
 
-def subjects(dtype=jnp.float64) -> list[Subject]:
+def subjects(dtype=jnp.float64, width: int = WIDTH, **fields: Any) -> list[Subject]:
   """Every layer, and a hybrid model, with parameters and activations of `dtype`."""
   types = {"dtype": dtype, "param_dtype": dtype}
-  layers = [Subject(name, layer(name, **types)) for name in LAYERS]
-  hybrid = LanguageModel(11, WIDTH, 3, (layer("EraseThenDelta"), layer("Attention")), **types)
-  return [*layers, Subject("LanguageModel", hybrid)]
+  layers = [Subject(name, layer(name, **types, **fields), width) for name in LAYERS]
+  mixers = layer("EraseThenDelta", **fields), layer("Attention", **fields)
+  return [*layers, Subject("LanguageModel", LanguageModel(11, width, 3, mixers, **types), width)]

@@ -181,12 +181,14 @@ def test_07_every_length(subject, tokens):
   assert_close((y, state), jax.jit(subject.one_by_one)(params, x))
 
 
-@every_layer_in_float32
+# Heads as wide as real ones: a norm over five numbers magnifies what cancels in them.
+@pytest.mark.parametrize("subject", subjects(jnp.float32, 32, key_dim=16, value_dim=16, head_dim=16), ids=str)
 def test_08_bfloat16_activations(subject):
-  params, x = subject.params(), subject.inputs(2, 17)
+  params, x = subject.params(scale=1.0), subject.inputs(2, 17)
   narrow = dataclasses.replace(subject, module=subject.module.clone(dtype=jnp.bfloat16))
-  y, state = jax.jit(narrow.apply)(params, x if subject.takes_tokens else x.astype(jnp.bfloat16))
-  expected, _ = jax.jit(subject.apply)(params, x)
+  x = x if subject.takes_tokens else x.astype(jnp.bfloat16)
+  y, state = jax.jit(narrow.apply)(params, x)
+  expected, _ = jax.jit(subject.apply)(params, x if subject.takes_tokens else x.astype(jnp.float32))
   assert_close(y.astype(jnp.float32), expected, jnp.bfloat16)
   assert subject.takes_tokens or y.dtype == jnp.bfloat16
   fresh = narrow.fresh(params, 2)

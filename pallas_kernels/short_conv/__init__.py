@@ -28,7 +28,7 @@ def short_conv(
 
   Args:
     x: [B, T, D].
-    weight: [W, D], the last row for the current token. Cast to x's dtype.
+    weight: [W, D], the last row for the current token. Sums are float32 (float64 where x is).
     initial_state: the W - 1 inputs before this call, [B, W - 1, D], oldest first; zeros unless given.
     segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding (skipped, zeros come out).
     implementation: "auto", "recurrent" (the oracle) or "xla".
@@ -52,7 +52,7 @@ def short_conv(
   docs = None if segment_ids is None else documents(segment_ids)
   chosen = explain(implementation=implementation).implementation
   run = recurrent if chosen == "recurrent" else shifted
-  return run(x, weight.astype(x.dtype), initial_state.astype(x.dtype), docs)
+  return run(x, weight, initial_state.astype(x.dtype), docs)
 
 
 def explain(*, implementation: str = "auto") -> Choice:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from ..precision import accumulator
 from ..segments import Documents
 
 
@@ -17,7 +18,8 @@ def recurrent(
     x, starts, is_token = token
     before = state if starts is None else jnp.where(starts[:, None, None], 0, state)
     window = jnp.concatenate([before, x[:, None]], axis=1)
-    y = jnp.sum(window * weight[None], axis=1)
+    wide = accumulator(x)
+    y = jnp.sum(window.astype(wide) * weight[None].astype(wide), axis=1).astype(x.dtype)
     if is_token is None:
       return window[:, 1:], y
     return jnp.where(is_token[:, None, None], window[:, 1:], state), jnp.where(is_token[:, None], y, 0)

@@ -7,6 +7,7 @@ would bring in another document.
 import jax
 import jax.numpy as jnp
 
+from ..precision import accumulator
 from ..segments import Documents
 
 
@@ -16,14 +17,14 @@ def shifted(
   """As `recurrent`, with the same arguments and results."""
   if docs is None:
     inputs = jnp.concatenate([initial_state, x], axis=1)
-    return _convolve(inputs, weight, None), inputs[:, x.shape[1] :]
+    return _convolve(inputs, weight, None).astype(x.dtype), inputs[:, x.shape[1] :]
 
   tokens_first = jnp.argsort(~docs.is_token, axis=1, stable=True)
   inputs = jnp.concatenate([initial_state, _take(x, tokens_first)], axis=1)
   before = jnp.zeros(initial_state.shape[:2], docs.index.dtype)
   index = jnp.concatenate([before, _take(docs.index, tokens_first)], axis=1)
   y = _take(_convolve(inputs, weight, index), jnp.argsort(tokens_first, axis=1))
-  y = jnp.where(docs.is_token[..., None], y, 0)
+  y = jnp.where(docs.is_token[..., None], y, 0).astype(x.dtype)
 
   count = jnp.sum(docs.is_token, axis=1, dtype=jnp.int32)
   last = count[:, None] + jnp.arange(initial_state.shape[1], dtype=jnp.int32)[None]
@@ -35,6 +36,8 @@ def _convolve(inputs: jax.Array, weight: jax.Array, index: jax.Array | None) -> 
   """y_t from `inputs` [B, W - 1 + T, D]; tokens of another document than t's (by `index`) count as zeros."""
   width = weight.shape[0]
   tokens = inputs.shape[1] - width + 1
+  wide = accumulator(inputs)
+  inputs, weight = inputs.astype(wide), weight.astype(wide)
   y = inputs[:, width - 1 :] * weight[None, None, -1]
   for j in range(width - 1):
     tap = inputs[:, j : j + tokens]

@@ -1,0 +1,180 @@
+"""A checkpoint gives back what was saved, on any mesh; one that is damaged is never believed."""
+
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+from memzoo.train.checkpoint import Checkpoints, checksums, restore_params
+from memzoo.train.sharding import MeshShape
+from memzoo.train.step import build_program
+from tiny_run import tiny_experiment
+
+
+def program_on(experiment, mesh: MeshShape):
+  return build_program(experiment.model, experiment.optimizer, mesh.build(), steps=10, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A run with checkpoints 1, 2 and 3 of a state sharded over four devices; and that state, on the host."""
+  directory = tmp_path_factory.mktemp("run")
+  program = program_on(tiny_experiment(directory), MeshShape(data=1, fsdp=2, tensor=2))
+  state = program.create()
+  with Checkpoints(directory, kept=3) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(step, state, {"next_index": step}, {"note": "kept"})
+  return directory, jax.device_get(state)
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+  """A copy of that run, to be damaged."""
+  return shutil.copytree(saved[0], tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def target(saved):
+  return program_on(tiny_experiment(saved[0]), MeshShape(data=1)).abstract_state
+
+
+@pytest.mark.compat
+def test_state_saved_on_four_devices_is_restored_on_one_and_on_two(saved):
+  directory, state = saved
+  for mesh in (MeshShape(data=1), MeshShape(data=1, tensor=2)):
+    program = program_on(tiny_experiment(directory), mesh)
+    with Checkpoints(directory) as checkpoints:
+      restored = checkpoints.restore(program.abstract_state)
+    chex.assert_trees_all_equal(jax.device_get(restored.state), state)
+    chex.assert_trees_all_equal(
+      jax.tree.map(lambda leaf: leaf.sharding, restored.state),
+      jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state),
+    )
+    assert (restored.data, restored.facts) == ({"next_index": 3}, {"note": "kept"})
+
+
+def test_a_new_directory_has_nothing_to_restore(tmp_path, target):
+  with Checkpoints(tmp_path / "new") as checkpoints:
+    assert checkpoints.latest_step is None
+    assert checkpoints.restore(target) is None
+
+
+def test_only_the_newest_are_kept(tmp_path, saved):
+  with Checkpoints(tmp_path, kept=2) as checkpoints:
+    for step in range(5):
+      checkpoints.save(step, saved[1], {}, {})
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_a_state_given_away_while_it_is_being_saved_is_saved_whole(tmp_path):
+  """The next step overwrites the buffers of a donated state, while Orbax may still be writing."""
+  make = jax.jit(lambda: {"params": {f"{i}": jax.numpy.full((512, 512), i, "float32") for i in range(8)}})
+  advance = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 100, tree), donate_argnums=0)
+  state = make()
+  with Checkpoints(tmp_path, kept=9) as checkpoints:
+    for step in range(5):
+      checkpoints.save(step, state, {}, {})
+      state = advance(state)
+    checkpoints.wait()
+    found = checkpoints.restore(jax.eval_shape(make))
+  np.testing.assert_array_equal(found.state["params"]["3"], 403)
+
+
+def largest_file(folder):
+  return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(folder):
+  path = largest_file(folder)
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(folder):
+  path = largest_file(folder)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 16
+  path.write_bytes(content)
+
+
+def empty_every_file(folder):
+  for path in folder.rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+
+
+def lose_the_position(folder):
+  shutil.rmtree(folder / "data")
+
+
+def lose_the_state(folder):
+  shutil.rmtree(folder / "state")
+
+
+DAMAGES = (truncate, flip_a_bit, empty_every_file, lose_the_position, lose_the_state)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(run, target, saved, damage):
+  damage(run / "checkpoints" / "3")
+  said = []
+  with Checkpoints(run, say=said.append) as checkpoints:
+    restored = checkpoints.restore(target)
+    assert restored.data == {"next_index": 2}
+    chex.assert_trees_all_equal(jax.device_get(restored.state), saved[1])
+    assert len(said) == 1
+    assert said[0].startswith(f"Checkpoint 3 cannot be read and is now {run / 'unreadable' / '3'} (")
+    checkpoints.save(3, restored.state, {"next_index": 3}, {})
+    assert checkpoints.restore(target).data == {"next_index": 3}
+
+
+def test_where_all_are_damaged_there_is_nothing_to_restore(run, target):
+  said = []
+  for step in (1, 2, 3):
+    flip_a_bit(run / "checkpoints" / str(step))
+  with Checkpoints(run, say=said.append) as checkpoints:
+    assert checkpoints.restore(target) is None
+  assert len(said) == 3
+
+
+def test_a_save_cut_short_leaves_no_checkpoint(run, target):
+  shutil.move(run / "checkpoints" / "3", run / "checkpoints" / "3.orbax-checkpoint-tmp")
+  said = []
+  with Checkpoints(run, say=said.append) as checkpoints:
+    assert checkpoints.restore(target).data == {"next_index": 2}
+  assert said == []
+
+
+def test_checksums_see_every_bit_and_every_place():
+  values = np.arange(12, dtype=np.float32).reshape(3, 4)
+  before = checksums({"a": jax.numpy.asarray(values)})
+  for place in np.ndindex(values.shape):
+    for bit in (0, 15, 31):
+      changed = values.copy()
+      changed.view(np.uint32)[place] ^= np.uint32(1 << bit)
+      assert checksums({"a": jax.numpy.asarray(changed)}) != before
+  assert checksums({"a": jax.numpy.asarray(values[:, ::-1].copy())}) != before
+  assert list(before) == ["['a']"]
+
+
+def test_parameters_alone_are_restored_for_evaluation(saved, run, target):
+  want = saved[1].params
+  params, step = restore_params(run, target.params)
+  assert step == 3
+  chex.assert_trees_all_equal(jax.device_get(params), want)
+  truncate(run / "checkpoints" / "3")
+  flip_a_bit(run / "checkpoints" / "2")
+  said = []
+  params, step = restore_params(run, target.params, say=said.append)
+  assert (step, len(said)) == (1, 2)
+  chex.assert_trees_all_equal(jax.device_get(params), want)
+  assert (run / "checkpoints" / "3").exists()
+
+
+def test_parameters_of_no_run_are_an_error(tmp_path, run, target):
+  with pytest.raises(ValueError, match="holds no checkpoint; want"):
+    restore_params(tmp_path, target.params)
+  for step in (1, 2, 3):
+    lose_the_state(run / "checkpoints" / str(step))
+  with pytest.raises(ValueError, match="holds no checkpoint that can be read"):
+    restore_params(run, target.params, say=lambda message: None)

@@ -1,0 +1,129 @@
+"""The `memzoo` command: what it prints, how it fails, and one run from training to text."""
+
+import subprocess
+import sys
+
+import pytest
+from memzoo.zoo import cli
+
+TINY = [
+  "--set=LanguageModel.width=16",
+  "--set=LanguageModel.depth=1",
+  "--set=TextData.sequence_length=32",
+  "--set=TextData.batch_size=4",
+  "--set=Trainer.evaluation_batches=1",
+  "--set=Trainer.sample_tokens=4",
+]
+
+
+@pytest.fixture
+def memzoo(monkeypatch, capsys):
+  """Runs a command line in this process: (exit status, what it printed, what it printed as errors)."""
+  monkeypatch.setattr(cli, "_start", lambda cache=True: None)
+
+  def run(*arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["memzoo", *arguments])
+    status = 0
+    try:
+      cli.main()
+    except SystemExit as exit:
+      status = exit.code or 0
+    out, err = capsys.readouterr()
+    return status, out, err
+
+  return run
+
+
+@pytest.mark.compat
+def test_a_misspelt_field_is_one_line_and_no_traceback(memzoo):
+  status, out, err = memzoo("train", "quickstart", "--set", "EraseThenDelta.head=4")
+  assert status == 2
+  assert out == ""
+  assert err.startswith("error: ")
+  assert "did you mean 'num_heads'?" in err
+  assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["train", "quikstart"], "did you mean 'quickstart'?"),
+    (["train", "nowhere/x.gin"], "there is no file nowhere/x.gin"),
+    (["train", "quickstart", "--steps", "0"], "Trainer.steps is 0"),
+    (["evaluate", "nowhere"], "nowhere"),
+    (["generate", "nowhere", "def "], "nowhere"),
+    (["describe", "quickstart", "--set", "LanguageModel.depth=x"], "want an integer"),
+    (["bench", "delta_ruel"], "delta_ruel"),
+  ],
+)
+def test_every_mistake_is_one_line_and_exit_status_2(memzoo, arguments, words):
+  status, _, err = memzoo(*arguments)
+  assert status == 2
+  assert words in err
+  assert err.startswith("error: ")
+  assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(memzoo):
+  for arguments in (["--debug", "train", "quikstart"], ["train", "quikstart", "--debug"]):
+    with pytest.raises(ValueError, match="quikstart"):
+      memzoo(*arguments)
+
+
+def test_list_names_every_layer_with_its_equation_and_every_config(memzoo):
+  from memzoo.zoo.config import shipped
+  from memzoo.zoo.registry import LAYERS
+
+  status, out, _ = memzoo("list")
+  assert status == 0
+  assert all(name in out for name in LAYERS)
+  assert all(name in out for name in shipped())
+  assert "S_t" in out
+
+
+def test_describe_counts_what_overrides_change(memzoo):
+  _, one, _ = memzoo("describe", "quickstart", "--set=LanguageModel.depth=1")
+  _, two, _ = memzoo("describe", "quickstart", "--set=LanguageModel.depth=2")
+  assert "block 0" in one
+  assert "block 1" not in one
+  assert "block 0 to 1, each" in two
+
+
+@pytest.mark.slow
+def test_train_resume_evaluate_generate(memzoo, tmp_path):
+  (tmp_path / "text").mkdir()
+  for i in range(20):
+    (tmp_path / "text" / f"{i}.txt").write_text("the memory writes what the gate lets through. " * 10)
+  run = str(tmp_path / "run")
+  train = ["train", "quickstart", *TINY, f"--set=TextData.sources={tmp_path / 'text'}", "--out", run]
+  status, out, err = memzoo(*train, "--steps", "3")
+  assert status == 0, err
+  assert "bits per byte" in out
+  status, out, _ = memzoo(*train, "--steps", "3")
+  assert status == 0
+  assert "is finished" in out
+  status, out, _ = memzoo("evaluate", run)
+  assert status == 0
+  assert "step 3: " in out
+  status, out, err = memzoo("generate", run, "the ", "--tokens", "6", "--temperature", "0")
+  assert status == 0
+  assert out.startswith("the ")
+  assert "tokens/s" in err
+
+
+def test_help_is_quick_and_loads_no_jax():
+  code = "import sys, memzoo.zoo.cli; print({'jax', 'flax', 'gin', 'matplotlib'} & sys.modules.keys())"
+  assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "describe", "list", "bench"])
+def test_every_command_has_a_help_text(memzoo, command):
+  status, out, _ = memzoo(command, "--help")
+  assert status == 0
+  assert command == "list" or f"memzoo {command}" in out, "with an example"
+
+
+def test_version(memzoo):
+  from memzoo import __version__
+
+  assert memzoo("--version")[1] == f"memzoo {__version__}\n"

@@ -1,0 +1,250 @@
+"""Text becomes batches: every token once, documents apart, in an order that a position brings back."""
+
+import json
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memzoo.train.data import Split, TextData, baselines, predicted_text, split_documents
+from memzoo.train.sources import Document, read_documents
+from tiny_run import write_text
+
+
+def split_of(documents: list[bytes], sequence_length: int) -> Split:
+  tokens = [np.frombuffer(document, np.uint8) for document in documents]
+  ends = np.cumsum([len(document) for document in documents])
+  return Split(np.concatenate(tokens), ends, int(ends[-1]), sequence_length)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  return TextData(write_text(tmp_path / "text"), sequence_length=16, batch_size=4, validation_fraction=0.3).load()
+
+
+@pytest.mark.compat
+def test_standard_library_is_found_and_split_the_same_way_every_time():
+  first, second = TextData().load(), TextData().load()
+  assert first.fingerprint == second.fingerprint
+  assert first.training.num_bytes > 5_000_000
+  share = first.validation.num_bytes / (first.training.num_bytes + first.validation.num_bytes)
+  assert 0.005 < share < 0.15
+
+
+def test_standard_library_is_source_text_without_packages_and_tests():
+  documents = read_documents("stdlib")
+  assert all(document.name.endswith(".py") for document in documents)
+  assert not any(set(document.name.split("/")) & {"site-packages", "test", "encodings"} for document in documents)
+  assert [document.name for document in documents if "/" not in document.name][:2] == ["__future__.py", "__hello__.py"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=8), st.integers(1, 17))
+def test_every_token_that_has_a_predecessor_in_its_document_is_a_target_once(documents, sequence_length):
+  split = split_of(documents, sequence_length)
+  rows = [split[i] for i in range(len(split))]
+  targets = np.concatenate([row["targets"][row["weights"] > 0] for row in rows])
+  assert targets.astype(np.uint8).tobytes() == b"".join(document[1:] for document in documents)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.binary(min_size=1, max_size=40), min_size=2, max_size=8), st.integers(1, 17))
+def test_segment_ids_count_the_documents_of_a_row_and_are_zero_after_the_last_token(documents, sequence_length):
+  split = split_of(documents, sequence_length)
+  owner = np.concatenate([np.full(len(document), i) for i, document in enumerate(documents)])
+  for i in range(len(split)):
+    segment_ids, own = split[i]["segment_ids"], owner[i * sequence_length :][:sequence_length]
+    np.testing.assert_array_equal(segment_ids[: len(own)], own - own[0] + 1)
+    assert not segment_ids[len(own) :].any()
+
+
+def test_a_row_has_the_promised_shapes_and_dtypes(corpus):
+  batch = next(corpus.batches())
+  dtypes = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "weights": np.float32}
+  assert {name: (rows.shape, rows.dtype) for name, rows in batch.items()} == {
+    name: ((4, 16), np.dtype(dtype)) for name, dtype in dtypes.items()
+  }
+
+
+def test_every_epoch_has_every_row_in_an_order_of_its_own(corpus):
+  count, batches = len(corpus.training), corpus.batches()
+  rows = [row.tobytes() for _ in range(count) for row in next(batches)["tokens"]]
+  epochs = [rows[i * count : (i + 1) * count] for i in range(4)]
+  want = sorted(corpus.training[i]["tokens"].tobytes() for i in range(count))
+  assert all(sorted(epoch) == want for epoch in epochs)
+  assert len(set(map(tuple, epochs))) == 4
+
+
+@pytest.mark.compat
+def test_a_saved_position_brings_back_the_same_batches(corpus):
+  batches = corpus.batches()
+  for _ in range(7):
+    next(batches)
+  position = json.loads(json.dumps(batches.get_state()))
+  want = [next(batches)["tokens"] for _ in range(5)]
+  again = corpus.batches()
+  again.set_state(position)
+  np.testing.assert_array_equal(want, [next(again)["tokens"] for _ in range(5)])
+
+
+def test_processes_share_the_rows_of_every_batch(corpus):
+  whole, first, second = corpus.batches(), corpus.batches(0, 2), corpus.batches(1, 2)
+  for _ in range(20):
+    rows = np.stack([next(first)["tokens"], next(second)["tokens"]], axis=1)
+    np.testing.assert_array_equal(next(whole)["tokens"], rows.reshape(4, 16))
+
+
+def test_another_seed_is_another_order(corpus, tmp_path):
+  other = TextData(str(tmp_path / "text"), sequence_length=16, batch_size=4, validation_fraction=0.3, seed=1).load()
+  assert (next(corpus.batches())["tokens"] != next(other.batches())["tokens"]).any()
+
+
+def test_adding_a_document_moves_no_other_between_the_splits():
+  documents = [Document(f"{i}.py", b"text") for i in range(200)]
+  _, before = split_documents(documents, 0.1)
+  _, after = split_documents([*documents, Document("new.py", b"text")], 0.1)
+  assert 5 < len(before) < 50
+  assert [document for document in after if document.name != "new.py"] == before
+
+
+def test_a_single_file_is_split_at_its_end(tmp_path):
+  path = tmp_path / "all.txt"
+  path.write_text("".join(chr(97 + i % 26) for i in range(1000)))
+  corpus = TextData(str(path), sequence_length=8, validation_fraction=0.1).load()
+  laid_out = np.concatenate([corpus.training.tokens, corpus.validation.tokens]).tobytes()
+  assert laid_out == path.read_bytes()
+  assert corpus.validation.num_bytes == 100
+
+
+def test_validation_batches_are_spread_over_the_whole_split_and_padded(corpus):
+  rows = len(corpus.validation)
+  everything = corpus.validation_batches(0)
+  assert len(everything) == -(-rows // 4)
+  tokens = np.concatenate([batch["tokens"] for batch in everything])
+  np.testing.assert_array_equal(tokens[:rows], [corpus.validation[i]["tokens"] for i in range(rows)])
+  assert not tokens[rows:].any()
+  some = corpus.validation_batches(2)
+  assert len(some) == 2
+  np.testing.assert_array_equal(some[0]["tokens"][0], corpus.validation[0]["tokens"])
+  np.testing.assert_array_equal(some[-1]["tokens"][-1], corpus.validation[rows - 1]["tokens"])
+
+
+def test_predicted_text_is_all_but_the_first_byte_of_each_document():
+  data = TextData(sequence_length=5)
+  split = split_of([b"hello", b"memory"], 5)
+  assert predicted_text([{name: rows[None] for name, rows in split[i].items()} for i in range(2)], data) == b"elloemory"
+
+
+def test_baselines_of_known_texts():
+  assert baselines(bytes(range(256)) * 4).order_0 == pytest.approx(8)
+  assert baselines(b"ab" * 100).order_0 == pytest.approx(1)
+  assert baselines(b"aaaa").order_0 == 0
+  text = b"the state of the state" * 20
+  assert baselines(text).zlib == 8 * len(zlib.compress(text, 9)) / len(text)
+
+
+def test_folder_gives_its_text_files_without_hidden_and_binary_ones(tmp_path):
+  (tmp_path / "sub").mkdir()
+  (tmp_path / "b.txt").write_text("two")
+  (tmp_path / "sub" / "c.md").write_text("three")
+  (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "and a half"}\n')
+  (tmp_path / ".hidden").write_text("no")
+  (tmp_path / "picture").write_bytes(b"\x89PNG\0\0")
+  want = [("a.jsonl:1", b"one"), ("a.jsonl:3", b"and a half"), ("b.txt", b"two"), ("sub/c.md", b"three")]
+  assert read_documents(str(tmp_path)) == want
+
+
+def test_glob_and_several_sources(tmp_path):
+  for name in ("a.txt", "b.txt", "c.md"):
+    (tmp_path / name).write_text(name)
+  documents = read_documents((str(tmp_path / "*.txt"), str(tmp_path / "c.md")))
+  assert [document.name for document in documents] == ["a.txt", "b.txt", "c.md"]
+
+
+@pytest.mark.parametrize("line", ['{"text": 3}', '{"txt": "a"}', "[1]", '{"text": "a"'])
+def test_broken_line_of_jsonl_is_named(tmp_path, line):
+  path = tmp_path / "a.jsonl"
+  path.write_text('{"text": "fine"}\n' + line + "\n")
+  with pytest.raises(ValueError, match=r"a\.jsonl, line 2: want a JSON object"):
+    read_documents(str(path))
+
+
+def test_missing_source_says_what_would_do(tmp_path):
+  with pytest.raises(ValueError, match=r"no_such.*matches no file.*stdlib"):
+    read_documents(str(tmp_path / "no_such*"))
+
+
+def test_empty_and_short_sources_are_errors(tmp_path):
+  path = tmp_path / "a.txt"
+  path.write_text("")
+  with pytest.raises(ValueError, match="holds no text"):
+    TextData(str(path)).load()
+  path.write_text("a few words")
+  with pytest.raises(ValueError, match=r"leave 10 tokens to train on.*sequence_length=32"):
+    TextData(str(path), sequence_length=32).load()
+  with pytest.raises(ValueError, match="sources is empty"):
+    TextData(()).load()
+
+
+def test_unreadable_source_is_an_error(tmp_path, monkeypatch):
+  path = tmp_path / "a.txt"
+  path.write_text("text")
+
+  def refuse(self):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+  with pytest.raises(ValueError, match=r"a\.txt cannot be read: Permission denied"):
+    read_documents(str(path))
+
+
+@pytest.mark.parametrize(
+  "field", [{"sequence_length": 0}, {"batch_size": 0}, {"validation_fraction": 1.0}, {"seed": -1}]
+)
+def test_impossible_settings_are_named(field):
+  with pytest.raises(ValueError, match=f"TextData.{next(iter(field))} is "):
+    TextData(**field)
+
+
+@pytest.fixture
+def tokenizer_path(tmp_path):
+  tokenizers = pytest.importorskip("tokenizers")
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+  tokenizer.train_from_iterator(["memory state decay gate chunk " * 20], trainer)
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  return str(tmp_path / "tokenizer.json")
+
+
+def test_tokenizer_file_gives_fewer_tokens_and_the_same_text(tmp_path, tokenizer_path):
+  data = TextData(write_text(tmp_path / "text"), tokenizer_path, sequence_length=16, validation_fraction=0.3)
+  corpus = data.load()
+  assert 256 < data.vocab_size <= 300
+  assert corpus.training.tokens.dtype == np.uint16
+  assert corpus.training.bytes_per_token > 1.5
+  assert data.decode(data.encode("erase, then write: ßé")) == "erase, then write: ßé"
+  text = data.decode(corpus.validation.tokens[: corpus.validation.document_ends[0]])
+  assert text.encode() in [document.text for document in read_documents(str(tmp_path / "text"))]
+
+
+def test_bytes_round_trip_through_the_default_tokenizer():
+  data = TextData()
+  assert data.vocab_size == 256
+  assert data.decode(data.encode("erase, then write: ßé")) == "erase, then write: ßé"
+  assert data.decode([0xC3]) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_wrong_tokenizers_are_named(tmp_path, monkeypatch):
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
+    _ = TextData(tokenizer=str(tmp_path / "tokenizer.json")).vocab_size
+  with pytest.raises(ValueError, match="no file"):
+    _ = TextData(tokenizer="byte").vocab_size
+  monkeypatch.setitem(sys.modules, "tokenizers", None)
+  with pytest.raises(ValueError, match=r"pip install .memzoo\[hub\]."):
+    _ = TextData(tokenizer="tokenizer.json").vocab_size

@@ -1,0 +1,131 @@
+"""Generation: what follows a prompt depends on that prompt and its seed alone."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from memzoo.layers import Attention, EraseThenDelta
+from memzoo.zoo import generate as module
+from memzoo.zoo.generate import STOPPED, Sampling, as_text, draw, generate, prefill, stream
+from memzoo.zoo.language_model import LanguageModel
+
+PROMPTS = [[5, 3, 9], [7], list(range(1, 20)), [2, 2]]
+
+
+@pytest.fixture(scope="module")
+def model():
+  mixers = (EraseThenDelta(num_heads=2, key_dim=8, value_dim=8), Attention(num_heads=2, head_dim=8, window=6))
+  return LanguageModel(vocab_size=32, width=16, depth=2, mixers=mixers)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+  params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  return jax.tree.map(lambda p: p * 3, params)  # a sharper distribution than that of fresh parameters
+
+
+@pytest.mark.compat
+def test_greedy_generation_is_the_argmax_of_the_whole_forward_pass(model, params):
+  prompt = PROMPTS[0]
+  found = generate(model, params, [prompt], max_new_tokens=8, temperature=0)[0]
+  logits, _ = model.apply(params, jnp.asarray([prompt + found], jnp.int32))
+  assert found == logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_does_not_depend_on_its_batch(model, params, temperature):
+  options = {"max_new_tokens": 6, "temperature": temperature, "top_k": 20, "top_p": 0.95}
+  together = generate(model, params, PROMPTS, seed=3, **options)
+  alone = [generate(model, params, [p], seed=3 + i, **options)[0] for i, p in enumerate(PROMPTS)]
+  assert together == alone
+
+
+def test_seeds_repeat_and_differ(model, params):
+  draws = [generate(model, params, [[1, 2]], max_new_tokens=12, seed=seed)[0] for seed in (0, 0, 1)]
+  assert draws[0] == draws[1] != draws[2]
+  assert generate(model, params, [[1, 2]] * 2, max_new_tokens=12, seed=[1, 0]) == [draws[2], draws[0]]
+
+
+def test_tokens_come_one_by_one_and_are_those_of_generate(model, params):
+  steps = stream(model, params, PROMPTS, max_new_tokens=5, seed=1)
+  first = next(steps)
+  assert first.shape == (len(PROMPTS),)
+  rows = np.stack([first, *steps], axis=1).tolist()
+  assert rows == generate(model, params, PROMPTS, max_new_tokens=5, seed=1)
+
+
+def test_a_stop_token_ends_its_row_and_the_last_ends_the_stream(model, params):
+  free = generate(model, params, PROMPTS, max_new_tokens=10, seed=2)
+  stop = free[0][4]
+  stopped = generate(model, params, PROMPTS, max_new_tokens=10, seed=2, stop_token=stop)
+  assert stopped == [list(itertools.takewhile(lambda token: token != stop, row)) for row in free]
+  steps = list(stream(model, params, PROMPTS[:1], max_new_tokens=10, seed=2, stop_token=stop))
+  assert len(steps) == free[0].index(stop) + 1
+  assert STOPPED in np.stack(list(stream(model, params, PROMPTS, max_new_tokens=10, seed=2, stop_token=stop)))
+
+
+def test_a_prompt_longer_than_a_piece_is_read_in_pieces(model, params, monkeypatch):
+  prompts = [np.arange(77) % 32, np.arange(5), np.arange(40) % 31]
+  whole, _ = prefill(model, params, prompts)
+  monkeypatch.setattr(module, "_LONGEST_PIECE", 16)
+  pieces, _ = prefill(model, params, prompts)
+  np.testing.assert_allclose(pieces, whole, atol=2e-4)
+
+
+def test_prompts_of_many_lengths_compile_few_programs():
+  assert {module._padded_length(n) for n in range(1, 1025)} == {16, 32, 64, 128, 256, 512, 1024}
+  assert [module._padded_length(n) for n in (1025, 2048, 5000)] == [2048, 2048, 5120]
+
+
+def test_drawing_keeps_to_temperature_top_k_and_top_p():
+  logits = jnp.log(jnp.asarray([0.1, 0.5, 0.05, 0.35], jnp.float32))
+  keys = jax.random.split(jax.random.key(0), 500)
+
+  def drawn(**options) -> set[int]:
+    return set(np.asarray(jax.vmap(lambda key: draw(logits, key, Sampling(**options)))(keys)).tolist())
+
+  assert drawn() == {0, 1, 2, 3}
+  assert drawn(temperature=0.0) == {1}
+  assert drawn(top_k=2) == {1, 3}
+  assert drawn(top_p=0.6) == {1, 3}, "the token that crosses the threshold is in"
+  assert drawn(top_p=0.5) == {1}
+  assert drawn(top_k=3, top_p=1.0) == {0, 1, 3}
+  assert drawn(temperature=0.01) == {1}
+
+
+def test_draws_have_the_probabilities_of_the_model():
+  probabilities = jnp.asarray([0.2, 0.5, 0.3], jnp.float32)
+  keys = jax.random.split(jax.random.key(1), 20_000)
+  drawn = jax.vmap(lambda key: draw(jnp.log(probabilities), key, Sampling()))(keys)
+  np.testing.assert_allclose(np.bincount(drawn, minlength=3) / keys.size, probabilities, atol=0.02)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    ({"prompts": []}, "prompts is"),
+    ({"prompts": "text"}, "prompts is 'text'"),
+    ({"prompts": [[]]}, r"prompts\[0\] is \[\]"),
+    ({"prompts": [[1], [32]]}, r"prompts\[1\] has tokens from 32 to 32; want 0 to 31"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"temperature": -1}, "temperature is -1"),
+    ({"top_k": 0}, "top_k is 0"),
+    ({"top_p": 1.5}, "top_p is 1.5"),
+    ({"seed": [1, 2]}, "seed has 2 numbers"),
+  ],
+)
+def test_a_mistake_is_refused_before_anything_runs(model, params, arguments, words):
+  with pytest.raises(ValueError, match=words):
+    stream(model, params, **({"prompts": [[1]], "max_new_tokens": 1} | arguments))
+
+
+def test_text_is_shown_when_its_characters_are_whole():
+  def decode(tokens):
+    return bytes(tokens).decode("utf-8", errors="replace")
+
+  pieces = list(as_text("aé∑b".encode(), decode))
+  assert "".join(pieces) == "aé∑b"
+  assert all("\ufffd" not in piece for piece in pieces)
+  assert "".join(as_text("a∑".encode()[:-1], decode)) == "a\ufffd", "what never becomes whole is shown at the end"

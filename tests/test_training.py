@@ -1,0 +1,444 @@
+"""A run: its pure step, what it leaves behind, and that stopping and starting changes none of its numbers."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from memzoo.train import loop
+from memzoo.train.data import Baselines
+from memzoo.train.diagnosis import first_nonfinite_module
+from memzoo.train.evaluation import bits_per_byte, evaluate
+from memzoo.train.loop import NonFiniteError, Stopwatch, train
+from memzoo.train.optimizer import Optimizer, decay_mask
+from memzoo.train.report import clock, keep_rows, plot_losses, read_rows, smoothed, thousands
+from memzoo.train.sharding import MeshShape, put_batch
+from memzoo.train.step import build_program
+from memzoo.train.trainer import Trainer
+from tiny_run import Model, memory_model, tiny_experiment
+
+
+def program_of(experiment, steps=20):
+  return build_program(
+    experiment.model, experiment.optimizer, experiment.mesh.build(), steps=steps, batch_size=experiment.data.batch_size
+  )
+
+
+def take_steps(experiment, count, spoil=()):
+  """The state and the metrics after `count` steps; batches numbered in `spoil` weigh infinitely."""
+  program, batches = program_of(experiment), experiment.data.load().batches()
+  state, history = program.create(), []
+  for i in range(count):
+    batch = next(batches)
+    if i in spoil:
+      batch["weights"] = batch["weights"] * np.float32(np.inf)
+    state, metrics = program.train(state, put_batch(batch, program.batch_sharding))
+    history.append(jax.device_get(metrics))
+  return jax.device_get(state), history
+
+
+def losses(directory):
+  return [(row["step"], row["loss"]) for row in read_rows(Path(directory) / "metrics.jsonl")]
+
+
+# The step.
+
+
+@pytest.mark.compat
+def test_the_first_loss_is_that_of_guessing_and_training_lowers_it(tmp_path):
+  _, history = take_steps(tiny_experiment(tmp_path), 20)
+  assert history[0].loss == pytest.approx(math.log(256), rel=0.01)
+  assert history[-1].loss < history[0].loss - 0.5
+  assert all(metrics.gradient_norm > 0 for metrics in history)
+
+
+MESHES = {"data": MeshShape(4), "fsdp": MeshShape(1, 4), "tensor": MeshShape(1, 1, 4), "both": MeshShape(1, 2, 2)}
+
+
+@pytest.mark.parametrize(
+  ("model", "mesh"),
+  [
+    *(pytest.param(Model(), mesh, id=mesh) for mesh in MESHES),
+    pytest.param(memory_model(), "both", id="memory", marks=pytest.mark.slow),
+  ],
+)
+def test_sharded_over_four_devices_equals_unsharded(tmp_path, model, mesh):
+  one, history = take_steps(tiny_experiment(tmp_path, model=model), 3)
+  four, sharded_history = take_steps(tiny_experiment(tmp_path, model=model, mesh=MESHES[mesh]), 3)
+  chex.assert_trees_all_close(sharded_history, history, rtol=1e-4)
+  chex.assert_trees_all_close(four.params, one.params, rtol=1e-3, atol=1e-5)
+
+
+def test_parameters_and_moments_are_split_as_the_rules_say(tmp_path):
+  state = program_of(tiny_experiment(tmp_path, mesh=MeshShape(1, 2, 2))).create()
+  moments = state.opt_state[1]
+  for tree in (state.params, moments.mu, moments.nu):
+    assert tuple(tree["params"]["embedding"].sharding.spec) == ("tensor", "fsdp")
+    assert tuple(tree["params"]["blocks_0"]["kernel"].sharding.spec) == ("fsdp", "tensor")
+  assert state.params["params"]["embedding"].addressable_shards[0].data.shape == (128, 8)
+
+
+def test_a_step_is_compiled_once(tmp_path):
+  experiment = tiny_experiment(tmp_path)
+  program, batches = program_of(experiment), experiment.data.load().batches()
+  state = program.create()
+  for _ in range(4):
+    state, _ = program.train(state, put_batch(next(batches), program.batch_sharding))
+  assert program.train._cache_size() == 1
+
+
+def test_a_batch_accumulated_with_itself_makes_the_update_that_it_makes_alone(tmp_path):
+  batch = next(tiny_experiment(tmp_path).data.load().batches())
+
+  def after(count, **settings):
+    program = program_of(tiny_experiment(tmp_path, optimizer=Optimizer(warmup_steps=0, **settings)))
+    state = program.create()
+    for _ in range(count):
+      state, _ = program.train(state, put_batch(batch, program.batch_sharding))
+    return jax.device_get(state)
+
+  chex.assert_trees_all_equal(after(1, accumulate_steps=2).params, after(0).params)
+  chex.assert_trees_all_close(after(2, accumulate_steps=2).params, after(1).params, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.compat
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(tmp_path):
+  experiment = tiny_experiment(tmp_path)
+  before, _ = take_steps(experiment, 2)
+  after, history = take_steps(experiment, 3, spoil=(2,))
+  chex.assert_trees_all_equal((after.params, after.opt_state), (before.params, before.opt_state))
+  assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (3, 1, 1)
+  assert history[2].nonfinite_groups.all()
+  recovered, history = take_steps(experiment, 4, spoil=(2,))
+  assert (int(recovered.skipped), int(recovered.skipped_in_a_row)) == (1, 0)
+  assert np.isfinite(history[3].loss)
+
+
+def test_the_loss_is_over_targets_of_non_zero_weight_alone(tmp_path):
+  experiment = tiny_experiment(tmp_path)
+  program, corpus = program_of(experiment), experiment.data.load()
+  params, batch = program.create().params, next(corpus.batches())
+  batch["weights"][1:] = 0
+  other = batch | {"targets": np.where(batch["weights"] > 0, batch["targets"], 7)}
+  assert program.evaluate(params, batch) == program.evaluate(params, other)
+  assert program.evaluate(params, batch)[1] == batch["weights"][0].sum()
+
+
+def test_an_untrained_model_needs_eight_bits_for_a_byte(tmp_path):
+  experiment = tiny_experiment(tmp_path)
+  program, corpus = program_of(experiment), experiment.data.load()
+  evaluation = evaluate(program, program.create().params, corpus)
+  assert evaluation.bits_per_byte == pytest.approx(8, rel=0.01)
+  assert evaluation.tokens == corpus.validation.num_bytes - len(corpus.validation.document_ends)
+  assert evaluation.baselines.zlib < evaluation.baselines.order_0 < 5
+  assert bits_per_byte(math.log(2), 4.0) == 0.25
+
+
+# The optimiser and the mesh.
+
+
+def test_weight_decay_leaves_gates_norms_and_biases_alone():
+  params = {
+    "embedding": jnp.zeros((2, 2), jnp.float32),
+    "mixer": {
+      "kernel": jnp.zeros((2, 2), jnp.float32),
+      "bias": jnp.zeros((2,), jnp.float32),
+      "A_log": jnp.zeros((2, 2), jnp.float32),
+    },
+    "norm": {"scale": jnp.zeros((2,), jnp.float32)},
+  }
+  assert decay_mask(params) == {
+    "embedding": True,
+    "mixer": {"kernel": True, "bias": False, "A_log": False},
+    "norm": {"scale": False},
+  }
+
+
+def test_learning_rate_rises_to_the_peak_and_falls_to_the_final_fraction():
+  schedule = Optimizer(learning_rate=2.0, warmup_steps=10, final_fraction=0.25).schedule(200)
+  values = np.array([float(schedule(step)) for step in range(201)])
+  assert values.argmax() == 10
+  assert values[10] == 2.0
+  assert 0 < values[0] < 0.5
+  assert (np.diff(values[10:]) <= 0).all()
+  assert values[200] == pytest.approx(0.5)
+
+
+def test_accumulation_stretches_the_schedule_over_the_same_batches():
+  schedule = Optimizer(learning_rate=2.0, warmup_steps=20, accumulate_steps=4).schedule(200)
+  assert float(schedule(5)) == 2.0
+  assert float(schedule(50)) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+  "field", [{"learning_rate": -1.0}, {"b2": 1.0}, {"final_fraction": 2.0}, {"accumulate_steps": 0}]
+)
+def test_impossible_optimisers_are_named(field):
+  with pytest.raises(ValueError, match=f"Optimizer.{next(iter(field))} is "):
+    Optimizer(**field)
+
+
+@pytest.mark.parametrize("field", [{"steps": 0}, {"checkpoint_every": -1}, {"sample_tokens": -1}, {"seed": -1}])
+def test_impossible_trainers_are_named(field):
+  with pytest.raises(ValueError, match=f"Trainer.{next(iter(field))} is "):
+    Trainer(**field)
+
+
+def test_meshes_take_what_they_are_told_or_all_that_is_left():
+  assert dict(MeshShape().build().shape) == {"data": 4, "fsdp": 1, "tensor": 1}
+  assert dict(MeshShape(tensor=2).build().shape) == {"data": 2, "fsdp": 1, "tensor": 2}
+  assert MeshShape(data=1, fsdp=2).build().size == 2
+
+
+def test_meshes_that_do_not_fit_are_errors(tmp_path):
+  with pytest.raises(ValueError, match="needs 8 devices, but there are 4"):
+    MeshShape(data=8).build()
+  with pytest.raises(ValueError, match="needs a multiple of 3 devices, but there are 4"):
+    MeshShape(tensor=3).build()
+  with pytest.raises(ValueError, match="is no mesh"):
+    MeshShape(data=-1, fsdp=-1)
+  with pytest.raises(ValueError, match=r"batch_size is 4, which does not divide over 3.*multiple of 3"):
+    program_of(tiny_experiment(tmp_path, mesh=MeshShape(data=3)))
+  with pytest.raises(ValueError, match=r"parameter params/blocks_0/kernel of shape \[15, 15\].*tensor=2"):
+    program_of(tiny_experiment(tmp_path, model=Model(width=15), mesh=MeshShape(1, tensor=2)))
+
+
+# The run.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run that went through without a stop."""
+  folder = tmp_path_factory.mktemp("finished")
+  experiment = tiny_experiment(folder, sample_tokens=8)
+  return experiment, folder / "run", train(experiment, folder / "run", progress=False)
+
+
+def test_a_finished_run_has_left_everything_it_promises(finished):
+  experiment, directory, result = finished
+  for name in ("config.gin", "metrics.jsonl", "loss.png", "sample.txt", "result.json", "checkpoints/12"):
+    assert (directory / name).exists(), name
+  assert (directory / "config.gin").read_text() == experiment.text
+  assert (directory / "sample.txt").read_text().startswith("def ")
+  assert list((directory / "tensorboard").glob("events.out.tfevents.*"))
+  rows = read_rows(directory / "metrics.jsonl")
+  assert [row["step"] for row in rows] == list(range(1, 13))
+  assert [row["step"] for row in rows if "validation_loss" in row] == [5, 10]
+  assert result.step == 12
+  assert result.interrupted is None
+  assert 0 < result.validation_bits_per_byte < 8
+  assert 0 < result.step_share <= 1
+  assert result.tokens_per_second > 0
+  assert result.matmul_share > 0
+
+
+def test_a_finished_run_says_so_and_is_left_alone(finished, capsys):
+  experiment, directory, result = finished
+  before = (directory / "metrics.jsonl").read_text()
+  assert train(experiment, directory) == result
+  assert "is finished: 12 steps" in capsys.readouterr().out
+  assert (directory / "metrics.jsonl").read_text() == before
+
+
+def test_away_from_a_terminal_a_run_prints_plain_lines(tmp_path, capfd):
+  train(tiny_experiment(tmp_path), tmp_path / "run")
+  out, err = capfd.readouterr()
+  lines = out.splitlines()
+  assert lines[0].startswith(f"Starting {tmp_path / 'run'}: 12 steps of 4 x 32 tokens")
+  assert [line.split()[1] for line in lines if line.startswith("step ")] == ["4/12", "5/12", "8/12", "10/12", "12/12"]
+  assert "bits per byte" in out
+  assert "\x1b" not in out
+  assert err == ""
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_saves_and_goes_on_to_the_same_losses(finished, tmp_path, monkeypatch, capsys, number):
+  _, uninterrupted, _ = finished
+  experiment, directory = tiny_experiment(tmp_path), tmp_path / "run"
+  with monkeypatch.context() as patch:
+    _at_step(patch, 6, lambda: signal.raise_signal(number))
+    result = train(experiment, directory)
+  assert result.interrupted == signal.Signals(number).name
+  assert f"{directory / 'checkpoints' / str(result.step)}" in capsys.readouterr().out
+  assert signal.getsignal(number) not in (signal.SIG_IGN, None)
+  final = train(experiment, directory)
+  assert f"Resuming {directory} after step {result.step}" in capsys.readouterr().out
+  assert (final.step, final.interrupted) == (12, None)
+  assert losses(directory) == losses(uninterrupted)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_repeats_the_steps_since_the_one_before(tmp_path, capsys):
+  directory = tmp_path / "run"
+  train(tiny_experiment(tmp_path, steps=8), directory, progress=False)
+  with (directory / "metrics.jsonl").open("a") as metrics:
+    metrics.write('{"step": 9, "lo')
+  for path in (directory / "checkpoints" / "8").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  train(tiny_experiment(tmp_path), directory)
+  out = capsys.readouterr().out
+  assert "Checkpoint 8 cannot be read" in out
+  assert f"Resuming {directory} after step 4" in out
+  assert [step for step, _ in losses(directory)] == list(range(1, 13))
+
+
+def test_more_steps_may_be_asked_for(tmp_path):
+  directory = tmp_path / "run"
+  train(tiny_experiment(tmp_path, steps=6, checkpoint_every=0), directory, progress=False)
+  result = train(tiny_experiment(tmp_path, steps=9, log_every=1, mesh=MeshShape(data=2)), directory, progress=False)
+  assert result.step == 9
+  assert [step for step, _ in losses(directory)] == list(range(1, 10))
+  assert "Trainer.steps = 9" in (directory / "config.gin").read_text()
+
+
+def test_a_directory_with_another_run_is_refused(finished, tmp_path):
+  experiment, directory, _ = finished
+  other = tiny_experiment(directory.parent, optimizer=Optimizer(learning_rate=0.5), sample_tokens=8, steps=99)
+  with pytest.raises(ValueError, match=r"another config: Optimizer.learning_rate = 0.01 there, 0.5 here\. Want"):
+    train(other, directory)
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+  (tmp_path / "config.gin").write_text(experiment.text.replace("Trainer.seed = 0", "Trainer.seed = 1"))
+  with pytest.raises(ValueError, match=r"Trainer\.seed = 1 there, 0 here"):
+    train(experiment, tmp_path)
+
+
+def test_a_run_that_never_saved_may_be_started_anew(tmp_path):
+  experiment = tiny_experiment(tmp_path, steps=2)
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "config.gin").write_text("Optimizer.learning_rate = 100.0\n")
+  (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+  train(experiment, tmp_path / "run", progress=False)
+  assert (tmp_path / "run" / "config.gin").read_text() == experiment.text
+  assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]
+
+
+def test_text_that_changed_under_a_run_is_refused(tmp_path):
+  train(tiny_experiment(tmp_path, steps=2), tmp_path / "run", progress=False)
+  experiment = tiny_experiment(tmp_path, steps=4)
+  (tmp_path / "text" / "3.txt").write_text("something else entirely")
+  with pytest.raises(ValueError, match="no longer hold the text"):
+    train(experiment, tmp_path / "run", progress=False)
+
+
+def test_a_model_that_knows_too_few_tokens_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"vocab_size is 100; want at least 256"):
+    train(tiny_experiment(tmp_path, model=Model(vocab_size=100)), tmp_path / "run")
+
+
+class Spoiled(Model):
+  """A model whose logits are never finite."""
+
+  def __call__(self, tokens, state=None, segment_ids=None):
+    logits, state = super().__call__(tokens, state, segment_ids)
+    return logits * jnp.inf, state
+
+
+def test_a_run_that_is_not_finite_stops_and_names_the_step_and_the_culprits(tmp_path, capsys):
+  experiment = tiny_experiment(tmp_path, model=Spoiled(), nonfinite_limit=3, log_every=1)
+  with pytest.raises(NonFiniteError, match=r"3 steps in a row up to step 3 .*every group.*are still those of step 0"):
+    train(experiment, tmp_path / "run")
+  assert "Step 2 skipped (loss nan" in capsys.readouterr().out
+  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert rows[0]["loss"] is None
+  assert rows[0]["skipped"]
+
+
+def test_the_first_module_that_is_not_finite_is_found(tmp_path):
+  experiment = tiny_experiment(tmp_path)
+  params, batch = program_of(experiment).create().params, next(experiment.data.load().batches())
+  assert first_nonfinite_module(experiment.model, params, batch) is None
+  params["params"]["blocks_0"]["bias"] = params["params"]["blocks_0"]["bias"] * jnp.float32(jnp.nan)
+  assert first_nonfinite_module(experiment.model, params, batch) == "blocks_0"
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_bitwise_the_same_losses(tmp_path):
+  """SIGKILL at some moment, twice, in a process of its own; then the rest, and a run without a stop to compare with."""
+  script = (
+    "import sys; from pathlib import Path; from memzoo.train.loop import train\n"
+    "from tiny_run import memory_model, tiny_experiment\n"
+    "settings = dict(model=memory_model(), steps=250, checkpoint_every=20, evaluate_every=0)\n"
+    "train(tiny_experiment(Path(sys.argv[1]), **settings), sys.argv[2])"
+  )
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent)}
+
+  def command(name):
+    return [sys.executable, "-c", script, str(tmp_path), str(tmp_path / name)]
+
+  for least in (50, 120):
+    with subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL) as process:
+      metrics = tmp_path / "killed" / "metrics.jsonl"
+      while process.poll() is None and not (metrics.exists() and len(metrics.read_bytes().splitlines()) > least):
+        time.sleep(0.01)
+      assert process.poll() is None, "the run ended before it could be killed"
+      process.kill()
+  for name in ("killed", "whole"):
+    subprocess.run(command(name), env=environment, check=True, stdout=subprocess.DEVNULL)
+  assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+  assert [step for step, _ in losses(tmp_path / "killed")] == list(range(1, 251))
+
+
+def _at_step(patch, step, action):
+  """Calls `action` when the numbers of `step` are recorded."""
+  record = loop._Run.record
+
+  def record_and_act(run, number, *rest):
+    record(run, number, *rest)
+    if number == step:
+      action()
+
+  patch.setattr(loop._Run, "record", record_and_act)
+
+
+# What it shows.
+
+
+def test_losses_are_drawn_with_gaps_and_without_validation(tmp_path):
+  rows = [{"step": i, "bits_per_byte": None if i == 3 else 8.0 / i} for i in range(1, 6)]
+  plot_losses(rows, tmp_path / "a.png")
+  rows[4]["validation_bits_per_byte"] = 2.0
+  plot_losses(rows, tmp_path / "b.png", Baselines(4.5, 2.1))
+  plot_losses(rows[:1], tmp_path / "c.png")
+  assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png", "c.png"))
+
+
+def test_smoothing_keeps_a_constant_and_passes_over_gaps():
+  np.testing.assert_allclose(smoothed(np.array([2.0, np.nan, 2.0, 2.0]), span=0.9), 2.0)
+  values = smoothed(np.arange(100.0))
+  assert (np.diff(values) > 0).all()
+  assert np.isnan(smoothed(np.array([np.nan, 1.0]))[0])
+
+
+def test_rows_are_cut_back_to_a_step(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 6)) + '{"ste')
+  keep_rows(path, 3)
+  assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_numbers_and_times_are_short():
+  assert [thousands(x) for x in (7, 999, 12345, 2.5e6, 3.21e9, 4e13)] == ["7", "999", "12.3k", "2.5M", "3.21G", "40T"]
+  assert [clock(x) for x in (5, 65, 3725.2)] == ["0:05", "1:05", "1:02:05"]
+
+
+def test_stopwatch_counts_what_it_is_told_to_and_no_more(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr("time.perf_counter", lambda: now[0])
+  watch = Stopwatch()
+  for activity, seconds in (("step", 6.0), ("input", 1.0), ("step", 2.0)):
+    with watch(activity):
+      now[0] += seconds
+  now[0] += 1.0
+  watch.stop()
+  assert watch.total == 10
+  assert {name: share for name, share in watch.shares().items() if share} == {"step": 0.8, "input": 0.1}

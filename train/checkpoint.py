@@ -1,0 +1,234 @@
+"""Checkpoints: saved by Orbax while training goes on, and believed only if they are whole.
+
+`RUN/checkpoints/STEP/` holds the train state, and beside it the position in the data, the config as gin text and a
+checksum of every array. Orbax writes to a temporary folder and renames it at the end, so a run killed while saving
+leaves nothing that looks like a checkpoint. One that was damaged later fails to load or fails its checksums; it is set
+aside under `RUN/unreadable/`, with a message, and the one before it is taken.
+"""
+
+import gc
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from .step import TrainState
+
+_DAMAGED = "an array does not match its checksum"
+_PARAMS = "['params']"  # how a dict's key is spelt in a path, where TrainState's field is spelt ".params"
+
+
+class Restored(NamedTuple):
+  """What a checkpoint gives back.
+
+  Attributes:
+    state: the train state, where the abstract state said that its arrays live.
+    data: the iterator's position, for `set_state`.
+    facts: the other things that were saved; see `Checkpoints.save`.
+  """
+
+  state: TrainState
+  data: Any
+  facts: dict[str, Any]
+
+
+class Checkpoints:
+  """The checkpoints of one run. A context manager: leaving it waits for a save that is under way.
+
+  Args:
+    directory: of the run. Created where it is missing.
+    kept: the newest so many stay on disk.
+    say: takes the messages about checkpoints that cannot be read.
+  """
+
+  def __init__(self, directory: str | Path, *, kept: int = 2, say: Callable[[str], None] = print):
+    self._directory, self._say = Path(directory).absolute(), say
+    with quiet_orbax():
+      self._manager = ocp.CheckpointManager(
+        self.path,
+        options=ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True),
+        item_names=("state", "data", "facts"),
+      )
+
+  @property
+  def path(self) -> Path:
+    """The folder that holds a folder for each checkpoint."""
+    return self._directory / "checkpoints"
+
+  @property
+  def latest_step(self) -> int | None:
+    """The step of the newest checkpoint, readable or not."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: TrainState, data: Any, facts: dict[str, Any]) -> None:
+    """Begins to save; returns as soon as `state` is copied, so that it may be given away.
+
+    Args:
+      step: batches that `state` has seen.
+      state: the train state.
+      data: the iterator's `get_state()` after those batches.
+      facts: whatever else belongs to the run, as JSON.
+    """
+    facts = facts | {"checksums": checksums(state)}
+    with quiet_orbax():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), facts=ocp.args.JsonSave(facts)
+        ),
+      )
+
+  def wait(self) -> None:
+    """Returns when everything is on disk."""
+    with quiet_orbax():
+      self._manager.wait_until_finished()
+
+  def restore(self, abstract_state: TrainState) -> Restored | None:
+    """The newest checkpoint that is whole, or None; any newer ones are set aside, with a message for each.
+
+    Args:
+      abstract_state: the state's shapes, dtypes and shardings, as in `Program.abstract_state`. The shardings may differ
+        from those it was saved with.
+    """
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      restored, damage = _attempt(lambda step=step: self._restore(step, abstract_state))
+      if damage is None:
+        return restored
+      self._say(f"Checkpoint {step} cannot be read and is now {self._set_aside(step)} ({damage}).")
+    return None
+
+  def _restore(self, step: int, abstract_state: TrainState) -> Restored:
+    with quiet_orbax():
+      found = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore(), facts=ocp.args.JsonRestore()
+        ),
+      )
+    facts = dict(found.facts)
+    if checksums(found.state) != facts.pop("checksums"):
+      raise ValueError(_DAMAGED)
+    return Restored(found.state, found.data, facts)
+
+  def _set_aside(self, step: int) -> Path:
+    target = self._directory / "unreadable" / str(step)
+    if jax.process_index() == 0:
+      shutil.rmtree(target, ignore_errors=True)
+      target.parent.mkdir(exist_ok=True)
+      shutil.move(self.path / str(step), target)
+    self._manager.reload()
+    return target
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    with quiet_orbax():
+      self._manager.close()
+
+
+def restore_params(
+  directory: str | Path, abstract_params: Any, *, say: Callable[[str], None] = print
+) -> tuple[Any, int]:
+  """The parameters of a run's newest whole checkpoint, for evaluation and generation, and the step they are from.
+
+  Args:
+    directory: of the run. Nothing in it is changed.
+    abstract_params: their shapes and dtypes, as `jax.eval_shape` gives them, without boxes; placed as their shardings
+      say, where they have any, and else on the first device.
+    say: takes the messages about checkpoints that cannot be read.
+
+  Raises:
+    ValueError: if the run has no checkpoint that can be read.
+  """
+  path = Path(directory).absolute() / "checkpoints"
+  if not path.is_dir():
+    raise ValueError(f"{directory} holds no checkpoint; want the folder of a run that has saved one.")
+  here = SingleDeviceSharding(jax.devices()[0])
+  target = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), abstract_params
+  )
+  with quiet_orbax(), ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    for step in sorted(manager.all_steps(), reverse=True):
+      params, damage = _attempt(lambda step=step: _restore_params(manager, step, target))
+      if damage is None:
+        return params, step
+      say(f"Checkpoint {step} of {directory} cannot be read ({damage}).")
+  raise ValueError(f"{directory} holds no checkpoint that can be read; want the folder of a run that has saved one.")
+
+
+def _restore_params(manager: ocp.CheckpointManager, step: int, target: Any) -> Any:
+  arguments = ocp.args.PyTreeRestore(
+    item={"params": target},
+    restore_args={"params": ocp.checkpoint_utils.construct_restore_args(target)},
+    partial_restore=True,
+  )
+  found = manager.restore(step, args=ocp.args.Composite(state=arguments, facts=ocp.args.JsonRestore()))
+  state = {"params": found.state["params"]}
+  saved = found.facts["checksums"]
+  if any(saved[f".params{name.removeprefix(_PARAMS)}"] != value for name, value in checksums(state).items()):
+    raise ValueError(_DAMAGED)
+  return state["params"]
+
+
+def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
+  """`load()` and None, or None and what is wrong with the files it read.
+
+  A damaged file surfaces as any of a dozen types of exception. All are caught but
+  those that are not the files' fault.
+  """
+  try:
+    return load(), None
+  except (MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:
+    damage = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:200]}"
+  # Orbax leaves the reads of the other arrays unfinished, each failing with an essay once it is collected.
+  hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+  try:
+    gc.collect()
+  finally:
+    sys.unraisablehook = hook
+  return None, damage
+
+
+def checksums(tree: Any) -> dict[str, int]:
+  """A number for each array that any flipped bit changes, computed where the array lives, whole or sharded."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  sums = _checksums([leaf for _, leaf in leaves])
+  return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, jax.device_get(sums), strict=True)}
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+  return [_checksum(array) for array in arrays]
+
+
+def _checksum(array: jax.Array) -> jax.Array:
+  """The words of `array`, each times an odd number of its own, summed modulo 2^32."""
+  word = jnp.dtype(f"uint{8 * min(4, array.dtype.itemsize)}")
+  bits = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
+  factors = jnp.ones(bits.shape, jnp.uint32)
+  for axis in range(bits.ndim):
+    factors = factors * (2 * jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) + 1)
+  return jnp.sum(bits * factors, dtype=jnp.uint32)
+
+
+@contextmanager
+def quiet_orbax() -> Iterator[None]:
+  """Keeps Orbax's running commentary, which goes through absl's logger, off the screen; errors are still raised."""
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)

@@ -1,0 +1,244 @@
+"""Text as batches of packed rows, in an order that depends on nothing but the seed.
+
+The documents of a split are laid end to end as one array of tokens, cut into rows of `sequence_length`, and dealt out
+by Grain in a new order every epoch. A row is a function of its number alone, so any batch can be made on its own, and
+the position of a run is one integer. No token is dropped, and only the end of a split is padded.
+
+Within a row `segment_ids` counts documents from 1, and 0 is padding. The target of a token is the token after it in the
+same document. The last token of a document has none: its weight is 0. A document that a row boundary cuts goes on in
+another row, without the memory of its beginning.
+
+The tokens of all text are held in memory, a byte each where tokens are bytes.
+"""
+
+import hashlib
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .sources import ByteTokenizer, Document, FileTokenizer, load_tokenizer, read_documents
+
+if TYPE_CHECKING:
+  import grain
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TextData:
+  """Text to train on, and how it is cut into batches.
+
+  Attributes:
+    sources: "stdlib" (the source text of Python's standard library), or files, folders and globs; see `read_documents`.
+    tokenizer: "bytes" (256 tokens), or the path of a tokenizer.json.
+    sequence_length: tokens in a row.
+    batch_size: rows in a batch, over all devices and processes.
+    validation_fraction: of the documents, picked by a hash of their names, that are kept from training. Where that
+      picks none or all, as from a single file, it is the end of every document instead.
+    seed: of the order of the rows.
+  """
+
+  sources: str | tuple[str, ...] = "stdlib"
+  tokenizer: str = "bytes"
+  sequence_length: int = 512
+  batch_size: int = 8
+  validation_fraction: float = 0.05
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("sequence_length", "batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"TextData.{name} is {getattr(self, name)}; want at least 1.")
+    if not 0 < self.validation_fraction < 1:
+      raise ValueError(f"TextData.validation_fraction is {self.validation_fraction}; want a share between 0 and 1.")
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f"TextData.seed is {self.seed}; want 0 or more, and less than 2**32.")
+
+  @cached_property
+  def _tokenizer(self) -> ByteTokenizer | FileTokenizer:
+    return load_tokenizer(self.tokenizer)
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of tokens that the tokenizer knows; a model's `vocab_size` must be at least this."""
+    return self._tokenizer.vocab_size
+
+  def encode(self, text: str) -> list[int]:
+    """The tokens of `text`."""
+    return self._tokenizer.encode(text)
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    """The text of `tokens`."""
+    return self._tokenizer.decode(tokens)
+
+  def load(self) -> "Corpus":
+    """Reads, splits and tokenises all text.
+
+    Raises:
+      ValueError: if a source is missing, unreadable, empty or broken, or there is less than a row of text to train on.
+    """
+    training, validation = split_documents(read_documents(self.sources), self.validation_fraction)
+    corpus = Corpus(self, self._lay_out(training), self._lay_out(validation))
+    if corpus.training.tokens.size <= self.sequence_length:
+      raise ValueError(
+        f"TextData.sources={self.sources!r} leave {corpus.training.tokens.size} tokens to train on; want more than "
+        f"TextData.sequence_length={self.sequence_length}: give more text, or shorter rows."
+      )
+    if len(corpus.validation.document_ends) >= corpus.validation.tokens.size:
+      raise ValueError(
+        f"TextData.sources={self.sources!r} leave {corpus.validation.tokens.size} tokens to validate on; want more: "
+        "give more text, or a larger TextData.validation_fraction."
+      )
+    return corpus
+
+  def _lay_out(self, documents: list[Document]) -> "Split":
+    tokens = self._tokenizer.encode_documents(documents)
+    return Split(
+      tokens=np.concatenate(tokens),
+      document_ends=np.cumsum([len(document) for document in tokens]),
+      num_bytes=sum(len(document.text) for document in documents),
+      sequence_length=self.sequence_length,
+    )
+
+
+def split_documents(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+  """Deals `documents` out to training and validation by a hash of their names.
+
+  A document's lot does not depend on the others, so adding text moves none. Where one side would be left empty, the
+  last `fraction` of every document is validation instead.
+  """
+
+  def is_validation(document: Document) -> bool:
+    digest = hashlib.blake2b(document.name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+  validation = [document for document in documents if is_validation(document)]
+  training = [document for document in documents if not is_validation(document)]
+  if training and validation:
+    return training, validation
+  cuts = [(name, text, len(text) - math.ceil(len(text) * fraction)) for name, text in documents]
+  return (
+    [Document(name, text[:cut]) for name, text, cut in cuts],
+    [Document(name, text[cut:]) for name, text, cut in cuts],
+  )
+
+
+@dataclass(frozen=True)
+class Split:
+  """The text of one split, laid end to end. As a sequence, its rows: `split[i]` is row `i` of a batch.
+
+  Attributes:
+    tokens: [tokens] of unsigned integers.
+    document_ends: [documents], ascending; where each document ends in `tokens`.
+    num_bytes: of the text.
+    sequence_length: tokens in a row.
+  """
+
+  tokens: np.ndarray
+  document_ends: np.ndarray
+  num_bytes: int
+  sequence_length: int
+
+  @property
+  def bytes_per_token(self) -> float:
+    """Bytes of text in a token, on average."""
+    return self.num_bytes / self.tokens.size
+
+  def __len__(self) -> int:
+    return max(1, math.ceil((self.tokens.size - 1) / self.sequence_length))
+
+  def __getitem__(self, row: int) -> Batch:
+    """Row `row`: tokens, targets and segment_ids int32, weights float32, all [sequence_length]."""
+    start, length = int(row) * self.sequence_length, self.sequence_length
+    window = self.tokens[start : start + length + 1]
+    document = np.searchsorted(self.document_ends, np.arange(start, start + window.size), side="right")
+    segments = (document - document[0] + 1).astype(np.int32)
+    window, segments = (np.pad(array, (0, length + 1 - window.size)) for array in (window.astype(np.int32), segments))
+    follows = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
+    return {
+      "tokens": window[:-1],
+      "targets": window[1:],
+      "segment_ids": segments[:-1],
+      "weights": follows.astype(np.float32),
+    }
+
+
+@dataclass(frozen=True)
+class Corpus:
+  """All text of a `TextData`, tokenised: its `training` and its `validation` split."""
+
+  data: TextData
+  training: Split
+  validation: Split
+
+  def batches(self, process: int = 0, processes: int = 1) -> "grain.DatasetIterator":
+    """Training batches without end: tokens, targets, segment_ids and weights, each [rows, sequence_length].
+
+    Every epoch has its own order. `get_state()` and `set_state(state)` save and restore the position.
+
+    Args:
+      process, processes: of several processes, each gets its share of the rows of every batch.
+    """
+    import grain
+
+    rows = grain.MapDataset.source(self.training).shuffle(self.data.seed).repeat()
+    batches = rows[process::processes].batch(self.data.batch_size // processes)
+    # One thread reads ahead while the device computes. A row is a few microseconds' work: more threads gain nothing.
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+  def validation_batches(self, count: int) -> list[Batch]:
+    """At most `count` batches of validation rows, spread evenly over the split; 0 means all of it.
+
+    Every batch has `batch_size` rows: the last is filled up with padding.
+    """
+    rows, size = len(self.validation), self.data.batch_size
+    wanted = rows if count == 0 else min(rows, count * size)
+    chosen = [self.validation[row] for row in np.linspace(0, rows - 1, wanted).round().astype(int)]
+    padding = {name: np.zeros_like(values) for name, values in chosen[0].items()}
+    chosen += [padding] * (-len(chosen) % size)
+    return [stack_rows(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+
+  @cached_property
+  def fingerprint(self) -> str:
+    """A digest of every token of both splits: the same text, cut in the same way, has the same one."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in (self.training, self.validation):
+      digest.update(split.tokens.data)
+      digest.update(split.document_ends.data)
+    return digest.hexdigest()
+
+
+def stack_rows(rows: Sequence[Batch]) -> Batch:
+  """Rows as one batch."""
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@dataclass(frozen=True)
+class Baselines:
+  """What the bytes of a text cost without a model of it, in bits per byte.
+
+  Attributes:
+    order_0: the entropy of single bytes, each taken alone.
+    zlib: compressed at level 9.
+  """
+
+  order_0: float
+  zlib: float
+
+
+def baselines(text: bytes) -> Baselines:
+  """Bits per byte of `text` under its own byte frequencies, and compressed by zlib at its best."""
+  counts = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
+  share = counts[counts > 0] / len(text)
+  return Baselines(order_0=float(-(share * np.log2(share)).sum()), zlib=8 * len(zlib.compress(text, 9)) / len(text))
+
+
+def predicted_text(batches: Sequence[Batch], data: TextData) -> bytes:
+  """The bytes that `batches` ask a model to predict, in the order of their rows."""
+  tokens = np.concatenate([batch["targets"][batch["weights"] > 0] for batch in batches])
+  return tokens.astype(np.uint8).tobytes() if data.tokenizer == "bytes" else data.decode(tokens.tolist()).encode()

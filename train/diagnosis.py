@@ -1,0 +1,42 @@
+"""Where a number stops being finite, for a run that must end because of it."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+_ORDER = ("embedding", "blocks", "mixer_norm", "mixer", "mlp_norm", "mlp", "final_norm", "head")  # as data flows
+
+
+def first_nonfinite_module(model: nn.Module, params: Any, batch: dict[str, jax.Array]) -> str | None:
+  """The first module, as data flows, whose output on `batch` is not finite, such as "blocks_2/mixer".
+
+  None if all outputs are finite (it is then the backward pass that is not), or only the model's own is not.
+  """
+  _, variables = model.apply(
+    params, batch["tokens"], segment_ids=batch["segment_ids"], capture_intermediates=True, mutable=["intermediates"]
+  )
+  outputs = {path[:-1]: calls for path, calls in flatten_dict(variables["intermediates"]).items() if len(path) > 1}
+  bad = [path for path, calls in outputs.items() if any(not _is_finite(call) for call in calls)]
+  # A module that holds another is as bad as what it holds: the innermost says the most.
+  innermost = [path for path in bad if not any(other[: len(path)] == path and other != path for other in bad)]
+  return "/".join(min(innermost, key=_position)) if innermost else None
+
+
+def _is_finite(output: Any) -> bool:
+  """Of a module's output, without the state that may come with it."""
+  output = output[0] if isinstance(output, tuple) else output
+  return bool(jnp.isfinite(output).all())
+
+
+def _position(path: tuple[str, ...]) -> tuple:
+  """Sorts modules by the flow of data, as far as their names tell."""
+
+  def rank(name: str) -> tuple:
+    stem, number = re.fullmatch(r"(.*?)_?(\d*)", name).groups()
+    return (_ORDER.index(stem) if stem in _ORDER else len(_ORDER), int(number or 0), stem)
+
+  return tuple(map(rank, path))

@@ -1,0 +1,357 @@
+"""A run from its first step to its last, through any number of interruptions.
+
+A run is a folder. Calling `train` on it starts it, takes it up where it stopped, or finds it finished. All that decides
+a step is in its checkpoint, and every source of order is seeded, so on a CPU a run that was killed goes on to the bits
+that it would have had.
+
+The host stays one step ahead of the device: it asks for a step before it reads the numbers of the last one, so reading,
+writing and drawing cost the device nothing as long as they take less than a step.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from .checkpoint import Checkpoints, Restored, checksums
+from .data import Corpus
+from .diagnosis import first_nonfinite_module
+from .evaluation import Evaluation, bits_per_byte, evaluate, mean_loss, put_rows
+from .report import Report, clock, plot_losses, read_rows, thousands
+from .run_folder import Result, check_same_run, finished_result
+from .runtime import Stopwatch, interruptions, start_quietly
+from .sharding import put_batch
+from .step import Metrics, Program, TrainState, build_program
+from .trainer import Trainer
+
+if TYPE_CHECKING:
+  from ..zoo.config import Experiment
+
+__all__ = ["NonFiniteError", "Result", "Trainer", "train"]
+
+
+class NonFiniteError(ArithmeticError):
+  """Several steps in a row had a loss or a gradient that was not finite."""
+
+
+def train(experiment: "Experiment", directory: str | Path, *, progress: bool = True) -> Result:
+  """Trains `experiment` in `directory`: starts, resumes, or finds that all is done, and says which.
+
+  It leaves `config.gin`, `metrics.jsonl` (a line for every step), `tensorboard/`, `loss.png`, `sample.txt`,
+  `result.json` and `checkpoints/`. SIGTERM and Ctrl-C save a checkpoint and return; a second Ctrl-C does not wait.
+
+  Args:
+    experiment: as `memzoo.build` gives it.
+    directory: of the run, made where it is missing. One that holds a run must hold this one: only `Trainer` (without
+      its seed) and `MeshShape` may differ.
+    progress: False prints nothing.
+
+  Raises:
+    ValueError: if the experiment cannot be run here, or `directory` holds another run.
+    NonFiniteError: if `Trainer.nonfinite_limit` steps in a row were not finite.
+  """
+  start_quietly()
+  directory, trainer, data = Path(directory), experiment.trainer, experiment.data
+  check_same_run(directory, experiment.text)
+  finished = finished_result(directory, trainer.steps)
+  if finished:
+    if progress and jax.process_index() == 0:
+      print(f"{directory} is finished: {finished.step} steps. To go on, ask for more with Trainer.steps.")
+    return finished
+  if experiment.model.vocab_size < data.vocab_size:
+    raise ValueError(
+      f"LanguageModel.vocab_size is {experiment.model.vocab_size}; want at least {data.vocab_size}, the number of "
+      f"tokens of TextData.tokenizer={data.tokenizer!r}."
+    )
+  mesh = experiment.mesh.build()
+  program = build_program(
+    experiment.model,
+    experiment.optimizer,
+    mesh,
+    steps=trainer.steps,
+    batch_size=data.batch_size,
+    seed=trainer.seed,
+  )
+  messages: list[str] = []
+  with Checkpoints(directory, kept=trainer.checkpoints_kept, say=messages.append) as checkpoints:
+    corpus = data.load()
+    restored = checkpoints.restore(program.abstract_state)
+    if restored and restored.facts["fingerprint"] != corpus.fingerprint:
+      raise ValueError(
+        f"TextData.sources={data.sources!r} no longer hold the text that {directory} was trained on; want the same "
+        "text (and, for the standard library, the same Python), or a new directory."
+      )
+    if jax.process_index() == 0:
+      (directory / "config.gin").write_text(experiment.text)
+      (directory / "result.json").unlink(missing_ok=True)
+    run = _Run(experiment, directory, mesh, program, corpus, checkpoints, restored, progress)
+    with run.report:
+      run.introduce(messages)
+      return run.go()
+
+
+class _Run:
+  """The parts of a run under way, and the state that goes from step to step."""
+
+  def __init__(
+    self,
+    experiment: "Experiment",
+    directory: Path,
+    mesh: Mesh,
+    program: Program,
+    corpus: Corpus,
+    checkpoints: Checkpoints,
+    restored: Restored | None,
+    progress: bool,
+  ):
+    self.experiment, self.trainer, self.data = experiment, experiment.trainer, experiment.data
+    self.directory, self.mesh, self.program, self.corpus = directory, mesh, program, corpus
+    self.checkpoints = checkpoints
+    self.primary = jax.process_index() == 0
+    self.batches = corpus.batches(jax.process_index(), jax.process_count())
+    self.state: TrainState = restored.state if restored else program.create()
+    if restored:
+      self.batches.set_state(restored.data)
+    self.step = self.first_step = int(self.state.step)
+    self.pending: tuple[int, Metrics, dict[str, jax.Array]] | None = None
+    self.watch = Stopwatch()
+    self.validation = [
+      put_rows(batch, program.batch_sharding) for batch in corpus.validation_batches(self.trainer.evaluation_batches)
+    ]
+    self.report = Report(
+      directory,
+      first_step=self.first_step,
+      last_step=max(self.first_step, self.trainer.steps),
+      tokens_per_step=self.data.batch_size * self.data.sequence_length,
+      log_every=self.trainer.log_every,
+      progress=progress,
+      primary=self.primary,
+    )
+
+  def introduce(self, messages: list[str]) -> None:
+    """Says what is about to happen."""
+    for message in messages:
+      self.report.say(message)
+    trainer, training = self.trainer, self.corpus.training
+    start = f"Resuming {self.directory} after step {self.step}" if self.step else f"Starting {self.directory}"
+    count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+    devices = f"{self.mesh.size} {self.mesh.devices.flat[0].device_kind} device{'s' * (self.mesh.size > 1)}"
+    epochs = trainer.steps * self.data.batch_size / len(training)
+    self.report.say(
+      f"{start}: {trainer.steps} steps of {self.data.batch_size} x {self.data.sequence_length} tokens, {epochs:.2g} "
+      f"epochs of {thousands(training.num_bytes)}B of text; {thousands(count)} parameters on {devices}."
+    )
+
+  def go(self) -> Result:
+    """Goes through the steps that are left, and finishes."""
+    with interruptions() as stopped_by:
+      self.train_until(stopped_by)
+    interrupted = stopped_by[0] if stopped_by else None
+    if interrupted and self.step < self.trainer.steps:
+      self.save()
+      self.checkpoints.wait()
+      self.draw(None)
+      self.report.say(
+        f"Stopped by {interrupted} after step {self.step}. Saved in {self.checkpoints.path / str(self.step)}; the same "
+        "command goes on from there."
+      )
+      return Result(str(self.directory), self.step, interrupted, int(self.state.skipped))
+    return self.finish()
+
+  def train_until(self, stopped_by: list[str]) -> None:
+    """Steps until the last, or until a signal has come; every step's numbers have been written on return."""
+    trainer = self.trainer
+    began = time.perf_counter()
+    while self.step < trainer.steps and not stopped_by:
+      with self.watch("input"):
+        batch = put_batch(next(self.batches), self.program.batch_sharding)
+      with self.watch("step"):
+        self.state, metrics = self.program.train(self.state, batch)
+      self.step += 1
+      previous, self.pending = self.pending, (self.step, metrics, batch)
+      if previous:
+        self.record(*previous)
+      if self.step == self.first_step + 1:
+        self.warm_up()
+        self.report.say(f"Compiled and took the first step in {time.perf_counter() - began:.1f} s.")
+        self.watch.restart()
+        self.report.restart_clock(self.step)
+      if _due(self.step, trainer.evaluate_every) and self.step < trainer.steps:
+        self.drain(evaluate=True)
+      if _due(self.step, trainer.checkpoint_every) or self.step == trainer.steps:
+        self.drain()
+        with self.watch("checkpoints"):
+          self.save()
+    self.drain()
+    self.watch.stop()
+
+  def warm_up(self) -> None:
+    """Finishes the first step, and compiles here and now whatever else will be called between steps."""
+    self.drain()
+    mean_loss(self.program, self.state.params, self.validation[:1])
+    checksums(self.state)
+
+  def drain(self, evaluate: bool = False) -> None:
+    """Records the step under way; with `evaluate`, together with the loss on the validation text after it."""
+    if self.pending is None:
+      return
+    (step, metrics, batch), self.pending = self.pending, None
+    with self.watch("step"):
+      jax.block_until_ready(metrics)
+    validation = {}
+    if evaluate:
+      with self.watch("evaluation"):
+        loss = mean_loss(self.program, self.state.params, self.validation)
+        validation = self.validation_row(loss)
+    self.record(step, metrics, batch, validation)
+
+  def validation_row(self, loss: float) -> dict[str, float]:
+    """The validation loss under the names that `metrics.jsonl` has for it."""
+    return {
+      "validation_loss": loss,
+      "validation_bits_per_byte": bits_per_byte(loss, self.corpus.validation.bytes_per_token),
+    }
+
+  def record(
+    self, step: int, metrics: Metrics, batch: dict[str, jax.Array], validation: dict[str, float] | None = None
+  ) -> None:
+    """Waits for a step's numbers and writes them; ends the run if too many in a row were not finite."""
+    with self.watch("step"):
+      metrics = jax.device_get(metrics)
+    with self.watch("reporting"):
+      loss, in_a_row = float(metrics.loss), int(metrics.skipped_in_a_row)
+      row = {
+        "step": step,
+        "loss": loss,
+        "bits_per_byte": bits_per_byte(loss, self.corpus.training.bytes_per_token),
+        "gradient_norm": float(metrics.gradient_norm),
+        "learning_rate": float(metrics.learning_rate),
+      }
+      self.report.row(row | ({"skipped": True} if in_a_row else {}) | (validation or {}))
+      if in_a_row:
+        self.complain(step, loss, metrics.nonfinite_groups, in_a_row, batch)
+
+  def complain(
+    self, step: int, loss: float, nonfinite: np.ndarray, in_a_row: int, batch: dict[str, jax.Array]
+  ) -> None:
+    """Reports a step that was skipped and which gradients were not finite; ends the run if it was one too many."""
+    groups = [group for group, bad in zip(self.program.groups, nonfinite, strict=True) if bad]
+    where = "every group" if len(groups) == len(nonfinite) else ", ".join(groups) or "none, but for their sum"
+    what = f"loss {loss:g}; gradients not finite: {where}"
+    if in_a_row < self.trainer.nonfinite_limit:
+      self.report.say(f"Step {step} skipped ({what}).")
+      return
+    self.report.flush()
+    module = first_nonfinite_module(self.experiment.model, self.state.params, batch)
+    raise NonFiniteError(
+      f"{in_a_row} steps in a row up to step {step} were not finite ({what}). "
+      + (f"The first output that is not finite is that of {module}. " if module else "")
+      + f"The parameters are still those of step {step - in_a_row}; a lower Optimizer.learning_rate or clip_norm, or a "
+      "longer warm-up, may help."
+    )
+
+  def save(self) -> None:
+    """Begins to save a checkpoint of this step, unless there is one."""
+    if self.checkpoints.latest_step == self.step:
+      return
+    self.report.flush()
+    facts = {"config": self.experiment.text, "fingerprint": self.corpus.fingerprint}
+    self.checkpoints.save(self.step, self.state, self.batches.get_state(), facts)
+
+  def finish(self) -> Result:
+    """Evaluates, writes what is left behind, and prints a summary."""
+    self.checkpoints.wait()
+    evaluation = evaluate(self.program, self.state.params, self.corpus, self.trainer.final_evaluation_batches)
+    result = Result(
+      directory=str(self.directory),
+      step=self.step,
+      skipped=int(self.state.skipped),
+      validation_loss=evaluation.loss,
+      validation_bits_per_byte=evaluation.bits_per_byte,
+      order_0_bits_per_byte=evaluation.baselines.order_0,
+      zlib_bits_per_byte=evaluation.baselines.zlib,
+      **self.speed(),
+    )
+    self.draw(evaluation)
+    self.write_sample()
+    if self.primary:
+      (self.directory / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+    self.summarise(result, evaluation)
+    return result
+
+  def speed(self) -> dict[str, float]:
+    """The rates among `Result`'s fields; none where there was but one step to time."""
+    steps, total, inside = self.step - self.first_step - 1, self.watch.total, self.watch.seconds["step"]
+    if steps < 1:
+      return {}
+    from ..zoo.describe import forward_flops
+    from ..zoo.machine import matmul_rate
+
+    flops = 3 * forward_flops(self.experiment.model, self.data.batch_size, self.data.sequence_length) * steps / inside
+    return {
+      "tokens_per_second": steps * self.data.batch_size * self.data.sequence_length / total,
+      "step_share": inside / total,
+      "flops_per_second": flops,
+      "matmul_share": flops / (matmul_rate() * self.mesh.size),
+    }
+
+  def draw(self, evaluation: Evaluation | None) -> None:
+    """Draws `loss.png` from all of `metrics.jsonl`; a final evaluation is its last point."""
+    self.report.flush()
+    rows = read_rows(self.directory / "metrics.jsonl") if self.primary else []
+    if not rows:
+      return
+    if evaluation:
+      rows[-1] |= self.validation_row(evaluation.loss)
+    plot_losses(rows, self.directory / "loss.png", evaluation and evaluation.baselines)
+
+  def write_sample(self) -> None:
+    """Writes `sample.txt`: the prompt and what the model makes of it."""
+    if not self.trainer.sample_tokens or jax.process_count() > 1:
+      return
+    from ..zoo.generate import generate
+
+    params = jax.device_put(self.state.params, jax.devices()[0])
+    prompt = self.data.encode(self.trainer.sample_prompt)
+    tokens = generate(
+      self.experiment.model,
+      params,
+      [prompt],
+      max_new_tokens=self.trainer.sample_tokens,
+      temperature=0.8,
+      seed=self.trainer.seed,
+    )
+    (self.directory / "sample.txt").write_text(self.data.decode(prompt + tokens[0]) + "\n")
+
+  def summarise(self, result: Result, evaluation: Evaluation) -> None:
+    """Prints the last table."""
+    names = ("loss.png", "sample.txt", "metrics.jsonl", "tensorboard", "checkpoints")
+    left = ", ".join(name for name in names if (self.directory / name).exists())
+    rows = [
+      ("validation", f"{result.validation_bits_per_byte:.3f} bits per byte, on {thousands(evaluation.tokens)} tokens"),
+      ("zlib -9, byte frequencies", f"{result.zlib_bits_per_byte:.3f}, {result.order_0_bits_per_byte:.3f} on the same"),
+    ]
+    if result.tokens_per_second:
+      share = self.watch.shares()
+      others = ", ".join(f"{name} {part:.1%}" for name, part in share.items() if name != "step")
+      rows += [
+        ("speed", f"{thousands(result.tokens_per_second)} tokens/s, in {clock(self.watch.total)} after the first step"),
+        ("time", f"{share['step']:.1%} in the compiled step; {others}"),
+        (
+          "arithmetic",
+          f"{thousands(result.flops_per_second)}FLOP/s in matrix products, {result.matmul_share:.0%} of one large "
+          "float32 product",
+        ),
+      ]
+    if result.skipped:
+      rows.append(("skipped", f"{result.skipped} steps, not finite"))
+    self.report.table(f"Finished: {self.step} steps", [*rows, (str(self.directory), left)])
+
+
+def _due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0

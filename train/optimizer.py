@@ -1,0 +1,100 @@
+"""AdamW with warm-up, cosine decay and clipping (Loshchilov & Hutter 2019, arXiv:1711.05101), out of optax's parts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Parameters that act as gates, offsets or scales whatever their shape: pulling them to zero changes what they mean.
+UNDECAYED_NAMES = frozenset({"A_log", "dt_bias", "bias", "scale"})
+
+
+@dataclass(frozen=True)
+class Optimizer:
+  """AdamW as memzoo trains with it; `build(steps)` gives the `optax.GradientTransformation`.
+
+  Attributes:
+    learning_rate: at the peak, reached after `warmup_steps`.
+    warmup_steps: steps of linear warm-up; a tenth of the run where that is fewer.
+    final_fraction: of `learning_rate` left at the last step, reached along a cosine.
+    weight_decay: times the learning rate, taken off matrices and embeddings at each update; not off gates, norms and
+      biases, that is, anything with fewer than two axes or named in `UNDECAYED_NAMES`.
+    b1, b2: decay of the first and second moments' averages.
+    epsilon: added to the root of the second moment.
+    clip_norm: the largest global norm a gradient may have; 0 does not clip.
+    accumulate_steps: batches whose gradients are averaged into one update. `steps` and `warmup_steps` count batches.
+  """
+
+  learning_rate: float = 1e-3
+  warmup_steps: int = 100
+  final_fraction: float = 0.1
+  weight_decay: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  epsilon: float = 1e-8
+  clip_norm: float = 1.0
+  accumulate_steps: int = 1
+
+  def __post_init__(self):
+    for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+      if not getattr(self, name) >= 0:
+        raise ValueError(f"Optimizer.{name} is {getattr(self, name)}; want 0 or more.")
+    if not 0 <= self.final_fraction <= 1:
+      raise ValueError(f"Optimizer.final_fraction is {self.final_fraction}; want a share between 0 and 1.")
+    for name in ("b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"Optimizer.{name} is {getattr(self, name)}; want 0 or more, and less than 1.")
+    if self.accumulate_steps < 1:
+      raise ValueError(f"Optimizer.accumulate_steps is {self.accumulate_steps}; want at least 1.")
+
+  def schedule(self, steps: int):
+    """The learning rate as a function of the number of updates made, for a run of `steps` batches."""
+    import optax
+
+    updates = max(1, steps // self.accumulate_steps)
+    warmup = min(self.warmup_steps // self.accumulate_steps, updates // 10)
+    schedule = optax.schedules.warmup_cosine_decay_schedule(
+      init_value=self.learning_rate / (warmup + 1),  # the very first update should not be wasted on a rate of zero
+      peak_value=self.learning_rate,
+      warmup_steps=warmup,
+      decay_steps=max(updates, warmup + 1),
+      end_value=self.learning_rate * self.final_fraction,
+    )
+    return _with_usual_promotion(schedule)
+
+  def build(self, steps: int):
+    """The `optax.GradientTransformation` for a run of `steps` batches."""
+    import optax
+
+    transform = optax.chain(
+      optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
+      optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon),
+      optax.add_decayed_weights(self.weight_decay, mask=decay_mask),
+      optax.scale_by_learning_rate(self.schedule(steps)),
+    )
+    if self.accumulate_steps > 1:
+      transform = optax.MultiSteps(transform, every_k_schedule=self.accumulate_steps).gradient_transformation()
+    return optax.GradientTransformation(*map(_with_usual_promotion, transform))
+
+
+def _with_usual_promotion(function: Callable) -> Callable:
+  """`function` under JAX's default promotion rules, which optax counts on, whatever stricter ones are in force."""
+
+  @wraps(function)
+  def relaxed(*args, **kwargs):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+      return function(*args, **kwargs)
+
+  return relaxed
+
+
+def decay_mask(params: Any) -> Any:
+  """A tree like `params`: True where weight decay applies, that is, to matrices and embeddings."""
+
+  def decays(path, leaf) -> bool:
+    return jnp.ndim(leaf) >= 2 and getattr(path[-1], "key", None) not in UNDECAYED_NAMES
+
+  return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,0 +1,225 @@
+"""What a run says while it goes on, and what it leaves behind for people: metrics, curves and a table."""
+
+import json
+import math
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .data import Baselines
+
+Row = dict[str, Any]
+
+
+class Report:
+  """Takes a row of numbers at every step and passes it on: to the screen, to `metrics.jsonl`, to TensorBoard.
+
+  A context manager. On a terminal it draws a bar; elsewhere it prints a line every `log_every` steps.
+
+  Args:
+    directory: of the run.
+    first_step, last_step: steps done before, and when all is done.
+    tokens_per_step: for the rate.
+    log_every: steps between two lines, and between two points in TensorBoard.
+    progress: False keeps the screen empty.
+    primary: False writes no files and shows nothing, for all processes but the first.
+  """
+
+  def __init__(
+    self,
+    directory: Path,
+    *,
+    first_step: int,
+    last_step: int,
+    tokens_per_step: int,
+    log_every: int,
+    progress: bool = True,
+    primary: bool = True,
+  ):
+    self._directory, self._last_step, self._log_every = directory, last_step, log_every
+    self._tokens_per_step, self._primary = tokens_per_step, primary
+    self._console = Console(quiet=not (progress and primary), highlight=False)
+    if not self._console.is_terminal:
+      self._console.width = 120  # a file has no width of its own
+    self._since, self._recent = (time.perf_counter(), first_step), []
+    self._bar = _progress_bar(self._console) if self._console.is_terminal and not self._console.quiet else None
+    self._task = self._bar and self._bar.add_task("", total=last_step, completed=first_step, rates="")
+    self._metrics = self._events = None
+    if primary:
+      from tensorboardX import SummaryWriter
+
+      keep_rows(directory / "metrics.jsonl", first_step)
+      self._metrics = (directory / "metrics.jsonl").open("a")
+      self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+
+  def __enter__(self) -> "Report":
+    if self._bar:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    if self._bar:
+      self._bar.stop()
+    if self._primary:
+      self._metrics.close()
+      self._events.close()
+
+  def say(self, message: str) -> None:
+    """Prints one line, above the bar where there is one."""
+    self._console.print(message, markup=False, soft_wrap=True)
+
+  def restart_clock(self, step: int) -> None:
+    """Leaves the time until now, such as that of compiling, out of the rates."""
+    self._since = (time.perf_counter(), step)
+
+  def row(self, row: Row) -> None:
+    """Takes the numbers of one step: "step", "loss" and "bits_per_byte" at least. They are written at the next `flush`."""
+    if self._primary:
+      self._metrics.write(json.dumps({name: _finite_or_none(value) for name, value in row.items()}) + "\n")
+    self._recent.append(row)
+    if row["step"] % self._log_every == 0 or row["step"] == self._last_step or "validation_bits_per_byte" in row:
+      self._summarise(row)
+    elif self._bar:
+      self._bar.update(self._task, completed=row["step"])
+
+  def _summarise(self, row: Row) -> None:
+    """Shows and logs the mean of the rows since the last time."""
+    now, step = time.perf_counter(), row["step"]
+    seconds, steps = now - self._since[0], step - self._since[1]
+    self._since = (now, step)
+    rate = self._tokens_per_step * steps / seconds if steps else 0.0
+    means = {name: _mean([r[name] for r in self._recent]) for name in ("loss", "bits_per_byte")}
+    self._recent = []
+    if self._primary:
+      scalars = {name: value for name, value in row.items() if name not in ("step", "skipped")}
+      for name, value in (scalars | means | {"tokens_per_second": rate}).items():
+        if math.isfinite(value):
+          self._events.add_scalar(name, value, step)
+      self.flush()
+    self._show(row | means, rate, seconds * (self._last_step - step) / max(1, steps))
+
+  def _show(self, row: Row, rate: float, seconds_left: float) -> None:
+    text = f"loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte"
+    if "validation_bits_per_byte" in row:
+      text += f"  validation {row['validation_bits_per_byte']:.3f}"
+    if rate:
+      text += f"  {thousands(rate)} tokens/s"
+    if self._bar:
+      self._bar.update(self._task, completed=row["step"], rates=text)
+      return
+    left = f"  {clock(seconds_left)} left" if rate and seconds_left else ""
+    self.say(f"step {row['step']:>{len(str(self._last_step))}}/{self._last_step}  {text}{left}")
+
+  def flush(self) -> None:
+    """Hands every row taken so far to the operating system: a kill from now on does not lose them."""
+    if self._primary:
+      self._metrics.flush()
+
+  def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+    """Prints a table of two columns."""
+    table = Table("", "", title=title, title_justify="left", show_header=False, box=SIMPLE)
+    for row in rows:
+      table.add_row(*map(escape, row))
+    self._console.print(table)
+
+
+def _progress_bar(console: Console) -> Progress:
+  columns = (
+    TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+    BarColumn(),
+    TaskProgressColumn(),
+    TextColumn("{task.fields[rates]}"),
+    TimeRemainingColumn(),
+  )
+  return Progress(*columns, console=console, refresh_per_second=2)
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+  """Cuts `metrics.jsonl` back to the rows up to `last_step`; a row that a kill tore in two goes with the rest."""
+  if path.exists():
+    kept = [row for row in read_rows(path) if row["step"] <= last_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    temporary.replace(path)
+
+
+def read_rows(path: Path) -> list[Row]:
+  """The rows of a `metrics.jsonl`, but for torn ones. Null stands for what was not finite."""
+  rows = []
+  for line in path.read_text().splitlines():
+    with suppress(json.JSONDecodeError):
+      rows.append(json.loads(line))
+  return rows
+
+
+def plot_losses(rows: list[Row], path: Path, baselines: Baselines | None = None) -> None:
+  """Draws bits per byte against steps: training, validation and the baselines, as a PNG file."""
+  from matplotlib.figure import Figure  # without pyplot, which keeps global state and chooses a windowing system
+
+  steps = np.array([row["step"] for row in rows])
+  raw = np.array([row["bits_per_byte"] for row in rows], float)  # None becomes nan, and a gap
+  figure = Figure(figsize=(8, 4.5), layout="constrained")
+  axes = figure.add_subplot()
+  axes.plot(steps, raw, color="tab:blue", alpha=0.2, linewidth=0.8, label="_batch")
+  axes.plot(steps, smoothed(raw), color="tab:blue", label="training, smoothed")
+  measured = [(row["step"], row["validation_bits_per_byte"]) for row in rows if "validation_bits_per_byte" in row]
+  if measured:
+    label = f"validation, {measured[-1][1]:.2f}"
+    axes.plot(*zip(*measured, strict=True), "o-", color="tab:orange", markersize=4, clip_on=False, label=label)
+  for name, value, style in (
+    () if baselines is None else (("byte frequencies", baselines.order_0, ":"), ("zlib -9", baselines.zlib, "--"))
+  ):
+    axes.axhline(value, color="0.35", linestyle=style, linewidth=1, label=f"{name}, {value:.2f}")
+  start = np.nanmax([*raw[:1], *((baselines.order_0,) if baselines else ()), 1.0])
+  # A spike may leave the frame: what it began with is all that the frame has to hold.
+  axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, max(2, int(steps.max(initial=1)))), ylim=(0, 1.1 * start))
+  axes.grid(alpha=0.25)
+  axes.legend(frameon=False)
+  figure.savefig(path, dpi=120)
+
+
+def smoothed(values: np.ndarray, span: float = 0.02) -> np.ndarray:
+  """Exponential running mean over about `span` of the curve, without the bias of its start; nan is passed over."""
+  decay = 1 - 1 / max(1.0, span * len(values))
+  total = weight = 0.0
+  means = np.full(len(values), np.nan)
+  for i, value in enumerate(values):
+    if np.isfinite(value):
+      total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+    if weight:
+      means[i] = total / weight
+  return means
+
+
+def clock(seconds: float) -> str:
+  """Seconds as 1:05, or 2:01:05 from an hour on."""
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def thousands(number: float) -> str:
+  """A number to three digits with k, M, G or T: 12.3k."""
+  for unit in ("", "k", "M", "G"):
+    if abs(number) < 999.5:
+      return f"{number:.3g}{unit}"
+    number /= 1000
+  return f"{number:.3g}T"
+
+
+def _mean(values: list[float]) -> float:
+  """Of the finite ones."""
+  finite = [value for value in values if math.isfinite(value)]
+  return sum(finite) / len(finite) if finite else math.nan
+
+
+def _finite_or_none(value: Any) -> Any:
+  return None if isinstance(value, float) and not math.isfinite(value) else value

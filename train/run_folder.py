@@ -1,0 +1,74 @@
+"""What the folder of a run says about it: which run it is, and whether it has been finished."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Result:
+  """What a run came to.
+
+  Attributes:
+    directory: of the run.
+    step: batches seen.
+    interrupted: the signal that stopped it early, "SIGTERM" or "SIGINT"; None if it is finished.
+    skipped: batches among them whose loss or gradient was not finite.
+    validation_loss, validation_bits_per_byte: on the validation text; None if interrupted, as all that follow.
+    order_0_bits_per_byte, zlib_bits_per_byte: what the same text costs under its own byte frequencies, and zlib -9.
+    tokens_per_second: from the end of the first step to the end of the last, all pauses included.
+    step_share: of that time, spent inside the compiled step.
+    flops_per_second: of matrix products within that share, a backward pass counted as two forward ones.
+    matmul_share: of what the devices reach in one large float32 matrix product, measured after the last step.
+  """
+
+  directory: str
+  step: int
+  interrupted: str | None = None
+  skipped: int = 0
+  validation_loss: float | None = None
+  validation_bits_per_byte: float | None = None
+  order_0_bits_per_byte: float | None = None
+  zlib_bits_per_byte: float | None = None
+  tokens_per_second: float | None = None
+  step_share: float | None = None
+  flops_per_second: float | None = None
+  matmul_share: float | None = None
+
+
+def check_same_run(directory: Path, text: str) -> None:
+  """Raises `ValueError` if `directory` holds a run whose config differs from `text` in what decides its steps.
+
+  A run that has not saved a checkpoint yet has nothing to lose, and may be started anew with any config.
+  """
+  path = directory / "config.gin"
+  if not path.exists() or not any((directory / "checkpoints").glob("[0-9]*")):
+    return
+  there, here = _bindings(path.read_text()), _bindings(text)
+  differences = [
+    f"{name} = {there.get(name, 'unset')} there, {here.get(name, 'unset')} here"
+    for name in sorted(there.keys() | here.keys())
+    if there.get(name) != here.get(name) and not _may_change(name)
+  ]
+  if differences:
+    raise ValueError(
+      f"{directory} holds a run with another config: {'; '.join(differences)}. Want the same, or a new directory."
+    )
+
+
+def _bindings(text: str) -> dict[str, str]:
+  """The lines of an operative config, as name -> value."""
+  pairs = (line.partition("=") for line in text.splitlines() if "=" in line and not line.startswith("#"))
+  return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _may_change(name: str) -> bool:
+  owner, _, field = name.rpartition("/")[2].rpartition(".")
+  return owner == "MeshShape" or (owner == "Trainer" and field != "seed")
+
+
+def finished_result(directory: Path, steps: int) -> Result | None:
+  """The result of the run in `directory`, if it has gone through at least `steps` steps."""
+  path = directory / "result.json"
+  result = Result(**json.loads(path.read_text())) if path.exists() else None
+  return result if result and result.step >= steps else None

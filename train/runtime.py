@@ -1,0 +1,84 @@
+"""What a run needs of the process it is in: a quiet start, signals that wait their turn, and a watch on its time."""
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+
+def start_quietly() -> None:
+  """Starts JAX's backends without what their libraries write to the error stream about accelerators that are not there.
+
+  Some of it comes from C++ and does not pass through Python's streams, so it is the file descriptor that is turned
+  aside. What was written is shown after all if the start fails.
+  """
+  sys.stderr.flush()
+  saved = os.dup(2)
+  with tempfile.TemporaryFile() as aside:
+    os.dup2(aside.fileno(), 2)
+    try:
+      jax.devices()
+    except Exception:
+      aside.seek(0)
+      os.write(saved, aside.read())
+      raise
+    finally:
+      os.dup2(saved, 2)
+      os.close(saved)
+
+
+class Stopwatch:
+  """Where the time of a loop goes: `with watch("step"): ...` adds to `watch.seconds["step"]`."""
+
+  def __init__(self):
+    self.restart()
+
+  def restart(self) -> None:
+    """Forgets everything and starts again."""
+    self.seconds = dict.fromkeys(("step", "evaluation", "checkpoints", "input", "reporting"), 0.0)
+    self._began, self.total = time.perf_counter(), 0.0
+
+  def stop(self) -> None:
+    """Sets `total`, the seconds since the start."""
+    self.total = time.perf_counter() - self._began
+
+  def shares(self) -> dict[str, float]:
+    """Each activity's part of `total`."""
+    return {name: seconds / self.total for name, seconds in self.seconds.items()}
+
+  @contextmanager
+  def __call__(self, activity: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    self.seconds[activity] += time.perf_counter() - began
+
+
+@contextmanager
+def interruptions() -> Iterator[list[str]]:
+  """Takes SIGTERM and SIGINT for as long as it is open: yields a list that the signal's name is put in.
+
+  A second SIGINT raises `KeyboardInterrupt` as usual. Outside the main thread, where Python delivers no signals, the
+  list stays empty.
+  """
+  caught: list[str] = []
+  if threading.current_thread() is not threading.main_thread():
+    yield caught
+    return
+
+  def catch(number: int, frame: Any) -> None:
+    caught.append(signal.Signals(number).name)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield caught
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)

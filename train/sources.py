@@ -1,0 +1,173 @@
+"""Where text comes from: the standard library's source, a file, a folder, a glob; and how it becomes tokens."""
+
+import glob
+import json
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# Tests, and tables of character sets that are near copies of one another and would leak from training to validation.
+_NOT_STDLIB_TEXT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
+
+
+class Document(NamedTuple):
+  """One text. `name` is relative to its source, so that it is the same on every machine."""
+
+  name: str
+  text: bytes
+
+
+def read_documents(sources: str | Sequence[str]) -> list[Document]:
+  """All documents of `sources`, in the order of the sources and of the names within each.
+
+  Args:
+    sources: one or several of "stdlib" (the *.py files of Python's standard library), a file, a folder (all its text
+      files, at any depth; hidden and binary ones are left out) or a glob. Every line of a *.jsonl file is a document,
+      its "text" field; any other file is one document.
+
+  Raises:
+    ValueError: if a source is missing, cannot be read or holds no text, or a line of JSONL is broken.
+  """
+  sources = [sources] if isinstance(sources, str) else list(sources)
+  if not sources:
+    raise ValueError('TextData.sources is empty; want "stdlib", or a file, folder or glob.')
+  return [document for source in sources for document in _read_source(source)]
+
+
+def _read_source(source: str) -> list[Document]:
+  if source == "stdlib":
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [path for path in _walk(root, _NOT_STDLIB_TEXT) if path.suffix == ".py"]
+    documents = [Document(_name(path, root), _read(source, path)) for path in paths]
+  else:
+    documents = list(_read_paths(source))
+  documents = [document for document in documents if document.text]
+  if not documents:
+    raise ValueError(f"TextData.sources names {source!r}, which holds no text; want a file that is not empty.")
+  return documents
+
+
+def _read_paths(source: str) -> Iterator[Document]:
+  expanded = os.path.expanduser(source)
+  if os.path.isdir(expanded):
+    root = Path(expanded)
+    for path in _walk(root, frozenset()):
+      yield from _read_file(source, path, _name(path, root), skip_binary=True)
+    return
+  paths = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
+  paths = [path for path in paths if not os.path.isdir(path)]
+  if not paths:
+    raise ValueError(
+      f"TextData.sources names {source!r}, which matches no file here ({os.getcwd()}); want \"stdlib\", or the path of "
+      "a file or folder, or a glob."
+    )
+  root = Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
+  for path in map(Path, paths):
+    yield from _read_file(source, path, _name(path, root), skip_binary=len(paths) > 1)
+
+
+def _read_file(source: str, path: Path, name: str, skip_binary: bool) -> Iterator[Document]:
+  text = _read(source, path)
+  if path.suffix == ".jsonl":
+    yield from _json_lines(path, name, text)
+  elif not (skip_binary and b"\0" in text[:8192]):
+    yield Document(name, text)
+
+
+def _json_lines(path: Path, name: str, text: bytes) -> Iterator[Document]:
+  for number, line in enumerate(text.split(b"\n"), start=1):
+    if not line.strip():
+      continue
+    try:
+      value = json.loads(line)["text"]
+      yield Document(f"{name}:{number}", value.encode())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise ValueError(
+        f'{path}, line {number}: want a JSON object with a "text" field that is a string '
+        f"({type(error).__name__}: {error})."
+      ) from None
+
+
+def _walk(root: Path, left_out: frozenset[str]) -> Iterator[Path]:
+  """Files under `root` in the order of their names, but for hidden ones and the folders named in `left_out`."""
+  for folder, folders, files in os.walk(root):
+    folders[:] = sorted(name for name in folders if name not in left_out and not name.startswith((".", "__pycache__")))
+    yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _name(path: Path, root: Path) -> str:
+  return path.relative_to(root).as_posix()
+
+
+def _read(source: str, path: Path) -> bytes:
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    raise ValueError(f"TextData.sources names {source!r}, but {path} cannot be read: {error.strerror}.") from None
+
+
+class ByteTokenizer:
+  """Tokens are the bytes of the UTF-8 text; none is special."""
+
+  vocab_size = 256
+
+  def encode(self, text: str) -> list[int]:
+    """The tokens of `text`."""
+    return list(text.encode())
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    """The text of `tokens`. Bytes that are no UTF-8 become U+FFFD."""
+    return bytes(int(token) & 255 for token in tokens).decode(errors="replace")
+
+  def encode_documents(self, documents: Sequence[Document]) -> list[np.ndarray]:
+    """The tokens of each document, in the smallest dtype that holds them."""
+    return [np.frombuffer(document.text, np.uint8) for document in documents]
+
+
+class FileTokenizer:
+  """A `tokenizer.json`, as the `tokenizers` library writes it. It adds no special tokens here."""
+
+  def __init__(self, path: str):
+    """Loads the file at `path`.
+
+    Raises:
+      ValueError: if the library is not installed, or the file is missing or is no tokenizer.
+    """
+    try:
+      from tokenizers import Tokenizer
+    except ImportError:
+      raise ValueError(
+        f'TextData.tokenizer is {path!r}, which needs the tokenizers library: pip install "memzoo[hub]". The default, '
+        '"bytes", needs nothing.'
+      ) from None
+    if not os.path.isfile(path):
+      raise ValueError(f'TextData.tokenizer is {path!r}, no file; want "bytes" or the path of a tokenizer.json.')
+    try:
+      self._tokenizer = Tokenizer.from_file(path)
+    except Exception as error:  # the library raises bare Exception
+      raise ValueError(f"TextData.tokenizer is {path!r}, which is no tokenizer.json: {error}.") from None
+    self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+  def encode(self, text: str) -> list[int]:
+    """The tokens of `text`."""
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    """The text of `tokens`."""
+    return self._tokenizer.decode([int(token) for token in tokens])
+
+  def encode_documents(self, documents: Sequence[Document]) -> list[np.ndarray]:
+    """The tokens of each document, in the smallest dtype that holds them."""
+    dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+    texts = [document.text.decode(errors="replace") for document in documents]
+    encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.asarray(encoding.ids, dtype) for encoding in encodings]
+
+
+def load_tokenizer(name: str) -> ByteTokenizer | FileTokenizer:
+  """The tokenizer that `TextData.tokenizer` names: "bytes", or the path of a tokenizer.json."""
+  return ByteTokenizer() if name == "bytes" else FileTokenizer(os.path.expanduser(name))

@@ -1,0 +1,189 @@
+"""The pure functions that a run is made of: one step of training, and one of evaluation.
+
+    state, metrics = train_step(state, batch)
+
+Loss is the mean cross-entropy in nats over the targets of non-zero weight. A step whose loss or gradient is not finite
+changes nothing but the counters, so one bad batch costs one batch; every value it would have written is discarded.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from .optimizer import Optimizer
+from .sharding import batch_sharding, parameter_shardings, replicated
+
+
+class TrainState(NamedTuple):
+  """All that a run carries from step to step on its devices.
+
+  Attributes:
+    step: int32; batches seen.
+    skipped: int32; batches among them whose loss or gradient was not finite.
+    skipped_in_a_row: int32; of these, since the last that was finite.
+    key: uint32; data of the random key that every step folds its number into.
+    params: the model's variables, as `model.apply` takes them.
+    opt_state: the optimiser's.
+  """
+
+  step: jax.Array
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+  key: jax.Array
+  params: Any
+  opt_state: Any
+
+
+class Metrics(NamedTuple):
+  """What a step reports, on its devices.
+
+  Attributes:
+    loss: float32; nats per token.
+    gradient_norm: float32; global, before clipping.
+    learning_rate: float32; that of this step.
+    skipped_in_a_row: int32; 0 if this step's update was made.
+    nonfinite_groups: bool [groups]; which groups of parameters had a non-finite gradient, in `parameter_groups` order.
+  """
+
+  loss: jax.Array
+  gradient_norm: jax.Array
+  learning_rate: jax.Array
+  skipped_in_a_row: jax.Array
+  nonfinite_groups: jax.Array
+
+
+class Program(NamedTuple):
+  """A run's compiled functions and where its arrays live.
+
+  Attributes:
+    create: `create() -> TrainState`, fresh.
+    train: `train(state, batch) -> (TrainState, Metrics)`. It consumes `state`.
+    evaluate: `evaluate(params, batch) -> (nats, tokens)`: the loss summed over the batch's targets, and their number.
+    abstract_state: the state's shapes, dtypes and shardings.
+    batch_sharding: of every array of a batch.
+    groups: names of the parameter groups.
+  """
+
+  create: Callable[[], TrainState]
+  train: Callable[[TrainState, dict], tuple[TrainState, Metrics]]
+  evaluate: Callable[[Any, dict], tuple[jax.Array, jax.Array]]
+  abstract_state: TrainState
+  batch_sharding: jax.sharding.NamedSharding
+  groups: tuple[str, ...]
+
+
+def build_program(
+  model: nn.Module, optimizer: Optimizer, mesh: Mesh, *, steps: int, batch_size: int, seed: int = 0
+) -> Program:
+  """Lays out and jits the functions of a run of `steps` batches of `batch_size` rows; nothing is computed yet.
+
+  Raises:
+    ValueError: if the batch or a parameter does not divide over the mesh.
+  """
+  rows = batch_sharding(mesh, batch_size)
+  transform = optimizer.build(steps)
+  create = partial(create_state, model, transform, jax.random.key(seed))
+  shardings = _state_shardings(model, transform, mesh)
+  shapes = jax.eval_shape(create)
+  train_step = make_train_step(model, transform, optimizer.schedule(steps), optimizer.accumulate_steps)
+  return Program(
+    create=jax.jit(create, out_shardings=shardings),
+    train=jax.jit(
+      train_step, in_shardings=(shardings, rows), out_shardings=(shardings, replicated(mesh)), donate_argnums=0
+    ),
+    evaluate=jax.jit(
+      partial(sum_loss, model), in_shardings=(shardings.params, rows), out_shardings=replicated(mesh)
+    ),
+    abstract_state=jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    ),
+    batch_sharding=rows,
+    groups=parameter_groups(shapes.params),
+  )
+
+
+def create_state(model: nn.Module, transform: optax.GradientTransformation, key: jax.Array) -> TrainState:
+  """A fresh state: parameters drawn from `key`, nothing seen."""
+  init_key, step_key = jax.random.split(key)
+  params = nn.unbox(_init(model, init_key))
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(zero, zero, zero, jax.random.key_data(step_key), params, transform.init(params))
+
+
+def make_train_step(
+  model: nn.Module, transform: optax.GradientTransformation, schedule: optax.Schedule, accumulate_steps: int = 1
+) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
+  """The pure function `train_step(state, batch) -> (state, metrics)`, not yet jitted."""
+
+  def mean_loss(params, batch, key):
+    nats, tokens = sum_loss(model, params, batch, key)
+    return nats / jnp.maximum(tokens, 1)
+
+  def train_step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    loss, gradients = jax.value_and_grad(mean_loss)(state.params, batch, key)
+    squares = group_squares(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(squares.sum())
+    updates, opt_state = transform.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+    learning_rate = jnp.asarray(schedule((state.step - state.skipped) // accumulate_steps), jnp.float32)
+    metrics = Metrics(loss, jnp.sqrt(squares.sum()), learning_rate, in_a_row, ~jnp.isfinite(squares))
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    return TrainState(state.step + 1, skipped, in_a_row, state.key, params, opt_state), metrics
+
+  return train_step
+
+
+def sum_loss(
+  model: nn.Module, params: Any, batch: dict, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy in nats summed over a batch's targets of non-zero weight, and their number; both float32."""
+  rngs = None if key is None else {"dropout": key}
+  logits, _ = model.apply(params, batch["tokens"], segment_ids=batch["segment_ids"], rngs=rngs)
+  nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["targets"])
+  return (nats * batch["weights"]).sum(), batch["weights"].sum()
+
+
+def parameter_groups(params: Any) -> tuple[str, ...]:
+  """Names of the groups that reports speak of, such as "embedding" and "blocks_3/mixer", in the order of the tree."""
+  return tuple(dict.fromkeys(_group(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)))
+
+
+def group_squares(gradients: Any) -> jax.Array:
+  """float32 [groups]: the sum of squares of each group's gradients."""
+  squares = dict.fromkeys(parameter_groups(gradients), jnp.zeros((), jnp.float32))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+    squares[_group(path)] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+  return jnp.stack(list(squares.values()))
+
+
+def _group(path: tuple) -> str:
+  names = [str(entry.key) for entry in path if str(entry.key) != "params"]
+  return "/".join(names[: 2 if names[0].startswith("blocks") else 1])
+
+
+def _init(model: nn.Module, key: jax.Array) -> Any:
+  return model.init(key, jnp.zeros((1, 1), jnp.int32))
+
+
+def _state_shardings(model: nn.Module, transform: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  boxed = jax.eval_shape(partial(_init, model), jax.random.key(0))
+  params, whole = parameter_shardings(mesh, boxed), replicated(mesh)
+  opt_state = optax.tree_utils.tree_map_params(
+    transform,
+    lambda leaf, sharding: sharding,
+    jax.eval_shape(transform.init, nn.unbox(boxed)),
+    params,
+    transform_non_params=lambda leaf: whole,
+  )
+  return TrainState(whole, whole, whole, whole, params, opt_state)

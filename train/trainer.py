@@ -1,0 +1,51 @@
+"""The settings of a run that belong to neither the model, the data, the optimiser nor the mesh."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Trainer:
+  """How long to train, and what to leave behind on the way.
+
+  Everything here but `seed` may be changed when a run is resumed.
+
+  Attributes:
+    steps: batches to train on, in all. A resumed run counts those it has already seen.
+    log_every: steps between two printed lines and two TensorBoard points. `metrics.jsonl` has every step.
+    evaluate_every: steps between two evaluations on the validation text; 0 evaluates only at the end.
+    evaluation_batches: batches in such an evaluation, spread evenly over the validation text; 0 means all of it.
+    final_evaluation_batches: the same for the evaluation at the end, on which the reported numbers rest.
+    checkpoint_every: steps between two checkpoints; 0 saves only at the end and when interrupted.
+    checkpoints_kept: the newest so many checkpoints stay on disk.
+    nonfinite_limit: so many non-finite steps in a row end the run. Each is skipped and leaves the parameters alone.
+    sample_prompt: the text from which a sample is written when the run ends.
+    sample_tokens: length of that sample in tokens; 0 writes none.
+    seed: of the parameters, and of any randomness in the model.
+  """
+
+  steps: int = 1000
+  log_every: int = 20
+  evaluate_every: int = 200
+  evaluation_batches: int = 16
+  final_evaluation_batches: int = 256
+  checkpoint_every: int = 200
+  checkpoints_kept: int = 2
+  nonfinite_limit: int = 5
+  sample_prompt: str = "def "
+  sample_tokens: int = 400
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("steps", "log_every", "checkpoints_kept", "nonfinite_limit"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"Trainer.{name} is {getattr(self, name)}; want at least 1.")
+    for name in ("evaluate_every", "evaluation_batches", "final_evaluation_batches", "checkpoint_every"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"Trainer.{name} is {getattr(self, name)}; want 0 or more.")
+    if self.sample_tokens < 0 or (self.sample_tokens and not self.sample_prompt):
+      raise ValueError(
+        f"Trainer.sample_tokens is {self.sample_tokens} with the sample_prompt {self.sample_prompt!r}; want 0 or more, "
+        "and a prompt of at least a character unless it is 0."
+      )
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f"Trainer.seed is {self.seed}; want 0 or more, and less than 2**32.")

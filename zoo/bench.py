@@ -1,0 +1,272 @@
+"""Times every operation against its oracle and against what this machine could do at best.
+
+The oracle is the paper's recurrence, token by token. The floor is the time that the chunked form's matrix products
+alone would take at the rate of a large product (three times that for the gradient). All that is compared, the large
+product too, is measured in one process, in turns, warm, and the median is kept: a busy machine disturbs all alike.
+
+    python -m memzoo.zoo.bench --peak-memory gated_delta_rule 65536
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..pallas_kernels import delta_rule, short_conv
+from .describe import count_flops
+from .machine import large_product, seconds_per_call
+
+LONG = (4096, 65536)  # lengths between which the time per token should not change
+
+
+@dataclass(frozen=True)
+class Shape:
+  """Of an operation's inputs: [batch, length, heads, key_dim or value_dim], float32."""
+
+  batch: int = 1
+  length: int = 2048
+  heads: int = 4
+  key_dim: int = 128
+  value_dim: int = 128
+
+
+@dataclass(frozen=True)
+class Timing:
+  """One pass of one operation. Times in seconds; None where it was not measured.
+
+  Attributes:
+    operation: its public name.
+    direction: "forward" or "gradient" (of a weighted sum of the outputs, by every input).
+    seconds: median time of a call, by implementation: "xla", "recurrent" (the oracle) and, off the CPU, "pallas".
+    compile_seconds: until the first call could start, by implementation.
+    matmul_rate: float32 FLOP/s of a large product, measured meanwhile.
+    floor_seconds: of the matrix products of "xla" at that rate.
+  """
+
+  operation: str
+  direction: str
+  seconds: dict[str, float]
+  compile_seconds: dict[str, float]
+  matmul_rate: float
+  floor_seconds: float
+
+
+@dataclass(frozen=True)
+class LongTiming:
+  """How one operation does at `LONG` lengths.
+
+  Attributes:
+    operation: its public name.
+    forward_seconds, gradient_seconds: per token, by length.
+    peak_bytes: of a process that takes the gradient at the greatest length once, Python and compiler included.
+    input_bytes: those among them that the inputs take.
+  """
+
+  operation: str
+  forward_seconds: dict[int, float]
+  gradient_seconds: dict[int, float]
+  peak_bytes: int
+  input_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+  """What a benchmark found, and on what."""
+
+  device: str
+  jax: str
+  shape: Shape
+  timings: list[Timing]
+  long: list[LongTiming]
+
+  def save(self, path: Path) -> None:
+    """Writes it as JSON."""
+    path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def bench(
+  operations: Sequence[str] | None = None,
+  shape: Shape = Shape(),
+  *,
+  seconds: float = 2.0,
+  long: bool = False,
+  say: Callable[[str], None] = lambda line: None,
+) -> Report:
+  """Measures.
+
+  Args:
+    operations: public names; None means all of `OPERATIONS`.
+    shape: of the inputs of the timings against the oracle.
+    seconds: for how long to measure each operation, in each direction.
+    long: whether to measure at `LONG` lengths too.
+    say: called with a line before each measurement.
+
+  Raises:
+    ValueError: if there is no such operation.
+  """
+  names = list(OPERATIONS) if operations is None else list(operations)
+  for name in names:
+    if name not in OPERATIONS:
+      raise ValueError(f"operations has {name!r}; want some of {', '.join(OPERATIONS)}.")
+  timings, long_timings = [], []
+  for name in names:
+    for direction in ("forward", "gradient"):
+      say(f"{name}, {direction}")
+      timings.append(_time(name, direction, shape, seconds))
+  for name in names if long else ():
+    say(f"{name}, {' and '.join(f'{length:,}' for length in LONG)} tokens")
+    long_timings.append(_time_long(name, shape, seconds))
+  return Report(_device(), jax.__version__, shape, timings, long_timings)
+
+
+def make_inputs(operation: str, shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
+  """Inputs as a trained layer has them: unit keys, strengths within (0, 1), a memory of hundreds of tokens."""
+  b, t, h, k, v = dataclasses.astuple(shape)
+  keys = iter(jax.random.split(jax.random.key(seed), 16))
+  normal = lambda *dims: jax.random.normal(next(keys), dims, jnp.float32)  # noqa: E731
+  unit = lambda *dims: _unit(normal(*dims))  # noqa: E731
+  strength = lambda *dims: jax.nn.sigmoid(normal(*dims))  # noqa: E731
+  decay = lambda *dims: -jax.nn.softplus(normal(*dims) - jnp.float32(5.0))  # noqa: E731
+  q, values = unit(b, t, h, k), normal(b, t, h, v)
+  match operation:
+    case "linear_attention":
+      return q, unit(b, t, h, k), values, decay(b, t, h)
+    case "delta_rule":
+      return q, unit(b, t, h, k), values, strength(b, t, h)
+    case "gated_delta_rule":
+      return q, unit(b, t, h, k), values, strength(b, t, h), decay(b, t, h)
+    case "kimi_delta_rule":
+      return q, unit(b, t, h, k), values, strength(b, t, h), decay(b, t, h, k)
+    case "delta_product":
+      return q, unit(b, t, 2, h, k), normal(b, t, 2, h, v), strength(b, t, 2, h), decay(b, t, h)
+    case "erase_then_delta_rule":
+      inputs = q, unit(b, t, h, k), values, strength(b, t, h), unit(b, t, h, k), strength(b, t, h), decay(b, t, h, k)
+      return inputs
+    case "short_conv":
+      return normal(b, t, h * k), normal(4, h * k)
+  raise ValueError(f"operation is {operation!r}; want one of {', '.join(OPERATIONS)}.")
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+  "linear_attention": delta_rule.linear_attention,
+  "delta_rule": delta_rule.delta_rule,
+  "gated_delta_rule": delta_rule.gated_delta_rule,
+  "kimi_delta_rule": delta_rule.kimi_delta_rule,
+  "delta_product": delta_rule.delta_product,
+  "erase_then_delta_rule": delta_rule.erase_then_delta_rule,
+  "short_conv": short_conv.short_conv,
+}
+
+
+def peak_memory(operation: str, shape: Shape) -> int:
+  """Bytes at the peak of a fresh process that takes the gradient of `operation` once, inputs included."""
+  arguments = [operation, *map(str, dataclasses.astuple(shape))]
+  command = [sys.executable, "-m", __name__, "--peak-memory", *arguments]
+  return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def function(operation: str, direction: str, implementation: str) -> Callable[..., Any]:
+  """What is timed: of the inputs, the operation, or the gradient of a weighted sum of its output by each of them."""
+
+  def forward(*inputs):
+    return OPERATIONS[operation](*inputs, implementation=implementation)
+
+  def weighted_sum(*inputs):
+    output = forward(*inputs)[0]
+    return jnp.sum(output * jnp.cos(jax.lax.broadcasted_iota(output.dtype, output.shape, output.ndim - 1)))
+
+  def gradient(*inputs):
+    return jax.grad(weighted_sum, argnums=tuple(range(len(inputs))))(*inputs)
+
+  return forward if direction == "forward" else gradient
+
+
+def compile_pass(operation: str, direction: str, implementation: str, inputs: tuple) -> tuple[Callable, float]:
+  """That, compiled for these inputs, and the seconds it took."""
+  start = time.perf_counter()
+  compiled = jax.jit(function(operation, direction, implementation)).lower(*inputs).compile()
+  return compiled, time.perf_counter() - start
+
+
+def _time(operation: str, direction: str, shape: Shape, seconds: float) -> Timing:
+  inputs = make_inputs(operation, shape)
+  implementations = ("xla", "recurrent") if jax.default_backend() == "cpu" else ("xla", "recurrent", "pallas")
+  compiled = {name: compile_pass(operation, direction, name, inputs) for name in implementations}
+  product, product_flops = large_product()
+  calls = {name: partial(call, *inputs) for name, (call, _) in compiled.items()} | {"product": product}
+  times = {name: statistics.median(taken) for name, taken in take_turns(calls, seconds).items()}
+  rate = product_flops / times.pop("product")
+  flops = count_flops(function(operation, "forward", "xla"), *inputs) * (1 if direction == "forward" else 3)
+  compile_seconds = {name: compile_seconds for name, (_, compile_seconds) in compiled.items()}
+  return Timing(operation, direction, times, compile_seconds, rate, flops / rate)
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+  """Times in seconds of every call, warm. The slow ones get fewer turns: as many as fit, three at least."""
+  times: dict[str, list[float]] = {name: [] for name in calls}
+  for call in calls.values():
+    jax.block_until_ready(call())
+  began = time.perf_counter()
+  while min(map(len, times.values())) < 3 or time.perf_counter() - began < seconds:
+    for name, call in calls.items():
+      for _ in range(_turns(times, name)):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times[name].append(time.perf_counter() - start)
+  return times
+
+
+def _turns(times: dict[str, list[float]], name: str) -> int:
+  """How often to call one before the next gets its turn: the quickest up to ten times as often as the slowest."""
+  if not all(times.values()):
+    return 1
+  return max(1, min(10, int(max(map(min, times.values())) / min(times[name]))))
+
+
+def _time_long(operation: str, shape: Shape, seconds: float) -> LongTiming:
+  per_token: dict[str, dict[int, float]] = {"forward": {}, "gradient": {}}
+  for length in LONG:
+    inputs = make_inputs(operation, dataclasses.replace(shape, length=length))
+    for direction, found in per_token.items():
+      call, _ = compile_pass(operation, direction, "xla", inputs)
+      found[length] = seconds_per_call(partial(call, *inputs), seconds) / length
+  longest = dataclasses.replace(shape, length=max(LONG))
+  input_bytes = sum(4 * x.size for x in jax.eval_shape(lambda: make_inputs(operation, longest)))
+  return LongTiming(operation, per_token["forward"], per_token["gradient"], peak_memory(operation, longest), input_bytes)
+
+
+def _device() -> str:
+  device = jax.devices()[0]
+  return f"{os.cpu_count()} CPU threads" if device.platform == "cpu" else device.device_kind
+
+
+def _print_peak_memory(operation: str, sizes: Iterable[str]) -> None:
+  inputs = make_inputs(operation, Shape(*map(int, sizes)))
+  jax.block_until_ready(compile_pass(operation, "gradient", "xla", inputs)[0](*inputs))
+  on_device = jax.devices()[0].memory_stats()
+  print(on_device["peak_bytes_in_use"] if on_device else _peak_resident_bytes())
+
+
+def _peak_resident_bytes() -> int:
+  import resource  # not on every system
+
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+  _print_peak_memory(sys.argv[2], sys.argv[3:])

@@ -1,0 +1,110 @@
+"""Shows what a benchmark found: tables for the screen, a picture for the disk."""
+
+import math
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from rich.table import Table
+
+from .bench import LONG, Report, Timing
+
+_BASELINE = "recurrent"
+_COLOURS = {"recurrent": "#b0b0b0", "xla": "#2f6db5", "pallas": "#d9822b"}
+_LABELS = {"recurrent": "oracle (token by token)", "xla": "xla (chunked)", "pallas": "pallas"}
+
+
+def tables(report: Report) -> list[Table]:
+  """One table of the timings and, where there are any, one of the long runs."""
+  return [_timings(report), *([_long(report)] if report.long else [])]
+
+
+def draw(report: Report, path: Path) -> None:
+  """Bars of every timing, forward and gradient side by side, as a PNG."""
+  figure = Figure(figsize=(12, 1.5 + 0.62 * len(report.timings) / 2), layout="constrained")
+  for axes, direction in zip(figure.subplots(1, 2, sharey=True), ("forward", "gradient"), strict=True):
+    _bars(axes, [timing for timing in report.timings if timing.direction == direction])
+    axes.set_title(direction)
+    axes.set_xlabel("milliseconds a call (logarithmic)")
+  axes = figure.axes[0]
+  axes.invert_yaxis()
+  figure.suptitle(_caption(report))
+  figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+  figure.savefig(path, dpi=120)
+
+
+def _caption(report: Report) -> str:
+  shape, rate = report.shape, statistics.median(timing.matmul_rate for timing in report.timings)
+  return (
+    f"{shape.batch} x {shape.length:,} tokens, {shape.heads} heads, keys {shape.key_dim}, values {shape.value_dim}, "
+    f"float32, on {report.device} ({rate / 1e9:,.0f} GFLOP/s in a large product)"
+  )
+
+
+def _timings(report: Report) -> Table:
+  table = Table(title=_caption(report).replace(", on ", "\non "), title_justify="left")
+  table.add_column("operation")
+  table.add_column("")
+  others = [name for name in report.timings[0].seconds if name != _BASELINE]
+  for heading in ("oracle ms", *(f"{name} ms" for name in others), "speed-up", "floor ms", "floors", "compile s"):
+    table.add_column(heading, justify="right")
+  for timing in report.timings:
+    fastest = min(others, key=timing.seconds.get)
+    seconds = timing.seconds[fastest]
+    table.add_row(
+      timing.operation if timing.direction == "forward" else "",
+      timing.direction,
+      _milliseconds(timing.seconds[_BASELINE]),
+      *(_milliseconds(timing.seconds[name]) for name in others),
+      f"{timing.seconds[_BASELINE] / seconds:.1f} x",
+      _milliseconds(timing.floor_seconds) if timing.floor_seconds else "",
+      f"{seconds / timing.floor_seconds:.1f}" if timing.floor_seconds else "",
+      f"{timing.compile_seconds[fastest]:.1f}",
+      end_section=timing.direction == "gradient",
+    )
+  return table
+
+
+def _long(report: Report) -> Table:
+  short, long = LONG
+  table = Table(title=f"From {short:,} to {long:,} tokens: microseconds a token", title_justify="left")
+  table.add_column("operation")
+  for heading in (f"forward {short:,}", f"{long:,}", "ratio", f"gradient {short:,}", f"{long:,}", "ratio", "peak GiB"):
+    table.add_column(heading, justify="right")
+  table.add_column("inputs GiB", justify="right")
+  for timing in report.long:
+    cells = []
+    for seconds in (timing.forward_seconds, timing.gradient_seconds):
+      cells += [f"{seconds[short] * 1e6:.2f}", f"{seconds[long] * 1e6:.2f}", f"{seconds[long] / seconds[short]:.2f}"]
+    table.add_row(timing.operation, *cells, _gib(timing.peak_bytes), _gib(timing.input_bytes))
+  return table
+
+
+def _bars(axes, timings: list[Timing]) -> None:
+  names = list(timings[0].seconds)
+  height = 0.8 / len(names)
+  for i, name in enumerate(names):
+    milliseconds = [timing.seconds[name] * 1e3 for timing in timings]
+    positions = [row + (i + 0.5) * height for row in range(len(timings))]
+    bars = axes.barh(positions, milliseconds, height, color=_COLOURS[name], label=_LABELS[name])
+    axes.bar_label(bars, [_milliseconds(m / 1e3) for m in milliseconds], padding=3, fontsize=8)
+  floors = {row: timing.floor_seconds * 1e3 for row, timing in enumerate(timings) if timing.floor_seconds}
+  lows, highs = list(floors), [row + 0.8 for row in floors]
+  axes.vlines(list(floors.values()), lows, highs, color="black", linestyle=":", label="floor (matrix products alone)")
+  axes.set_yticks([row + 0.4 for row in range(len(timings))], [timing.operation for timing in timings])
+  axes.set_xscale("log")
+  shortest = min(*floors.values(), *(1e3 * seconds for timing in timings for seconds in timing.seconds.values()))
+  axes.set_xlim(10 ** math.floor(math.log10(shortest)), None)
+  axes.xaxis.set_major_formatter("{x:g}")
+  axes.xaxis.set_minor_formatter(NullFormatter())
+  axes.margins(x=0.15)
+  axes.spines[["top", "right"]].set_visible(False)
+
+
+def _milliseconds(seconds: float) -> str:
+  return f"{seconds * 1e3:,.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f}"
+
+
+def _gib(count: int) -> str:
+  return f"{count / 2**30:.2f}"

@@ -1,0 +1,236 @@
+"""The `memzoo` command. Whatever is slow to import is imported by the command that needs it."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+  help="Memory layers for sequence models: train, evaluate and generate from one config file.",
+  epilog="Start with:  memzoo train quickstart   then:  memzoo generate runs/quickstart 'def '",
+  no_args_is_help=True,
+  add_completion=False,
+  pretty_exceptions_enable=False,
+  rich_markup_mode="rich",
+  context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_Config = Annotated[str, typer.Argument(help="A shipped config (see `memzoo list`) or the path of a .gin file.")]
+_Set = Annotated[
+  list[str] | None,
+  typer.Option("--set", metavar="X.FIELD=VALUE", help="Change a field of the config; may be repeated."),
+]
+_Run = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/quickstart.")]
+
+
+def main() -> None:
+  """Runs the command line. A caller's mistake is one line on the error stream and exit status 2."""
+  debug = "--debug" in sys.argv
+  arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+  try:
+    app(arguments)
+  except (ValueError, FileNotFoundError, ArithmeticError) as error:
+    if debug:
+      raise
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except BrokenPipeError:  # `memzoo list | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print_version(wanted: bool) -> None:
+  if wanted:
+    from .. import __version__
+
+    print(f"memzoo {__version__}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+  version: Annotated[
+    bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+  ] = False,
+  debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+) -> None:
+  del version, debug  # acted upon before: by the callback, and by `main`, wherever on the line it stands
+
+
+@app.command(no_args_is_help=True)
+def train(
+  config: _Config,
+  overrides: _Set = None,
+  steps: Annotated[int | None, typer.Option(help="Short for --set Trainer.steps=N.")] = None,
+  out: Annotated[Path | None, typer.Option(help="Folder of the run [runs/NAME].")] = None,
+) -> None:
+  """Train a model, or go on with a run that was stopped.
+
+  [bold]memzoo train quickstart[/bold]
+
+  [bold]memzoo train quickstart --set LanguageModel.depth=6 --set EraseThenDelta.num_heads=4 --out runs/deeper[/bold]
+
+  [bold]memzoo train quickstart --set TextData.sources=~/books --steps 5000 --out runs/books[/bold]
+  """
+  _start()
+  from ..train.loop import train as train_experiment
+  from .config import build
+
+  experiment = build(config, [*(overrides or ()), *([f"Trainer.steps={steps}"] if steps is not None else [])])
+  result = train_experiment(experiment, out or Path("runs") / experiment.name)
+  if result.interrupted:
+    import signal
+
+    raise typer.Exit(128 + signal.Signals[result.interrupted])
+
+
+@app.command(no_args_is_help=True)
+def evaluate(
+  run: _Run,
+  batches: Annotated[int, typer.Option(min=0, help="Batches to evaluate on; 0 is all validation text.")] = 0,
+) -> None:
+  """Evaluate the newest checkpoint of a run on its validation text.
+
+  [bold]memzoo evaluate runs/quickstart[/bold]
+  """
+  _start()
+  from ..train.evaluation import evaluate_run
+
+  evaluation, step = evaluate_run(run, batches=batches)
+  print(f"step {step}: {evaluation.bits_per_byte:.4f} bits per byte ({evaluation.loss:.4f} nats per token)")
+  baselines = evaluation.baselines
+  print(f"on {evaluation.tokens:,} tokens, for which zlib -9 takes {baselines.zlib:.3f} bits per byte")
+
+
+@app.command(no_args_is_help=True)
+def generate(
+  run: _Run,
+  prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+  tokens: Annotated[int, typer.Option(min=1, help="How many to generate.")] = 400,
+  temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model does.")] = 0.8,
+  top_k: Annotated[int | None, typer.Option(help="Draw among the K likeliest.")] = None,
+  top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest P of probability.")] = None,
+  seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
+) -> None:
+  """Generate text with the newest checkpoint of a run, shown as it comes.
+
+  [bold]memzoo generate runs/quickstart "def "[/bold]
+
+  [bold]memzoo generate runs/quickstart "class Memory:" --tokens 1000 --temperature 0.5 --seed 7[/bold]
+  """
+  _start()
+  import time
+
+  from ..train.evaluation import load_run
+  from .generate import as_text, stream
+
+  experiment, params, _ = load_run(run)
+  options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+  steps = stream(experiment.model, params, [experiment.data.encode(prompt)], max_new_tokens=tokens, **options)
+  times = []
+
+  def single_row():
+    for step in steps:
+      times.append(time.perf_counter())
+      yield int(step[0])
+
+  print(prompt, end="", flush=True)
+  for text in as_text(single_row(), experiment.data.decode):
+    print(text, end="", flush=True)
+  print()
+  if len(times) > 2:  # the first two wait for compilation
+    print(f"{(len(times) - 2) / (times[-1] - times[1]):,.0f} tokens/s", file=sys.stderr)
+
+
+@app.command(no_args_is_help=True)
+def describe(
+  config: _Config,
+  overrides: _Set = None,
+  length: Annotated[int | None, typer.Option(help="Tokens [TextData.sequence_length].")] = None,
+) -> None:
+  """Show what a config makes: parameters, bytes of memory and work, block by block. Nothing is allocated.
+
+  [bold]memzoo describe quickstart[/bold]
+
+  [bold]memzoo describe models/gated_delta_net_130m --length 65536[/bold]
+  """
+  _start()
+  from .config import build
+  from .describe import describe as describe_model
+  from .describe import render
+
+  experiment = build(config, overrides or ())
+  for part in render(experiment, describe_model(experiment.model, length or experiment.data.sequence_length)):
+    _console().print(part)
+
+
+@app.command("list")
+def list_() -> None:
+  """List the memory layers, with what each computes and where it is from, and the shipped configs."""
+  _start()
+  from rich.table import Table
+  from rich.text import Text
+
+  from .config import shipped
+  from .describe import summary
+  from .registry import LAYERS
+
+  table = Table.grid(padding=(0, 2))
+  for name, layer in LAYERS.items():
+    title, equation = summary(layer)
+    table.add_row(Text(name, style="bold"), Text(title))
+    table.add_row("", Text(equation, style="cyan"))
+  _console().print(table)
+  print("\nConfigs: " + ", ".join(shipped()))
+
+
+@app.command()
+def bench(
+  operations: Annotated[list[str] | None, typer.Argument(help="Which operations [all].")] = None,
+  length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 2048,
+  long: Annotated[bool, typer.Option("--long", help="Also from 4,096 to 65,536 tokens: time and peak memory.")] = False,
+  out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench"),
+) -> None:
+  """Time every operation, forward and gradient, against its oracle and against this machine's floor.
+
+  [bold]memzoo bench[/bold]
+
+  [bold]memzoo bench gated_delta_rule --long[/bold]
+  """
+  _start(cache=False)  # so that the compile times are true
+  from .bench import Shape
+  from .bench import bench as measure
+  from .bench_report import draw, tables
+
+  console = _console()
+  with console.status("") as status:
+    report = measure(operations or None, Shape(length=length), long=long, say=status.update)
+  for table in tables(report):
+    console.print(table)
+  out.mkdir(parents=True, exist_ok=True)
+  report.save(out / "bench.json")
+  draw(report, out / "bench.png")
+  print(f"Wrote {out / 'bench.json'} and {out / 'bench.png'}.")
+
+
+def _start(cache: bool = True) -> None:
+  """Brings JAX up quietly; compiled programs are kept for the next time."""
+  import jax
+
+  from ..train.runtime import start_quietly
+
+  start_quietly()
+  if cache and not jax.config.jax_compilation_cache_dir:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "memzoo" / "compiled"))
+
+
+def _console():
+  from rich.console import Console
+
+  return Console(width=None if sys.stdout.isatty() else 140)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,402 @@
+"""From a gin file to an experiment: a model, its data, optimiser, mesh and trainer. The only file that knows gin.
+
+    include 'parts/language_model.gin'
+    LanguageModel.mixers = [@EraseThenDelta, @EraseThenDelta, @local/Attention]
+    EraseThenDelta.num_heads = 4
+    local/Attention.window = 128
+
+gin's own parser reads the file. What it says is kept in a value of ours and not in gin's process-wide configuration,
+so nothing is left behind and any number of experiments can be built side by side. As in gin, later lines win, a scoped
+reference (`@local/Attention`) sees the unscoped bindings first and then its scope's, and `%name` stands for the value
+of `name = ...`. A layer of your own needs no registration: `import my_package.my_layers`, then
+`@my_package.my_layers.MyLayer`.
+
+Every value is checked against the annotated type of its field, whether or not the experiment ends up using it.
+"""
+
+import dataclasses
+import io
+import tokenize
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module, resources
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from gin import config_parser
+
+from .values import Mismatch, convert, did_you_mean, to_dtype
+
+_PACKAGE = __package__.rpartition(".")[0]
+# Named and not imported: `train` stands beside this package, and the two meet only when an experiment is built.
+_RUN = {
+  "data": ("data", "TextData"),
+  "optimizer": ("optimizer", "Optimizer"),
+  "mesh": ("sharding", "MeshShape"),
+  "trainer": ("trainer", "Trainer"),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+  """All that a run is made of.
+
+  Attributes:
+    name: of the configuration.
+    model: an unbound `LanguageModel`.
+    data, optimizer, mesh, trainer: `TextData`, `Optimizer`, `MeshShape` and `Trainer` of `memzoo.train`.
+    text: the operative configuration: every field of the above, defaults included, as gin text from which `build_text`
+      makes an equal experiment.
+  """
+
+  name: str
+  model: Any
+  data: Any
+  optimizer: Any
+  mesh: Any
+  trainer: Any
+  text: str
+
+
+def build(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+  """Builds an experiment.
+
+  Args:
+    config: the name of a shipped configuration ("quickstart", "models/delta_net_10m") or the path of a `.gin` file.
+    overrides: further bindings, which win: "LanguageModel.depth=4". A value that is not a Python literal is a string.
+
+  Raises:
+    ValueError: if there is no such configuration, or it says something that cannot be; the message has the place, the
+      field and what would do.
+    FileNotFoundError: if `config` is a path where no file is.
+  """
+  source = _find(str(config))
+  bindings = _Bindings()
+  bindings.read(source)
+  for override in overrides:
+    bindings.override(override)
+  return _build(bindings, PurePosixPath(source.name).name.removesuffix(".gin"))
+
+
+def build_text(text: str, name: str) -> Experiment:
+  """Builds an experiment from gin text, such as the operative configuration beside a checkpoint.
+
+  Args:
+    text: the configuration; what it includes is looked for among the shipped ones.
+    name: the name to give the experiment.
+
+  Raises:
+    ValueError: as `build`.
+  """
+  bindings = _Bindings()
+  bindings.read(_Source(name, text, None))
+  return _build(bindings, name)
+
+
+def shipped() -> list[str]:
+  """Names of the configurations that come with the package: those that are whole experiments, not parts of some."""
+  return sorted(name for name in _walk(resources.files(f"{_PACKAGE}.configs"), "") if not name.startswith("parts/"))
+
+
+@dataclass(frozen=True)
+class _Reference:
+  """`@scope/name`: an object to be built from what is bound to `name`, and to `name` in `scope`."""
+
+  scope: str
+  name: str
+
+  def __str__(self) -> str:
+    return "/".join(filter(None, (self.scope, self.name)))
+
+  def __repr__(self) -> str:
+    return f"@{self}"
+
+
+@dataclass(frozen=True)
+class _Macro:
+  """`%name`: what `name` was set to."""
+
+  name: str
+
+  def __repr__(self) -> str:
+    return f"%{self.name}"
+
+
+class _Binding(NamedTuple):
+  value: Any
+  where: str
+
+
+class _Source(NamedTuple):
+  name: str
+  text: str
+  folder: Path | None  # None: among the shipped configurations
+
+
+class _Delegate(config_parser.ParserDelegate):
+  """Tells gin's parser what references and macros become; which of them exist is seen later."""
+
+  def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
+    del evaluate  # `@X()` and `@X` mean the same here: one object for every mention
+    scope, _, name = scoped_configurable_name.rpartition("/")
+    return _Reference(scope, name)
+
+  def macro(self, macro_name: str) -> _Macro:
+    return _Macro(macro_name)
+
+
+@dataclass
+class _Bindings:
+  """What files and overrides say: (scope, configurable) -> field -> value."""
+
+  values: dict[tuple[str, str], dict[str, _Binding]] = field(default_factory=dict)
+  macros: dict[str, _Binding] = field(default_factory=dict)
+  modules: list[str] = field(default_factory=list)
+  must_be_used: dict[tuple[str, str], str] = field(default_factory=dict)
+
+  def read(self, source: _Source, including: tuple[str, ...] = ()) -> None:
+    """Takes in a file and, where it says so, the files that it includes."""
+    if source.name in including:
+      raise ValueError(f"{including[-1]} includes {source.name}, which includes it in turn.")
+    for statement in _parse(source.text, source.name):
+      where = f"{source.name}:{statement.location.line_num}"
+      match statement:
+        case config_parser.BindingStatement():
+          self._bind(statement, where)
+        case config_parser.BlockDeclaration():
+          self.resolve(statement.selector, where)
+        case config_parser.IncludeStatement():
+          self.read(_find_included(statement.filename, source.folder, where), (*including, source.name))
+        case config_parser.ImportStatement():
+          self._import(statement, where)
+
+  def override(self, text: str) -> None:
+    """Takes in one "Configurable.field=value"."""
+    key, equals, value = text.partition("=")
+    where = f"override {text!r}"
+    if not equals or not key.strip() or not value.strip():
+      raise ValueError(f"{where}: want Configurable.field=value, such as LanguageModel.depth=4.")
+    try:
+      (statement,) = _parse(text, where)
+    except ValueError:  # shells eat quotes: what is no literal is a string
+      (statement,) = _parse(f"{key}={value.strip()!r}", where)
+    scope, name, argument = statement.scope, statement.selector, statement.arg_name
+    if argument:
+      self.must_be_used[scope, name] = where
+    elif name not in self.macros:
+      raise ValueError(f"{where}: want Configurable.field=value, such as LanguageModel.depth=4.")
+    self._bind(statement, where)
+
+  def resolve(self, name: str, where: str) -> type:
+    """The class that a configuration calls `name`."""
+    known = _configurables()
+    module, _, attribute = name.rpartition(".")
+    if name in known:
+      return known[name]
+    found = getattr(import_module(module), attribute, None) if module in self.modules else None
+    if isinstance(found, type) and issubclass(found, nn.Module):
+      return found
+    raise ValueError(f"{where}: there is nothing called {name!r}{did_you_mean(name, known)} There are {', '.join(known)}.")
+
+  def bound_to(self, scope: str, name: str) -> dict[str, _Binding]:
+    """Field -> binding for `@scope/name`: the unscoped ones, then those of every level of the scope."""
+    parts = scope.split("/") if scope else []
+    scopes = ["/".join(parts[:i]) for i in range(len(parts) + 1)]
+    return {f: b for s in scopes for f, b in self.values.get((s, name), {}).items()}
+
+  def without_macros(self, value: Any, where: str) -> Any:
+    """`value` with each `%name` in it replaced by what `name` was set to."""
+    match value:
+      case _Macro(name):
+        if name not in self.macros:
+          raise ValueError(f"{where}: %{name} is not set{did_you_mean(name, self.macros)} Set it with `{name} = ...`.")
+        return self.without_macros(self.macros[name].value, where)
+      case list() | tuple():
+        return type(value)(self.without_macros(item, where) for item in value)
+      case dict():
+        return {key: self.without_macros(item, where) for key, item in value.items()}
+    return value
+
+  def _bind(self, statement: config_parser.BindingStatement, where: str) -> None:
+    scope, name, argument = statement.scope, statement.selector, statement.arg_name
+    binding = _Binding(statement.value, where)
+    if not argument:
+      self.macros["/".join(filter(None, (scope, name)))] = binding
+      return
+    _check_field(name, self.resolve(name, where), argument, where)
+    if scope:
+      self.must_be_used[scope, name] = where
+    self.values.setdefault((scope, name), {})[argument] = binding
+
+  def _import(self, statement: config_parser.ImportStatement, where: str) -> None:
+    try:
+      import_module(statement.module)
+    except ImportError as error:
+      raise ValueError(f"{where}: cannot import {statement.module}: {error}") from error
+    self.modules.append(statement.module)
+
+
+class _Builder:
+  """Makes objects of what is bound, and remembers what it made, and of what."""
+
+  def __init__(self, bindings: _Bindings):
+    self.bindings = bindings
+    self.made: dict[_Reference, tuple[type, dict[str, Any]]] = {}
+
+  def make(self, reference: Any, where: str) -> Any:
+    """The object that a reference stands for; anything that is no reference, as it is."""
+    if not isinstance(reference, _Reference):
+      return reference
+    name = reference.name
+    cls = self.bindings.resolve(name, where)
+    bound = self.bindings.bound_to(reference.scope, name)
+    for required in (f for f in _fields(cls) if _is_required(f) and f.name not in bound):
+      raise ValueError(
+        f"{where}: {name}.{required.name} has no default and is not set. Set it in the configuration, as "
+        f"`{name}.{required.name} = ...`, or as an override."
+      )
+    self.made[reference] = cls, {f: self.bindings.without_macros(b.value, b.where) for f, b in bound.items()}
+    arguments = {f: self.convert(name, cls, f, binding) for f, binding in bound.items()}
+    return cls(**arguments, **({"parent": None} if issubclass(cls, nn.Module) else {}))
+
+  def convert(self, name: str, cls: type, argument: str, binding: _Binding) -> Any:
+    """The bound value as the field's type has it."""
+    value = self.bindings.without_macros(binding.value, binding.where)
+    try:
+      if _is_dtype(argument):
+        return to_dtype(value)
+      return convert(value, _types(cls)[argument], lambda reference: self.make(reference, binding.where))
+    except Mismatch as mismatch:
+      raise ValueError(f"{binding.where}: {name}.{argument} = {value!r}: {mismatch}.") from None
+
+  def check_all(self) -> None:
+    """Looks at bindings that nothing asked for: they must be right, and those meant for this experiment must count."""
+    for (scope, name), where in self.bindings.must_be_used.items():
+      if not any(made.name == name and f"{made.scope}/".startswith(f"{scope}/" if scope else "") for made in self.made):
+        made = ", ".join(map(str, self.made))
+        raise ValueError(f"{where}: it changes nothing, for this experiment is made of {made}.")
+    spare = _Builder(self.bindings)
+    for (_, name), fields in self.bindings.values.items():
+      for argument, binding in fields.items():
+        spare.convert(name, self.bindings.resolve(name, binding.where), argument, binding)
+
+  def text(self) -> str:
+    """Everything made, field by field, as gin text."""
+    paragraphs = ["\n".join(f"import {module}" for module in self.bindings.modules)]
+    for reference, (cls, bound) in self.made.items():
+      values = {f.name: _literal(bound[f.name] if f.name in bound else _default(f)) for f in _fields(cls)}
+      paragraphs.append("\n".join(f"{reference}.{name} = {text}" for name, text in values.items() if text is not None))
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+def _build(bindings: _Bindings, name: str) -> Experiment:
+  builder = _Builder(bindings)
+  parts = {"model": "LanguageModel"} | {part: name for part, (_, name) in _RUN.items()}
+  made = {part: builder.make(_Reference("", class_name), name) for part, class_name in parts.items()}
+  builder.check_all()
+  return Experiment(name=name, **made, text=builder.text())
+
+
+def _configurables() -> dict[str, type]:
+  from .language_model import LanguageModel
+  from .registry import LAYERS
+
+  run = {name: getattr(import_module(f"{_PACKAGE}.train.{module}"), name) for module, name in _RUN.values()}
+  return {"LanguageModel": LanguageModel, **LAYERS, **run}
+
+
+def _parse(text: str, name: str) -> list[Any]:
+  """gin's statements in `text`; a `ValueError` with the line where it is not gin."""
+  try:
+    return list(config_parser.ConfigParser(io.StringIO(text), _Delegate()))
+  except SyntaxError as error:
+    raise ValueError(f"{name}:{error.lineno}: {error.msg.splitlines()[0]} in {(error.text or '').strip()!r}.") from None
+  except tokenize.TokenError as error:
+    raise ValueError(f"{name}:{error.args[1][0]}: {error.args[0]}.") from None
+
+
+def _find(config: str) -> _Source:
+  path = Path(config).expanduser()
+  if path.suffix == ".gin" and path.is_file():
+    return _Source(str(path), path.read_text(encoding="utf-8"), path.parent)
+  name = config.removesuffix(".gin")
+  if name in shipped():
+    return _shipped_source(name)
+  if path.suffix == ".gin":
+    raise FileNotFoundError(f"there is no file {config}")
+  raise ValueError(
+    f"there is no config {config!r}{did_you_mean(config, shipped())} Want the path of a .gin file, or one of "
+    f"{', '.join(shipped())}."
+  )
+
+
+def _find_included(filename: str, folder: Path | None, where: str) -> _Source:
+  """An included file: beside the one that includes it, or among the shipped ones."""
+  if folder is not None and (folder / filename).is_file():
+    path = folder / filename
+    return _Source(str(path), path.read_text(encoding="utf-8"), path.parent)
+  if filename.removesuffix(".gin") in _walk(resources.files(f"{_PACKAGE}.configs"), ""):
+    return _shipped_source(filename.removesuffix(".gin"))
+  beside = f"in {folder} or " if folder is not None else ""
+  raise ValueError(f"{where}: cannot include {filename!r}: there is none {beside}among the shipped configurations.")
+
+
+def _shipped_source(name: str) -> _Source:
+  file = resources.files(f"{_PACKAGE}.configs").joinpath(f"{name}.gin")
+  return _Source(f"{name}.gin", file.read_text(encoding="utf-8"), None)
+
+
+def _walk(folder: Any, prefix: str) -> Iterator[str]:
+  for entry in folder.iterdir():
+    if entry.is_dir():
+      yield from _walk(entry, f"{prefix}{entry.name}/")
+    elif entry.name.endswith(".gin"):
+      yield prefix + entry.name.removesuffix(".gin")
+
+
+def _fields(cls: type) -> list[dataclasses.Field]:
+  """The fields that configure `cls`, dtypes last; those by which Flax places a module in a tree are not among them."""
+  flax = ("parent", "name") if issubclass(cls, nn.Module) else ()
+  fields = [f for f in dataclasses.fields(cls) if f.init and f.name not in flax]
+  return sorted(fields, key=lambda f: _is_dtype(f.name))
+
+
+def _types(cls: type) -> dict[str, Any]:
+  return typing.get_type_hints(cls)
+
+
+def _check_field(name: str, cls: type, argument: str, where: str) -> None:
+  names = [f.name for f in _fields(cls)]
+  if argument not in names:
+    raise ValueError(
+      f"{where}: {name} has no field {argument!r}{did_you_mean(argument, names)} Its fields: {', '.join(names)}."
+    )
+
+
+def _is_required(f: dataclasses.Field) -> bool:
+  return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _default(f: dataclasses.Field) -> Any:
+  default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+  return jnp.dtype(default).name if _is_dtype(f.name) and default is not None else default
+
+
+def _is_dtype(argument: str) -> bool:
+  return argument == "dtype" or argument.endswith("_dtype")
+
+
+def _literal(value: Any) -> str | None:
+  """gin text for `value`, or None where there is none (a function, say)."""
+  if isinstance(value, _Reference) or value is None or isinstance(value, (bool, int, float, str)):
+    return repr(value)
+  if isinstance(value, (list, tuple)):
+    items = [_literal(item) for item in value]
+    return None if None in items else f"[{', '.join(items)}]"
+  if isinstance(value, dict):
+    items = [(_literal(key), _literal(item)) for key, item in value.items()]
+    return None if any(None in item for item in items) else f"{{{', '.join(f'{k}: {v}' for k, v in items)}}}"
+  return None

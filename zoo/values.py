@@ -1,0 +1,125 @@
+"""Checks a value that somebody wrote into a configuration against the type of the field that it is for."""
+
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+_WORDS = {int: "an integer", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
+_UNIONS = (typing.Union, types.UnionType)
+_SEQUENCES = (tuple, list, Sequence)
+
+
+class Mismatch(Exception):
+  """A value is not of the type that was asked for; the message says what would be."""
+
+
+def convert(value: Any, annotation: Any, make: Callable[[Any], Any] | None = None) -> Any:
+  """The value as the annotated type has it: a list for a tuple becomes a tuple, an integer for a float a float.
+
+  Args:
+    value: a literal: None, a boolean, number, string, or lists, tuples and dictionaries of these; or a reference.
+    annotation: a type, as found on a dataclass's field.
+    make: turns a reference into the object that it stands for, and gives anything else back as it is.
+
+  Raises:
+    Mismatch: if the value is not one of that type.
+  """
+  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+  if annotation is Any:
+    return make(value) if make else value
+  if origin in _UNIONS:
+    return _first_that_fits(value, annotation, arguments, make)
+  if origin is typing.Annotated:
+    return convert(value, arguments[0], make)
+  if origin is typing.Literal:
+    if value in arguments:
+      return value
+  elif (origin or annotation) in _SEQUENCES:
+    return _convert_sequence(value, annotation, origin, arguments, make)
+  elif (origin or annotation) in (dict, Mapping):
+    if isinstance(value, dict):
+      keys, values = arguments or (Any, Any)
+      return {convert(k, keys, make): convert(v, values, make) for k, v in value.items()}
+  elif annotation is float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+      return float(value)
+  elif annotation in (None, type(None)):
+    if value is None:
+      return None
+  elif isinstance(annotation, type):
+    made = make(value) if make else value
+    if isinstance(made, annotation) and not (annotation is int and isinstance(made, bool)):
+      return made
+  raise Mismatch(f"want {in_words(annotation)}")
+
+
+def to_dtype(value: Any) -> Any:
+  """The floating JAX type of that name: "bfloat16" gives `jnp.bfloat16`. None stays None.
+
+  Raises:
+    Mismatch: if there is none.
+  """
+  if value is None:
+    return None
+  found = getattr(jnp, value, None) if isinstance(value, str) else None
+  try:
+    if found is not None and jnp.issubdtype(found, jnp.floating):
+      return found
+  except TypeError:
+    pass  # a name of jax.numpy that is no type
+  raise Mismatch('want the name of a floating type, such as "float32" or "bfloat16"')
+
+
+def in_words(annotation: Any) -> str:
+  """What a field of this type takes, as a phrase: "an integer or None"."""
+  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+  if annotation in _WORDS:
+    return _WORDS[annotation]
+  if origin in _UNIONS:
+    return " or ".join(in_words(argument) for argument in arguments)
+  if origin is typing.Annotated:
+    return in_words(arguments[0])
+  if origin is typing.Literal:
+    return "one of " + ", ".join(map(repr, arguments))
+  if (origin or annotation) in _SEQUENCES:
+    items = [a for a in arguments if a is not Ellipsis]
+    return f"a list, each item {in_words(items[0])}" if len(items) == 1 else "a list"
+  if isinstance(annotation, type) and issubclass(annotation, nn.Module):
+    return "a layer, such as @Attention"
+  return f"a {getattr(annotation, '__name__', annotation)}"
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+  """The end of a sentence: ": did you mean 'num_heads'?" with the option nearest to `word`, or "." where none is."""
+  options = list(options)
+  near = difflib.get_close_matches(word.lower(), [o.lower() for o in options], n=1)
+  found = next((o for o in options if near and o.lower() == near[0]), None)
+  found = found or next((o for o in options if word.lower() in o.lower()), None)
+  return f": did you mean {found!r}?" if found else "."
+
+
+def _first_that_fits(value: Any, annotation: Any, arguments: tuple, make: Callable[[Any], Any] | None) -> Any:
+  for argument in arguments:
+    try:
+      return convert(value, argument, make)
+    except Mismatch:
+      continue
+  raise Mismatch(f"want {in_words(annotation)}")
+
+
+def _convert_sequence(value: Any, annotation: Any, origin: Any, arguments: tuple, make: Any) -> Any:
+  if not isinstance(value, (list, tuple)):
+    raise Mismatch(f"want {in_words(annotation)}")
+  container = list if origin is list else tuple
+  if not arguments:
+    return container(value)
+  if origin is tuple and Ellipsis not in arguments:
+    if len(value) != len(arguments):
+      raise Mismatch(f"want a list of {len(arguments)}")
+    return tuple(convert(item, argument, make) for item, argument in zip(value, arguments, strict=True))
+  return container(convert(item, arguments[0], make) for item in value)
