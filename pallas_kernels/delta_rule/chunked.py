@@ -33,7 +33,7 @@ _FORGET = -1e4
 
 
 class Chunks(NamedTuple):
-  """What each chunk does to the state. Leaves lead with [N, B, H]; R = C * r rows, (t, m) token-major.
+  """What each chunk does to the state. Leaves lead with [N, M], M = B * H; R = C * r micro-steps, token-major.
 
   Attributes:
     reads: [q e^G; a e^G], [C + R, K]; the first C rows alone where nothing is erased.
@@ -78,12 +78,14 @@ def _forward(chunk_size, docs, inputs, initial_state):
   def step(state, xs):
     chunk, inverse = xs
     read, u = _read(chunk, inverse, state)
-    out = read + matmul(chunk.scores[..., :chunk_size, :], u)
+    out = read + matmul(chunk.scores[:, :chunk_size], u)
     return chunk.keep[..., None] * state + matmul(_t(chunk.writes), u), (out, state)
 
-  final_state, (out, entering) = jax.lax.scan(step, initial_state, (chunks, inverse))
-  out = _from_chunks(out, tokens=inputs[0].shape[1])
-  return (out, final_state), (docs, inputs, entering)
+  batch, tokens, heads = inputs[0].shape[:3]
+  entry = initial_state.reshape(-1, *initial_state.shape[2:])
+  final_state, (out, entering) = jax.lax.scan(step, entry, (chunks, inverse))
+  out = _from_chunks(out, batch, heads)[:, :tokens]
+  return (out, final_state.reshape(initial_state.shape)), (docs, inputs, entering)
 
 
 def _backward(chunk_size, residuals, cotangents):
@@ -94,9 +96,9 @@ def _backward(chunk_size, residuals, cotangents):
   def step(d_state, xs):
     chunk, inverse, state, d_out = xs
     _, u = _read(chunk, inverse, state)
-    du = matmul(_t(chunk.scores[..., :chunk_size, :]), d_out) + matmul(chunk.writes, d_state)
+    du = matmul(_t(chunk.scores[:, :chunk_size]), d_out) + matmul(chunk.writes, d_state)
     dr = du if inverse is None else matmul(_t(inverse), du)
-    d_rows = d_out if inverse is None else jnp.concatenate([d_out, -dr], axis=-2)
+    d_rows = d_out if inverse is None else jnp.concatenate([d_out, -dr], axis=1)
     d_keep = jnp.sum(state * d_state, axis=-1)
     d_chunk = Chunks(
       reads=matmul(d_rows, _t(state)),
@@ -107,160 +109,176 @@ def _backward(chunk_size, residuals, cotangents):
     )
     return chunk.keep[..., None] * d_state + matmul(_t(chunk.reads), d_rows), d_chunk
 
-  xs = (chunks, _inverse(chunks, chunk_size), entering, _to_chunks(d_out, chunk_size))
-  d_initial, d_chunks = jax.lax.scan(step, d_final, xs, reverse=True)
+  xs = (chunks, _inverse(chunks, chunk_size), entering, _split(_to_chunks(d_out, chunk_size), len(entering)))
+  d_entry, d_chunks = jax.lax.scan(step, d_final.reshape(entering.shape[1:]), xs, reverse=True)
   (d_inputs,) = pull_back(d_chunks)
-  return None, d_inputs, d_initial
+  return None, d_inputs, d_entry.reshape(d_final.shape)
 
 
 _chunked.defvjp(_forward, _backward)
 
 
 def _read(chunk: Chunks, inverse: jax.Array | None, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What the queries find in the entering state [C, V], and the chunk's corrections U [R, V]."""
+  """What the queries find in the entering state [M, C, V], and the chunk's corrections U [M, R, V]."""
   found = matmul(chunk.reads, state)
   if inverse is None:
     return found, chunk.values
-  read, erased = jnp.split(found, [found.shape[-2] - chunk.values.shape[-2]], axis=-2)
+  read, erased = jnp.split(found, [found.shape[1] - chunk.values.shape[1]], axis=1)
   return read, matmul(inverse, chunk.values - erased)
 
 
 def _inverse(chunks: Chunks, chunk_size: int) -> jax.Array | None:
   """(I + A)^-1 of every chunk, `None` where nothing is erased."""
-  a = chunks.scores[..., chunk_size:, :]
-  return unit_lower_inverse(a) if a.shape[-2] else None
+  a = chunks.scores[:, :, chunk_size:]
+  if not a.shape[2]:
+    return None
+  return unit_lower_inverse(a.reshape(-1, *a.shape[2:])).reshape(a.shape)
 
 
 def _prepare(chunk_size, docs, dtype, inputs) -> Chunks:
-  """Everything that does not depend on the state, for all chunks in parallel. JAX differentiates it."""
+  """Everything that does not depend on the state, for all chunks in parallel. JAX differentiates it.
+
+  Chunks, batch and heads are one leading axis here: products with many batch axes are slow on CPU, and worse.
+  """
+  batch, tokens, heads = inputs[0].shape[:3]
+  n = -(-tokens // chunk_size)
   if docs is not None:  # padding does nothing, whatever it holds
     inputs = jax.tree.map(lambda x: jnp.where(jnp.expand_dims(docs.is_token, range(2, x.ndim)), x, 0), inputs)
   q, k, a, z, log_decay = jax.tree.map(lambda x: _to_chunks(x.astype(dtype), chunk_size), inputs)
-  rows = q[..., None, :] if a is None else jnp.concatenate([q[..., None, :], a], axis=-2)  # [N, B, H, C, 1 + r, K]
+  r = k.shape[2]
   if log_decay is None:
-    log_decay = jnp.zeros((1, 1, 1, chunk_size, 1), dtype)
+    log_decay = jnp.zeros((1, chunk_size, 1), dtype)
   log_decay = jnp.maximum(log_decay, _FORGET)
 
-  products = _decayed_products(rows, k, log_decay)  # [N, B, H, C, 1 + r, C, r]
-  entering = jnp.exp(_sum_up_to(log_decay))[..., None, :]
-  leaving = jnp.exp(_sum_after(log_decay))[..., None, :]
-  keep = jnp.exp(jnp.sum(log_decay, axis=-2))
-  causal = jnp.asarray(_causal(chunk_size, rows.shape[-2], k.shape[-2]))[None, None, None]
+  write_token = np.repeat(np.arange(chunk_size), r)
+  row_token = np.arange(chunk_size) if a is None else np.concatenate([np.arange(chunk_size), write_token])
+  rows = q if a is None else jnp.concatenate([q, _merge(a)], axis=1)
+  scores = _scores(q, a, k, rows, log_decay, row_token, write_token)
+  causal = jnp.asarray(_causal(chunk_size, r)[: rows.shape[1]])[None]
+  entering, leaving = _sum_up_to(log_decay, row_token), _sum_after(log_decay, write_token)
+  keep = jnp.exp(jnp.sum(log_decay, axis=1))
   if docs is None:
-    products = jnp.where(causal, products, 0)
+    entering, leaving = jnp.exp(entering), jnp.exp(leaving)
   else:
-    index = _to_chunks(docs.index[..., None], chunk_size, mode="edge")  # [N, B, 1, C]
-    last = index[..., -1:]
-    entry = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
-    same = index[..., :, None] == index[..., None, :]
-    products = jnp.where(causal & same[..., :, None, :, None], products, 0)
-    entering = jnp.where((index == entry)[..., None, None], entering, 0)
-    leaving = jnp.where((index == last)[..., None, None], leaving, 0)
-    keep = jnp.where(entry == last, keep, 0)
+    index = _to_chunks(jnp.repeat(docs.index[..., None], heads, axis=2), chunk_size, mode="edge")  # [N * M, C]
+    last = index[:, -1]
+    entry = jnp.concatenate([jnp.zeros((batch * heads,), index.dtype), last])[: len(last)]
+    row_index, write_index = index[:, row_token], index[:, write_token]
+    causal = causal & (row_index[:, :, None] == write_index[:, None, :])
+    entering = jnp.where((row_index == entry[:, None])[..., None], jnp.exp(entering), 0)
+    leaving = jnp.where((write_index == last[:, None])[..., None], jnp.exp(leaving), 0)
+    keep = jnp.where((entry == last)[:, None], keep, 0)
 
-  return Chunks(
-    reads=_queries_first(rows * entering),
-    scores=_queries_first(products.reshape(*products.shape[:-2], -1)),
-    writes=_merge(k * leaving),
+  chunks = Chunks(
+    reads=rows * entering,
+    scores=jnp.where(causal, scores, 0),
+    writes=_merge(k) * leaving,
     values=_merge(z),
-    keep=jnp.broadcast_to(keep, (*q.shape[:3], keep.shape[-1])),
+    keep=jnp.broadcast_to(keep, (len(q), keep.shape[-1])),
   )
+  return jax.tree.map(lambda x: _split(x, n), chunks)
 
 
-def _causal(chunk_size: int, rows: int, writes: int) -> np.ndarray:
-  """Which write reaches which row, bool [C, rows, C, writes]: row 0 reads after its token's writes, row m before write m."""
-  token, row = np.arange(chunk_size), np.arange(rows)
-  token_i, row_i, token_j, write_j = np.ix_(token, row, token, np.arange(writes))
-  return (token_i > token_j) | ((token_i == token_j) & ((row_i == 0) | (row_i - 1 > write_j)))
+def _causal(chunk_size: int, r: int) -> np.ndarray:
+  """Which writes (columns) each row of `Chunks.scores` sees, bool [C + R, R]: a read those up to its token's last, a
+  micro-step those before it."""
+  write = np.arange(chunk_size * r)
+  last_seen = np.concatenate([np.arange(chunk_size) * r + r - 1, write - 1])
+  return write <= last_seen[:, None]
+
+
+def _scores(q, a, k, rows, log_decay, row_token, write_token) -> jax.Array:
+  """sum_d rows_d k_d exp(sum of log_decay after k's token, up to rows'), [N * M, C + R, R].
+
+  Finite everywhere, meaningful where k's token is not later than rows'. A decay shared by the channels multiplies the plain
+  product.
+  """
+  if log_decay.shape[-1] == 1:
+    return matmul(rows, _t(_merge(k))) * jnp.exp(_sum_between(log_decay, row_token, write_token))
+  by_token = q[:, :, None] if a is None else jnp.concatenate([q[:, :, None], a], axis=2)
+  scores = _decayed_products(by_token, k, log_decay)  # [N * M, C, 1 + r, C, r]
+  scores = scores.reshape(*scores.shape[:3], -1)
+  return jnp.concatenate([scores[:, :, 0], _merge(scores[:, :, 1:])], axis=1)
 
 
 def _decayed_products(rows: jax.Array, k: jax.Array, log_decay: jax.Array) -> jax.Array:
-  """sum_d rows_d k_d exp(sum of log_decay after k's token, up to rows' token), [..., C, p, C, r].
+  """rows [L, C, p, K] times k [L, C, r, K], decayed in between by log_decay [L, C, K], as [L, C, p, C, r].
 
-  Finite everywhere, meaningful where k's token is not later than rows'. A decay shared by the channels multiplies the plain
-  product. One of each channel's own goes into the factors, split at the middle of ever larger blocks of tokens:
-  later half against earlier half, the one decayed since the middle and the other up to it.
-
-  Args:
-    rows: [..., C, p, K].
-    k: [..., C, r, K].
-    log_decay: [..., C, 1] or [..., C, K].
+  Every channel has a decay of its own, which goes into the factors, split at the middle of ever larger blocks of tokens:
+  the later half, decayed since the middle, against the earlier half, decayed up to it.
   """
-  if log_decay.shape[-1] == 1:
-    return _products(rows, k) * jnp.exp(_sum_between(log_decay))[..., :, None, :, None]
-
-  *lead, c, p, width = rows.shape
-  r = k.shape[-2]
-  # Leading axes are merged into the blocks': a product of many batch axes is slow, or worse, on CPU.
+  c, p, width = rows.shape[1:]
+  r = k.shape[2]
   out = _products(rows.reshape(-1, 1, p, width), k.reshape(-1, 1, r, width))
   half = 1
   while half < c:
+    tokens = np.arange(half)
     early_k = k.reshape(-1, 2, half, r, width)[:, 0]
     late_rows = rows.reshape(-1, 2, half, p, width)[:, 1]
     early_decay, late_decay = jnp.moveaxis(log_decay.reshape(-1, 2, half, width), 1, 0)
-    late_rows = late_rows * jnp.exp(_sum_up_to(late_decay))[..., None, :]
-    early_k = early_k * jnp.exp(_sum_after(early_decay))[..., None, :]
+    late_rows = late_rows * jnp.exp(_sum_up_to(late_decay, tokens))[:, :, None]
+    early_k = early_k * jnp.exp(_sum_after(early_decay, tokens))[:, :, None]
     across = _products(late_rows, early_k)
     first, second = jnp.moveaxis(out.reshape(-1, 2, half, p, half, r), 1, 0)
-    top = jnp.concatenate([first, jnp.zeros_like(across)], axis=-2)
-    out = jnp.concatenate([top, jnp.concatenate([across, second], axis=-2)], axis=1)
+    top = jnp.concatenate([first, jnp.zeros_like(across)], axis=3)
+    out = jnp.concatenate([top, jnp.concatenate([across, second], axis=3)], axis=1)
     half *= 2
-  return out.reshape(*lead, c, p, c, r)
+  return out.reshape(-1, c, p, c, r)
 
 
 def _products(rows: jax.Array, k: jax.Array) -> jax.Array:
-  """Inner products of rows [..., C, p, K] and k [..., C, r, K], as [..., C, p, C, r]."""
-  *lead, c, p, width = rows.shape
-  r = k.shape[-2]
-  return matmul(rows.reshape(*lead, c * p, width), _t(k.reshape(*lead, c * r, width))).reshape(*lead, c, p, c, r)
+  """Inner products of rows [L, C, p, K] and k [L, C, r, K], [L, C, p, C, r]."""
+  return matmul(_merge(rows), _t(_merge(k))).reshape(*rows.shape[:3], *k.shape[1:3])
 
 
-def _sum_up_to(x: jax.Array) -> jax.Array:
-  """Sums of x [..., C, K] over the tokens up to and including each, [..., C, K]."""
-  return _masked_sum(np.tril, 0, x)
+# Sums of log-decays are products with zeros and ones: everything that is summed has one sign, where differences of a
+# cumulative sum would cancel.
 
 
-def _sum_after(x: jax.Array) -> jax.Array:
-  """Sums of x [..., C, K] over the tokens after each, [..., C, K]."""
-  return _masked_sum(np.triu, 1, x)
+def _sum_up_to(x: jax.Array, token: np.ndarray) -> jax.Array:
+  """Sums of x [L, C, K] over the tokens up to and including each of `token` [R], [L, R, K]."""
+  return _sum(np.arange(x.shape[1]) <= token[:, None], x)
 
 
-def _sum_between(x: jax.Array) -> jax.Array:
-  """Sums of x [..., C, 1] over the tokens after j and up to i, [..., C, C]; zero where there are none."""
-  c = x.shape[-2]
-  after_j = jnp.asarray(np.tril(np.ones((c, c)), -1), x.dtype)
-  return _sum_up_to(x * jnp.expand_dims(after_j, range(x.ndim - 2)))
+def _sum_after(x: jax.Array, token: np.ndarray) -> jax.Array:
+  """Sums of x [L, C, K] over the tokens after each of `token` [R], [L, R, K]."""
+  return _sum(np.arange(x.shape[1]) > token[:, None], x)
 
 
-def _masked_sum(triangle, diagonal: int, x: jax.Array) -> jax.Array:
-  # A product with a triangle of ones: adding up what is summed, where a difference of cumulative sums would cancel.
-  mask = jnp.asarray(triangle(np.ones((x.shape[-2],) * 2), diagonal), x.dtype)
-  return einsum("ij,...jk->...ik", mask, x)
+def _sum_between(x: jax.Array, i: np.ndarray, j: np.ndarray) -> jax.Array:
+  """Sums of x [L, C, 1] over the tokens after each of j [S] and up to each of i [R], [L, R, S]; zero if there are none."""
+  after_j = jnp.asarray(np.arange(x.shape[1])[:, None] > j, x.dtype)
+  return _sum_up_to(x * after_j[None], i)
 
 
-def _queries_first(rows: jax.Array) -> jax.Array:
-  """[..., C, 1 + r, X] -> [..., C + R, X]: every token's read, then every micro-step's erase."""
-  return jnp.concatenate([rows[..., 0, :], _merge(rows[..., 1:, :])], axis=-2)
+def _sum(which: np.ndarray, x: jax.Array) -> jax.Array:
+  """Sums of x [L, C, K] over the tokens that `which` [R, C] names."""
+  return einsum("rc,lck->lrk", jnp.asarray(which, x.dtype), x)
 
 
 def _merge(x: jax.Array) -> jax.Array:
-  """[..., C, r, X] -> [..., C * r, X]."""
-  return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+  """[L, C, r, X] -> [L, C * r, X]."""
+  return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _t(x: jax.Array) -> jax.Array:
   return jnp.swapaxes(x, -1, -2)
 
 
+def _split(x: jax.Array, n: int) -> jax.Array:
+  """[N * M, ...] -> [N, M, ...]."""
+  return x.reshape(n, -1, *x.shape[1:])
+
+
 def _to_chunks(x: jax.Array, chunk_size: int, mode: str = "constant") -> jax.Array:
-  """[B, T, H, ...] -> [N, B, H, C, ...], padded to whole chunks with zeros, or with the last entry (`mode="edge"`)."""
+  """[B, T, H, ...] -> [N * B * H, C, ...], padded to whole chunks with zeros, or with the last entry (`mode="edge"`)."""
   batch, tokens, heads, *rest = x.shape
   x = jnp.pad(x, [(0, 0), (0, -tokens % chunk_size)] + [(0, 0)] * (x.ndim - 2), mode=mode)
   x = x.reshape(batch, -1, chunk_size, heads, *rest)
-  return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
+  return x.transpose(1, 0, 3, 2, *range(4, x.ndim)).reshape(-1, chunk_size, *rest)
 
 
-def _from_chunks(x: jax.Array, tokens: int) -> jax.Array:
-  """[N, B, H, C, V] -> [B, tokens, H, V]."""
-  n, batch, heads, c, width = x.shape
-  return x.transpose(1, 0, 3, 2, 4).reshape(batch, n * c, heads, width)[:, :tokens]
+def _from_chunks(x: jax.Array, batch: int, heads: int) -> jax.Array:
+  """[N, B * H, C, V] -> [B, N * C, H, V]."""
+  n, _, c, width = x.shape
+  return x.reshape(n, batch, heads, c, width).transpose(1, 0, 3, 2, 4).reshape(batch, n * c, heads, width)
