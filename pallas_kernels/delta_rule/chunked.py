@@ -194,7 +194,7 @@ def _scores(q, a, k, rows, log_decay, row_token, write_token) -> jax.Array:
   product.
   """
   if log_decay.shape[-1] == 1:
-    return matmul(rows, _t(_merge(k))) * jnp.exp(_sum_between(log_decay, row_token, write_token))
+    return _inner(rows, _merge(k)) * jnp.exp(_sum_between(log_decay, row_token, write_token))
   by_token = q[:, :, None] if a is None else jnp.concatenate([q[:, :, None], a], axis=2)
   scores = _decayed_products(by_token, k, log_decay)  # [N * M, C, 1 + r, C, r]
   scores = scores.reshape(*scores.shape[:3], -1)
@@ -228,7 +228,7 @@ def _decayed_products(rows: jax.Array, k: jax.Array, log_decay: jax.Array) -> ja
 
 def _products(rows: jax.Array, k: jax.Array) -> jax.Array:
   """Inner products of rows [L, C, p, K] and k [L, C, r, K], [L, C, p, C, r]."""
-  return matmul(_merge(rows), _t(_merge(k))).reshape(*rows.shape[:3], *k.shape[1:3])
+  return _inner(_merge(rows), _merge(k)).reshape(*rows.shape[:3], *k.shape[1:3])
 
 
 # Sums of log-decays are products with zeros and ones: everything that is summed has one sign, where differences of a
@@ -253,7 +253,13 @@ def _sum_between(x: jax.Array, i: np.ndarray, j: np.ndarray) -> jax.Array:
 
 def _sum(which: np.ndarray, x: jax.Array) -> jax.Array:
   """Sums of x [L, C, K] over the tokens that `which` [R, C] names."""
-  return einsum("rc,lck->lrk", jnp.asarray(which, x.dtype), x)
+  which = jnp.asarray(which, x.dtype)[None]
+  return matmul(jnp.broadcast_to(which, (x.shape[0], *which.shape[1:])), x)
+
+
+def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Inner products of the rows of x [L, R, K] and y [L, S, K], [L, R, S]."""
+  return einsum("lrk,lsk->lrs", x, y)
 
 
 def _merge(x: jax.Array) -> jax.Array:
