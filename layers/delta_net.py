@@ -79,7 +79,7 @@ class KimiDeltaAttention(DeltaNet):
   def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
     rank = self.decay_rank or self.key_dim
     decay = LogDecay(self.num_heads, self.key_dim, rank, self.decay_lower_bound, self.param_dtype, name="decay")
-    return delta_rule.kimi_delta_rule(q, k, v, self.strength(x), decay(x), **options)
+    return delta_rule.kimi_delta_rule(q, k, v, self.strength(x), decay(x), decay_bound=self.decay_lower_bound, **options)
 
 
 class DeltaProduct(DeltaNet):

@@ -44,5 +44,13 @@ class EraseThenDelta(DeltaNet):
     e = LowRank(self.key_heads * self.key_dim, rank * self.key_heads, name="erase_key", **self.types)(x)
     gamma = Strength(self.num_heads, bias=self.erase_bias, param_dtype=self.param_dtype, name="gamma")(x)
     return delta_rule.erase_then_delta_rule(
-      q, k, v, self.strength(x), l2_normalise(e.reshape(k.shape)), gamma, log_decay, **options
+      q,
+      k,
+      v,
+      self.strength(x),
+      l2_normalise(e.reshape(k.shape)),
+      gamma,
+      log_decay,
+      decay_bound=self.decay_lower_bound,
+      **options,
     )

@@ -16,6 +16,7 @@ Common to all faces, with B batch rows, T tokens, Hk key heads, Hv = G * Hk valu
   scale: of the read, K ** -0.5 unless given.
   initial_state: [B, Hv, K, V], float32 (float64 where inputs are); zeros unless given.
   segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding. See `memzoo.pallas_kernels.segments`.
+  decay_bound: a promise that no log_decay is below this, such as -5. Speed only, for decays by channel, and wrong if broken.
   chunk_size: tokens solved at once, a power of two. Speed only.
   implementation: "auto", "recurrent" (the oracle) or "xla" (chunk-parallel); `explain` tells what "auto" means.
 
@@ -53,6 +54,7 @@ def linear_attention(
   scale: float | None = None,
   initial_state: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  decay_bound: float | None = None,
   chunk_size: int | None = None,
   implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
@@ -62,7 +64,7 @@ def linear_attention(
   """
   _check_tokens(q, k, v)
   step = k, None, v
-  return _run(q, [step], log_decay, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+  return _run(q, [step], log_decay, v.dtype, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def delta_rule(
@@ -83,7 +85,7 @@ def delta_rule(
   """
   _check_tokens(q, k, v)
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
-  return _run(q, [_micro_step(k, v, beta)], None, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+  return _run(q, [_micro_step(k, v, beta)], None, v.dtype, scale, initial_state, segment_ids, None, chunk_size, implementation)
 
 
 def gated_delta_rule(
@@ -96,6 +98,7 @@ def gated_delta_rule(
   scale: float | None = None,
   initial_state: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  decay_bound: float | None = None,
   chunk_size: int | None = None,
   implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
@@ -105,7 +108,8 @@ def gated_delta_rule(
   """
   _check_tokens(q, k, v)
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
-  return _run(q, [_micro_step(k, v, beta)], log_decay, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+  steps = [_micro_step(k, v, beta)]
+  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def kimi_delta_rule(
@@ -118,6 +122,7 @@ def kimi_delta_rule(
   scale: float | None = None,
   initial_state: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  decay_bound: float | None = None,
   chunk_size: int | None = None,
   implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
@@ -128,7 +133,8 @@ def kimi_delta_rule(
   _check_tokens(q, k, v)
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
   _check("log_decay", log_decay, (*v.shape[:3], k.shape[-1]), "batch, tokens, value heads, key width")
-  return _run(q, [_micro_step(k, v, beta)], log_decay, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+  steps = [_micro_step(k, v, beta)]
+  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def delta_product(
@@ -141,6 +147,7 @@ def delta_product(
   scale: float | None = None,
   initial_state: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  decay_bound: float | None = None,
   chunk_size: int | None = None,
   implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
@@ -160,7 +167,7 @@ def delta_product(
   _check_tokens(q, k[:, :, 0], v[:, :, 0])
   _check("beta", beta, v.shape[:4], "batch, tokens, r, value heads")
   steps = [_micro_step(k[:, :, m], v[:, :, m], beta[:, :, m]) for m in range(k.shape[2])]
-  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def erase_then_delta_rule(
@@ -175,6 +182,7 @@ def erase_then_delta_rule(
   scale: float | None = None,
   initial_state: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  decay_bound: float | None = None,
   chunk_size: int | None = None,
   implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
@@ -190,7 +198,7 @@ def erase_then_delta_rule(
   _check("erase_key", erase_key, k.shape, "batch, tokens, key heads, key width")
   _check("erase_strength", erase_strength, v.shape[:3], "batch, tokens, value heads")
   steps = [_micro_step(erase_key, jnp.zeros_like(v), erase_strength), _micro_step(k, v, beta)]
-  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, chunk_size, implementation)
+  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def explain(tokens: int, *, implementation: str = "auto") -> Choice:
@@ -222,6 +230,7 @@ def _run(
   scale: float | None,
   initial_state: jax.Array | None,
   segment_ids: jax.Array | None,
+  decay_bound: float | None,
   chunk_size: int | None,
   implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
@@ -229,6 +238,8 @@ def _run(
   k, a, z = (None if step[0] is None else jnp.stack(step, axis=3) for step in zip(*steps, strict=True))
   (batch, tokens, _, width), (heads, r, value_width) = q.shape, z.shape[2:]
   _check_log_decay(log_decay, (batch, tokens, heads), width)
+  if decay_bound is not None and decay_bound >= 0:
+    raise ValueError(f"decay_bound={decay_bound}; want a negative number that no log_decay is below, or None.")
   check_segment_ids(segment_ids, (batch, tokens))
   dtype = accumulator(q, k, a, z, log_decay, initial_state)
   if initial_state is None:
@@ -242,7 +253,7 @@ def _run(
   if explain(tokens, implementation=implementation).implementation == "recurrent":
     out, state = recurrent(*args)
   else:
-    out, state = chunked(*args, chunk_size=_chunk_size(chunk_size, tokens, r, log_decay))
+    out, state = chunked(*args, chunk_size=_chunk_size(chunk_size, tokens, r, log_decay), decay_bound=decay_bound)
   return out.astype(out_dtype), state
 
 

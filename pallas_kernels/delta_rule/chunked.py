@@ -32,6 +32,10 @@ from ..triangular import unit_lower_inverse
 _FORGET = -1e4
 
 
+# Of a product of two factors' exponentials, each at most e^40: far from overflow in float32.
+_LARGEST_EXPONENT = 40.0
+
+
 class Chunks(NamedTuple):
   """What each chunk does to the state. Leaves lead with [N, M], M = B * H; R = C * r micro-steps, token-major.
 
@@ -59,20 +63,26 @@ def chunked(
   initial_state: jax.Array,
   docs: Documents | None,
   chunk_size: int,
+  decay_bound: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """As `recurrent`, with the same arguments and results; `chunk_size` is a power of two."""
+  """As `recurrent`, with the same arguments and results.
+
+  Args:
+    chunk_size: C, a power of two.
+    decay_bound: a promise that no log-decay is less, which makes per-channel decays cheaper.
+  """
   if log_decay is not None and log_decay.ndim == 3:
     log_decay = log_decay[..., None]
-  return _chunked(chunk_size, docs, (q, k, a, z, log_decay), initial_state)
+  return _chunked(chunk_size, decay_bound, docs, (q, k, a, z, log_decay), initial_state)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(chunk_size, docs, inputs, initial_state):
-  return _forward(chunk_size, docs, inputs, initial_state)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(chunk_size, decay_bound, docs, inputs, initial_state):
+  return _forward(chunk_size, decay_bound, docs, inputs, initial_state)[0]
 
 
-def _forward(chunk_size, docs, inputs, initial_state):
-  chunks = _prepare(chunk_size, docs, initial_state.dtype, inputs)
+def _forward(chunk_size, decay_bound, docs, inputs, initial_state):
+  chunks = _prepare(chunk_size, decay_bound, docs, initial_state.dtype, inputs)
   inverse = _inverse(chunks, chunk_size)
 
   def step(state, xs):
@@ -88,10 +98,10 @@ def _forward(chunk_size, docs, inputs, initial_state):
   return (out, final_state.reshape(initial_state.shape)), (docs, inputs, entering)
 
 
-def _backward(chunk_size, residuals, cotangents):
+def _backward(chunk_size, decay_bound, residuals, cotangents):
   docs, inputs, entering = residuals
   d_out, d_final = cotangents
-  chunks, pull_back = jax.vjp(partial(_prepare, chunk_size, docs, entering.dtype), inputs)
+  chunks, pull_back = jax.vjp(partial(_prepare, chunk_size, decay_bound, docs, entering.dtype), inputs)
 
   def step(d_state, xs):
     chunk, inverse, state, d_out = xs
@@ -135,7 +145,7 @@ def _inverse(chunks: Chunks, chunk_size: int) -> jax.Array | None:
   return unit_lower_inverse(a.reshape(-1, *a.shape[2:])).reshape(a.shape)
 
 
-def _prepare(chunk_size, docs, dtype, inputs) -> Chunks:
+def _prepare(chunk_size, decay_bound, docs, dtype, inputs) -> Chunks:
   """Everything that does not depend on the state, for all chunks in parallel. JAX differentiates it.
 
   Chunks, batch and heads are one leading axis here: products with many batch axes are slow on CPU, and worse.
@@ -150,29 +160,36 @@ def _prepare(chunk_size, docs, dtype, inputs) -> Chunks:
     log_decay = jnp.zeros((1, chunk_size, 1), dtype)
   log_decay = jnp.maximum(log_decay, _FORGET)
 
-  write_token = np.repeat(np.arange(chunk_size), r)
-  row_token = np.arange(chunk_size) if a is None else np.concatenate([np.arange(chunk_size), write_token])
-  rows = q if a is None else jnp.concatenate([q, _merge(a)], axis=1)
-  scores = _scores(q, a, k, rows, log_decay, row_token, write_token)
-  causal = jnp.asarray(_causal(chunk_size, r)[: rows.shape[1]])[None]
-  entering, leaving = _sum_up_to(log_decay, row_token), _sum_after(log_decay, write_token)
-  keep = jnp.exp(jnp.sum(log_decay, axis=1))
-  if docs is None:
-    entering, leaving = jnp.exp(entering), jnp.exp(leaving)
+  def to_writes(x):  # [L, C, ...], a row for each micro-step
+    return jnp.repeat(x, r, axis=1)
+
+  def to_rows(x):  # and the reads before
+    return x if a is None else jnp.concatenate([x, to_writes(x)], axis=1)
+
+  rows, writes = q if a is None else jnp.concatenate([q, _merge(a)], axis=1), _merge(k)
+  if log_decay.shape[-1] == 1:
+    scores = _inner(rows, writes) * jnp.repeat(to_rows(jnp.exp(_sum_between(log_decay))), r, axis=2)
+  elif decay_bound is not None and chunk_size // 2 * -decay_bound <= _LARGEST_EXPONENT:
+    since_middle = _sum_since_middle(log_decay)
+    scores = _inner(rows * to_rows(jnp.exp(since_middle)), writes * to_writes(jnp.exp(-since_middle)))
   else:
-    index = _to_chunks(jnp.repeat(docs.index[..., None], heads, axis=2), chunk_size, mode="edge")  # [N * M, C]
-    last = index[:, -1]
-    entry = jnp.concatenate([jnp.zeros((batch * heads,), index.dtype), last])[: len(last)]
-    row_index, write_index = index[:, row_token], index[:, write_token]
-    causal = causal & (row_index[:, :, None] == write_index[:, None, :])
-    entering = jnp.where((row_index == entry[:, None])[..., None], jnp.exp(entering), 0)
-    leaving = jnp.where((write_index == last[:, None])[..., None], jnp.exp(leaving), 0)
-    keep = jnp.where((entry == last)[:, None], keep, 0)
+    scores = _decayed_products(q, k, a, log_decay)
+  causal = jnp.asarray(_causal(chunk_size, r)[: rows.shape[1]])[None]
+  entering, leaving = jnp.exp(_sum_up_to(log_decay)), jnp.exp(_sum_after(log_decay))
+  keep = jnp.exp(jnp.sum(log_decay, axis=1))
+  if docs is not None:
+    index = _to_chunks(jnp.repeat(docs.index[..., None], heads, axis=2), chunk_size, mode="edge")  # [L, C]
+    last = index[:, -1:]
+    entry = jnp.concatenate([jnp.zeros((batch * heads, 1), index.dtype), last])[: len(last)]
+    causal = causal & (to_rows(index)[:, :, None] == to_writes(index)[:, None, :])
+    entering = jnp.where((index == entry)[..., None], entering, 0)
+    leaving = jnp.where((index == last)[..., None], leaving, 0)
+    keep = jnp.where(entry == last, keep, 0)
 
   chunks = Chunks(
-    reads=rows * entering,
+    reads=rows * to_rows(entering),
     scores=jnp.where(causal, scores, 0),
-    writes=_merge(k) * leaving,
+    writes=writes * to_writes(leaving),
     values=_merge(z),
     keep=jnp.broadcast_to(keep, (len(q), keep.shape[-1])),
   )
@@ -187,43 +204,35 @@ def _causal(chunk_size: int, r: int) -> np.ndarray:
   return write <= last_seen[:, None]
 
 
-def _scores(q, a, k, rows, log_decay, row_token, write_token) -> jax.Array:
-  """sum_d rows_d k_d exp(sum of log_decay after k's token, up to rows'), [N * M, C + R, R].
+def _decayed_products(q: jax.Array, k: jax.Array, a: jax.Array | None, log_decay: jax.Array) -> jax.Array:
+  """[q; a] k^T decayed in between, [L, C + R, R], for channels with decays of their own that nothing bounds.
 
-  Finite everywhere, meaningful where k's token is not later than rows'. A decay shared by the channels multiplies the plain
-  product.
+  They go into the factors, split at the middle of ever larger blocks of tokens: the later half, decayed since the middle,
+  against the earlier half, decayed up to it. No exponent is positive.
+
+  Args:
+    q: [L, C, K].
+    k, a: [L, C, r, K].
+    log_decay: [L, C, K].
   """
-  if log_decay.shape[-1] == 1:
-    return _inner(rows, _merge(k)) * jnp.exp(_sum_between(log_decay, row_token, write_token))
-  by_token = q[:, :, None] if a is None else jnp.concatenate([q[:, :, None], a], axis=2)
-  scores = _decayed_products(by_token, k, log_decay)  # [N * M, C, 1 + r, C, r]
-  scores = scores.reshape(*scores.shape[:3], -1)
-  return jnp.concatenate([scores[:, :, 0], _merge(scores[:, :, 1:])], axis=1)
-
-
-def _decayed_products(rows: jax.Array, k: jax.Array, log_decay: jax.Array) -> jax.Array:
-  """rows [L, C, p, K] times k [L, C, r, K], decayed in between by log_decay [L, C, K], as [L, C, p, C, r].
-
-  Every channel has a decay of its own, which goes into the factors, split at the middle of ever larger blocks of tokens:
-  the later half, decayed since the middle, against the earlier half, decayed up to it.
-  """
+  rows = q[:, :, None] if a is None else jnp.concatenate([q[:, :, None], a], axis=2)
   c, p, width = rows.shape[1:]
   r = k.shape[2]
   out = _products(rows.reshape(-1, 1, p, width), k.reshape(-1, 1, r, width))
   half = 1
   while half < c:
-    tokens = np.arange(half)
     early_k = k.reshape(-1, 2, half, r, width)[:, 0]
     late_rows = rows.reshape(-1, 2, half, p, width)[:, 1]
     early_decay, late_decay = jnp.moveaxis(log_decay.reshape(-1, 2, half, width), 1, 0)
-    late_rows = late_rows * jnp.exp(_sum_up_to(late_decay, tokens))[:, :, None]
-    early_k = early_k * jnp.exp(_sum_after(early_decay, tokens))[:, :, None]
+    late_rows = late_rows * jnp.exp(_sum_up_to(late_decay))[:, :, None]
+    early_k = early_k * jnp.exp(_sum_after(early_decay))[:, :, None]
     across = _products(late_rows, early_k)
     first, second = jnp.moveaxis(out.reshape(-1, 2, half, p, half, r), 1, 0)
     top = jnp.concatenate([first, jnp.zeros_like(across)], axis=3)
     out = jnp.concatenate([top, jnp.concatenate([across, second], axis=3)], axis=1)
     half *= 2
-  return out.reshape(-1, c, p, c, r)
+  out = out.reshape(-1, c, p, c * r)
+  return jnp.concatenate([out[:, :, 0], _merge(out[:, :, 1:])], axis=1)
 
 
 def _products(rows: jax.Array, k: jax.Array) -> jax.Array:
@@ -235,24 +244,30 @@ def _products(rows: jax.Array, k: jax.Array) -> jax.Array:
 # cumulative sum would cancel.
 
 
-def _sum_up_to(x: jax.Array, token: np.ndarray) -> jax.Array:
-  """Sums of x [L, C, K] over the tokens up to and including each of `token` [R], [L, R, K]."""
-  return _sum(np.arange(x.shape[1]) <= token[:, None], x)
+def _sum_up_to(x: jax.Array) -> jax.Array:
+  """Sums of x [L, C, K] over the tokens up to and including each, [L, C, K]."""
+  return _sum(np.tri(x.shape[1]), x)
 
 
-def _sum_after(x: jax.Array, token: np.ndarray) -> jax.Array:
-  """Sums of x [L, C, K] over the tokens after each of `token` [R], [L, R, K]."""
-  return _sum(np.arange(x.shape[1]) > token[:, None], x)
+def _sum_after(x: jax.Array) -> jax.Array:
+  """Sums of x [L, C, K] over the tokens after each, [L, C, K]."""
+  return _sum(1 - np.tri(x.shape[1]), x)
 
 
-def _sum_between(x: jax.Array, i: np.ndarray, j: np.ndarray) -> jax.Array:
-  """Sums of x [L, C, 1] over the tokens after each of j [S] and up to each of i [R], [L, R, S]; zero if there are none."""
-  after_j = jnp.asarray(np.arange(x.shape[1])[:, None] > j, x.dtype)
-  return _sum_up_to(x * after_j[None], i)
+def _sum_since_middle(x: jax.Array) -> jax.Array:
+  """Sums of x [L, C, K] from the middle of C to each token, negated for those before it, [L, C, K]."""
+  up_to = np.tri(x.shape[1])
+  return _sum(up_to - up_to[x.shape[1] // 2], x)
+
+
+def _sum_between(x: jax.Array) -> jax.Array:
+  """Sums of x [L, C, 1] over the tokens after j and up to i, [L, C, C]; zero where there are none."""
+  after = 1 - np.tri(x.shape[1])
+  return _sum_up_to(x * jnp.asarray(after.T, x.dtype)[None])
 
 
 def _sum(which: np.ndarray, x: jax.Array) -> jax.Array:
-  """Sums of x [L, C, K] over the tokens that `which` [R, C] names."""
+  """Sums of x [L, C, K] over its tokens, each as often as `which` [R, C] says."""
   which = jnp.asarray(which, x.dtype)[None]
   return matmul(jnp.broadcast_to(which, (x.shape[0], *which.shape[1:])), x)
 
