@@ -43,7 +43,9 @@ class _Tokens(NamedTuple):
 
 
 class Attention(MemoryLayer):
-  """Causal softmax attention over a window; see the module for the equation.
+  """Causal softmax attention over a window (Vaswani et al. 2017, arXiv:1706.03762), with rotary positions.
+
+      o_t = sum_s softmax_s(q_t . k_s d^{-1/2}) v_s
 
   Attributes:
     num_heads: query heads, H.
@@ -65,6 +67,8 @@ class Attention(MemoryLayer):
 
   @property
   def key_heads(self) -> int:
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim={self.head_dim} is odd; want an even width, for positions rotate pairs.")
     heads = self.num_key_heads or self.num_heads
     if self.num_heads % heads:
       raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_key_heads={heads}.")

@@ -23,6 +23,8 @@ from .projections import LogDecay, Strength
 class DeltaNet(LinearAttention):
   """DeltaNet (Yang et al. 2024, arXiv:2406.06484): overwrites what a key holds instead of adding to it.
 
+      S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
+
   Attributes:
     negative_eigenvalues: beta in (0, 2) instead of (0, 1), so that a write can reflect (Grazzi et al. 2024,
       arXiv:2411.12537); parity and other state tracking need it.
@@ -44,6 +46,8 @@ class DeltaNet(LinearAttention):
 class GatedDeltaNet(DeltaNet):
   """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464): the delta rule with a learned decay per head.
 
+      S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
+
   Attributes:
     output_gate: "silu", as in the paper.
 
@@ -59,6 +63,8 @@ class GatedDeltaNet(DeltaNet):
 
 class KimiDeltaAttention(DeltaNet):
   """Kimi Delta Attention (Kimi Team 2025, arXiv:2510.26692): a decay for every key channel.
+
+      S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T
 
   Attributes:
     output_gate, gate_rank: "sigmoid", of rank `key_dim` unless given, as in the paper.
@@ -84,6 +90,8 @@ class KimiDeltaAttention(DeltaNet):
 
 class DeltaProduct(DeltaNet):
   """DeltaProduct (Siems et al. 2025, arXiv:2502.10297): several delta rules a token, so that a token can rotate.
+
+      S_t = alpha_t S_{t-1};   for j = 1..n:   S_t <- (I - beta_j k_j k_j^T) S_t + beta_j k_j v_j^T
 
   Attributes:
     num_writes: delta rules a token, each with its own key, value and strength.

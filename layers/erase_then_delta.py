@@ -20,7 +20,9 @@ from .projections import LogDecay, LowRank, Strength
 
 
 class EraseThenDelta(DeltaNet):
-  """Erase-then-Delta Attention (arXiv:2606.26560); see the module for the equation.
+  """Erase-then-Delta Attention (Li et al. 2026, arXiv:2606.26560): forgets under one address, then writes under another.
+
+      S_t = (I - beta_t k_t k_t^T)(I - gamma_t e_t e_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T
 
   Attributes:
     output_gate: "sigmoid".

@@ -39,7 +39,9 @@ class MatrixState(NamedTuple):
 
 
 class LinearAttention(MemoryLayer):
-  """Linear attention with short convolutions and head-wise output norm; see the module for the equations.
+  """Linear attention (Katharopoulos et al. 2020, arXiv:2006.16236): adds every value under its key and never forgets.
+
+      S_t = S_{t-1} + k_t v_t^T
 
   Attributes:
     num_heads: value heads, H.

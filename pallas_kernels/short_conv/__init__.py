@@ -41,7 +41,7 @@ def short_conv(
   """
   if x.ndim != 3 or x.shape[1] == 0:
     raise ValueError(f"x has shape {list(x.shape)}; want [batch, tokens, channels] with at least one token.")
-  if weight.ndim != 2 or weight.shape[1] != x.shape[2]:
+  if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[2]:
     raise ValueError(f"weight has shape {list(weight.shape)}; want [width, {x.shape[2]}], a column for each channel of x.")
   check_segment_ids(segment_ids, x.shape[:2])
   before = (x.shape[0], weight.shape[0] - 1, x.shape[2])

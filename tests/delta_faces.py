@@ -1,0 +1,148 @@
+"""The faces of the delta rule with every kind of decay, inputs like a trained model's, and the papers' equations by hand."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from memzoo.pallas_kernels import delta_rule as ops
+from tolerances import assert_close
+
+
+@dataclasses.dataclass(frozen=True)
+class Face:
+  """A public function and the arguments that it is tried with.
+
+  Attributes:
+    function: the face.
+    decay: "none", "scalar" or "channel".
+    micro_steps: r where keys have an axis for it, 0 where they have not.
+  """
+
+  function: Callable
+  decay: str = "none"
+  micro_steps: int = 0
+
+  def __str__(self) -> str:
+    return f"{self.function.__name__}{self.micro_steps or ''}-{self.decay}"
+
+  @property
+  def erases(self) -> bool:
+    return self.function is ops.erase_then_delta_rule
+
+  def inputs(self, tokens, *, dtype=jnp.float64, batch=2, key_heads=1, heads=2, key_dim=5, value_dim=3, cosine=0.5, seed=0):
+    """Keyword arguments: unit keys with a mean cosine of `cosine`, strengths up to 2, decays from gentle to e^-5."""
+    rng = np.random.default_rng(seed)
+    steps = (self.micro_steps,) if self.micro_steps else ()
+    common = rng.normal(size=key_dim)
+
+    def unit(*steps):
+      x = rng.normal(size=(batch, tokens, *steps, key_heads, key_dim))
+      x = cosine**0.5 * common + (1 - cosine) ** 0.5 * x
+      return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    args = {"q": unit(), "k": unit(*steps), "v": rng.normal(size=(batch, tokens, *steps, heads, value_dim))}
+    if self.function is not ops.linear_attention:
+      args["beta"] = rng.uniform(0, 2, (batch, tokens, *steps, heads))
+    if self.erases:
+      args["erase_key"] = unit()
+      args["erase_strength"] = rng.uniform(0, 1, (batch, tokens, heads))
+    if self.decay != "none":
+      shape = (batch, tokens, heads) if self.decay == "scalar" else (batch, tokens, heads, key_dim)
+      args["log_decay"] = -np.exp(rng.uniform(np.log(1e-3), np.log(5), shape))
+    args["initial_state"] = rng.normal(size=(batch, heads, key_dim, value_dim))
+    return {name: jnp.asarray(x, dtype) for name, x in args.items()}
+
+
+FACES = (
+  *(Face(ops.linear_attention, decay) for decay in ("none", "scalar", "channel")),
+  Face(ops.delta_rule),
+  Face(ops.gated_delta_rule, "scalar"),
+  Face(ops.kimi_delta_rule, "channel"),
+  *(Face(ops.delta_product, decay, r) for r in (1, 2, 3) for decay in ("none", "scalar")),
+  *(Face(ops.erase_then_delta_rule, decay) for decay in ("none", "scalar", "channel")),
+)
+
+
+@partial(jax.jit, static_argnames=("face", "scale", "chunk_size", "implementation"))
+def values(face: Face, args, segment_ids=None, **options):
+  """Output and final state."""
+  return face.function(**args, segment_ids=segment_ids, **options)
+
+
+def values_and_gradients(face: Face, args, segment_ids=None, **options):
+  """Output and final state, and the gradients of every argument for cotangents of both."""
+  shapes = jax.eval_shape(lambda: face.function(**args))
+  rng = np.random.default_rng(99)
+  cotangents = tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in shapes)
+  return _values_and_gradients(face, args, cotangents, segment_ids, **options)
+
+
+@partial(jax.jit, static_argnames=("face", "scale", "chunk_size", "implementation"))
+def _values_and_gradients(face, args, cotangents, segment_ids, **options):
+  out, pull_back = jax.vjp(lambda args: face.function(**args, segment_ids=segment_ids, **options), args)
+  return out, pull_back(cotangents)[0]
+
+
+def by_hand(q, k, v, beta=None, erase_key=None, erase_strength=None, log_decay=None, initial_state=None, scale=None):
+  """The rule as products of matrices, in NumPy: S_t = (I - beta k k^T) (I - gamma e e^T) Diag(exp g) S_{t-1} + beta k v^T."""
+  if k.ndim == 4:
+    k, v, beta = (None if x is None else x[:, :, None] for x in (k, v, beta))
+  batch, tokens, steps, heads, value_dim = v.shape
+  key_dim, group = q.shape[-1], heads // q.shape[2]
+  scale = key_dim**-0.5 if scale is None else scale
+  out, final = np.zeros((batch, tokens, heads, value_dim)), np.zeros((batch, heads, key_dim, value_dim))
+  for b, h in np.ndindex(batch, heads):
+    state = final[b, h] if initial_state is None else np.asarray(initial_state[b, h])
+    for t in range(tokens):
+      if log_decay is not None:
+        state = np.diag(np.exp(np.broadcast_to(log_decay[b, t, h], key_dim))) @ state
+      if erase_key is not None:
+        e = np.asarray(erase_key[b, t, h // group])
+        state = (np.eye(key_dim) - float(erase_strength[b, t, h]) * np.outer(e, e)) @ state
+      for m in range(steps):
+        write = np.asarray(k[b, t, m, h // group])
+        strength = 1.0 if beta is None else float(beta[b, t, m, h])
+        if beta is not None:
+          state = (np.eye(key_dim) - strength * np.outer(write, write)) @ state
+        state = state + strength * np.outer(write, v[b, t, m, h])
+      out[b, t, h] = scale * state.T @ np.asarray(q[b, t, h // group])
+    final[b, h] = state
+  return out, final
+
+
+def run(face, args, **options):
+  return values(face, args, implementation="xla", **{"chunk_size": 8} | options)
+
+
+def both(face, args):
+  return values_and_gradients(face, args, implementation="xla", chunk_size=8)
+
+
+def without(args, *names):
+  return {name: x for name, x in args.items() if name not in names}
+
+
+def same(actual, expected):
+  """Equal values, and equal gradients of the arguments that both have."""
+  assert_close(actual[0], expected[0])
+  shared = actual[1].keys() & expected[1].keys()
+  assert_close(*({name: gradients[name] for name in shared} for _, gradients in (actual, expected)), gradients=True)
+
+
+def differ(a, b):
+  return not np.allclose(a, b)
+
+
+def per_token(x, args):
+  """A [B, T, Hv] array of one number."""
+  return jnp.full(args["v"].shape[:2] + args["v"].shape[-2:-1], x, jnp.float64)
+
+
+def transition(face, args):
+  """What the tokens of `args` multiply the state by, [B, H, K, K]."""
+  batch, heads, width = args["initial_state"].shape[:3]
+  identity = jnp.asarray(np.broadcast_to(np.eye(width), (batch, heads, width, width)))
+  return run(face, args | {"v": jnp.zeros((*args["v"].shape[:-1], width)), "initial_state": identity})[1]
