@@ -188,10 +188,11 @@ def _windowed(q, k, v, here: _Tokens, seen: _Tokens, window: int) -> jax.Array:
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
   """softmax(q k^T d^{-1/2}) v where `mask` [B, T, S] allows, by `jax.nn.dot_product_attention`."""
-  if q.dtype == jnp.float64:  # whose softmax would be float32
+  # Its softmax is float32 even for float64, and for narrow inputs it mixes dtypes, which strict promotion forbids.
+  strict = jax.config.jax_numpy_dtype_promotion.value == "strict"
+  if q.dtype == jnp.float64 or (strict and q.dtype != jnp.float32):
     return reference_attention(q, k, v, mask)
-  with jax.numpy_dtype_promotion("standard"):  # it promotes dtypes implicitly inside
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+  return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
