@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import linen as nn
 from memzoo.zoo.language_model import LanguageModel
 from memzoo.zoo.registry import LAYERS
@@ -79,6 +80,10 @@ class Subject:
     return jnp.swapaxes(y, 0, 1), state
 
 
+# Tried by `make check` too: between them they have every kind of decay, erase, convolution and cache.
+QUICK = ("GatedDeltaNet", "EraseThenDelta", "Attention")
+
+
 def layer(name: str, **fields: Any) -> nn.Module:
   """A small layer of the registry."""
   known = {field.name for field in dataclasses.fields(LAYERS[name])}
@@ -91,3 +96,9 @@ def subjects(dtype=jnp.float64, width: int = WIDTH, **fields: Any) -> list[Subje
   layers = [Subject(name, layer(name, **types, **fields), width) for name in LAYERS]
   mixers = layer("EraseThenDelta", **fields), layer("Attention", **fields)
   return [*layers, Subject("LanguageModel", LanguageModel(11, width, 3, mixers, **types), width)]
+
+
+def cases(*args: Any, **fields: Any) -> list[Any]:
+  """`subjects` as parameters of a test."""
+  found = subjects(*args, **fields)
+  return [pytest.param(s, id=s.name, marks=[] if s.name in QUICK else [pytest.mark.slow]) for s in found]

@@ -13,12 +13,12 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from subjects import CHUNK, WIDTH, subjects
+from subjects import CHUNK, WIDTH, cases
 from tolerances import assert_close, assert_finite
 
 IN_FLOAT64 = pytest.mark.usefixtures("float64")
-every_layer = pytest.mark.parametrize("subject", subjects(), ids=str)
-every_layer_in_float32 = pytest.mark.parametrize("subject", subjects(jnp.float32), ids=str)
+every_layer = pytest.mark.parametrize("subject", cases())
+every_layer_in_float32 = pytest.mark.parametrize("subject", cases(jnp.float32))
 
 # Documents of 1 to 3 tokens and longer than a chunk, none of them on the chunk grid; padding before, between and after.
 DOCUMENTS = (1, 3, 2, 7, 1, 6)
@@ -182,7 +182,7 @@ def test_07_every_length(subject, tokens):
 
 
 # Heads as wide as real ones: a norm over five numbers magnifies what cancels in them.
-@pytest.mark.parametrize("subject", subjects(jnp.float32, 32, key_dim=16, value_dim=16, head_dim=16), ids=str)
+@pytest.mark.parametrize("subject", cases(jnp.float32, 32, key_dim=16, value_dim=16, head_dim=16))
 def test_08_bfloat16_activations(subject):
   params, x = subject.params(scale=1.0), subject.inputs(2, 17)
   narrow = dataclasses.replace(subject, module=subject.module.clone(dtype=jnp.bfloat16))
