@@ -66,7 +66,7 @@ FACES = (
 )
 
 
-@partial(jax.jit, static_argnames=("face", "scale", "chunk_size", "implementation"))
+@partial(jax.jit, static_argnames=("face", "scale", "chunk_size", "decay_bound", "implementation"))
 def values(face: Face, args, segment_ids=None, **options):
   """Output and final state."""
   return face.function(**args, segment_ids=segment_ids, **options)
@@ -80,7 +80,7 @@ def values_and_gradients(face: Face, args, segment_ids=None, **options):
   return _values_and_gradients(face, args, cotangents, segment_ids, **options)
 
 
-@partial(jax.jit, static_argnames=("face", "scale", "chunk_size", "implementation"))
+@partial(jax.jit, static_argnames=("face", "scale", "chunk_size", "decay_bound", "implementation"))
 def _values_and_gradients(face, args, cotangents, segment_ids, **options):
   out, pull_back = jax.vjp(lambda args: face.function(**args, segment_ids=segment_ids, **options), args)
   return out, pull_back(cotangents)[0]

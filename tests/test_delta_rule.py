@@ -49,7 +49,9 @@ def equals_oracle(face, chunk_size, segmented):
 
 
 @IN_FLOAT64
-@pytest.mark.parametrize("face", [pytest.param(f, marks=[pytest.mark.compat] * (f in DISTINCT), id=str(f)) for f in FACES])
+@pytest.mark.parametrize("face", [
+  pytest.param(f, marks=pytest.mark.compat if f in DISTINCT else pytest.mark.slow, id=str(f)) for f in FACES
+])
 def test_chunks_are_the_recurrence_in_values_and_every_gradient(face):
   equals_oracle(face, 16, segmented=True)
 
@@ -148,6 +150,36 @@ def test_float32_chunks_are_the_float64_recurrence_however_hostile_the_inputs(fa
   args = hostile(kind, face.inputs(70, dtype=jnp.float32, key_dim=16, value_dim=12, cosine=0.9))
   out, gradients = values_and_gradients(face, args, implementation="xla")
   assert {x.dtype for x in jax.tree.leaves((out, gradients))} == {jnp.dtype(jnp.float32)}
+  wide = jax.tree.map(lambda x: x.astype(jnp.float64), args)
+  expected, expected_gradients = values_and_gradients(face, wide, implementation="recurrent")
+  assert_close(out, expected, jnp.float32)
+  assert_close(gradients, expected_gradients, jnp.float32, gradients=True)
+
+
+BY_CHANNEL = [face for face in DISTINCT if face.decay == "channel"]
+
+
+@IN_FLOAT64
+@pytest.mark.parametrize("face", BY_CHANNEL, ids=str)
+@pytest.mark.parametrize("chunk_size", [1, 8, 16, pytest.param(64, marks=pytest.mark.slow)])
+def test_a_bound_on_the_decays_changes_nothing(face, chunk_size):
+  ids = jnp.asarray(SEGMENTS)
+  found = values_and_gradients(face, face.inputs(TOKENS), ids, implementation="xla", chunk_size=chunk_size, decay_bound=-5.0)
+  out, gradients = found
+  expected, expected_gradients = oracle(face, segmented=True)
+  assert_close(out, expected)
+  assert_close(gradients, expected_gradients, gradients=True)
+
+
+@IN_FLOAT64
+@pytest.mark.parametrize("face", BY_CHANNEL, ids=str)
+@pytest.mark.parametrize("kind", ["trained", "cosine 0.99", "equal keys", "no decay", "at the bound", "zero keys"])
+def test_float32_at_the_bound_is_the_float64_recurrence(face, kind):
+  args = hostile(kind, face.inputs(70, dtype=jnp.float32, key_dim=16, value_dim=12, cosine=0.9))
+  if kind == "at the bound":  # runs of the strongest decay, and of next to none
+    strong = (jnp.arange(args["log_decay"].size) // 48 % 2 == 0).reshape(args["log_decay"].shape)
+    args["log_decay"] = jnp.where(strong, -5.0, -1e-3).astype(jnp.float32)
+  out, gradients = values_and_gradients(face, args, implementation="xla", decay_bound=-5.0)
   wide = jax.tree.map(lambda x: x.astype(jnp.float64), args)
   expected, expected_gradients = values_and_gradients(face, wide, implementation="recurrent")
   assert_close(out, expected, jnp.float32)
