@@ -11,8 +11,8 @@ from rich.table import Table
 from .bench import LONG, Report, Timing
 
 _BASELINE = "recurrent"
-_COLOURS = {"recurrent": "#b0b0b0", "xla": "#2f6db5", "pallas": "#d9822b"}
-_LABELS = {"recurrent": "oracle (token by token)", "xla": "xla (chunked)", "pallas": "pallas"}
+_COLOURS = {"recurrent": "#b0b0b0", "xla": "#2f6db5"}
+_LABELS = {"recurrent": "oracle (token by token)", "xla": "xla (chunked)"}
 
 
 def tables(report: Report) -> list[Table]:

@@ -6,8 +6,9 @@ With rows i = (t, m), token-major, G the cumulative log-decay of the chunk and E
     (I + A) U = Z - (a e^G) S         every micro-step's correction, solved at once
     O  = (q e^G) S + P U              S <- Diag(e^{G_C}) S + (k e^{G_C - G})^T U
 
-No exponent is ever positive where log-decays are not: pairs of tokens are decayed by sums of the log-decays between them,
-never by a quotient of cumulative products, so nothing overflows and nothing cancels however hard a channel forgets.
+Pairs of tokens are decayed by sums of the log-decays between them, never by a quotient of cumulative products: no exponent
+is positive, so nothing overflows and nothing cancels however hard a channel forgets. Only where the caller bounds the decays
+by channel are they split at the middle of the chunk, into factors of at most e^40.
 
 The gradient is written by hand. It keeps the inputs and the states at chunk boundaries, recomputes the rest, and walks the
 chunks backwards. With D the cotangent of whatever follows it,
@@ -30,9 +31,7 @@ from ..triangular import unit_lower_inverse
 
 # exp() of this is 0 in every float, as is its gradient; unlike -inf, it may be multiplied by the zeros of a mask.
 _FORGET = -1e4
-
-
-# Of a product of two factors' exponentials, each at most e^40: far from overflow in float32.
+# Of a factor; two of them multiply to e^80 at most, far from overflow in float32.
 _LARGEST_EXPONENT = 40.0
 
 
@@ -151,7 +150,6 @@ def _prepare(chunk_size, decay_bound, docs, dtype, inputs) -> Chunks:
   Chunks, batch and heads are one leading axis here: products with many batch axes are slow on CPU, and worse.
   """
   batch, tokens, heads = inputs[0].shape[:3]
-  n = -(-tokens // chunk_size)
   if docs is not None:  # padding does nothing, whatever it holds
     inputs = jax.tree.map(lambda x: jnp.where(jnp.expand_dims(docs.is_token, range(2, x.ndim)), x, 0), inputs)
   q, k, a, z, log_decay = jax.tree.map(lambda x: _to_chunks(x.astype(dtype), chunk_size), inputs)
@@ -193,12 +191,14 @@ def _prepare(chunk_size, decay_bound, docs, dtype, inputs) -> Chunks:
     values=_merge(z),
     keep=jnp.broadcast_to(keep, (len(q), keep.shape[-1])),
   )
-  return jax.tree.map(lambda x: _split(x, n), chunks)
+  return jax.tree.map(lambda x: _split(x, -(-tokens // chunk_size)), chunks)
 
 
 def _causal(chunk_size: int, r: int) -> np.ndarray:
-  """Which writes (columns) each row of `Chunks.scores` sees, bool [C + R, R]: a read those up to its token's last, a
-  micro-step those before it."""
+  """Which writes (columns) the rows of `Chunks.scores` see, bool [C + R, R].
+
+  A read sees those up to its token's last, a micro-step those before it.
+  """
   write = np.arange(chunk_size * r)
   last_seen = np.concatenate([np.arange(chunk_size) * r + r - 1, write - 1])
   return write <= last_seen[:, None]
