@@ -3,10 +3,12 @@
 import os
 from pathlib import Path
 
-# Before jax is imported: tests run on the CPU unless told otherwise, split into four devices for the sharding laws.
+# Before jax is imported: tests run on the CPU unless told otherwise, split into four devices for the sharding laws. Most of
+# their time is compilation, so machine code is not optimised; XLA's own passes, which decide what is computed, are all on.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 import jax
 import pytest
