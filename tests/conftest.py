@@ -7,8 +7,11 @@ from pathlib import Path
 # their time is compilation, so machine code is not optimised; XLA's own passes, which decide what is computed, are all on.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["XLA_FLAGS"] = " ".join([
+  os.environ.get("XLA_FLAGS", ""),
+  "--xla_force_host_platform_device_count=4",
+  "--xla_backend_optimization_level=0",
+])
 
 import jax
 import pytest
