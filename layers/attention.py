@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from ..pallas_kernels.precision import accumulator, einsum
 from ..pallas_kernels.segments import Documents, documents, positions
-from .memory_layer import MemoryLayer, silence_padding
+from .memory_layer import MemoryLayer, count_key_heads, silence_padding
 from .norms import RMSNorm
 from .projections import dense
 
@@ -69,10 +69,7 @@ class Attention(MemoryLayer):
   def key_heads(self) -> int:
     if self.head_dim % 2:
       raise ValueError(f"head_dim={self.head_dim} is odd; want an even width, for positions rotate pairs.")
-    heads = self.num_key_heads or self.num_heads
-    if self.num_heads % heads:
-      raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_key_heads={heads}.")
-    return heads
+    return count_key_heads(self.num_heads, self.num_key_heads)
 
   @property
   def slots(self) -> int:

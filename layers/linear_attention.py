@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from ..pallas_kernels import delta_rule
 from ..pallas_kernels.precision import accumulator
-from .memory_layer import MemoryLayer, silence_padding
+from .memory_layer import MemoryLayer, count_key_heads, silence_padding
 from .norms import RMSNorm, l2_normalise
 from .projections import LowRank, ShortConv, dense
 
@@ -78,10 +78,7 @@ class LinearAttention(MemoryLayer):
 
   @property
   def key_heads(self) -> int:
-    heads = self.num_key_heads or self.num_heads
-    if self.num_heads % heads:
-      raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_key_heads={heads}.")
-    return heads
+    return count_key_heads(self.num_heads, self.num_key_heads)
 
   @property
   def output_gate_rank(self) -> int | None:

@@ -80,6 +80,14 @@ def silence_padding(y: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   return y if segment_ids is None else jnp.where(segment_ids[..., None] != 0, y, 0)
 
 
+def count_key_heads(num_heads: int, num_key_heads: int | None) -> int:
+  """Key heads that `num_heads` share: `num_key_heads`, a divisor, or as many unless given."""
+  heads = num_key_heads or num_heads
+  if num_heads % heads:
+    raise ValueError(f"num_heads={num_heads} is not a multiple of num_key_heads={heads}.")
+  return heads
+
+
 def check_state(owner: str, state: Any, expected: Any) -> None:
   """Raises `ValueError` where `state` differs from `expected` in structure or in any shape."""
   if jax.tree.structure(state) != jax.tree.structure(expected):
