@@ -24,3 +24,13 @@ def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
   """`x @ y` at full precision, accumulated in and returned as `accumulator(x, y)`."""
   return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=accumulator(x, y))
+
+
+def scaled(x: jax.Array, s: jax.Array) -> jax.Array:
+  """`s[..., None] * x`, in `accumulator(x, s)`.
+
+  Said as a product of vectors, its gradient by `s` is a batched inner product: on a CPU, XLA takes twenty times as long for
+  the sum over a product that broadcasting would leave.
+  """
+  dtype = accumulator(x, s)
+  return einsum("...,...k->...k", s.astype(dtype), x.astype(dtype))

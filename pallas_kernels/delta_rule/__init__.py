@@ -25,11 +25,14 @@ Common to all faces, with B batch rows, T tokens, Hk key heads, Hv = G * Hk valu
   Raises `ValueError` for shapes that do not fit together, an unknown implementation or a bad chunk size.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from ..dispatch import Choice, choose
-from ..precision import accumulator
+from ..precision import accumulator, scaled
 from ..segments import check_segment_ids, documents
 from .chunked import chunked
 from .recurrent import recurrent
@@ -43,6 +46,8 @@ __all__ = [
   "kimi_delta_rule",
   "linear_attention",
 ]
+
+_CHUNK_SIZE = 32
 
 
 def linear_attention(
@@ -63,8 +68,8 @@ def linear_attention(
   With `log_decay` it is RetNet, GLA or Mamba-2's SSD, by where the decay comes from. See the module for arguments.
   """
   _check_tokens(q, k, v)
-  step = k, None, v
-  return _run(q, [step], log_decay, v.dtype, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  operands = q, k, v
+  return _run(_write, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def delta_rule(
@@ -85,7 +90,8 @@ def delta_rule(
   """
   _check_tokens(q, k, v)
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
-  return _run(q, [_micro_step(k, v, beta)], None, v.dtype, scale, initial_state, segment_ids, None, chunk_size, implementation)
+  operands = q, k, v, beta
+  return _run(_correct_once, operands, None, scale, initial_state, segment_ids, None, chunk_size, implementation)
 
 
 def gated_delta_rule(
@@ -108,8 +114,8 @@ def gated_delta_rule(
   """
   _check_tokens(q, k, v)
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
-  steps = [_micro_step(k, v, beta)]
-  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  operands = q, k, v, beta
+  return _run(_correct_once, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def kimi_delta_rule(
@@ -133,8 +139,8 @@ def kimi_delta_rule(
   _check_tokens(q, k, v)
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
   _check("log_decay", log_decay, (*v.shape[:3], k.shape[-1]), "batch, tokens, value heads, key width")
-  steps = [_micro_step(k, v, beta)]
-  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  operands = q, k, v, beta
+  return _run(_correct_once, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def delta_product(
@@ -166,8 +172,8 @@ def delta_product(
     )
   _check_tokens(q, k[:, :, 0], v[:, :, 0])
   _check("beta", beta, v.shape[:4], "batch, tokens, r, value heads")
-  steps = [_micro_step(k[:, :, m], v[:, :, m], beta[:, :, m]) for m in range(k.shape[2])]
-  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  operands = q, k, v, beta
+  return _run(_correct, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def erase_then_delta_rule(
@@ -197,8 +203,8 @@ def erase_then_delta_rule(
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
   _check("erase_key", erase_key, k.shape, "batch, tokens, key heads, key width")
   _check("erase_strength", erase_strength, v.shape[:3], "batch, tokens, value heads")
-  steps = [_micro_step(erase_key, jnp.zeros_like(v), erase_strength), _micro_step(k, v, beta)]
-  return _run(q, steps, log_decay, v.dtype, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  operands = q, k, v, beta, erase_key, erase_strength
+  return _run(_erase_first, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def explain(tokens: int, *, implementation: str = "auto") -> Choice:
@@ -214,19 +220,57 @@ def explain(tokens: int, *, implementation: str = "auto") -> Choice:
   )
 
 
-def _micro_step(k: jax.Array, v: jax.Array, strength: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Write vector k, erase covector `strength * k` and value `strength * v`; products keep the strength's precision."""
-  dtype = k.dtype if k.dtype == strength.dtype else accumulator(k, strength)
-  heads = v.shape[2] // k.shape[2]
-  strength = strength[..., None].astype(dtype)
-  return k, strength * jnp.repeat(k, heads, axis=2).astype(dtype), strength * v.astype(dtype)
+class _Face(NamedTuple):
+  """From the operands of a public function, [B, T, ...], to `recurrent`'s q, k, a, z.
+
+  `chunked` calls it a few tokens at a time, so that nothing it makes is as long as the sequence.
+
+  Attributes:
+    micro_steps: from the operands to q [B, T, Hk, K], write vectors k [B, T, r, Hk or Hv, K], erase covectors a
+      [B, T, r, Hv, K] or None, and values z [B, T, r, Hv, V].
+    scale: of the read.
+    dtype: of the arithmetic.
+  """
+
+  micro_steps: Callable
+  scale: float
+  dtype: jnp.dtype
+
+  def __call__(self, *operands: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    q, k, a, z = self.micro_steps(*operands)
+    heads = z.shape[3]
+    q = _repeat_heads(q, heads, axis=2).astype(self.dtype) * jnp.asarray(self.scale, self.dtype)
+    k, a, z = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 3), (_repeat_heads(k, heads, axis=3), a, z))
+    return q, k, a, z
+
+
+def _write(q, k, v):
+  return q, k[:, :, None], None, v[:, :, None]
+
+
+def _correct_once(q, k, v, beta):
+  return _correct(q, k[:, :, None], v[:, :, None], beta[:, :, None])
+
+
+def _correct(q, k, v, beta):
+  k = _repeat_heads(k, v.shape[3], axis=3)
+  return q, k, scaled(k, beta), scaled(v, beta)
+
+
+def _erase_first(q, k, v, beta, erase_key, erase_strength):
+  wide = accumulator(beta, erase_strength)
+  strengths = jnp.stack([erase_strength.astype(wide), beta.astype(wide)], axis=2)
+  return _correct(q, jnp.stack([erase_key, k], axis=2), jnp.stack([jnp.zeros_like(v), v], axis=2), strengths)
+
+
+def _repeat_heads(x: jax.Array, heads: int, axis: int) -> jax.Array:
+  return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis=axis)
 
 
 def _run(
-  q: jax.Array,
-  steps: list[tuple[jax.Array, jax.Array | None, jax.Array]],
+  micro_steps: Callable,
+  operands: tuple[jax.Array, ...],
   log_decay: jax.Array | None,
-  out_dtype: jnp.dtype,
   scale: float | None,
   initial_state: jax.Array | None,
   segment_ids: jax.Array | None,
@@ -234,36 +278,34 @@ def _run(
   chunk_size: int | None,
   implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
-  """The general operation; `steps` are the micro-steps' (k, a, z) of a token, in order."""
-  k, a, z = (None if step[0] is None else jnp.stack(step, axis=3) for step in zip(*steps, strict=True))
-  (batch, tokens, _, width), (heads, r, value_width) = q.shape, z.shape[2:]
+  """The general operation. The first three operands are q [B, T, Hk, K], k and v, whose last two axes are like q's."""
+  q, _, v, *_ = operands
+  (batch, tokens, _, width), (heads, value_width) = q.shape, v.shape[-2:]
   _check_log_decay(log_decay, (batch, tokens, heads), width)
   if decay_bound is not None and decay_bound >= 0:
     raise ValueError(f"decay_bound={decay_bound}; want a negative number that no log_decay is below, or None.")
   check_segment_ids(segment_ids, (batch, tokens))
-  dtype = accumulator(q, k, a, z, log_decay, initial_state)
+  dtype = accumulator(*operands, log_decay, initial_state)
   if initial_state is None:
     initial_state = jnp.zeros((batch, heads, width, value_width), dtype)
   _check("initial_state", initial_state, (batch, heads, width, value_width), "batch, value heads, key width, value width")
 
-  q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
-  q = q.astype(dtype) * jnp.asarray(width**-0.5 if scale is None else scale, dtype)
+  face = _Face(micro_steps, width**-0.5 if scale is None else float(scale), dtype)
   docs = None if segment_ids is None else documents(segment_ids)
-  args = q, k, a, z, log_decay, initial_state.astype(dtype), docs
+  initial_state = initial_state.astype(dtype)
   if explain(tokens, implementation=implementation).implementation == "recurrent":
-    out, state = recurrent(*args)
+    out, state = recurrent(*face(*operands), log_decay, initial_state, docs)
   else:
-    out, state = chunked(*args, chunk_size=_chunk_size(chunk_size, tokens, r, log_decay), decay_bound=decay_bound)
-  return out.astype(out_dtype), state
+    size = _chunk_size(chunk_size, tokens)
+    out, state = chunked(face, operands, log_decay, initial_state, docs, chunk_size=size, decay_bound=decay_bound)
+  return out.astype(v.dtype), state
 
 
-def _chunk_size(asked: int | None, tokens: int, r: int, log_decay: jax.Array | None) -> int:
+def _chunk_size(asked: int | None, tokens: int) -> int:
   """The chunk asked for, or the one measured best; never more than the tokens there are, rounded up."""
   if asked is not None and (asked < 1 or asked & (asked - 1)):
     raise ValueError(f"chunk_size={asked}; want a power of two, such as 16, 32 or 64.")
-  by_channel = log_decay is not None and log_decay.ndim == 4
-  default = 16 if by_channel or r > 1 else 32
-  return min(asked or default, 1 << (tokens - 1).bit_length())
+  return min(asked or _CHUNK_SIZE, 1 << (tokens - 1).bit_length())
 
 
 def _check(name: str, x: jax.Array, shape: tuple[int, ...], axes: str) -> None:

@@ -8,24 +8,28 @@ With rows i = (t, m), token-major, G the cumulative log-decay of the chunk and E
 
 Pairs of tokens are decayed by sums of the log-decays between them, never by a quotient of cumulative products: no exponent
 is positive, so nothing overflows and nothing cancels however hard a channel forgets. Only where the caller bounds the decays
-by channel are they split at the middle of the chunk, into factors of at most e^40.
+by channel are they split at the middle of a block, into factors of at most e^40.
 
-The gradient is written by hand. It keeps the inputs and the states at chunk boundaries, recomputes the rest, and walks the
-chunks backwards. With D the cotangent of whatever follows it,
+The gradient is written by hand. It keeps the inputs, U, (I + A)^-1 and the states at chunk boundaries, recomputes the rest,
+and walks the chunks backwards. With D the cotangent of whatever follows it,
 
     DU = P^T DO + (k e^{G_C - G}) DS      DR = (I + A)^-T DU      DZ = DR      [DP; DA] = [DO; -DR] U^T
     [D(q e^G); D(a e^G)] = [DO; -DR] S^T      D(k e^{G_C - G}) = U DS^T
     DS <- Diag(e^{G_C}) DS + (q e^G)^T DO - (a e^G)^T DR
+
+Chunks are taken in blocks: what does not depend on the state is computed for a block's chunks at once, which a GPU or TPU
+needs to be busy, while on a CPU a block of one chunk stays in its cache and makes nothing as long as the sequence.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..precision import einsum, matmul
+from ..precision import einsum, matmul, scaled
 from ..segments import Documents
 from ..triangular import unit_lower_inverse
 
@@ -33,10 +37,28 @@ from ..triangular import unit_lower_inverse
 _FORGET = -1e4
 # Of a factor; two of them multiply to e^80 at most, far from overflow in float32.
 _LARGEST_EXPONENT = 40.0
+# Chunks whose state-free part is computed at once where memory is wide and cores are many.
+_BLOCK = 64
+
+
+class Plan(NamedTuple):
+  """What is known before the arrays are.
+
+  Attributes:
+    expand: from a face's operands [B, T, ...] to `recurrent`'s (q, k, a, z).
+    chunk_size: C, a power of two.
+    block: chunks in a block.
+    decay_bound: a promise that no log-decay is less, which makes per-channel decays cheaper; or None.
+  """
+
+  expand: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]]
+  chunk_size: int
+  block: int
+  decay_bound: float | None
 
 
 class Chunks(NamedTuple):
-  """What each chunk does to the state. Leaves lead with [N, M], M = B * H; R = C * r micro-steps, token-major.
+  """What each chunk does to the state. Leaves lead with [n, M], M = B * H; R = C * r micro-steps, token-major.
 
   Attributes:
     reads: [q e^G; a e^G], [C + R, K]; the first C rows alone where nothing is erased.
@@ -53,62 +75,102 @@ class Chunks(NamedTuple):
   keep: jax.Array
 
 
+@partial(jax.jit, static_argnames=("expand", "chunk_size", "decay_bound", "block"))
 def chunked(
-  q: jax.Array,
-  k: jax.Array,
-  a: jax.Array | None,
-  z: jax.Array,
+  expand: Callable,
+  operands: Any,
   log_decay: jax.Array | None,
   initial_state: jax.Array,
   docs: Documents | None,
+  *,
   chunk_size: int,
   decay_bound: float | None = None,
+  block: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """As `recurrent`, with the same arguments and results.
+  """As `recurrent(*expand(*operands), log_decay, initial_state, docs)`, with the same results.
 
   Args:
-    chunk_size: C, a power of two.
-    decay_bound: a promise that no log-decay is less, which makes per-channel decays cheaper.
+    expand: hashable; see `Plan`.
+    operands: arrays [B, T, ...].
+    log_decay: `None`, [B, T, H] or [B, T, H, K].
+    initial_state: [B, H, K, V], whose dtype the arithmetic has.
+    docs: where documents start and padding is; `None` for one document without padding.
+    chunk_size, decay_bound: see `Plan`.
+    block: see `Plan`; `None` takes what suits the platform.
   """
+  tokens = operands[0].shape[1]
+  chunks = -(-tokens // chunk_size)
+  if block is None:
+    block = 1 if jax.default_backend() == "cpu" else _BLOCK
+  block = -(-chunks // -(-chunks // block))  # as even as they can be: the last one is filled up with padding
   if log_decay is not None and log_decay.ndim == 3:
     log_decay = log_decay[..., None]
-  return _chunked(chunk_size, decay_bound, docs, (q, k, a, z, log_decay), initial_state)
+  missing = -tokens % (chunk_size * block)
+  docs, inputs = jax.tree.map(partial(_pad, missing=missing), (docs, (operands, log_decay)))
+  out, state = _chunked(Plan(expand, chunk_size, block, decay_bound), docs, inputs, initial_state)
+  return out[:, :tokens], state
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(chunk_size, decay_bound, docs, inputs, initial_state):
-  return _forward(chunk_size, decay_bound, docs, inputs, initial_state)[0]
+def _pad(x: jax.Array, missing: int) -> jax.Array:
+  """x [B, T, ...] with as many more tokens, which do nothing."""
+  if not missing:
+    return x
+  # Zeros write nothing, and a document's number goes on: the state is its last token's.
+  mode = "edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant"
+  return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
 
-def _forward(chunk_size, decay_bound, docs, inputs, initial_state):
-  chunks = _prepare(chunk_size, decay_bound, docs, initial_state.dtype, inputs)
-  inverse = _inverse(chunks, chunk_size)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(plan, docs, inputs, initial_state):
+  return _forward(plan, docs, inputs, initial_state)[0]
 
-  def step(state, xs):
+
+def _forward(plan, docs, inputs, initial_state):
+  batch, heads, _, value_width = initial_state.shape
+  length, blocks = _blocks(plan, inputs)
+
+  def block(carry, i):
+    state, out = carry
+    chunks = _prepare(plan, initial_state.dtype, _entry(docs, i, length), *_take((docs, *inputs), i, length))
+    inverse = _inverse(chunks, plan.chunk_size)
+    state, (found, *kept) = jax.lax.scan(chunk, state, (chunks, inverse))
+    return (state, _put(out, _from_chunks(found, batch, heads), i)), (*kept, inverse)
+
+  def chunk(state, xs):
     chunk, inverse = xs
-    read, u = _read(chunk, inverse, state)
-    out = read + matmul(chunk.scores[:, :chunk_size], u)
-    return chunk.keep[..., None] * state + matmul(_t(chunk.writes), u), (out, state)
+    found = matmul(chunk.reads, state)
+    read, erased = found[:, : plan.chunk_size], found[:, plan.chunk_size :]
+    u = chunk.values if inverse is None else matmul(inverse, chunk.values - erased)
+    out = read + matmul(chunk.scores[:, : plan.chunk_size], u)
+    return chunk.keep[..., None] * state + matmul(_t(chunk.writes), u), (out, state, u)
 
-  batch, tokens, heads = inputs[0].shape[:3]
   entry = initial_state.reshape(-1, *initial_state.shape[2:])
-  final_state, (out, entering) = jax.lax.scan(step, entry, (chunks, inverse))
-  out = _from_chunks(out, batch, heads)[:, :tokens]
-  return (out, final_state.reshape(initial_state.shape)), (docs, inputs, entering)
+  out = jnp.empty((batch, blocks * length, heads, value_width), initial_state.dtype)
+  (final_state, out), kept = jax.lax.scan(block, (entry, out), jnp.arange(blocks, dtype=jnp.int32))
+  return (out, final_state.reshape(initial_state.shape)), (docs, inputs, kept)
 
 
-def _backward(chunk_size, decay_bound, residuals, cotangents):
-  docs, inputs, entering = residuals
+def _backward(plan, residuals, cotangents):
+  docs, inputs, kept = residuals
   d_out, d_final = cotangents
-  chunks, pull_back = jax.vjp(partial(_prepare, chunk_size, decay_bound, docs, entering.dtype), inputs)
+  length, blocks = _blocks(plan, inputs)
 
-  def step(d_state, xs):
-    chunk, inverse, state, d_out = xs
-    _, u = _read(chunk, inverse, state)
-    du = matmul(_t(chunk.scores[:, :chunk_size]), d_out) + matmul(chunk.writes, d_state)
+  def block(carry, xs):
+    d_state, d_inputs = carry
+    i, states, us, inverse = xs
+    docs_here, inputs_here, d_out_here = _take((docs, inputs, d_out), i, length)
+    prepare = partial(_prepare, plan, d_final.dtype, _entry(docs, i, length), docs_here)
+    chunks, pull_back = jax.vjp(prepare, *inputs_here)
+    d_out_here = _split(_to_chunks(d_out_here, plan.chunk_size), plan.block)
+    d_state, d_chunks = jax.lax.scan(chunk, d_state, (chunks, inverse, states, us, d_out_here), reverse=True)
+    return (d_state, jax.tree.map(partial(_put, i=i), d_inputs, pull_back(d_chunks))), None
+
+  def chunk(d_state, xs):
+    chunk, inverse, state, u, d_out = xs
+    du = matmul(_t(chunk.scores[:, : plan.chunk_size]), d_out) + matmul(chunk.writes, d_state)
     dr = du if inverse is None else matmul(_t(inverse), du)
     d_rows = d_out if inverse is None else jnp.concatenate([d_out, -dr], axis=1)
-    d_keep = jnp.sum(state * d_state, axis=-1)
+    d_keep = einsum("mkv,mkv->mk", state, d_state)
     d_chunk = Chunks(
       reads=matmul(d_rows, _t(state)),
       scores=matmul(d_rows, _t(u)),
@@ -118,22 +180,14 @@ def _backward(chunk_size, decay_bound, residuals, cotangents):
     )
     return chunk.keep[..., None] * d_state + matmul(_t(chunk.reads), d_rows), d_chunk
 
-  xs = (chunks, _inverse(chunks, chunk_size), entering, _split(_to_chunks(d_out, chunk_size), len(entering)))
-  d_entry, d_chunks = jax.lax.scan(step, d_final.reshape(entering.shape[1:]), xs, reverse=True)
-  (d_inputs,) = pull_back(d_chunks)
+  d_exit = d_final.reshape(-1, *d_final.shape[2:])
+  carry = d_exit, jax.tree.map(jnp.empty_like, inputs)
+  xs = jnp.arange(blocks, dtype=jnp.int32), *kept
+  (d_entry, d_inputs), _ = jax.lax.scan(block, carry, xs, reverse=True)
   return None, d_inputs, d_entry.reshape(d_final.shape)
 
 
 _chunked.defvjp(_forward, _backward)
-
-
-def _read(chunk: Chunks, inverse: jax.Array | None, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What the queries find in the entering state [M, C, V], and the chunk's corrections U [M, R, V]."""
-  found = matmul(chunk.reads, state)
-  if inverse is None:
-    return found, chunk.values
-  read, erased = jnp.split(found, [found.shape[1] - chunk.values.shape[1]], axis=1)
-  return read, matmul(inverse, chunk.values - erased)
 
 
 def _inverse(chunks: Chunks, chunk_size: int) -> jax.Array | None:
@@ -144,22 +198,61 @@ def _inverse(chunks: Chunks, chunk_size: int) -> jax.Array | None:
   return unit_lower_inverse(a.reshape(-1, *a.shape[2:])).reshape(a.shape)
 
 
-def _prepare(chunk_size, decay_bound, docs, dtype, inputs) -> Chunks:
-  """Everything that does not depend on the state, for all chunks in parallel. JAX differentiates it.
+def _blocks(plan: Plan, inputs: Any) -> tuple[int, int]:
+  """Tokens in a block, and the number of blocks."""
+  length = plan.chunk_size * plan.block
+  return length, jax.tree.leaves(inputs)[0].shape[1] // length
+
+
+def _entry(docs: Documents | None, i: jax.Array, length: int) -> jax.Array | None:
+  """Which document the state at the entry of block i belongs to, int32 [B]."""
+  if docs is None:
+    return None
+  last = jnp.take(docs.index, jnp.maximum(i * length - 1, 0), axis=1)
+  return jnp.where(i == 0, 0, last)
+
+
+def _take(tree: Any, i: jax.Array, length: int) -> Any:
+  """Block i of arrays [B, T, ...]."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=1), tree)
+
+
+def _put(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
+  """x [B, T, ...] with its block i [B, L, ...] replaced."""
+  return jax.lax.dynamic_update_slice_in_dim(x, block, i * block.shape[1], axis=1)
+
+
+def _prepare(
+  plan: Plan,
+  dtype: jnp.dtype,
+  entry: jax.Array | None,
+  docs: Documents | None,
+  operands: Any,
+  log_decay: jax.Array | None,
+) -> Chunks:
+  """Everything that does not depend on the state, for all chunks of a block in parallel. JAX differentiates it.
 
   Chunks, batch and heads are one leading axis here: products with many batch axes are slow on CPU, and worse.
+
+  Args:
+    plan: the plan.
+    dtype: of the arithmetic.
+    entry: int32 [B], the document that the state at the block's entry belongs to; `None` without `docs`.
+    docs, operands, log_decay: of the block's tokens, [B, L, ...]; log_decay [B, L, H, K or 1] or `None`.
   """
-  batch, tokens, heads = inputs[0].shape[:3]
+  chunk_size = plan.chunk_size
   if docs is not None:  # padding does nothing, whatever it holds
-    inputs = jax.tree.map(lambda x: jnp.where(jnp.expand_dims(docs.is_token, range(2, x.ndim)), x, 0), inputs)
-  q, k, a, z, log_decay = jax.tree.map(lambda x: _to_chunks(x.astype(dtype), chunk_size), inputs)
-  r = k.shape[2]
+    operands, log_decay = jax.tree.map(partial(_only_tokens, docs.is_token), (operands, log_decay))
+  q, k, a, z = plan.expand(*operands)
+  heads = q.shape[2]
   if log_decay is None:
-    log_decay = jnp.zeros((1, chunk_size, 1), dtype)
+    log_decay = jnp.zeros((1, chunk_size, 1, 1), dtype)
+  q, k, a, z, log_decay = jax.tree.map(lambda x: _to_chunks(x.astype(dtype), chunk_size), (q, k, a, z, log_decay))
   log_decay = jnp.maximum(log_decay, _FORGET)
+  r = k.shape[2]
 
   def to_writes(x):  # [L, C, ...], a row for each micro-step
-    return jnp.repeat(x, r, axis=1)
+    return x if r == 1 else jnp.repeat(x, r, axis=1)
 
   def to_rows(x):  # and the reads before
     return x if a is None else jnp.concatenate([x, to_writes(x)], axis=1)
@@ -167,31 +260,28 @@ def _prepare(chunk_size, decay_bound, docs, dtype, inputs) -> Chunks:
   rows, writes = q if a is None else jnp.concatenate([q, _merge(a)], axis=1), _merge(k)
   if log_decay.shape[-1] == 1:
     scores = _inner(rows, writes) * jnp.repeat(to_rows(jnp.exp(_sum_between(log_decay))), r, axis=2)
-  elif decay_bound is not None and chunk_size // 2 * -decay_bound <= _LARGEST_EXPONENT:
-    since_middle = _sum_since_middle(log_decay)
-    scores = _inner(rows * to_rows(jnp.exp(since_middle)), writes * to_writes(jnp.exp(-since_middle)))
   else:
-    scores = _decayed_products(q, k, a, log_decay)
+    scores = _decayed_products(q, k, a, log_decay, plan.decay_bound)
   causal = jnp.asarray(_causal(chunk_size, r)[: rows.shape[1]])[None]
   entering, leaving = jnp.exp(_sum_up_to(log_decay)), jnp.exp(_sum_after(log_decay))
   keep = jnp.exp(jnp.sum(log_decay, axis=1))
   if docs is not None:
-    index = _to_chunks(jnp.repeat(docs.index[..., None], heads, axis=2), chunk_size, mode="edge")  # [L, C]
+    index = _to_chunks(jnp.repeat(docs.index[..., None], heads, axis=2), chunk_size)  # [L, C]
     last = index[:, -1:]
-    entry = jnp.concatenate([jnp.zeros((batch * heads, 1), index.dtype), last])[: len(last)]
+    entry = jnp.concatenate([jnp.repeat(entry, heads)[:, None], last])[: len(last)]
     causal = causal & (to_rows(index)[:, :, None] == to_writes(index)[:, None, :])
     entering = jnp.where((index == entry)[..., None], entering, 0)
     leaving = jnp.where((index == last)[..., None], leaving, 0)
     keep = jnp.where(entry == last, keep, 0)
 
   chunks = Chunks(
-    reads=rows * to_rows(entering),
+    reads=_decayed(rows, to_rows(entering)),
     scores=jnp.where(causal, scores, 0),
-    writes=writes * to_writes(leaving),
+    writes=_decayed(writes, to_writes(leaving)),
     values=_merge(z),
     keep=jnp.broadcast_to(keep, (len(q), keep.shape[-1])),
   )
-  return jax.tree.map(lambda x: _split(x, -(-tokens // chunk_size)), chunks)
+  return jax.tree.map(lambda x: _split(x, plan.block), chunks)
 
 
 def _causal(chunk_size: int, r: int) -> np.ndarray:
@@ -204,33 +294,43 @@ def _causal(chunk_size: int, r: int) -> np.ndarray:
   return write <= last_seen[:, None]
 
 
-def _decayed_products(q: jax.Array, k: jax.Array, a: jax.Array | None, log_decay: jax.Array) -> jax.Array:
-  """[q; a] k^T decayed in between, [L, C + R, R], for channels with decays of their own that nothing bounds.
+def _decayed_products(
+  q: jax.Array, k: jax.Array, a: jax.Array | None, log_decay: jax.Array, decay_bound: float | None
+) -> jax.Array:
+  """[q; a] k^T decayed in between, [L, C + R, R], for channels with decays of their own.
 
-  They go into the factors, split at the middle of ever larger blocks of tokens: the later half, decayed since the middle,
-  against the earlier half, decayed up to it. No exponent is positive.
+  They go into the factors, split at the middle of ever larger spans of tokens: the later half, decayed since the middle,
+  against the earlier half, decayed up to it. No exponent is positive. The smallest spans are single tokens; or, where the
+  decays are bounded, as many tokens as can be split at their middle both ways, in one product. What these products say of
+  later writes is meaningless: the caller masks it.
 
   Args:
     q: [L, C, K].
     k, a: [L, C, r, K].
     log_decay: [L, C, K].
+    decay_bound: as for `Plan`.
   """
   rows = q[:, :, None] if a is None else jnp.concatenate([q[:, :, None], a], axis=2)
   c, p, width = rows.shape[1:]
   r = k.shape[2]
-  out = _products(rows.reshape(-1, 1, p, width), k.reshape(-1, 1, r, width))
-  half = 1
-  while half < c:
-    early_k = k.reshape(-1, 2, half, r, width)[:, 0]
-    late_rows = rows.reshape(-1, 2, half, p, width)[:, 1]
-    early_decay, late_decay = jnp.moveaxis(log_decay.reshape(-1, 2, half, width), 1, 0)
+  span = c
+  while span > 1 and (decay_bound is None or span // 2 * -decay_bound > _LARGEST_EXPONENT):
+    span //= 2
+  since_middle = _sum_since_middle(log_decay.reshape(-1, span, width))[:, :, None]
+  out = _products(
+    rows.reshape(-1, span, p, width) * jnp.exp(since_middle), k.reshape(-1, span, r, width) * jnp.exp(-since_middle)
+  )
+  while span < c:
+    early_k = k.reshape(-1, 2, span, r, width)[:, 0]
+    late_rows = rows.reshape(-1, 2, span, p, width)[:, 1]
+    early_decay, late_decay = jnp.moveaxis(log_decay.reshape(-1, 2, span, width), 1, 0)
     late_rows = late_rows * jnp.exp(_sum_up_to(late_decay))[:, :, None]
     early_k = early_k * jnp.exp(_sum_after(early_decay))[:, :, None]
     across = _products(late_rows, early_k)
-    first, second = jnp.moveaxis(out.reshape(-1, 2, half, p, half, r), 1, 0)
+    first, second = jnp.moveaxis(out.reshape(-1, 2, span, p, span, r), 1, 0)
     top = jnp.concatenate([first, jnp.zeros_like(across)], axis=3)
     out = jnp.concatenate([top, jnp.concatenate([across, second], axis=3)], axis=1)
-    half *= 2
+    span *= 2
   out = out.reshape(-1, c, p, c * r)
   return jnp.concatenate([out[:, :, 0], _merge(out[:, :, 1:])], axis=1)
 
@@ -277,6 +377,16 @@ def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
   return einsum("lrk,lsk->lrs", x, y)
 
 
+def _decayed(x: jax.Array, decay: jax.Array) -> jax.Array:
+  """x [L, R, K] times decay [L, R, K or 1]."""
+  return scaled(x, decay[..., 0]) if decay.shape[-1] == 1 else x * decay
+
+
+def _only_tokens(is_token: jax.Array, x: jax.Array) -> jax.Array:
+  """x [B, T, ...] with zeros for padding."""
+  return jnp.where(jnp.expand_dims(is_token, range(2, x.ndim)), x, 0)
+
+
 def _merge(x: jax.Array) -> jax.Array:
   """[L, C, r, X] -> [L, C * r, X]."""
   return x.reshape(x.shape[0], -1, x.shape[-1])
@@ -287,19 +397,18 @@ def _t(x: jax.Array) -> jax.Array:
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:
-  """[N * M, ...] -> [N, M, ...]."""
+  """[n * M, ...] -> [n, M, ...]."""
   return x.reshape(n, -1, *x.shape[1:])
 
 
-def _to_chunks(x: jax.Array, chunk_size: int, mode: str = "constant") -> jax.Array:
-  """[B, T, H, ...] -> [N * B * H, C, ...], padded to whole chunks with zeros, or with the last entry (`mode="edge"`)."""
-  batch, tokens, heads, *rest = x.shape
-  x = jnp.pad(x, [(0, 0), (0, -tokens % chunk_size)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+def _to_chunks(x: jax.Array, chunk_size: int) -> jax.Array:
+  """[B, n * C, H, ...] -> [n * B * H, C, ...]."""
+  batch, _, heads, *rest = x.shape
   x = x.reshape(batch, -1, chunk_size, heads, *rest)
   return x.transpose(1, 0, 3, 2, *range(4, x.ndim)).reshape(-1, chunk_size, *rest)
 
 
 def _from_chunks(x: jax.Array, batch: int, heads: int) -> jax.Array:
-  """[N, B * H, C, V] -> [B, N * C, H, V]."""
+  """[n, B * H, C, V] -> [B, n * C, H, V]."""
   n, _, c, width = x.shape
   return x.reshape(n, batch, heads, c, width).transpose(1, 0, 3, 2, 4).reshape(batch, n * c, heads, width)
