@@ -67,6 +67,15 @@ def test_chunks_of_any_size_are_the_recurrence(face, chunk_size, segmented):
 
 
 @IN_FLOAT64
+@distinct_faces
+@pytest.mark.parametrize("block", [2, 64])
+def test_chunks_in_blocks_are_the_recurrence(face, block, monkeypatch):
+  """As on a GPU or TPU: several chunks prepared at once, and the last block filled up."""
+  monkeypatch.setattr(ops, "chunked", functools.partial(ops.chunked, block=block))
+  equals_oracle(face, 16, segmented=True)
+
+
+@IN_FLOAT64
 @pytest.mark.parametrize("tokens", [16, 3])
 def test_without_a_state_documents_or_a_chunk_size(tokens):
   """The plainest call, on the chunk grid and shorter than a chunk."""

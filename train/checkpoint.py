@@ -10,6 +10,7 @@ import gc
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,19 +186,30 @@ def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
   A damaged file surfaces as any of a dozen types of exception. All are caught but
   those that are not the files' fault.
   """
-  try:
-    return load(), None
-  except (MemoryError, jax.errors.JaxRuntimeError):
-    raise
-  except Exception as error:
-    damage = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:200]}"
-  # Orbax leaves the reads of the other arrays unfinished, each failing with an essay once it is collected.
+  with _abandoned_reads_ignored():
+    try:
+      return load(), None
+    except (MemoryError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:
+      damage = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:200]}"
+    gc.collect()
+    time.sleep(0.2)  # for the reads that are still under way
+  return None, damage
+
+
+@contextmanager
+def _abandoned_reads_ignored() -> Iterator[None]:
+  """Keeps quiet about the reads that Orbax leaves unfinished when one of them fails.
+
+  Each fails with an essay of its own, when it is collected or when it comes home to an event loop that is closed, from
+  where nothing can be raised.
+  """
   hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
   try:
-    gc.collect()
+    yield
   finally:
     sys.unraisablehook = hook
-  return None, damage
 
 
 def checksums(tree: Any) -> dict[str, int]:

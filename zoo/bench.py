@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..pallas_kernels import delta_rule, short_conv
 from .describe import count_flops
@@ -189,7 +190,8 @@ def function(operation: str, direction: str, implementation: str) -> Callable[..
 
   def weighted_sum(*inputs):
     output = forward(*inputs)[0]
-    return jnp.sum(output * jnp.cos(jax.lax.broadcasted_iota(output.dtype, output.shape, output.ndim - 1)))
+    weights = np.cos(np.arange(output.shape[-1])).astype(output.dtype)
+    return jnp.sum(output * jnp.expand_dims(weights, range(output.ndim - 1)))
 
   def gradient(*inputs):
     return jax.grad(weighted_sum, argnums=tuple(range(len(inputs))))(*inputs)

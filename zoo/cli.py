@@ -187,7 +187,7 @@ def list_() -> None:
 
 @app.command()
 def bench(
-  operations: Annotated[list[str] | None, typer.Argument(help="Which operations [all].")] = None,
+  operations: Annotated[list[str] | None, typer.Argument(help="Which operations; all unless given.")] = None,
   length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 2048,
   long: Annotated[bool, typer.Option("--long", help="Also from 4,096 to 65,536 tokens: time and peak memory.")] = False,
   out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench"),

@@ -13,8 +13,8 @@ by channel are they split at the middle of a block, into factors of at most e^40
 The gradient is written by hand. It keeps the inputs, U, (I + A)^-1 and the states at chunk boundaries, recomputes the rest,
 and walks the chunks backwards. With D the cotangent of whatever follows it,
 
-    DU = P^T DO + (k e^{G_C - G}) DS      DR = (I + A)^-T DU      DZ = DR      [DP; DA] = [DO; -DR] U^T
-    [D(q e^G); D(a e^G)] = [DO; -DR] S^T      D(k e^{G_C - G}) = U DS^T
+    DU = P^T DO + (k e^{G_C - G}) DS      DR = (I + A)^-T DU      DZ = DR      DP = DO U^T      DA = -DR U^T
+    D(q e^G) = DO S^T      D(a e^G) = -DR S^T      D(k e^{G_C - G}) = U DS^T
     DS <- Diag(e^{G_C}) DS + (q e^G)^T DO - (a e^G)^T DR
 
 Chunks are taken in blocks: what does not depend on the state is computed for a block's chunks at once, which a GPU or TPU
@@ -61,17 +61,21 @@ class Chunks(NamedTuple):
   """What each chunk does to the state. Leaves lead with [n, M], M = B * H; R = C * r micro-steps, token-major.
 
   Attributes:
-    reads: [q e^G; a e^G], [C + R, K]; the first C rows alone where nothing is erased.
-    scores: [P; A], [C + R, R]; the first C rows alone where nothing is erased.
+    reads: q e^G, [C, K].
+    erases: a e^G, [R, K]; `None` where nothing is erased.
     writes: k e^{G_C - G}, [R, K].
     values: Z, [R, V].
+    scores: P, [C, R].
+    overlaps: A, [R, R]; `None` where nothing is erased.
     keep: e^{G_C}, [K] or [1], of the state that the chunk found.
   """
 
   reads: jax.Array
-  scores: jax.Array
+  erases: jax.Array | None
   writes: jax.Array
   values: jax.Array
+  scores: jax.Array
+  overlaps: jax.Array | None
   keep: jax.Array
 
 
@@ -132,16 +136,14 @@ def _forward(plan, docs, inputs, initial_state):
   def block(carry, i):
     state, out = carry
     chunks = _prepare(plan, initial_state.dtype, _entry(docs, i, length), *_take((docs, *inputs), i, length))
-    inverse = _inverse(chunks, plan.chunk_size)
+    inverse = _inverse(chunks.overlaps)
     state, (found, *kept) = jax.lax.scan(chunk, state, (chunks, inverse))
     return (state, _put(out, _from_chunks(found, batch, heads), i)), (*kept, inverse)
 
   def chunk(state, xs):
     chunk, inverse = xs
-    found = matmul(chunk.reads, state)
-    read, erased = found[:, : plan.chunk_size], found[:, plan.chunk_size :]
-    u = chunk.values if inverse is None else matmul(inverse, chunk.values - erased)
-    out = read + matmul(chunk.scores[:, : plan.chunk_size], u)
+    u = chunk.values if inverse is None else matmul(inverse, chunk.values - matmul(chunk.erases, state))
+    out = matmul(chunk.reads, state) + matmul(chunk.scores, u)
     return chunk.keep[..., None] * state + matmul(_t(chunk.writes), u), (out, state, u)
 
   entry = initial_state.reshape(-1, *initial_state.shape[2:])
@@ -167,18 +169,20 @@ def _backward(plan, residuals, cotangents):
 
   def chunk(d_state, xs):
     chunk, inverse, state, u, d_out = xs
-    du = matmul(_t(chunk.scores[:, : plan.chunk_size]), d_out) + matmul(chunk.writes, d_state)
+    du = matmul(_t(chunk.scores), d_out) + matmul(chunk.writes, d_state)
     dr = du if inverse is None else matmul(_t(inverse), du)
-    d_rows = d_out if inverse is None else jnp.concatenate([d_out, -dr], axis=1)
     d_keep = einsum("mkv,mkv->mk", state, d_state)
     d_chunk = Chunks(
-      reads=matmul(d_rows, _t(state)),
-      scores=matmul(d_rows, _t(u)),
+      reads=matmul(d_out, _t(state)),
+      erases=None if inverse is None else -matmul(dr, _t(state)),
       writes=matmul(u, _t(d_state)),
       values=dr,
+      scores=matmul(d_out, _t(u)),
+      overlaps=None if inverse is None else -matmul(dr, _t(u)),
       keep=d_keep if chunk.keep.shape == d_keep.shape else jnp.sum(d_keep, axis=-1, keepdims=True),
     )
-    return chunk.keep[..., None] * d_state + matmul(_t(chunk.reads), d_rows), d_chunk
+    d_state = chunk.keep[..., None] * d_state + matmul(_t(chunk.reads), d_out)
+    return d_state if inverse is None else d_state - matmul(_t(chunk.erases), dr), d_chunk
 
   d_exit = d_final.reshape(-1, *d_final.shape[2:])
   carry = d_exit, jax.tree.map(jnp.empty_like, inputs)
@@ -190,12 +194,11 @@ def _backward(plan, residuals, cotangents):
 _chunked.defvjp(_forward, _backward)
 
 
-def _inverse(chunks: Chunks, chunk_size: int) -> jax.Array | None:
-  """(I + A)^-1 of every chunk, `None` where nothing is erased."""
-  a = chunks.scores[:, :, chunk_size:]
-  if not a.shape[2]:
+def _inverse(overlaps: jax.Array | None) -> jax.Array | None:
+  """(I + A)^-1 of every chunk."""
+  if overlaps is None:
     return None
-  return unit_lower_inverse(a.reshape(-1, *a.shape[2:])).reshape(a.shape)
+  return unit_lower_inverse(overlaps.reshape(-1, *overlaps.shape[2:])).reshape(overlaps.shape)
 
 
 def _blocks(plan: Plan, inputs: Any) -> tuple[int, int]:
@@ -250,94 +253,83 @@ def _prepare(
   q, k, a, z, log_decay = jax.tree.map(lambda x: _to_chunks(x.astype(dtype), chunk_size), (q, k, a, z, log_decay))
   log_decay = jnp.maximum(log_decay, _FORGET)
   r = k.shape[2]
-
-  def to_writes(x):  # [L, C, ...], a row for each micro-step
-    return x if r == 1 else jnp.repeat(x, r, axis=1)
-
-  def to_rows(x):  # and the reads before
-    return x if a is None else jnp.concatenate([x, to_writes(x)], axis=1)
-
-  rows, writes = q if a is None else jnp.concatenate([q, _merge(a)], axis=1), _merge(k)
-  if log_decay.shape[-1] == 1:
-    scores = _inner(rows, writes) * jnp.repeat(to_rows(jnp.exp(_sum_between(log_decay))), r, axis=2)
-  else:
-    scores = _decayed_products(q, k, a, log_decay, plan.decay_bound)
-  causal = jnp.asarray(_causal(chunk_size, r)[: rows.shape[1]])[None]
+  seen, before = (jnp.asarray(mask)[None] for mask in _causal(chunk_size, r))
   entering, leaving = jnp.exp(_sum_up_to(log_decay)), jnp.exp(_sum_after(log_decay))
   keep = jnp.exp(jnp.sum(log_decay, axis=1))
   if docs is not None:
     index = _to_chunks(jnp.repeat(docs.index[..., None], heads, axis=2), chunk_size)  # [L, C]
     last = index[:, -1:]
     entry = jnp.concatenate([jnp.repeat(entry, heads)[:, None], last])[: len(last)]
-    causal = causal & (to_rows(index)[:, :, None] == to_writes(index)[:, None, :])
+    same = (index[:, :, None] == index[:, None, :])[:, :, None, :, None]
+    seen, before = seen & same, before & same
     entering = jnp.where((index == entry)[..., None], entering, 0)
     leaving = jnp.where((index == last)[..., None], leaving, 0)
     keep = jnp.where(entry == last, keep, 0)
 
+  products = partial(_decayed_products, k=k, log_decay=log_decay, decay_bound=plan.decay_bound)
+  scores = jnp.where(seen, products(q[:, :, None]), 0)
+  overlaps = None if a is None else jnp.where(before, products(a), 0)
   chunks = Chunks(
-    reads=_decayed(rows, to_rows(entering)),
-    scores=jnp.where(causal, scores, 0),
-    writes=_decayed(writes, to_writes(leaving)),
+    reads=_decayed(q, entering),
+    erases=None if a is None else _merge(_decayed(a, entering[:, :, None])),
+    writes=_merge(_decayed(k, leaving[:, :, None])),
     values=_merge(z),
+    scores=scores.reshape(-1, chunk_size, chunk_size * r),
+    overlaps=None if a is None else overlaps.reshape(-1, chunk_size * r, chunk_size * r),
     keep=jnp.broadcast_to(keep, (len(q), keep.shape[-1])),
   )
   return jax.tree.map(lambda x: _split(x, plan.block), chunks)
 
 
-def _causal(chunk_size: int, r: int) -> np.ndarray:
-  """Which writes (columns) the rows of `Chunks.scores` see, bool [C + R, R].
-
-  A read sees those up to its token's last, a micro-step those before it.
-  """
-  write = np.arange(chunk_size * r)
-  last_seen = np.concatenate([np.arange(chunk_size) * r + r - 1, write - 1])
-  return write <= last_seen[:, None]
+def _causal(chunk_size: int, r: int) -> tuple[np.ndarray, np.ndarray]:
+  """Which micro-steps (s, n) a read at t sees, [C, 1, C, r], and which are before a micro-step (t, m), [C, r, C, r]."""
+  read, step = np.arange(chunk_size) * r + r - 1, np.arange(chunk_size * r)
+  seen, before = step <= read[:, None], step < step[:, None]
+  return seen.reshape(chunk_size, 1, chunk_size, r), before.reshape(chunk_size, r, chunk_size, r)
 
 
-def _decayed_products(
-  q: jax.Array, k: jax.Array, a: jax.Array | None, log_decay: jax.Array, decay_bound: float | None
-) -> jax.Array:
-  """[q; a] k^T decayed in between, [L, C + R, R], for channels with decays of their own.
+def _decayed_products(x: jax.Array, k: jax.Array, log_decay: jax.Array, decay_bound: float | None) -> jax.Array:
+  """x k^T decayed in between, [L, C, p, C, r]; what it says of writes after a read is meaningless, and for the caller to mask.
 
-  They go into the factors, split at the middle of ever larger spans of tokens: the later half, decayed since the middle,
-  against the earlier half, decayed up to it. No exponent is positive. The smallest spans are single tokens; or, where the
-  decays are bounded, as many tokens as can be split at their middle both ways, in one product. What these products say of
-  later writes is meaningless: the caller masks it.
+  Decays by channel go into the factors, split at the middle of ever larger spans of tokens: the later half, decayed since
+  the middle, against the earlier half, decayed up to it. No exponent is positive. The smallest spans are single tokens; or,
+  where the decays are bounded, as many tokens as can be split at their middle both ways, in one product.
 
   Args:
-    q: [L, C, K].
-    k, a: [L, C, r, K].
-    log_decay: [L, C, K].
+    x: [L, C, p, K].
+    k: [L, C, r, K].
+    log_decay: [L, C, K or 1].
     decay_bound: as for `Plan`.
   """
-  rows = q[:, :, None] if a is None else jnp.concatenate([q[:, :, None], a], axis=2)
-  c, p, width = rows.shape[1:]
+  if log_decay.shape[-1] == 1:
+    return _products(x, k) * jnp.exp(_sum_between(log_decay))[:, :, None, :, None]
+  c, p, width = x.shape[1:]
   r = k.shape[2]
   span = c
   while span > 1 and (decay_bound is None or span // 2 * -decay_bound > _LARGEST_EXPONENT):
     span //= 2
   since_middle = _sum_since_middle(log_decay.reshape(-1, span, width))[:, :, None]
   out = _products(
-    rows.reshape(-1, span, p, width) * jnp.exp(since_middle), k.reshape(-1, span, r, width) * jnp.exp(-since_middle)
+    x.reshape(-1, span, p, width) * jnp.exp(since_middle), k.reshape(-1, span, r, width) * jnp.exp(-since_middle)
   )
   while span < c:
+    late_x = x.reshape(-1, 2, span, p, width)[:, 1]
     early_k = k.reshape(-1, 2, span, r, width)[:, 0]
-    late_rows = rows.reshape(-1, 2, span, p, width)[:, 1]
     early_decay, late_decay = jnp.moveaxis(log_decay.reshape(-1, 2, span, width), 1, 0)
-    late_rows = late_rows * jnp.exp(_sum_up_to(late_decay))[:, :, None]
+    late_x = late_x * jnp.exp(_sum_up_to(late_decay))[:, :, None]
     early_k = early_k * jnp.exp(_sum_after(early_decay))[:, :, None]
-    across = _products(late_rows, early_k)
+    across = _products(late_x, early_k)
     first, second = jnp.moveaxis(out.reshape(-1, 2, span, p, span, r), 1, 0)
     top = jnp.concatenate([first, jnp.zeros_like(across)], axis=3)
     out = jnp.concatenate([top, jnp.concatenate([across, second], axis=3)], axis=1)
     span *= 2
-  out = out.reshape(-1, c, p, c * r)
-  return jnp.concatenate([out[:, :, 0], _merge(out[:, :, 1:])], axis=1)
+  return out.reshape(-1, c, p, c, r)
 
 
-def _products(rows: jax.Array, k: jax.Array) -> jax.Array:
-  """Inner products of rows [L, C, p, K] and k [L, C, r, K], [L, C, p, C, r]."""
-  return _inner(_merge(rows), _merge(k)).reshape(*rows.shape[:3], *k.shape[1:3])
+def _products(x: jax.Array, k: jax.Array) -> jax.Array:
+  """Inner products of x [L, C, p, K] and k [L, C, r, K], [L, C, p, C, r]."""
+  products = einsum("lrk,lsk->lrs", _merge(x), _merge(k))
+  return products.reshape(*x.shape[:3], *k.shape[1:3])
 
 
 # Sums of log-decays are products with zeros and ones: everything that is summed has one sign, where differences of a
@@ -372,14 +364,11 @@ def _sum(which: np.ndarray, x: jax.Array) -> jax.Array:
   return matmul(jnp.broadcast_to(which, (x.shape[0], *which.shape[1:])), x)
 
 
-def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Inner products of the rows of x [L, R, K] and y [L, S, K], [L, R, S]."""
-  return einsum("lrk,lsk->lrs", x, y)
-
-
 def _decayed(x: jax.Array, decay: jax.Array) -> jax.Array:
-  """x [L, R, K] times decay [L, R, K or 1]."""
-  return scaled(x, decay[..., 0]) if decay.shape[-1] == 1 else x * decay
+  """x [..., K] times decay [..., K or 1]."""
+  if decay.shape[-1] > 1:
+    return x * decay
+  return scaled(x, jnp.broadcast_to(decay[..., 0], x.shape[:-1]))
 
 
 def _only_tokens(is_token: jax.Array, x: jax.Array) -> jax.Array:
