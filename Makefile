@@ -5,8 +5,9 @@ TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: train test check bench clean
 
+# On Linux, glibc then asks for huge pages, without which a processor spends a quarter of a step on looking up addresses.
 train: .venv/installed
-	$(BIN)/memzoo train quickstart
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/memzoo train quickstart
 
 test: .venv/installed
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ from flax import linen as nn
 from memzoo.layers.attention import Attention, reference_attention, softmax_attention
 from tolerances import assert_close, assert_finite
 
+pytestmark = pytest.mark.slow
+
 IN_FLOAT64 = pytest.mark.usefixtures("float64")
 WIDTH, WINDOW = 8, 5
 PACKED = np.array([1, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 5, 5, 5, 5, 5, 5, 5, 5, 5, 6], np.int32)

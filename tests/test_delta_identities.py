@@ -8,7 +8,7 @@ from delta_faces import Face, both, differ, per_token, run, same, transition, wi
 from memzoo.pallas_kernels import delta_rule as ops
 from tolerances import assert_close
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float64")]
 
 LINEAR, LINEAR_SCALAR, LINEAR_CHANNEL = (Face(ops.linear_attention, decay) for decay in ("none", "scalar", "channel"))
 DELTA, GATED = Face(ops.delta_rule), Face(ops.gated_delta_rule, "scalar")

@@ -7,7 +7,7 @@ from delta_faces import Face, both, by_hand, differ, per_token, run, same, trans
 from memzoo.pallas_kernels import delta_rule as ops
 from tolerances import assert_close
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float64")]
 
 DELTA, GATED = Face(ops.delta_rule), Face(ops.gated_delta_rule, "scalar")
 KIMI = Face(ops.kimi_delta_rule, "channel")

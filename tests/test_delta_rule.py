@@ -66,6 +66,7 @@ def test_chunks_of_any_size_are_the_recurrence(face, chunk_size, segmented):
   equals_oracle(face, chunk_size, segmented)
 
 
+@pytest.mark.slow
 @IN_FLOAT64
 @distinct_faces
 @pytest.mark.parametrize("block", [2, 64])
@@ -101,6 +102,7 @@ def test_the_read_is_scaled(scale):
   assert_close(values(DISTINCT[2], args, implementation="xla", scale=scale), by_hand(**args, scale=scale))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("face", "implementation"), [*((face, "xla") for face in DISTINCT), (DISTINCT[-1], "recurrent")], ids=str
 )
@@ -151,6 +153,7 @@ ANY_FACE = ("trained", "cosine 0.99", "equal keys", "strong", "zero keys", "zero
 WITH_DECAY = ("no decay", "to -50", "-50", "-200", "-inf", "-inf everywhere")
 
 
+@pytest.mark.slow
 @IN_FLOAT64
 @pytest.mark.parametrize(
   ("face", "kind"), [(f, kind) for f in DISTINCT for kind in ANY_FACE + WITH_DECAY * (f.decay != "none")], ids=str
@@ -168,9 +171,10 @@ def test_float32_chunks_are_the_float64_recurrence_however_hostile_the_inputs(fa
 BY_CHANNEL = [face for face in DISTINCT if face.decay == "channel"]
 
 
+@pytest.mark.slow
 @IN_FLOAT64
 @pytest.mark.parametrize("face", BY_CHANNEL, ids=str)
-@pytest.mark.parametrize("chunk_size", [1, 8, 16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunk_size", [1, 8, 16, 64])
 def test_a_bound_on_the_decays_changes_nothing(face, chunk_size):
   ids = jnp.asarray(SEGMENTS)
   found = values_and_gradients(face, face.inputs(TOKENS), ids, implementation="xla", chunk_size=chunk_size, decay_bound=-5.0)
@@ -180,6 +184,7 @@ def test_a_bound_on_the_decays_changes_nothing(face, chunk_size):
   assert_close(gradients, expected_gradients, gradients=True)
 
 
+@pytest.mark.slow
 @IN_FLOAT64
 @pytest.mark.parametrize("face", BY_CHANNEL, ids=str)
 @pytest.mark.parametrize("kind", ["trained", "cosine 0.99", "equal keys", "no decay", "at the bound", "zero keys"])
@@ -210,6 +215,7 @@ def test_long_inputs_that_forget_hard_are_right(face):
   assert_close(gradients, expected_gradients, jnp.float32, gradients=True)
 
 
+@pytest.mark.slow
 @IN_FLOAT64
 @pytest.mark.parametrize("implementation", ["xla", "recurrent"])
 @pytest.mark.parametrize("face", DISTINCT[2:], ids=str)
@@ -227,6 +233,7 @@ def test_what_padding_holds_does_not_matter(face, implementation):
   assert not np.any(np.asarray(actual[0][0])[SEGMENTS == 0])
 
 
+@pytest.mark.slow
 @IN_FLOAT64
 def test_the_gradient_of_the_gradient_is_the_recurrences():
   face = DISTINCT[-1]
@@ -246,6 +253,7 @@ def test_the_gradient_of_the_gradient_is_the_recurrences():
   assert_close(actual, expected, gradients=True)
 
 
+@pytest.mark.slow
 @IN_FLOAT64
 def test_transformations_compose():
   face = DISTINCT[2]

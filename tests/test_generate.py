@@ -13,6 +13,8 @@ from memzoo.zoo.language_model import LanguageModel
 from memzoo.zoo.registry import LAYERS
 from subjects import layer
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 3, 9], [7], list(range(1, 20)), [2, 2]]
 
 

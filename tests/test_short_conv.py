@@ -8,6 +8,8 @@ from memzoo.pallas_kernels import short_conv as ops
 from memzoo.pallas_kernels.short_conv import short_conv
 from tolerances import assert_close
 
+pytestmark = pytest.mark.slow
+
 IN_FLOAT64 = pytest.mark.usefixtures("float64")
 CHANNELS = 5
 IDS = np.stack([

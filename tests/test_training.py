@@ -26,6 +26,8 @@ from memzoo.train.step import build_program
 from memzoo.train.trainer import Trainer
 from tiny_run import Model, memory_model, tiny_experiment
 
+pytestmark = pytest.mark.slow
+
 
 def program_of(experiment, steps=20):
   return build_program(

@@ -63,7 +63,7 @@ def train(
   config: _Config,
   overrides: _Set = None,
   steps: Annotated[int | None, typer.Option(help="Short for --set Trainer.steps=N.")] = None,
-  out: Annotated[Path | None, typer.Option(help="Folder of the run [runs/NAME].")] = None,
+  out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME unless given.")] = None,
 ) -> None:
   """Train a model, or go on with a run that was stopped.
 
@@ -147,7 +147,7 @@ def generate(
 def describe(
   config: _Config,
   overrides: _Set = None,
-  length: Annotated[int | None, typer.Option(help="Tokens [TextData.sequence_length].")] = None,
+  length: Annotated[int | None, typer.Option(help="Tokens; TextData.sequence_length unless given.")] = None,
 ) -> None:
   """Show what a config makes: parameters, bytes of memory and work, block by block. Nothing is allocated.
 
