@@ -67,6 +67,22 @@ def test_only_the_newest_are_kept(tmp_path, saved):
   assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path, saved, target):
+  with Checkpoints(tmp_path, kept=2) as checkpoints:
+    assert checkpoints.best_loss == float("inf")
+    for step, loss in enumerate([3.0, 1.0, None, 2.0, 4.0]):
+      checkpoints.save(step, saved[1], {}, {}, loss)
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "3", "4"]
+  with Checkpoints(tmp_path, kept=2) as checkpoints:
+    assert checkpoints.best_loss == 1.0
+  assert [restore_params(tmp_path, target.params, best=best)[1] for best in (False, True)] == [4, 1]
+
+
+def test_without_an_evaluation_there_is_no_best(saved, target):
+  with pytest.raises(ValueError, match="no checkpoint that was evaluated"):
+    restore_params(saved[0], target.params, best=True)
+
+
 def test_a_state_given_away_while_it_is_being_saved_is_saved_whole(tmp_path):
   """The next step overwrites the buffers of a donated state, while Orbax may still be writing."""
   make = jax.jit(lambda: {"params": {f"{i}": jax.numpy.full((512, 512), i, "float32") for i in range(8)}})

@@ -1,5 +1,6 @@
 """Text becomes batches: every token once, documents apart, in an order that a position brings back."""
 
+import gzip
 import json
 import sys
 import zlib
@@ -161,6 +162,44 @@ def test_glob_and_several_sources(tmp_path):
     (tmp_path / name).write_text(name)
   documents = read_documents((str(tmp_path / "*.txt"), str(tmp_path / "c.md")))
   assert [document.name for document in documents] == ["a.txt", "b.txt", "c.md"]
+
+
+def test_compressed_files_are_read_like_any_other(tmp_path):
+  (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one"))
+  (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"body": "two"}\n{"body": "three"}\n'))
+  assert [document.text for document in read_documents(str(tmp_path), "body")] == [b"one", b"two", b"three"]
+
+
+@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b"cut short" * 99)[:-9]])
+def test_a_broken_compressed_file_is_named(tmp_path, content):
+  path = tmp_path / "a.txt.gz"
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=r"a\.txt\.gz cannot be read"):
+    read_documents(str(path))
+
+
+def test_a_mixture_takes_rows_by_weight_and_every_row_of_a_part_in_turn(tmp_path):
+  for name, words in (("a", 400), ("b", 100)):
+    write_text(tmp_path / name, documents=9, words=words)
+  for path in (tmp_path / "b").iterdir():
+    path.write_text(path.read_text().upper())
+  sources = str(tmp_path / "a"), str(tmp_path / "b")
+  corpus = TextData(sources, weights=(1.0, 3.0), sequence_length=16, batch_size=8).load()
+  whole = TextData(sources, sequence_length=16, batch_size=8).load()
+  assert corpus.fingerprint == whole.fingerprint
+  rows = [{split[i]["tokens"].tobytes() for i in range(len(split))} for split in corpus.parts]
+  assert sum(map(len, corpus.parts)) in (len(whole.training), len(whole.training) + 1)
+  batches = corpus.batches()
+  taken = [row.tobytes() for _ in range(100) for row in next(batches)["tokens"]]
+  of_b = [row for row in taken if row in rows[1]]
+  assert 0.7 < len(of_b) / len(taken) < 0.8
+  assert set(of_b) == rows[1]
+
+
+def test_weights_that_do_not_fit_the_sources_are_refused():
+  for weights in ((1.0,), (1.0, 0.0), (1.0, 2.0, 3.0)):
+    with pytest.raises(ValueError, match=r"TextData\.weights is .* for 2 sources; want a positive number for each"):
+      TextData(("stdlib", "stdlib"), weights=weights)
 
 
 @pytest.mark.parametrize("line", ['{"text": 3}', '{"txt": "a"}', "[1]", '{"text": "a"'])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from memzoo.train import loop
 from memzoo.train.data import Baselines
-from memzoo.train.diagnosis import first_nonfinite_module
+from memzoo.train.diagnosis import Spikes, first_nonfinite_module
 from memzoo.train.evaluation import bits_per_byte, evaluate
 from memzoo.train.loop import NonFiniteError, Stopwatch, train
 from memzoo.train.optimizer import Optimizer, decay_mask
@@ -291,7 +291,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_repeats_the_steps_since_the_on
   train(tiny_experiment(tmp_path), directory)
   out = capsys.readouterr().out
   assert "Checkpoint 8 cannot be read" in out
-  assert f"Resuming {directory} after step 4" in out
+  assert f"Resuming {directory} after step 5" in out, "where the best evaluation was"
   assert [step for step, _ in losses(directory)] == list(range(1, 13))
 
 
@@ -404,6 +404,25 @@ def _at_step(patch, step, action):
 
 
 # What it shows.
+
+
+def test_losses_that_jump_are_noticed_and_noise_is_not():
+  spikes = Spikes(window=20)
+  noise = np.random.default_rng(0).normal(2.0, 0.02, 60)
+  assert [spikes(loss) for loss in [9.0, *noise]] == [None] * 61
+  assert spikes(3.0) == pytest.approx(2.0, abs=0.02)
+  assert spikes(2.0) is None
+
+
+def test_the_best_evaluation_is_saved_and_group_norms_are_logged_where_asked_for(tmp_path):
+  experiment = tiny_experiment(tmp_path, steps=7, evaluate_every=3, checkpoint_every=0, log_group_norms=True)
+  train(experiment, tmp_path / "run", progress=False)
+  rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+  losses = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+  best = min(losses, key=losses.get)
+  assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} >= {str(best), "7"}
+  for row in rows:
+    assert np.sqrt(sum(norm**2 for norm in row["group_norms"].values())) == pytest.approx(row["gradient_norm"], rel=1e-5)
 
 
 def test_losses_are_drawn_with_gaps_and_without_validation(tmp_path):

@@ -8,11 +8,13 @@ aside under `RUN/unreadable/`, with a message, and the one before it is taken.
 
 import gc
 import logging
+import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PolicyCheckpointInfo, PreservationPolicy
 
 from .step import TrainState
 
@@ -46,18 +49,22 @@ class Checkpoints:
 
   Args:
     directory: of the run. Created where it is missing.
-    kept: the newest so many stay on disk.
+    kept: the newest so many stay on disk, and the one with the lowest validation loss.
     say: takes the messages about checkpoints that cannot be read.
   """
 
   def __init__(self, directory: str | Path, *, kept: int = 2, say: Callable[[str], None] = print):
     self._directory, self._say = Path(directory).absolute(), say
+    self._losses: dict[int, float] = {}
     with quiet_orbax():
       self._manager = ocp.CheckpointManager(
         self.path,
-        options=ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True),
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=AnyPreservationPolicy([LatestN(kept), _Best(self._losses)]), cleanup_tmp_directories=True
+        ),
         item_names=("state", "data", "facts"),
       )
+      self._losses.update(_validation_losses(self._manager))
 
   @property
   def path(self) -> Path:
@@ -69,7 +76,14 @@ class Checkpoints:
     """The step of the newest checkpoint, readable or not."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: TrainState, data: Any, facts: dict[str, Any]) -> None:
+  @property
+  def best_loss(self) -> float:
+    """The lowest validation loss among the checkpoints that are there; infinity if none has one."""
+    return min(self._losses.values(), default=math.inf)
+
+  def save(
+    self, step: int, state: TrainState, data: Any, facts: dict[str, Any], validation_loss: float | None = None
+  ) -> None:
     """Begins to save; returns as soon as `state` is copied, so that it may be given away.
 
     Args:
@@ -77,8 +91,11 @@ class Checkpoints:
       state: the train state.
       data: the iterator's `get_state()` after those batches.
       facts: whatever else belongs to the run, as JSON.
+      validation_loss: of `state`, where it was evaluated: the best checkpoint stays.
     """
     facts = facts | {"checksums": checksums(state)}
+    if validation_loss is not None:
+      facts["validation_loss"] = self._losses[step] = validation_loss
     with quiet_orbax():
       self._manager.save(
         step,
@@ -115,6 +132,7 @@ class Checkpoints:
         ),
       )
     facts = dict(found.facts)
+    facts.pop("validation_loss", None)
     if checksums(found.state) != facts.pop("checksums"):
       raise ValueError(_DAMAGED)
     return Restored(found.state, found.data, facts)
@@ -125,6 +143,7 @@ class Checkpoints:
       shutil.rmtree(target, ignore_errors=True)
       target.parent.mkdir(exist_ok=True)
       shutil.move(self.path / str(step), target)
+    self._losses.pop(step, None)
     self._manager.reload()
     return target
 
@@ -137,7 +156,7 @@ class Checkpoints:
 
 
 def restore_params(
-  directory: str | Path, abstract_params: Any, *, say: Callable[[str], None] = print
+  directory: str | Path, abstract_params: Any, *, best: bool = False, say: Callable[[str], None] = print
 ) -> tuple[Any, int]:
   """The parameters of a run's newest whole checkpoint, for evaluation and generation, and the step they are from.
 
@@ -145,6 +164,7 @@ def restore_params(
     directory: of the run. Nothing in it is changed.
     abstract_params: their shapes and dtypes, as `jax.eval_shape` gives them, without boxes; placed as their shardings
       say, where they have any, and else on the first device.
+    best: the checkpoint with the lowest validation loss instead of the newest.
     say: takes the messages about checkpoints that cannot be read.
 
   Raises:
@@ -158,7 +178,13 @@ def restore_params(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), abstract_params
   )
   with quiet_orbax(), ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-    for step in sorted(manager.all_steps(), reverse=True):
+    steps = sorted(manager.all_steps(), reverse=True)
+    if best:
+      losses = _validation_losses(manager)
+      if not losses:
+        raise ValueError(f"{directory} holds no checkpoint that was evaluated; want the newest one instead of the best.")
+      steps = sorted(losses, key=losses.get)
+    for step in steps:
       params, damage = _attempt(lambda step=step: _restore_params(manager, step, target))
       if damage is None:
         return params, step
@@ -178,6 +204,24 @@ def _restore_params(manager: ocp.CheckpointManager, step: int, target: Any) -> A
   if any(saved[f".params{name.removeprefix(_PARAMS)}"] != value for name, value in checksums(state).items()):
     raise ValueError(_DAMAGED)
   return state["params"]
+
+
+@dataclass
+class _Best(PreservationPolicy):
+  """Keeps the checkpoint of the lowest of `losses`, by step."""
+
+  losses: dict[int, float]
+
+  def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: Any) -> Sequence[bool]:
+    best = min((info.step for info in checkpoints if info.step in self.losses), key=self.losses.get, default=None)
+    return [info.step == best for info in checkpoints]
+
+
+def _validation_losses(manager: ocp.CheckpointManager) -> dict[int, float]:
+  """By step, of the checkpoints that were evaluated and can be read."""
+  arguments = ocp.args.Composite(facts=ocp.args.JsonRestore())
+  facts = {step: _attempt(lambda step=step: manager.restore(step, args=arguments).facts)[0] for step in manager.all_steps()}
+  return {step: found["validation_loss"] for step, found in facts.items() if found and "validation_loss" in found}
 
 
 def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:

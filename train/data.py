@@ -14,14 +14,15 @@ The tokens of all text are held in memory, a byte each where tokens are bytes.
 import hashlib
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .sources import ByteTokenizer, Document, FileTokenizer, load_tokenizer, read_documents
+from .sources import ByteTokenizer, Document, FileTokenizer, load_tokenizer, read_sources
 
 if TYPE_CHECKING:
   import grain
@@ -34,13 +35,16 @@ class TextData:
   """Text to train on, and how it is cut into batches.
 
   Attributes:
-    sources: "stdlib" (the source text of Python's standard library), or files, folders and globs; see `read_documents`.
+    sources: "stdlib" (the source text of Python's standard library), or files, folders and globs; see `read_sources`.
     tokenizer: "bytes" (256 tokens), or the path of a tokenizer.json.
     sequence_length: tokens in a row.
     batch_size: rows in a batch, over all devices and processes.
     validation_fraction: of the documents, picked by a hash of their names, that are kept from training. Where that
       picks none or all, as from a single file, it is the end of every document instead.
     seed: of the order of the rows.
+    weights: for a mixture, how many rows to take from each source, relative to the others; `None` takes every row of
+      every source once an epoch.
+    text_field: of the objects in *.jsonl files, the field that holds the text.
   """
 
   sources: str | tuple[str, ...] = "stdlib"
@@ -49,15 +53,24 @@ class TextData:
   batch_size: int = 8
   validation_fraction: float = 0.05
   seed: int = 0
+  weights: tuple[float, ...] | None = None
+  text_field: str = "text"
 
   def __post_init__(self):
     for name in ("sequence_length", "batch_size"):
       if getattr(self, name) < 1:
         raise ValueError(f"TextData.{name} is {getattr(self, name)}; want at least 1.")
+    if self.weights is not None and (len(self.weights) != self._count_sources() or min(self.weights) <= 0):
+      raise ValueError(
+        f"TextData.weights is {self.weights} for {self._count_sources()} sources; want a positive number for each."
+      )
     if not 0 < self.validation_fraction < 1:
       raise ValueError(f"TextData.validation_fraction is {self.validation_fraction}; want a share between 0 and 1.")
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"TextData.seed is {self.seed}; want 0 or more, and less than 2**32.")
+
+  def _count_sources(self) -> int:
+    return 1 if isinstance(self.sources, str) else len(self.sources)
 
   @cached_property
   def _tokenizer(self) -> ByteTokenizer | FileTokenizer:
@@ -82,8 +95,11 @@ class TextData:
     Raises:
       ValueError: if a source is missing, unreadable, empty or broken, or there is less than a row of text to train on.
     """
-    training, validation = split_documents(read_documents(self.sources), self.validation_fraction)
-    corpus = Corpus(self, self._lay_out(training), self._lay_out(validation))
+    sources = read_sources(self.sources, self.text_field)
+    if self.weights is None:
+      sources = [[document for source in sources for document in source]]
+    training, validation = zip(*(split_documents(source, self.validation_fraction) for source in sources), strict=True)
+    corpus = Corpus(self, *map(self._lay_out, map(chain.from_iterable, (training, validation))), tuple(map(len, training)))
     if corpus.training.tokens.size <= self.sequence_length:
       raise ValueError(
         f"TextData.sources={self.sources!r} leave {corpus.training.tokens.size} tokens to train on; want more than "
@@ -96,7 +112,8 @@ class TextData:
       )
     return corpus
 
-  def _lay_out(self, documents: list[Document]) -> "Split":
+  def _lay_out(self, documents: Iterable[Document]) -> "Split":
+    documents = list(documents)
     tokens = self._tokenizer.encode_documents(documents)
     return Split(
       tokens=np.concatenate(tokens),
@@ -149,6 +166,13 @@ class Split:
     """Bytes of text in a token, on average."""
     return self.num_bytes / self.tokens.size
 
+  def documents(self, start: int, end: int) -> "Split":
+    """The split of some of the documents alone, of which it makes no copy."""
+    bounds = np.concatenate([[0], self.document_ends])
+    tokens = self.tokens[bounds[start] : bounds[end]]
+    num_bytes = round(self.bytes_per_token * tokens.size)
+    return Split(tokens, self.document_ends[start:end] - bounds[start], num_bytes, self.sequence_length)
+
   def __len__(self) -> int:
     return max(1, math.ceil((self.tokens.size - 1) / self.sequence_length))
 
@@ -170,23 +194,38 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-  """All text of a `TextData`, tokenised: its `training` and its `validation` split."""
+  """All text of a `TextData`, tokenised.
+
+  Attributes:
+    data: what it was loaded by.
+    training, validation: the splits.
+    counts: training documents of each part that rows are drawn from: of each source where there are weights.
+  """
 
   data: TextData
   training: Split
   validation: Split
+  counts: tuple[int, ...]
+
+  @property
+  def parts(self) -> list[Split]:
+    """The parts of `training` that rows are drawn from, with `data.weights`."""
+    bounds = np.cumsum([0, *self.counts])
+    return [self.training.documents(start, end) for start, end in pairwise(bounds)]
 
   def batches(self, process: int = 0, processes: int = 1) -> "grain.DatasetIterator":
     """Training batches without end: tokens, targets, segment_ids and weights, each [rows, sequence_length].
 
-    Every epoch has its own order. `get_state()` and `set_state(state)` save and restore the position.
+    Every epoch has its own order, and in a mixture every part its own epochs. `get_state()` and `set_state(state)` save
+    and restore the position.
 
     Args:
       process, processes: of several processes, each gets its share of the rows of every batch.
     """
     import grain
 
-    rows = grain.MapDataset.source(self.training).shuffle(self.data.seed).repeat()
+    parts = [grain.MapDataset.source(part).shuffle(self.data.seed).repeat() for part in self.parts]
+    rows = grain.MapDataset.mix(parts, self.data.weights)
     batches = rows[process::processes].batch(self.data.batch_size // processes)
     # One thread reads ahead while the device computes. A row is a few microseconds' work: more threads gain nothing.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

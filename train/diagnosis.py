@@ -1,6 +1,8 @@
-"""Where a number stops being finite, for a run that must end because of it."""
+"""What went wrong: losses that jump, and where a number stops being finite."""
 
 import re
+import statistics
+from collections import deque
 from typing import Any
 
 import jax
@@ -9,6 +11,29 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 _ORDER = ("embedding", "blocks", "mixer_norm", "mixer", "mlp_norm", "mlp", "final_norm", "head")  # as data flows
+
+
+class Spikes:
+  """Notices losses far above the recent ones: by more than `deviations` median deviations from their median, and by a tenth.
+
+  Args:
+    window: losses that count as recent; none is noticed before half of them are there.
+    deviations: how far is far.
+  """
+
+  def __init__(self, window: int = 50, deviations: float = 10.0):
+    self._recent, self._deviations = deque(maxlen=window), deviations
+
+  def __call__(self, loss: float) -> float | None:
+    """Takes the next loss. Returns the median of the recent ones if it is far above them, else None."""
+    recent, median = list(self._recent), None
+    self._recent.append(loss)
+    if 2 * len(recent) >= self._recent.maxlen:
+      median = statistics.median(recent)
+      deviation = statistics.median(abs(value - median) for value in recent)
+      if loss > median + max(self._deviations * deviation, 0.1 * median):
+        return median
+    return None
 
 
 def first_nonfinite_module(model: nn.Module, params: Any, batch: dict[str, jax.Array]) -> str | None:

@@ -61,8 +61,10 @@ def evaluate(program: Program, params: Any, corpus: Corpus, batches: int = 0) ->
   )
 
 
-def load_run(directory: str | Path, *, say: Callable[[str], None] = print) -> tuple[Any, Any, int]:
-  """A run's experiment, its newest parameters (on the first device) and the step that they are from.
+def load_run(
+  directory: str | Path, *, best: bool = False, say: Callable[[str], None] = print
+) -> tuple[Any, Any, int]:
+  """A run's experiment, its newest or its best parameters (on the first device) and the step that they are from.
 
   Raises:
     ValueError: if `directory` is no run, or has no checkpoint that can be read.
@@ -75,15 +77,15 @@ def load_run(directory: str | Path, *, say: Callable[[str], None] = print) -> tu
     raise ValueError(f"{directory} is no run: it has no config.gin; want a folder that `memzoo train` has written.")
   experiment = build_text(config.read_text(), Path(directory).name)
   shapes = jax.eval_shape(lambda: nn.unbox(experiment.model.init(jax.random.key(0), jax.numpy.zeros((1, 1), "int32"))))
-  params, step = restore_params(directory, shapes, say=say)
+  params, step = restore_params(directory, shapes, best=best, say=say)
   return experiment, params, step
 
 
 def evaluate_run(
-  directory: str | Path, *, batches: int = 0, say: Callable[[str], None] = print
+  directory: str | Path, *, batches: int = 0, best: bool = False, say: Callable[[str], None] = print
 ) -> tuple[Evaluation, int]:
-  """Evaluates a run's newest checkpoint on its validation text; see `evaluate`. Returns its step as well."""
-  experiment, params, step = load_run(directory, say=say)
+  """Evaluates a run's newest or best checkpoint on its validation text; see `evaluate`. Returns its step as well."""
+  experiment, params, step = load_run(directory, best=best, say=say)
   mesh = type(experiment.mesh)(data=1).build(jax.devices()[:1])
   program = build_program(
     experiment.model, experiment.optimizer, mesh, steps=experiment.trainer.steps, batch_size=experiment.data.batch_size

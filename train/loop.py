@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from .checkpoint import Checkpoints, Restored, checksums
 from .data import Corpus
-from .diagnosis import first_nonfinite_module
+from .diagnosis import Spikes, first_nonfinite_module
 from .evaluation import Evaluation, bits_per_byte, evaluate, mean_loss, put_rows
 from .report import Report, clock, plot_losses, read_rows, thousands
 from .run_folder import Result, check_same_run, finished_result
@@ -118,6 +118,8 @@ class _Run:
     if restored:
       self.batches.set_state(restored.data)
     self.step = self.first_step = int(self.state.step)
+    self.best_loss = checkpoints.best_loss
+    self.spikes = Spikes()
     self.pending: tuple[int, Metrics, dict[str, jax.Array]] | None = None
     self.watch = Stopwatch()
     self.validation = [
@@ -181,12 +183,17 @@ class _Run:
         self.report.say(f"Compiled and took the first step in {time.perf_counter() - began:.1f} s.")
         self.watch.restart()
         self.report.restart_clock(self.step)
+      validation_loss = None
       if _due(self.step, trainer.evaluate_every) and self.step < trainer.steps:
-        self.drain(evaluate=True)
-      if _due(self.step, trainer.checkpoint_every) or self.step == trainer.steps:
+        validation_loss = self.drain(evaluate=True)
+      is_best = validation_loss is not None and validation_loss < self.best_loss
+      due = _due(self.step, trainer.checkpoint_every) or self.step == trainer.steps
+      if due or (is_best and trainer.save_best):
         self.drain()
         with self.watch("checkpoints"):
-          self.save()
+          self.save(validation_loss)
+      if is_best:
+        self.best_loss = validation_loss
     self.drain()
     self.watch.stop()
 
@@ -196,19 +203,20 @@ class _Run:
     mean_loss(self.program, self.state.params, self.validation[:1])
     checksums(self.state)
 
-  def drain(self, evaluate: bool = False) -> None:
-    """Records the step under way; with `evaluate`, together with the loss on the validation text after it."""
+  def drain(self, evaluate: bool = False) -> float | None:
+    """Records the step under way; with `evaluate`, together with the loss on the validation text after it, returned."""
     if self.pending is None:
-      return
+      return None
     (step, metrics, batch), self.pending = self.pending, None
     with self.watch("step"):
       jax.block_until_ready(metrics)
-    validation = {}
+    loss, validation = None, {}
     if evaluate:
       with self.watch("evaluation"):
         loss = mean_loss(self.program, self.state.params, self.validation)
         validation = self.validation_row(loss)
     self.record(step, metrics, batch, validation)
+    return loss
 
   def validation_row(self, loss: float) -> dict[str, float]:
     """The validation loss under the names that `metrics.jsonl` has for it."""
@@ -232,7 +240,12 @@ class _Run:
         "gradient_norm": float(metrics.gradient_norm),
         "learning_rate": float(metrics.learning_rate),
       }
+      if self.trainer.log_group_norms:
+        row["group_norms"] = dict(zip(self.program.groups, map(float, metrics.group_norms), strict=True))
       self.report.row(row | ({"skipped": True} if in_a_row else {}) | (validation or {}))
+      usual = None if in_a_row else self.spikes(loss)
+      if usual is not None:
+        self.report.say(f"Step {step}: the loss jumped to {loss:.3f}, from {usual:.3f} before.")
       if in_a_row:
         self.complain(step, loss, metrics.nonfinite_groups, in_a_row, batch)
 
@@ -255,13 +268,13 @@ class _Run:
       "longer warm-up, may help."
     )
 
-  def save(self) -> None:
+  def save(self, validation_loss: float | None = None) -> None:
     """Begins to save a checkpoint of this step, unless there is one."""
     if self.checkpoints.latest_step == self.step:
       return
     self.report.flush()
     facts = {"config": self.experiment.text, "fingerprint": self.corpus.fingerprint}
-    self.checkpoints.save(self.step, self.state, self.batches.get_state(), facts)
+    self.checkpoints.save(self.step, self.state, self.batches.get_state(), facts, validation_loss)
 
   def finish(self) -> Result:
     """Evaluates, writes what is left behind, and prints a summary."""

@@ -83,7 +83,7 @@ class Report:
   def row(self, row: Row) -> None:
     """Takes the numbers of one step: "step", "loss" and "bits_per_byte" at least. They are written at the next `flush`."""
     if self._primary:
-      self._metrics.write(json.dumps({name: _finite_or_none(value) for name, value in row.items()}) + "\n")
+      self._metrics.write(json.dumps(_finite_or_none(row)) + "\n")
     self._recent.append(row)
     if row["step"] % self._log_every == 0 or row["step"] == self._last_step or "validation_bits_per_byte" in row:
       self._summarise(row)
@@ -99,7 +99,8 @@ class Report:
     means = {name: _mean([r[name] for r in self._recent]) for name in ("loss", "bits_per_byte")}
     self._recent = []
     if self._primary:
-      scalars = {name: value for name, value in row.items() if name not in ("step", "skipped")}
+      scalars = {name: value for name, value in row.items() if name not in ("step", "skipped", "group_norms")}
+      scalars |= {f"group_norms/{name}": value for name, value in row.get("group_norms", {}).items()}
       for name, value in (scalars | means | {"tokens_per_second": rate}).items():
         if math.isfinite(value):
           self._events.add_scalar(name, value, step)
@@ -222,4 +223,6 @@ def _mean(values: list[float]) -> float:
 
 
 def _finite_or_none(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {name: _finite_or_none(entry) for name, entry in value.items()}
   return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,9 +1,11 @@
 """Where text comes from: the standard library's source, a file, a folder, a glob; and how it becomes tokens."""
 
 import glob
+import gzip
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +23,19 @@ class Document(NamedTuple):
   text: bytes
 
 
-def read_documents(sources: str | Sequence[str]) -> list[Document]:
-  """All documents of `sources`, in the order of the sources and of the names within each.
+def read_documents(sources: str | Sequence[str], field: str = "text") -> list[Document]:
+  """All documents of `sources` in one list; see `read_sources`."""
+  return [document for source in read_sources(sources, field) for document in source]
+
+
+def read_sources(sources: str | Sequence[str], field: str = "text") -> list[list[Document]]:
+  """The documents of each of `sources`, in the order of the names within it.
 
   Args:
     sources: one or several of "stdlib" (the *.py files of Python's standard library), a file, a folder (all its text
-      files, at any depth; hidden and binary ones are left out) or a glob. Every line of a *.jsonl file is a document,
-      its "text" field; any other file is one document.
+      files, at any depth; hidden and binary ones are left out) or a glob. Every line of a *.jsonl file is a document;
+      any other file is one document. Files may be compressed (*.gz).
+    field: of a JSONL line's object, the one that holds the text.
 
   Raises:
     ValueError: if a source is missing, cannot be read or holds no text, or a line of JSONL is broken.
@@ -35,28 +43,28 @@ def read_documents(sources: str | Sequence[str]) -> list[Document]:
   sources = [sources] if isinstance(sources, str) else list(sources)
   if not sources:
     raise ValueError('TextData.sources is empty; want "stdlib", or a file, folder or glob.')
-  return [document for source in sources for document in _read_source(source)]
+  return [_read_source(source, field) for source in sources]
 
 
-def _read_source(source: str) -> list[Document]:
+def _read_source(source: str, field: str) -> list[Document]:
   if source == "stdlib":
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in _walk(root, _NOT_STDLIB_TEXT) if path.suffix == ".py"]
     documents = [Document(_name(path, root), _read(source, path)) for path in paths]
   else:
-    documents = list(_read_paths(source))
+    documents = list(_read_paths(source, field))
   documents = [document for document in documents if document.text]
   if not documents:
     raise ValueError(f"TextData.sources names {source!r}, which holds no text; want a file that is not empty.")
   return documents
 
 
-def _read_paths(source: str) -> Iterator[Document]:
+def _read_paths(source: str, field: str) -> Iterator[Document]:
   expanded = os.path.expanduser(source)
   if os.path.isdir(expanded):
     root = Path(expanded)
     for path in _walk(root, frozenset()):
-      yield from _read_file(source, path, _name(path, root), skip_binary=True)
+      yield from _read_file(source, path, _name(path, root), field, skip_binary=True)
     return
   paths = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
   paths = [path for path in paths if not os.path.isdir(path)]
@@ -67,27 +75,27 @@ def _read_paths(source: str) -> Iterator[Document]:
     )
   root = Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
   for path in map(Path, paths):
-    yield from _read_file(source, path, _name(path, root), skip_binary=len(paths) > 1)
+    yield from _read_file(source, path, _name(path, root), field, skip_binary=len(paths) > 1)
 
 
-def _read_file(source: str, path: Path, name: str, skip_binary: bool) -> Iterator[Document]:
+def _read_file(source: str, path: Path, name: str, field: str, skip_binary: bool) -> Iterator[Document]:
   text = _read(source, path)
-  if path.suffix == ".jsonl":
-    yield from _json_lines(path, name, text)
+  if path.name.removesuffix(".gz").endswith(".jsonl"):
+    yield from _json_lines(path, name, text, field)
   elif not (skip_binary and b"\0" in text[:8192]):
     yield Document(name, text)
 
 
-def _json_lines(path: Path, name: str, text: bytes) -> Iterator[Document]:
+def _json_lines(path: Path, name: str, text: bytes, field: str) -> Iterator[Document]:
   for number, line in enumerate(text.split(b"\n"), start=1):
     if not line.strip():
       continue
     try:
-      value = json.loads(line)["text"]
+      value = json.loads(line)[field]
       yield Document(f"{name}:{number}", value.encode())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise ValueError(
-        f'{path}, line {number}: want a JSON object with a "text" field that is a string '
+        f'{path}, line {number}: want a JSON object with a field "{field}" that is a string '
         f"({type(error).__name__}: {error})."
       ) from None
 
@@ -105,9 +113,11 @@ def _name(path: Path, root: Path) -> str:
 
 def _read(source: str, path: Path) -> bytes:
   try:
-    return path.read_bytes()
-  except OSError as error:
-    raise ValueError(f"TextData.sources names {source!r}, but {path} cannot be read: {error.strerror}.") from None
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.suffix == ".gz" else content
+  except (OSError, EOFError, zlib.error) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise ValueError(f"TextData.sources names {source!r}, but {path} cannot be read: {reason}.") from None
 
 
 class ByteTokenizer:

@@ -46,13 +46,15 @@ class Metrics(NamedTuple):
   Attributes:
     loss: float32; nats per token.
     gradient_norm: float32; global, before clipping.
+    group_norms: float32 [groups]; the same of each group of parameters, in `parameter_groups` order.
     learning_rate: float32; that of this step.
     skipped_in_a_row: int32; 0 if this step's update was made.
-    nonfinite_groups: bool [groups]; which groups of parameters had a non-finite gradient, in `parameter_groups` order.
+    nonfinite_groups: bool [groups]; which groups of parameters had a non-finite gradient.
   """
 
   loss: jax.Array
   gradient_norm: jax.Array
+  group_norms: jax.Array
   learning_rate: jax.Array
   skipped_in_a_row: jax.Array
   nonfinite_groups: jax.Array
@@ -137,7 +139,8 @@ def make_train_step(
     )
     in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     learning_rate = jnp.asarray(schedule((state.step - state.skipped) // accumulate_steps), jnp.float32)
-    metrics = Metrics(loss, jnp.sqrt(squares.sum()), learning_rate, in_a_row, ~jnp.isfinite(squares))
+    norms = jnp.sqrt(squares)
+    metrics = Metrics(loss, jnp.sqrt(squares.sum()), norms, learning_rate, in_a_row, ~jnp.isfinite(squares))
     skipped = state.skipped + jnp.where(finite, 0, 1)
     return TrainState(state.step + 1, skipped, in_a_row, state.key, params, opt_state), metrics
 

@@ -16,7 +16,9 @@ class Trainer:
     evaluation_batches: batches in such an evaluation, spread evenly over the validation text; 0 means all of it.
     final_evaluation_batches: the same for the evaluation at the end, on which the reported numbers rest.
     checkpoint_every: steps between two checkpoints; 0 saves only at the end and when interrupted.
-    checkpoints_kept: the newest so many checkpoints stay on disk.
+    checkpoints_kept: the newest so many checkpoints stay on disk, and the best one.
+    save_best: also save whenever an evaluation is the best so far.
+    log_group_norms: `metrics.jsonl` has the gradient norm of every group of parameters, too.
     nonfinite_limit: so many non-finite steps in a row end the run. Each is skipped and leaves the parameters alone.
     sample_prompt: the text from which a sample is written when the run ends.
     sample_tokens: length of that sample in tokens; 0 writes none.
@@ -30,6 +32,8 @@ class Trainer:
   final_evaluation_batches: int = 256
   checkpoint_every: int = 200
   checkpoints_kept: int = 2
+  save_best: bool = True
+  log_group_norms: bool = False
   nonfinite_limit: int = 5
   sample_prompt: str = "def "
   sample_tokens: int = 400

@@ -22,6 +22,7 @@ _Set = Annotated[
   list[str] | None,
   typer.Option("--set", metavar="X.FIELD=VALUE", help="Change a field of the config; may be repeated."),
 ]
+_Best = Annotated[bool, typer.Option("--best", help="The checkpoint with the lowest validation loss, not the newest.")]
 _Run = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/quickstart.")]
 
 
@@ -89,6 +90,7 @@ def train(
 def evaluate(
   run: _Run,
   batches: Annotated[int, typer.Option(min=0, help="Batches to evaluate on; 0 is all validation text.")] = 0,
+  best: _Best = False,
 ) -> None:
   """Evaluate the newest checkpoint of a run on its validation text.
 
@@ -97,7 +99,7 @@ def evaluate(
   _start()
   from ..train.evaluation import evaluate_run
 
-  evaluation, step = evaluate_run(run, batches=batches)
+  evaluation, step = evaluate_run(run, batches=batches, best=best)
   print(f"step {step}: {evaluation.bits_per_byte:.4f} bits per byte ({evaluation.loss:.4f} nats per token)")
   baselines = evaluation.baselines
   print(f"on {evaluation.tokens:,} tokens, for which zlib -9 takes {baselines.zlib:.3f} bits per byte")
@@ -112,6 +114,7 @@ def generate(
   top_k: Annotated[int | None, typer.Option(help="Draw among the K likeliest.")] = None,
   top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest P of probability.")] = None,
   seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
+  best: _Best = False,
 ) -> None:
   """Generate text with the newest checkpoint of a run, shown as it comes.
 
@@ -125,7 +128,7 @@ def generate(
   from ..train.evaluation import load_run
   from .generate import as_text, stream
 
-  experiment, params, _ = load_run(run)
+  experiment, params, _ = load_run(run, best=best)
   options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
   steps = stream(experiment.model, params, [experiment.data.encode(prompt)], max_new_tokens=tokens, **options)
   times = []
