@@ -64,6 +64,55 @@ def test_every_mistake_is_one_line_and_exit_status_2(memzoo, arguments, words):
   assert err.count("\n") == 1
 
 
+def corpus(folder, content: bytes, name: str = "text.txt") -> str:
+  (folder / name).write_bytes(content)
+  return f"--set=TextData.sources={folder / name}"
+
+
+CORPORA = [
+  (None, b"", r"matches no file here"),
+  ("empty.txt", b"", r"which holds no text"),
+  ("short.txt", b"two words", r"leave 8 tokens to train on; want more than TextData.sequence_length=32"),
+  ("cut.txt.gz", b"\x1f\x8b no", r"cut.txt.gz cannot be read"),
+  ("lines.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"lines.jsonl, line 2: want a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), CORPORA, ids=[str(name) for name, *_ in CORPORA])
+def test_a_corpus_that_is_of_no_use_is_one_line(memzoo, tmp_path, name, content, words):
+  sources = corpus(tmp_path, content, name) if name else "--set=TextData.sources=no/such/file"
+  status, out, err = memzoo("train", "quickstart", *TINY, sources, "--out", str(tmp_path / "run"))
+  assert (status, out, err.count("\n")) == (2, "", 1), err
+  assert words in err
+
+
+@pytest.mark.parametrize(
+  ("setting", "words"),
+  [
+    ("EraseThenDelta.num_key_heads=3", "num_key_heads"),
+    ("LanguageModel.mixers=[@DeltaNett]", "did you mean"),
+    ("LanguageModel.width='wide'", "want an integer"),
+    ("MeshShape.data=3", "batch_size is 4, which does not divide over 3 devices"),
+    ("MeshShape.fsdp=64", "64 devices, but there are"),
+    ("LanguageModel.vocab_size=100", "want at least 256"),
+    ("TextData.tokenizer=no.json", "TextData.tokenizer is 'no.json', no file"),
+  ],
+)
+def test_what_cannot_be_run_is_one_line_and_nothing_is_left(memzoo, tmp_path, setting, words):
+  sources = corpus(tmp_path, b"the memory writes. " * 200)
+  status, out, err = memzoo("train", "quickstart", *TINY, sources, f"--set={setting}", "--out", str(tmp_path / "run"))
+  assert (status, out, err.count("\n")) == (2, "", 1), err
+  assert words in err
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(memzoo, tmp_path):
+  sources = corpus(tmp_path, b"the memory writes. " * 200)
+  status, out, err = memzoo("train", "quickstart", *TINY, sources, "--out", str(tmp_path / "text.txt" / "run"))
+  assert (status, out, err.count("\n")) == (2, "", 1), err
+  assert "run cannot be written to (Not a directory); want a folder of your own" in err
+
+
 def test_debug_shows_the_traceback_wherever_it_stands(memzoo):
   for arguments in (["--debug", "train", "quikstart"], ["train", "quikstart", "--debug"]):
     with pytest.raises(ValueError, match="quikstart"):
@@ -109,6 +158,46 @@ def test_train_resume_evaluate_generate(memzoo, tmp_path):
   assert status == 0
   assert out.startswith("the ")
   assert "tokens/s" in err
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+  """No file may grow past a limit, which to what writes it is a full disk."""
+  sources = corpus(tmp_path, b"the memory writes what the gate lets through. " * 100)
+  run = tmp_path / "run"
+  code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
+  code += "from memzoo.zoo.cli import main; main()"
+
+  def train(limit, steps):
+    command = [sys.executable, "-c", code, str(limit), "train", "quickstart", *TINY, sources, "--set=LanguageModel.width=64"]
+    return subprocess.run([*command, "--out", str(run), "--steps", steps], capture_output=True, text=True)
+
+  assert train(10**8, "2").returncode == 0
+  full = train(60_000, "4")
+  assert full.returncode == 2
+  assert full.stderr.startswith("error: a checkpoint could not be saved in")
+  assert "(File too large). The one of step 2 is whole; make room" in full.stderr, full.stderr
+  assert full.stderr.count("\n") == 1, full.stderr
+  again = train(10**8, "4")
+  assert again.returncode == 0, again.stderr
+  assert f"Resuming {run} after step 2" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_changed_is_one_line(memzoo, tmp_path):
+  from tokenizers import Tokenizer, models
+
+  path = tmp_path / "tokenizer.json"
+  vocabulary = {chr(97 + i): i for i in range(26)}
+  Tokenizer(models.BPE(vocabulary, [])).save(str(path))
+  run = ["train", "quickstart", *TINY, corpus(tmp_path, b"memory" * 100), f"--set=TextData.tokenizer={path}"]
+  status, _, err = memzoo(*run, "--out", str(tmp_path / "run"), "--steps", "1")
+  assert status == 0, err
+  Tokenizer(models.BPE(vocabulary | {"me": 26}, [("m", "e")])).save(str(path))
+  for command in ([*run, "--out", str(tmp_path / "run"), "--steps", "2"], ["evaluate", str(tmp_path / "run")]):
+    status, _, err = memzoo(*command)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "whose content is not what the model was trained with" in err
 
 
 def test_help_is_quick_and_loads_no_jax():

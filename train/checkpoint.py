@@ -12,8 +12,9 @@ import math
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +97,7 @@ class Checkpoints:
     facts = facts | {"checksums": checksums(state)}
     if validation_loss is not None:
       facts["validation_loss"] = self._losses[step] = validation_loss
-    with quiet_orbax():
+    with self._told_of_failure(), quiet_orbax():
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -105,8 +106,8 @@ class Checkpoints:
       )
 
   def wait(self) -> None:
-    """Returns when everything is on disk."""
-    with quiet_orbax():
+    """Returns when everything is on disk. Raises `OSError` if it cannot be put there, as `save` does for the one before."""
+    with self._told_of_failure(), quiet_orbax():
       self._manager.wait_until_finished()
 
   def restore(self, abstract_state: TrainState) -> Restored | None:
@@ -147,16 +148,44 @@ class Checkpoints:
     self._manager.reload()
     return target
 
+  @contextmanager
+  def _told_of_failure(self) -> Iterator[None]:
+    """Makes what Orbax raises for a save that failed, in the background as a rule, one line of its own."""
+    try:
+      yield
+    except Exception as error:
+      whole = max((int(path.name) for path in self.path.iterdir() if path.name.isdigit()), default=None)
+      raise OSError(
+        f"a checkpoint could not be saved in {self.path} ({_in_short(error)}). "
+        + ("None was saved before" if whole is None else f"The one of step {whole} is whole")
+        + "; make room, and the same command goes on from there."
+      ) from None
+
   def __enter__(self) -> "Checkpoints":
+    self._undo = _ignore_abandoned_writes()
     return self
 
-  def __exit__(self, *_: Any) -> None:
+  def __exit__(self, kind: type | None, *_: Any) -> None:
     with quiet_orbax():
-      self._manager.close()
+      if kind is None:
+        with self._told_of_failure():
+          self._manager.close()
+        self._undo()
+      else:  # and the quiet stays: what was under way may come home any time
+        with suppress(Exception):
+          self._manager.close()
+        warnings.filterwarnings("ignore", message="coroutine 'async_serialize.*was never awaited")
+        gc.collect()
+        time.sleep(0.2)
 
 
 def restore_params(
-  directory: str | Path, abstract_params: Any, *, best: bool = False, say: Callable[[str], None] = print
+  directory: str | Path,
+  abstract_params: Any,
+  *,
+  best: bool = False,
+  check: Callable[[dict[str, Any]], None] = lambda facts: None,
+  say: Callable[[str], None] = print,
 ) -> tuple[Any, int]:
   """The parameters of a run's newest whole checkpoint, for evaluation and generation, and the step they are from.
 
@@ -165,6 +194,7 @@ def restore_params(
     abstract_params: their shapes and dtypes, as `jax.eval_shape` gives them, without boxes; placed as their shardings
       say, where they have any, and else on the first device.
     best: the checkpoint with the lowest validation loss instead of the newest.
+    check: called with the checkpoint's facts, to object to them.
     say: takes the messages about checkpoints that cannot be read.
 
   Raises:
@@ -185,14 +215,16 @@ def restore_params(
         raise ValueError(f"{directory} holds no checkpoint that was evaluated; want the newest one instead of the best.")
       steps = sorted(losses, key=losses.get)
     for step in steps:
-      params, damage = _attempt(lambda step=step: _restore_params(manager, step, target))
+      found, damage = _attempt(lambda step=step: _restore_params(manager, step, target))
       if damage is None:
+        params, facts = found
+        check(facts)
         return params, step
       say(f"Checkpoint {step} of {directory} cannot be read ({damage}).")
   raise ValueError(f"{directory} holds no checkpoint that can be read; want the folder of a run that has saved one.")
 
 
-def _restore_params(manager: ocp.CheckpointManager, step: int, target: Any) -> Any:
+def _restore_params(manager: ocp.CheckpointManager, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
   arguments = ocp.args.PyTreeRestore(
     item={"params": target},
     restore_args={"params": ocp.checkpoint_utils.construct_restore_args(target)},
@@ -203,7 +235,7 @@ def _restore_params(manager: ocp.CheckpointManager, step: int, target: Any) -> A
   saved = found.facts["checksums"]
   if any(saved[f".params{name.removeprefix(_PARAMS)}"] != value for name, value in checksums(state).items()):
     raise ValueError(_DAMAGED)
-  return state["params"]
+  return state["params"], found.facts
 
 
 @dataclass
@@ -230,30 +262,49 @@ def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
   A damaged file surfaces as any of a dozen types of exception. All are caught but
   those that are not the files' fault.
   """
-  with _abandoned_reads_ignored():
-    try:
-      return load(), None
-    except (MemoryError, jax.errors.JaxRuntimeError):
-      raise
-    except Exception as error:
-      damage = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:200]}"
-    gc.collect()
-    time.sleep(0.2)  # for the reads that are still under way
-  return None, damage
-
-
-@contextmanager
-def _abandoned_reads_ignored() -> Iterator[None]:
-  """Keeps quiet about the reads that Orbax leaves unfinished when one of them fails.
-
-  Each fails with an essay of its own, when it is collected or when it comes home to an event loop that is closed, from
-  where nothing can be raised.
-  """
   hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
   try:
-    yield
+    return load(), None
+  except (MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:
+    damage = _in_short(error)
+    gc.collect()  # Orbax leaves the reads of the other arrays unfinished, each failing with an essay once it is collected,
+    time.sleep(0.2)  # or once it comes home
+    return None, damage
   finally:
     sys.unraisablehook = hook
+
+
+def _in_short(error: Exception) -> str:
+  """What an exception says, without the essay; only the system's word for it where a file could not be written."""
+  reason, system, _ = " ".join(str(error).split()).rpartition(" [os_error_code")
+  if system:
+    return reason.rpartition(": ")[2]
+  return f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:200]}"
+
+
+def _ignore_abandoned_writes() -> Callable[[], None]:
+  """Keeps quiet about the writes that Orbax gives up on when one of them fails; that one is raised. Returns the undoing.
+
+  They fail in threads of their own, from where nothing can be raised, with essays that would bury the one line.
+  """
+  hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
+
+  def filtered(unraisable):
+    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+      hook(unraisable)
+
+  def is_of_interest(record):
+    return not record.getMessage().startswith("Task exception was never retrieved")
+
+  def undo():
+    sys.unraisablehook = hook
+    logger.removeFilter(is_of_interest)
+
+  sys.unraisablehook = filtered
+  logger.addFilter(is_of_interest)
+  return undo
 
 
 def checksums(tree: Any) -> dict[str, int]:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,6 +89,21 @@ class TextData:
   def decode(self, tokens: Sequence[int]) -> str:
     """The text of `tokens`."""
     return self._tokenizer.decode(tokens)
+
+  def check_tokenizer(self, digest: str | None) -> None:
+    """Raises `ValueError` if the tokenizer is not the one that had this `tokenizer_digest` when a run began."""
+    if digest not in (None, self.tokenizer_digest):
+      raise ValueError(
+        f"TextData.tokenizer is {self.tokenizer!r}, whose content is not what the model was trained with; want the file "
+        "as it was then: to another tokenizer's tokens this model means nothing."
+      )
+
+  @cached_property
+  def tokenizer_digest(self) -> str:
+    """"bytes", or a digest of the tokenizer's file."""
+    if self.tokenizer == "bytes":
+      return "bytes"
+    return hashlib.blake2b(Path(self.tokenizer).expanduser().read_bytes(), digest_size=16).hexdigest()
 
   def load(self) -> "Corpus":
     """Reads, splits and tokenises all text.

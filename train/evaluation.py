@@ -77,7 +77,11 @@ def load_run(
     raise ValueError(f"{directory} is no run: it has no config.gin; want a folder that `memzoo train` has written.")
   experiment = build_text(config.read_text(), Path(directory).name)
   shapes = jax.eval_shape(lambda: nn.unbox(experiment.model.init(jax.random.key(0), jax.numpy.zeros((1, 1), "int32"))))
-  params, step = restore_params(directory, shapes, best=best, say=say)
+
+  def check(facts):
+    experiment.data.check_tokenizer(facts.get("tokenizer"))
+
+  params, step = restore_params(directory, shapes, best=best, check=check, say=say)
   return experiment, params, step
 
 

@@ -23,7 +23,7 @@ from .data import Corpus
 from .diagnosis import Spikes, first_nonfinite_module
 from .evaluation import Evaluation, bits_per_byte, evaluate, mean_loss, put_rows
 from .report import Report, clock, plot_losses, read_rows, thousands
-from .run_folder import Result, check_same_run, finished_result
+from .run_folder import Result, check_same_run, check_writable, finished_result
 from .runtime import Stopwatch, interruptions, start_quietly
 from .sharding import put_batch
 from .step import Metrics, Program, TrainState, build_program
@@ -77,10 +77,13 @@ def train(experiment: "Experiment", directory: str | Path, *, progress: bool = T
     batch_size=data.batch_size,
     seed=trainer.seed,
   )
+  check_writable(directory)
   messages: list[str] = []
   with Checkpoints(directory, kept=trainer.checkpoints_kept, say=messages.append) as checkpoints:
     corpus = data.load()
     restored = checkpoints.restore(program.abstract_state)
+    if restored:
+      data.check_tokenizer(restored.facts.get("tokenizer"))
     if restored and restored.facts["fingerprint"] != corpus.fingerprint:
       raise ValueError(
         f"TextData.sources={data.sources!r} no longer hold the text that {directory} was trained on; want the same "
@@ -273,7 +276,11 @@ class _Run:
     if self.checkpoints.latest_step == self.step:
       return
     self.report.flush()
-    facts = {"config": self.experiment.text, "fingerprint": self.corpus.fingerprint}
+    facts = {
+      "config": self.experiment.text,
+      "fingerprint": self.corpus.fingerprint,
+      "tokenizer": self.data.tokenizer_digest,
+    }
     self.checkpoints.save(self.step, self.state, self.batches.get_state(), facts, validation_loss)
 
   def finish(self) -> Result:

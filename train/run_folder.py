@@ -1,6 +1,7 @@
 """What the folder of a run says about it: which run it is, and whether it has been finished."""
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def check_same_run(directory: Path, text: str) -> None:
     raise ValueError(
       f"{directory} holds a run with another config: {'; '.join(differences)}. Want the same, or a new directory."
     )
+
+
+def check_writable(directory: Path) -> None:
+  """Makes `directory` where it is missing. Raises `ValueError` if nothing can be written there."""
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory) as probe:
+      probe.write(bytes(4096))
+      probe.flush()
+  except OSError as error:
+    raise ValueError(
+      f"{directory} cannot be written to ({error.strerror}); want a folder of your own, on a disk with space left."
+    ) from None
 
 
 def _bindings(text: str) -> dict[str, str]:

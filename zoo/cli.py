@@ -2,8 +2,9 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -32,13 +33,20 @@ def main() -> None:
   arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
   try:
     app(arguments)
-  except (ValueError, FileNotFoundError, ArithmeticError) as error:
+  except BrokenPipeError:  # `memzoo list | head`
+    _silence(sys.stdout)
+  except (ValueError, OSError, ArithmeticError) as error:
     if debug:
       raise
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    if type(error) is OSError:  # what a failed save leaves unfinished complains while the interpreter shuts down
+      sys.stderr.flush()
+      _silence(sys.stderr)
     sys.exit(2)
-  except BrokenPipeError:  # `memzoo list | head`
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _silence(stream: TextIO) -> None:
+  os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _print_version(wanted: bool) -> None:
@@ -224,6 +232,7 @@ def _start(cache: bool = True) -> None:
   from ..train.runtime import start_quietly
 
   start_quietly()
+  warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
   if cache and not jax.config.jax_compilation_cache_dir:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(home / "memzoo" / "compiled"))
