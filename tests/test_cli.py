@@ -200,12 +200,28 @@ def test_a_tokenizer_that_changed_is_one_line(memzoo, tmp_path):
     assert "whose content is not what the model was trained with" in err
 
 
+def test_a_tokenizer_is_learned_and_brings_all_text_back(memzoo, tmp_path):
+  from memzoo.train.data import TextData
+
+  path, text = tmp_path / "tokenizer.json", "the memory writes what the gate lets through. "
+  (tmp_path / "text.txt").write_text(text * 50)
+  status, out, err = memzoo("tokenizer", str(tmp_path / "text.txt"), "--vocab-size", "300", "--out", str(path))
+  assert status == 0, err
+  data = TextData(str(tmp_path / "text.txt"), tokenizer=str(path))
+  assert f"LanguageModel.vocab_size={data.vocab_size}" in out
+  assert 256 < data.vocab_size <= 300
+  assert len(data.encode(text)) < len(text) / 2
+  for unseen in (text, "Ünseen ∑ text\n\tof  any kind"):
+    assert data.decode(data.encode(unseen)) == unseen
+  assert "vocab_size is 9; want at least 256" in memzoo("tokenizer", "stdlib", "--vocab-size", "9")[2]
+
+
 def test_help_is_quick_and_loads_no_jax():
   code = "import sys, memzoo.zoo.cli; print({'jax', 'flax', 'gin', 'matplotlib'} & sys.modules.keys())"
   assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "describe", "list", "bench"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "tokenizer", "describe", "list", "bench"])
 def test_every_command_has_a_help_text(memzoo, command):
   status, out, _ = memzoo(command, "--help")
   assert status == 0

@@ -147,13 +147,9 @@ class FileTokenizer:
     Raises:
       ValueError: if the library is not installed, or the file is missing or is no tokenizer.
     """
-    try:
-      from tokenizers import Tokenizer
-    except ImportError:
-      raise ValueError(
-        f'TextData.tokenizer is {path!r}, which needs the tokenizers library: pip install "memzoo[hub]". The default, '
-        '"bytes", needs nothing.'
-      ) from None
+    _need_tokenizers(f"TextData.tokenizer is {path!r}, which")
+    from tokenizers import Tokenizer
+
     if not os.path.isfile(path):
       raise ValueError(f'TextData.tokenizer is {path!r}, no file; want "bytes" or the path of a tokenizer.json.')
     try:
@@ -178,6 +174,44 @@ class FileTokenizer:
     return [np.asarray(encoding.ids, dtype) for encoding in encodings]
 
 
+def _need_tokenizers(what: str) -> None:
+  try:
+    import tokenizers  # noqa: F401
+  except ImportError:
+    raise ValueError(
+      f'{what} needs the tokenizers library: pip install "memzoo[hub]". The default, "bytes", needs nothing.'
+    ) from None
+
+
 def load_tokenizer(name: str) -> ByteTokenizer | FileTokenizer:
   """The tokenizer that `TextData.tokenizer` names: "bytes", or the path of a tokenizer.json."""
   return ByteTokenizer() if name == "bytes" else FileTokenizer(os.path.expanduser(name))
+
+
+def train_tokenizer(sources: str | Sequence[str], vocab_size: int, path: str | os.PathLike, field: str = "text") -> int:
+  """Learns byte-pair merges from text and writes them as a `tokenizer.json`; any text can be encoded, byte by byte at worst.
+
+  Args:
+    sources, field: as for `read_sources`.
+    vocab_size: tokens, the 256 bytes among them.
+    path: of the file to write.
+
+  Returns:
+    The number of tokens, fewer than asked for where the text has no more pairs.
+
+  Raises:
+    ValueError: if a source is of no use, or `vocab_size` is less than 256.
+  """
+  if vocab_size < 256:
+    raise ValueError(f"vocab_size is {vocab_size}; want at least 256, one for each byte.")
+  _need_tokenizers("learning a tokenizer")
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+  texts = (document.text.decode(errors="replace") for document in read_documents(sources, field))
+  tokenizer.train_from_iterator(texts, trainer)
+  tokenizer.save(os.fspath(path))
+  return tokenizer.get_vocab_size()

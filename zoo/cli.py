@@ -155,6 +155,25 @@ def generate(
 
 
 @app.command(no_args_is_help=True)
+def tokenizer(
+  sources: Annotated[list[str], typer.Argument(help="Files, folders, globs, or stdlib, as for TextData.sources.")],
+  vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes among them.")] = 8192,
+  text_field: Annotated[str, typer.Option(help="Of JSONL objects, the field that holds the text.")] = "text",
+  out: Annotated[Path, typer.Option(help="File to write.")] = Path("tokenizer.json"),
+) -> None:
+  """Learn a tokenizer (byte pairs) from text, for TextData.tokenizer.
+
+  [bold]memzoo tokenizer stdlib --vocab-size 4096[/bold]
+
+  [bold]memzoo train quickstart --set TextData.tokenizer=tokenizer.json --set LanguageModel.vocab_size=4096[/bold]
+  """
+  from ..train.sources import train_tokenizer
+
+  count = train_tokenizer(sources, vocab_size, out, text_field)
+  print(f"Wrote {out}: {count:,} tokens. Train with --set TextData.tokenizer={out} --set LanguageModel.vocab_size={count}")
+
+
+@app.command(no_args_is_help=True)
 def describe(
   config: _Config,
   overrides: _Set = None,
