@@ -21,7 +21,7 @@ from memzoo.train.evaluation import bits_per_byte, evaluate
 from memzoo.train.loop import NonFiniteError, Stopwatch, train
 from memzoo.train.optimizer import Optimizer, decay_mask
 from memzoo.train.report import clock, keep_rows, plot_losses, read_rows, smoothed, thousands
-from memzoo.train.sharding import MeshShape, put_batch
+from memzoo.train.sharding import MeshShape, layout, put_batch
 from memzoo.train.step import build_program
 from memzoo.train.trainer import Trainer
 from tiny_run import Model, memory_model, tiny_experiment
@@ -87,6 +87,18 @@ def test_parameters_and_moments_are_split_as_the_rules_say(tmp_path):
     assert tuple(tree["params"]["embedding"].sharding.spec) == ("tensor", "fsdp")
     assert tuple(tree["params"]["blocks_0"]["kernel"].sharding.spec) == ("fsdp", "tensor")
   assert state.params["params"]["embedding"].addressable_shards[0].data.shape == (128, 8)
+
+
+def test_the_layout_says_what_a_device_holds(tmp_path):
+  experiment = tiny_experiment(tmp_path, mesh=MeshShape(data=1, fsdp=2, tensor=2))
+  mesh = experiment.mesh.build()
+  params = program_of(experiment).abstract_state.params
+  whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+  said = layout(mesh, params)
+  assert said.startswith("Mesh: fsdp 2 x tensor 2; each device holds ")
+  own = int(said.split("holds ")[1].split(" ")[0].replace(",", ""))
+  assert whole / 4 <= own < whole / 2
+  assert f"of {whole:,} parameters" in said
 
 
 def test_a_step_is_compiled_once(tmp_path):

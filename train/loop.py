@@ -25,7 +25,7 @@ from .evaluation import Evaluation, bits_per_byte, evaluate, mean_loss, put_rows
 from .report import Report, clock, plot_losses, read_rows, thousands
 from .run_folder import Result, check_same_run, check_writable, finished_result
 from .runtime import Stopwatch, interruptions, start_quietly
-from .sharding import put_batch
+from .sharding import layout, put_batch
 from .step import Metrics, Program, TrainState, build_program
 from .trainer import Trainer
 
@@ -151,6 +151,9 @@ class _Run:
       f"{start}: {trainer.steps} steps of {self.data.batch_size} x {self.data.sequence_length} tokens, {epochs:.2g} "
       f"epochs of {thousands(training.num_bytes)}B of text; {thousands(count)} parameters on {devices}."
     )
+
+    if self.mesh.size > 1:
+      self.report.say(layout(self.mesh, self.program.abstract_state.params))
 
   def go(self) -> Result:
     """Goes through the steps that are left, and finishes."""

@@ -111,6 +111,15 @@ def _check_divides(name: str, shape: tuple[int, ...], sharding: NamedSharding) -
       )
 
 
+def layout(mesh: Mesh, params: Any) -> str:
+  """One line about what lies where: the mesh, and how many of `params` (arrays or shapes, with shardings) a device has."""
+  leaves = jax.tree.leaves(params)
+  whole = sum(leaf.size for leaf in leaves)
+  own = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+  axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+  return f"Mesh: {axes}; each device holds {own:,} of {whole:,} parameters ({own / whole:.0%})."
+
+
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
   """Puts this process's rows of a batch on its devices; the result is the global batch."""
   return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
