@@ -266,7 +266,7 @@ def _print_peak_memory(operation: str, sizes: Iterable[str]) -> None:
 
 
 def _peak_resident_bytes() -> int:
-  with suppress(OSError):  # Linux: the next line's number would be that of the parent, if that is larger
+  with suppress(OSError, IndexError):  # Linux: the next line's number would be that of the parent, if that is larger
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
   import resource  # not on every system
 
