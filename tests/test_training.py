@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from memzoo.train import loop
 from memzoo.train.data import Baselines
 from memzoo.train.diagnosis import Spikes, first_nonfinite_module
@@ -366,6 +367,45 @@ def test_a_run_that_is_not_finite_stops_and_names_the_step_and_the_culprits(tmp_
   rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert rows[0]["loss"] is None
   assert rows[0]["skipped"]
+
+
+def test_spoiled_batches_are_skipped_and_five_in_a_row_end_the_run_with_a_good_checkpoint(tmp_path, monkeypatch, capsys):
+  """Batch 3 alone, then from batch 10 on; the run then goes on from the last checkpoint as if nothing had been."""
+  experiment, directory = tiny_experiment(tmp_path, steps=16, checkpoint_every=4, evaluate_every=0), tmp_path / "run"
+  made = iter(range(1, 100))
+
+  def put_spoiled(batch, sharding):
+    if (number := next(made)) == 3 or number >= 10:
+      batch = batch | {"weights": np.full_like(batch["weights"], np.nan)}
+    return put_batch(batch, sharding)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "put_batch", put_spoiled)
+    with pytest.raises(NonFiniteError, match=r"5 steps in a row up to step 14 .*loss nan.*every group.*those of step 9"):
+      train(experiment, directory)
+  said = capsys.readouterr().out
+  assert "Step 3 skipped (loss nan; gradients not finite: every group)." in said
+  assert all(f"Step {step} skipped" in said for step in (10, 11, 12, 13))
+  rows = read_rows(directory / "metrics.jsonl")
+  assert [row["step"] for row in rows if row.get("skipped")] == [3, 10, 11, 12, 13, 14]
+  result = train(experiment, directory)
+  assert f"Resuming {directory} after step 12" in capsys.readouterr().out
+  assert result.skipped == 4, "that of batches 3, 10, 11 and 12"
+  assert all(math.isfinite(row["loss"]) for row in read_rows(directory / "metrics.jsonl")[12:])
+
+
+def test_a_model_that_breaks_is_named_where_it_breaks(tmp_path):
+  class Breaking(Model):
+    """Its block is not finite from the first step on."""
+
+    @nn.compact
+    def __call__(self, tokens, state=None, segment_ids=None):
+      x = nn.Embed(256, 4, name="embedding")(tokens)
+      x = nn.Dense(4, name="blocks_0", bias_init=nn.initializers.constant(jnp.inf))(x)
+      return nn.Dense(256, name="head")(x), jnp.zeros((len(tokens), 1), jnp.float32)
+
+  with pytest.raises(NonFiniteError, match=r"The first output that is not finite is that of blocks_0\. "):
+    train(tiny_experiment(tmp_path, model=Breaking()), tmp_path / "run", progress=False)
 
 
 def test_the_first_module_that_is_not_finite_is_found(tmp_path):

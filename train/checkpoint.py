@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PolicyCheckpointInfo, PreservationPolicy
 
+from .processes import any_process
 from .step import TrainState
 
 _DAMAGED = "an array does not match its checksum"
@@ -119,8 +121,9 @@ class Checkpoints:
     """
     for step in sorted(self._manager.all_steps(), reverse=True):
       restored, damage = _attempt(lambda step=step: self._restore(step, abstract_state))
-      if damage is None:
+      if not any_process(damage is not None):
         return restored
+      damage = damage or "in another process"
       self._say(f"Checkpoint {step} cannot be read and is now {self._set_aside(step)} ({damage}).")
     return None
 
@@ -144,6 +147,7 @@ class Checkpoints:
       shutil.rmtree(target, ignore_errors=True)
       target.parent.mkdir(exist_ok=True)
       shutil.move(self.path / str(step), target)
+    multihost_utils.sync_global_devices("a checkpoint was set aside")
     self._losses.pop(step, None)
     self._manager.reload()
     return target

@@ -229,20 +229,21 @@ class Corpus:
     bounds = np.cumsum([0, *self.counts])
     return [self.training.documents(start, end) for start, end in pairwise(bounds)]
 
-  def batches(self, process: int = 0, processes: int = 1) -> "grain.DatasetIterator":
+  def batches(self, share: int = 0, shares: int = 1) -> "grain.DatasetIterator":
     """Training batches without end: tokens, targets, segment_ids and weights, each [rows, sequence_length].
 
     Every epoch has its own order, and in a mixture every part its own epochs. `get_state()` and `set_state(state)` save
     and restore the position.
 
     Args:
-      process, processes: of several processes, each gets its share of the rows of every batch.
+      share, shares: of every batch, only the rows of this one of so many equal shares; see `processes.row_share`. A batch
+        holds the same rows however it is shared out.
     """
     import grain
 
     parts = [grain.MapDataset.source(part).shuffle(self.data.seed).repeat() for part in self.parts]
     rows = grain.MapDataset.mix(parts, self.data.weights)
-    batches = rows[process::processes].batch(self.data.batch_size // processes)
+    batches = rows[share::shares].batch(self.data.batch_size // shares)
     # One thread reads ahead while the device computes. A row is a few microseconds' work: more threads gain nothing.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 

@@ -10,6 +10,7 @@ import jax
 from flax import linen as nn
 
 from .data import Baselines, Batch, Corpus, baselines, predicted_text
+from .processes import row_share
 from .sharding import put_batch
 from .step import Program, build_program
 
@@ -38,9 +39,9 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 def put_rows(batch: Batch, sharding: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
   """Puts a batch that every process has whole on the devices, each process its own rows."""
-  own = len(batch["tokens"]) // jax.process_count()
-  start = own * jax.process_index()
-  return put_batch({name: rows[start : start + own] for name, rows in batch.items()}, sharding)
+  share, shares = row_share(sharding, len(batch["tokens"]))
+  own = len(batch["tokens"]) // shares
+  return put_batch({name: rows[share * own : (share + 1) * own] for name, rows in batch.items()}, sharding)
 
 
 def mean_loss(program: Program, params: Any, batches: Sequence[dict[str, jax.Array]]) -> float:

@@ -9,6 +9,7 @@ writing and drawing cost the device nothing as long as they take less than a ste
 """
 
 import json
+import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from .checkpoint import Checkpoints, Restored, checksums
 from .data import Corpus
 from .diagnosis import Spikes, first_nonfinite_module
 from .evaluation import Evaluation, bits_per_byte, evaluate, mean_loss, put_rows
+from .processes import Vote, check_equal, row_share, together
 from .report import Report, clock, plot_losses, read_rows, thousands
 from .run_folder import Result, check_same_run, check_writable, finished_result
 from .runtime import Stopwatch, interruptions, start_quietly
@@ -57,8 +59,10 @@ def train(experiment: "Experiment", directory: str | Path, *, progress: bool = T
   """
   start_quietly()
   directory, trainer, data = Path(directory), experiment.trainer, experiment.data
-  check_same_run(directory, experiment.text)
-  finished = finished_result(directory, trainer.steps)
+  check_equal(config=experiment.text)
+  with together():
+    check_same_run(directory, experiment.text)
+    finished = finished_result(directory, trainer.steps)
   if finished:
     if progress and jax.process_index() == 0:
       print(f"{directory} is finished: {finished.step} steps. To go on, ask for more with Trainer.steps.")
@@ -77,10 +81,13 @@ def train(experiment: "Experiment", directory: str | Path, *, progress: bool = T
     batch_size=data.batch_size,
     seed=trainer.seed,
   )
-  check_writable(directory)
+  with together():
+    row_share(program.batch_sharding, data.batch_size)
+    check_writable(directory)
+    corpus = data.load()
+  check_equal(text=corpus.fingerprint)
   messages: list[str] = []
   with Checkpoints(directory, kept=trainer.checkpoints_kept, say=messages.append) as checkpoints:
-    corpus = data.load()
     restored = checkpoints.restore(program.abstract_state)
     if restored:
       data.check_tokenizer(restored.facts.get("tokenizer"))
@@ -116,13 +123,13 @@ class _Run:
     self.directory, self.mesh, self.program, self.corpus = directory, mesh, program, corpus
     self.checkpoints = checkpoints
     self.primary = jax.process_index() == 0
-    self.batches = corpus.batches(jax.process_index(), jax.process_count())
+    self.batches = corpus.batches(*row_share(program.batch_sharding, self.data.batch_size))
     self.state: TrainState = restored.state if restored else program.create()
     if restored:
       self.batches.set_state(restored.data)
     self.step = self.first_step = int(self.state.step)
     self.best_loss = checkpoints.best_loss
-    self.spikes = Spikes()
+    self.spikes, self.vote = Spikes(), Vote(mesh)
     self.pending: tuple[int, Metrics, dict[str, jax.Array]] | None = None
     self.watch = Stopwatch()
     self.validation = [
@@ -146,6 +153,7 @@ class _Run:
     start = f"Resuming {self.directory} after step {self.step}" if self.step else f"Starting {self.directory}"
     count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
     devices = f"{self.mesh.size} {self.mesh.devices.flat[0].device_kind} device{'s' * (self.mesh.size > 1)}"
+    devices += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     epochs = trainer.steps * self.data.batch_size / len(training)
     self.report.say(
       f"{start}: {trainer.steps} steps of {self.data.batch_size} x {self.data.sequence_length} tokens, {epochs:.2g} "
@@ -157,9 +165,8 @@ class _Run:
 
   def go(self) -> Result:
     """Goes through the steps that are left, and finishes."""
-    with interruptions() as stopped_by:
-      self.train_until(stopped_by)
-    interrupted = stopped_by[0] if stopped_by else None
+    with interruptions() as caught:
+      interrupted = self.train_until(caught)
     if interrupted and self.step < self.trainer.steps:
       self.save()
       self.checkpoints.wait()
@@ -171,11 +178,14 @@ class _Run:
       return Result(str(self.directory), self.step, interrupted, int(self.state.skipped))
     return self.finish()
 
-  def train_until(self, stopped_by: list[str]) -> None:
-    """Steps until the last, or until a signal has come; every step's numbers have been written on return."""
-    trainer = self.trainer
+  def train_until(self, caught: list[signal.Signals]) -> str | None:
+    """Steps until the last, or until a process has `caught` a signal, whose name it returns.
+
+    Every step's numbers have been written on return.
+    """
+    trainer, stopped_by = self.trainer, 0
     began = time.perf_counter()
-    while self.step < trainer.steps and not stopped_by:
+    while self.step < trainer.steps and not (stopped_by := self.vote(caught[0] if caught else 0)):
       with self.watch("input"):
         batch = put_batch(next(self.batches), self.program.batch_sharding)
       with self.watch("step"):
@@ -202,6 +212,7 @@ class _Run:
         self.best_loss = validation_loss
     self.drain()
     self.watch.stop()
+    return signal.Signals(stopped_by).name if stopped_by else None
 
   def warm_up(self) -> None:
     """Finishes the first step, and compiles here and now whatever else will be called between steps."""

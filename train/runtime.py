@@ -11,27 +11,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 
 def start_quietly() -> None:
   """Starts JAX's backends without what their libraries write to the error stream about accelerators that are not there.
 
-  Some of it comes from C++ and does not pass through Python's streams, so it is the file descriptor that is turned
+  Some of it comes from C++ and does not pass through Python's streams, so it is the file descriptors that are turned
   aside. What was written is shown after all if the start fails.
   """
-  sys.stderr.flush()
-  saved = os.dup(2)
+  for stream in (sys.stdout, sys.stderr):
+    stream.flush()
+  saved = [os.dup(1), os.dup(2)]
   with tempfile.TemporaryFile() as aside:
-    os.dup2(aside.fileno(), 2)
+    for descriptor in (1, 2):
+      os.dup2(aside.fileno(), descriptor)
     try:
       jax.devices()
+      multihost_utils.sync_global_devices("started")  # the first collective announces itself, too
     except Exception:
       aside.seek(0)
-      os.write(saved, aside.read())
+      os.write(saved[1], aside.read())
       raise
     finally:
-      os.dup2(saved, 2)
-      os.close(saved)
+      for descriptor, before in zip((1, 2), saved, strict=True):
+        os.dup2(before, descriptor)
+        os.close(before)
 
 
 class Stopwatch:
@@ -61,19 +66,19 @@ class Stopwatch:
 
 
 @contextmanager
-def interruptions() -> Iterator[list[str]]:
-  """Takes SIGTERM and SIGINT for as long as it is open: yields a list that the signal's name is put in.
+def interruptions() -> Iterator[list[signal.Signals]]:
+  """Takes SIGTERM and SIGINT for as long as it is open: yields a list that the signal is put in.
 
   A second SIGINT raises `KeyboardInterrupt` as usual. Outside the main thread, where Python delivers no signals, the
   list stays empty.
   """
-  caught: list[str] = []
+  caught: list[signal.Signals] = []
   if threading.current_thread() is not threading.main_thread():
     yield caught
     return
 
   def catch(number: int, frame: Any) -> None:
-    caught.append(signal.Signals(number).name)
+    caught.append(signal.Signals(number))
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
   before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -24,6 +24,7 @@ _Set = Annotated[
   typer.Option("--set", metavar="X.FIELD=VALUE", help="Change a field of the config; may be repeated."),
 ]
 _Best = Annotated[bool, typer.Option("--best", help="The checkpoint with the lowest validation loss, not the newest.")]
+_SEVERAL = "One run in several processes, started with the same command but for --process"
 _Run = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/quickstart.")]
 
 
@@ -73,6 +74,28 @@ def train(
   overrides: _Set = None,
   steps: Annotated[int | None, typer.Option(help="Short for --set Trainer.steps=N.")] = None,
   out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME unless given.")] = None,
+  coordinator: Annotated[
+    str | None,
+    typer.Option(
+      metavar="HOST:PORT",
+      envvar="JAX_COORDINATOR_ADDRESS",
+      help="Where process 0 is.",
+      rich_help_panel=_SEVERAL,
+    ),
+  ] = None,
+  processes: Annotated[
+    int | None, typer.Option(min=1, envvar="JAX_NUM_PROCESSES", help="How many there are.", rich_help_panel=_SEVERAL)
+  ] = None,
+  process: Annotated[
+    int | None,
+    typer.Option(min=0, envvar="JAX_PROCESS_ID", help="Which this is, from 0.", rich_help_panel=_SEVERAL),
+  ] = None,
+  distributed: Annotated[
+    bool,
+    typer.Option(
+      "--distributed", help="Find these out from SLURM, Open MPI, Kubernetes or the TPU pod.", rich_help_panel=_SEVERAL
+    ),
+  ] = False,
 ) -> None:
   """Train a model, or go on with a run that was stopped.
 
@@ -82,6 +105,9 @@ def train(
 
   [bold]memzoo train quickstart --set TextData.sources=~/books --steps 5000 --out runs/books[/bold]
   """
+  from ..train.processes import join
+
+  join(coordinator, processes, process, detect=distributed)
   _start()
   from ..train.loop import train as train_experiment
   from .config import build
