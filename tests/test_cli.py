@@ -1,7 +1,9 @@
 """The `memzoo` command: what it prints, how it fails, and one run from training to text."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from memzoo.zoo import cli
@@ -86,6 +88,22 @@ def test_a_corpus_that_is_of_no_use_is_one_line(memzoo, tmp_path, name, content,
   assert words in err
 
 
+def test_a_corpus_that_may_not_be_read_is_one_line(memzoo, tmp_path, monkeypatch):
+  sources = corpus(tmp_path, b"the memory writes. " * 200)
+
+  read = Path.read_bytes
+
+  def denied(path):
+    if path == tmp_path / "text.txt":  # a mode would not stop root
+      raise PermissionError(13, "Permission denied")
+    return read(path)
+
+  monkeypatch.setattr(Path, "read_bytes", denied)
+  status, out, err = memzoo("train", "quickstart", *TINY, sources, "--out", str(tmp_path / "run"))
+  assert (status, out, err.count("\n")) == (2, "", 1), err
+  assert "text.txt cannot be read: Permission denied." in err
+
+
 @pytest.mark.parametrize(
   ("setting", "words"),
   [
@@ -158,6 +176,66 @@ def test_train_resume_evaluate_generate(memzoo, tmp_path):
   assert status == 0
   assert out.startswith("the ")
   assert "tokens/s" in err
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A run with checkpoints of steps 2 and 4, its command, and the text it reads."""
+  folder = tmp_path_factory.mktemp("saved")
+  sources = corpus(folder, b"the memory writes what the gate lets through. " * 100)
+  train = ["train", "quickstart", *TINY, sources, "--set=Trainer.checkpoint_every=2", "--out", str(folder / "run")]
+  code = "import sys; from memzoo.zoo.cli import main; main()"
+  subprocess.run([sys.executable, "-c", code, *train, "--steps", "4"], check=True, capture_output=True)
+  return folder / "run", train
+
+
+@pytest.mark.slow
+def test_a_folder_that_holds_another_config_shows_the_difference(memzoo, saved):
+  run, train = saved
+  before = sorted(path.name for path in run.rglob("*"))
+  status, out, err = memzoo(*train, "--set=LanguageModel.width=32", "--steps", "9")
+  assert (status, out, err.count("\n")) == (2, "", 1), err
+  assert f"{run} holds a run with another config: LanguageModel.width = 16 there, 32 here. Want the same" in err
+  assert sorted(path.name for path in run.rglob("*")) == before
+
+
+def truncate(step):
+  largest = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def flip(step):
+  largest = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+
+
+def remove(step):
+  (step / "facts" / "metadata").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [truncate, flip, remove])
+def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(memzoo, saved, tmp_path, damage):
+  run, train = saved
+  copy = tmp_path / "run"
+  shutil.copytree(run, copy)
+  damage(copy / "checkpoints" / "4")
+  status, out, err = memzoo("evaluate", str(copy))
+  assert status == 0, err
+  if damage is remove:  # the others may have hit the optimiser's numbers alone, which nobody has asked for here
+    assert f"Checkpoint 4 of {copy} cannot be read (" in out
+    assert "step 2: " in out
+  status, out, err = memzoo(*train[:-1], str(copy), "--steps", "6")
+  assert status == 0, err
+  line, resumed, *_ = out.splitlines()
+  assert line.startswith(f"Checkpoint 4 cannot be read and is now {copy / 'unreadable' / '4'} (")
+  assert resumed.startswith(f"Resuming {copy} after step 2: ")
+  shutil.rmtree(copy / "checkpoints")
+  status, _, err = memzoo("generate", str(copy), "the ")
+  assert (status, err.count("\n")) == (2, 1)
+  assert "holds no checkpoint" in err
 
 
 @pytest.mark.slow
