@@ -289,6 +289,8 @@ class _Run:
   def finish(self) -> Result:
     """Evaluates, writes what is left behind, and prints a summary."""
     self.checkpoints.wait()
+    from ..zoo.machine import peak_bytes
+
     evaluation = evaluate(self.program, self.state.params, self.corpus, self.trainer.final_evaluation_batches)
     result = Result(
       directory=str(self.directory),
@@ -298,6 +300,7 @@ class _Run:
       validation_bits_per_byte=evaluation.bits_per_byte,
       order_0_bits_per_byte=evaluation.baselines.order_0,
       zlib_bits_per_byte=evaluation.baselines.zlib,
+      peak_bytes=peak_bytes(),  # before the large product that the speed is compared with
       **self.speed(),
     )
     self.draw(evaluation)
@@ -353,6 +356,8 @@ class _Run:
 
   def summarise(self, result: Result, evaluation: Evaluation) -> None:
     """Prints the last table."""
+    from ..zoo.machine import whose_peak
+
     names = ("loss.png", "sample.txt", "metrics.jsonl", "tensorboard", "checkpoints")
     left = ", ".join(name for name in names if (self.directory / name).exists())
     rows = [
@@ -371,6 +376,7 @@ class _Run:
           "float32 product",
         ),
       ]
+    rows.append(("memory", f"{result.peak_bytes / 2**30:.2f} GiB at the peak, of {whose_peak()}"))
     if result.skipped:
       rows.append(("skipped", f"{result.skipped} steps, not finite"))
     self.report.table(f"Finished: {self.step} steps", [*rows, (str(self.directory), left)])
