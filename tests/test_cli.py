@@ -139,6 +139,16 @@ def test_describe_counts_what_overrides_change(memzoo):
 
 
 @pytest.mark.slow
+def test_describe_predicts_the_peak_where_it_is_asked_for(memzoo):
+  _, without, _ = memzoo("describe", "quickstart", *TINY)
+  status, out, err = memzoo("describe", "quickstart", *TINY, "--peak")
+  assert status == 0, err
+  assert "of temporaries" in out
+  assert "of temporaries" not in without
+  assert out.startswith(without.rstrip()), "the rest is the same"
+
+
+@pytest.mark.slow
 def test_train_resume_evaluate_generate(memzoo, tmp_path):
   (tmp_path / "text").mkdir()
   for i in range(20):
