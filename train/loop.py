@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -144,16 +145,27 @@ class _Run:
       self.report.say(message)
     trainer, training = self.trainer, self.corpus.training
     start = f"Resuming {self.directory} after step {self.step}" if self.step else f"Starting {self.directory}"
-    count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
     devices = f"{self.mesh.size} {self.mesh.devices.flat[0].device_kind} device{'s' * (self.mesh.size > 1)}"
     epochs = trainer.steps * self.data.batch_size / len(training)
     self.report.say(
       f"{start}: {trainer.steps} steps of {self.data.batch_size} x {self.data.sequence_length} tokens, {epochs:.2g} "
-      f"epochs of {thousands(training.num_bytes)}B of text; {thousands(count)} parameters on {devices}."
+      f"epochs of {thousands(training.num_bytes)}B of text; {self.numerics()}, on {devices}."
     )
-
+    self.report.say(self.corpus.summary())
     if self.mesh.size > 1:
       self.report.say(layout(self.mesh, self.program.abstract_state.params))
+
+  def numerics(self) -> str:
+    """How many parameters, in which types all is computed, and what else is traded for memory."""
+    model, accumulated = self.experiment.model, self.experiment.optimizer.accumulate_steps
+    leaves = jax.tree.leaves(self.state.params)
+    count = thousands(sum(leaf.size for leaf in leaves))
+    types = " and ".join(sorted({leaf.dtype.name for leaf in leaves}))
+    return (
+      f"{count} {types} parameters, {jnp.dtype(model.dtype).name} activations"
+      + (f", remat {model.remat}" if model.remat != "none" else "")
+      + (f", {accumulated} batches an update" if accumulated > 1 else "")
+    )
 
   def go(self) -> Result:
     """Goes through the steps that are left, and finishes."""
