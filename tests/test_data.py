@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from memzoo.train.data import Split, TextData, baselines, predicted_text, split_documents
@@ -265,7 +266,6 @@ def test_impossible_settings_are_named(field):
 
 @pytest.fixture
 def tokenizer_path(tmp_path):
-  tokenizers = pytest.importorskip("tokenizers")
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
