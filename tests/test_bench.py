@@ -2,14 +2,16 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from memzoo.zoo import bench as module
 from memzoo.zoo.bench import OPERATIONS, Shape, bench, make_inputs
 from memzoo.zoo.bench_report import draw, tables
-from memzoo.zoo.machine import matmul_rate, seconds_per_call
+from memzoo.zoo.machine import matmul_rate, peak_bytes, seconds_per_call, whose_peak
 
 TINY = Shape(batch=1, length=32, heads=2, key_dim=8, value_dim=8)
 
@@ -61,6 +63,17 @@ def test_an_unknown_operation_is_refused():
 
 def test_the_machine_multiplies_at_a_plausible_rate():
   assert 1e8 < matmul_rate(0.05) < 1e16
+
+
+def test_the_peak_is_that_of_the_fullest_device_or_else_of_the_process(monkeypatch):
+  before = peak_bytes()
+  assert 50 * 2**20 < before < 2**40
+  assert whose_peak() == "this process"
+  np.ones(before // 8 + 2**24)
+  assert peak_bytes() > before
+  devices = [SimpleNamespace(memory_stats=lambda count=count: count) for count in (None, {"peak_bytes_in_use": 7}, {})]
+  monkeypatch.setattr(jax, "local_devices", lambda: devices)
+  assert (peak_bytes(), whose_peak()) == (7, "the fullest device")
 
 
 def test_timing_takes_the_median_of_warm_calls():

@@ -1,11 +1,16 @@
 """A checkpoint gives back what was saved, on any mesh; one that is damaged is never believed."""
 
+import errno
+import logging
+import os
 import shutil
+import sys
 
 import chex
 import jax
 import numpy as np
 import pytest
+from memzoo.train import checkpoint as module
 from memzoo.train.checkpoint import Checkpoints, checksums, restore_params
 from memzoo.train.sharding import MeshShape
 from memzoo.train.step import build_program
@@ -159,6 +164,60 @@ def test_a_save_cut_short_leaves_no_checkpoint(run, target):
   with Checkpoints(run, say=said.append) as checkpoints:
     assert checkpoints.restore(target).data == {"next_index": 2}
   assert said == []
+
+
+@pytest.fixture
+def filters(monkeypatch):
+  """Counts what is set up against complaints: on the hook for what cannot be raised, and in asyncio's logger."""
+  logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+  monkeypatch.setattr(module, "_abandoned_writes", module._AbandonedWrites())
+  monkeypatch.setattr(sys, "unraisablehook", hook)
+  monkeypatch.setattr(logger, "filters", [])
+  return lambda: (sys.unraisablehook is not hook, len(logger.filters))
+
+
+def leave(directory, state, error: Exception) -> None:
+  """Saves a checkpoint, and leaves with an error that has nothing to do with it."""
+  with Checkpoints(directory) as checkpoints:
+    checkpoints.save(1, state, {}, {})
+    raise error
+
+
+def fail(directory, state, number: int) -> None:
+  """Has a save fail for the system's reason of that number."""
+
+  def save(*_, **__):
+    raise OSError(number, os.strerror(number))
+
+  with Checkpoints(directory, kept=3) as checkpoints:
+    checkpoints._manager.save = save
+    checkpoints.save(4, state, {}, {})
+
+
+def test_complaints_are_let_through_again_unless_a_save_failed(tmp_path, saved, filters):
+  with Checkpoints(tmp_path / "a"):
+    with Checkpoints(tmp_path / "b"):
+      assert filters() == (True, 1)
+    assert filters() == (True, 1)
+  assert filters() == (False, 0)
+  for _ in range(2):
+    with pytest.raises(KeyError):
+      leave(tmp_path / "a", saved[1], KeyError())
+    assert filters() == (False, 0)
+  for _ in range(2):
+    with pytest.raises(OSError, match="None was saved before; mend that, and the same command starts anew"):
+      fail(tmp_path / "b", saved[1], errno.EIO)
+    assert filters() == (True, 1)
+
+
+@pytest.mark.parametrize(
+  ("number", "remedy"),
+  [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EFBIG, "make room"), (errno.EACCES, "mend that")],
+)
+def test_a_failed_save_says_what_would_do(run, saved, filters, number, remedy):
+  words = rf"{os.strerror(number)}.*The one of step 3 is whole; {remedy}, and the same command goes on from there"
+  with pytest.raises(OSError, match=words):
+    fail(run, saved[1], number)
 
 
 def test_checksums_see_every_bit_and_every_place():

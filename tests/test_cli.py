@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from memzoo.train.report import read_rows
 from memzoo.zoo import cli
+from tolerances import assert_close
 
 TINY = [
   "--set=LanguageModel.width=16",
@@ -157,6 +160,18 @@ def test_describe_counts_what_overrides_change(memzoo):
 
 
 @pytest.mark.slow
+def test_describe_predicts_the_peak_where_it_is_asked_for(memzoo):
+  _, without, _ = memzoo("describe", "quickstart", *TINY)
+  status, out, err = memzoo("describe", "quickstart", *TINY, "--peak")
+  assert status == 0, err
+  assert "of temporaries" in out
+  assert "of temporaries" not in without
+  lines = [line.rstrip() for line in out.splitlines()]
+  assert lines[:-1] == [line.rstrip() for line in without.splitlines()]
+  assert lines[-1].startswith("peak ")
+
+
+@pytest.mark.slow
 def test_train_resume_evaluate_generate(memzoo, tmp_path):
   (tmp_path / "text").mkdir()
   for i in range(20):
@@ -236,6 +251,40 @@ def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(memzoo, sav
   status, _, err = memzoo("generate", str(copy), "the ")
   assert (status, err.count("\n")) == (2, 1)
   assert "holds no checkpoint" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("setting", "dtype"),
+  [
+    ("LanguageModel.remat=full", "float32"),
+    ("LanguageModel.remat=dots", "float32"),
+    ("LanguageModel.dtype=bfloat16", "bfloat16"),
+  ],
+)
+def test_what_saves_memory_keeps_the_losses(memzoo, tmp_path, setting, dtype):
+  plain, saving = (losses(memzoo, tmp_path / str(i), f"--set={s}") for i, s in enumerate(["Trainer.steps=4", setting]))
+  assert len(plain) == 4
+  assert plain[3] < plain[0]
+  assert_close(saving, plain, dtype)
+
+
+@pytest.mark.slow
+def test_batches_accumulated_are_one_larger_batch(memzoo, tmp_path):
+  larger = losses(memzoo, tmp_path / "larger", "--set=TextData.batch_size=8")
+  halves = losses(memzoo, tmp_path / "halves", "--set=Optimizer.accumulate_steps=2", "--steps", "8")
+  assert_close(halves.reshape(4, 2).mean(1), larger, "float32")
+  assert larger[3] < larger[0]
+
+
+def losses(memzoo, folder, *arguments: str) -> np.ndarray:
+  """Of the steps, four unless told otherwise, of a run on one long document, so that every row has as many targets."""
+  folder.mkdir()
+  text = corpus(folder, b"".join(b"the memory writes %d things. " % i for i in range(100)))
+  settings = [*TINY, text, "--set=Trainer.sample_tokens=0", "--set=Trainer.final_evaluation_batches=1"]
+  status, _, err = memzoo("train", "quickstart", "--steps", "4", *settings, "--out", str(folder / "run"), *arguments)
+  assert status == 0, err
+  return np.array([row["loss"] for row in read_rows(folder / "run" / "metrics.jsonl")])
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import tokenizers
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from memzoo.train.data import Split, TextData, baselines, predicted_text, split_documents
 from memzoo.train.sources import Document, read_documents
@@ -43,11 +44,13 @@ def test_standard_library_is_source_text_without_packages_and_tests():
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=8), st.integers(1, 17))
+@example([b"", b"one", b"", b"more", b""], 2)
 def test_every_token_that_has_a_predecessor_in_its_document_is_a_target_once(documents, sequence_length):
   split = split_of(documents, sequence_length)
   rows = [split[i] for i in range(len(split))]
   targets = np.concatenate([row["targets"][row["weights"] > 0] for row in rows])
   assert targets.astype(np.uint8).tobytes() == b"".join(document[1:] for document in documents)
+  assert split.num_targets == len(targets)
 
 
 @settings(deadline=None, max_examples=50)
@@ -76,6 +79,20 @@ def test_every_epoch_has_every_row_in_an_order_of_its_own(corpus):
   want = sorted(corpus.training[i]["tokens"].tobytes() for i in range(count))
   assert all(sorted(epoch) == want for epoch in epochs)
   assert len(set(map(tuple, epochs))) == 4
+
+
+def test_a_summary_counts_documents_rows_and_places_without_a_target(tmp_path):
+  for name, length in (("a", 100), ("b", 61)):
+    (tmp_path / f"{name}.txt").write_text(name * length)
+  both = TextData(str(tmp_path), sequence_length=16, validation_fraction=0.1)
+  assert both.load().summary() == (
+    "2 documents packed into 9 rows of 16, 1.39% of their places without a target; 2 into 1 for validation."
+  )
+  sources = tuple(str(tmp_path / f"{name}.txt") for name in "ab")
+  mixed = TextData(sources, weights=(1.0, 3.0), sequence_length=16, validation_fraction=0.1)
+  assert "into 10 rows of 16, 11.25% of" in mixed.load().summary(), "90 tokens in 6 rows and 54 in 4"
+  one = TextData(sources[0], sequence_length=89, validation_fraction=0.1)
+  assert one.load().summary().startswith("1 document packed into 1 rows of 89, 0.00% of their places")
 
 
 @pytest.mark.compat
@@ -249,7 +266,6 @@ def test_impossible_settings_are_named(field):
 
 @pytest.fixture
 def tokenizer_path(tmp_path):
-  tokenizers = pytest.importorskip("tokenizers")
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()

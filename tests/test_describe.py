@@ -1,6 +1,10 @@
-"""Counting: FLOPs in a jaxpr, parameters and bytes in a model."""
+"""Counting: FLOPs in a jaxpr, parameters and bytes in a model, bytes in a training step."""
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +12,23 @@ import pytest
 from flax import linen as nn
 from jax.experimental import pallas as pl
 from memzoo.layers import Attention, GatedDeltaNet
+from memzoo.train.sharding import MeshShape, put_batch
+from memzoo.train.step import build_program
 from memzoo.zoo.config import build
-from memzoo.zoo.describe import count_flops, describe, flops_by_scope, forward_flops, render, thousands
+from memzoo.zoo.describe import (
+  abstract_batch,
+  binary,
+  bytes_on_a_device,
+  count_flops,
+  describe,
+  flops_by_scope,
+  forward_flops,
+  predicted_peak,
+  render,
+  thousands,
+)
 from memzoo.zoo.language_model import LanguageModel
+from tiny_run import tiny_experiment
 
 A = jax.ShapeDtypeStruct((3, 5), jnp.float32)
 B = jax.ShapeDtypeStruct((5, 7), jnp.float32)
@@ -98,17 +116,96 @@ def test_a_model_far_too_large_for_this_machine_can_be_described():
   assert describe(huge, 64).parameters > 1e11
 
 
-def test_a_description_is_shown_with_its_sums():
+def shown_of(experiment, *rest) -> str:
   from rich.console import Console
 
-  experiment = build("quickstart")
   console = Console(width=140, record=True, file=io.StringIO())
-  for part in render(experiment, describe(experiment.model, 512)):
+  for part in render(experiment, describe(experiment.model, 512), *rest):
     console.print(part)
-  shown = console.export_text()
+  return console.export_text()
+
+
+def test_a_description_is_shown_with_its_sums():
+  experiment = build("quickstart")
+  shown = shown_of(experiment)
   assert "EraseThenDelta" in shown
   assert f"{describe(experiment.model, 512).parameters:,}" in shown
 
 
+def test_memory_is_that_of_a_device_of_the_mesh_or_of_one_device_alone():
+  parameters = 4 * describe(build("quickstart").model).parameters
+  whole = f"{binary(parameters)} of parameters, {binary(2 * parameters + 8)} of moments, on "
+  assert whole + "each of 4 devices" in shown_of(build("quickstart"))
+  assert whole + "one device alone: MeshShape(data=1, fsdp=1, tensor=64) does not fit the 4 here" in shown_of(
+    build("quickstart", ["MeshShape.data=1", "MeshShape.tensor=64"])
+  )
+  shared = shown_of(build("quickstart", ["MeshShape.data=2", "MeshShape.fsdp=2", "Optimizer.accumulate_steps=2"]))
+  memory = next(line for line in shared.splitlines() if line.startswith("memory"))
+  assert "of moments and accumulated gradients, on each of 4 devices" in memory
+  assert 0.5 < float(memory.split()[1]) * 2**20 / parameters < 0.6, "all but what fsdp does not split"
+
+
+def test_the_parts_of_a_peak_are_what_a_device_holds(tmp_path):
+  experiment = tiny_experiment(tmp_path, mesh=MeshShape(data=1, fsdp=2, tensor=2))
+  program = build_program(experiment.model, experiment.optimizer, experiment.mesh.build(), steps=12, batch_size=4)
+  state, batch = program.create(), put_batch(next(experiment.data.load().batches()), program.batch_sharding)
+  peak = predicted_peak(experiment)
+  held = [sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree)) for tree in (state, batch)]
+  assert [peak.state, peak.batch] == held
+  assert bytes_on_a_device(state) == peak.state
+  logits = 4 * 4 * 32 * 256 // 4
+  assert logits < peak.temporaries < 50 * logits
+  assert peak.total == peak.state + peak.batch + peak.temporaries
+  assert f"{binary(peak.total)} a device in a training step, as compiled for cpu" in shown_of(build("quickstart"), peak)
+  same = abstract_batch(experiment.data, program.batch_sharding)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), same) == jax.tree.map(
+    lambda x: (x.shape, x.dtype, x.sharding), batch
+  )
+
+
+ROWS = ["LanguageModel.width=32", "LanguageModel.mixers=[@Attention]", "Attention.head_dim=8", "Attention.window=64"]
+ROWS += ["TextData.sequence_length=2048", "MeshShape.data=1"]
+
+
+@pytest.mark.slow
+def test_recomputing_takes_less_at_the_peak():
+  peaks = [predicted_peak(build("quickstart", [*ROWS, f"LanguageModel.remat={remat}"])) for remat in ("none", "full")]
+  assert peaks[0].state == peaks[1].state
+  assert peaks[1].temporaries < peaks[0].temporaries
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_step_takes_about_the_memory_that_was_predicted():
+  """In a process of its own, where the step is what needs the most."""
+  script = """
+import re, sys, jax, memzoo
+from pathlib import Path
+from memzoo.train.step import build_program
+from memzoo.zoo.describe import abstract_batch, predicted_peak
+
+def bytes_of(name):
+  return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+experiment = memzoo.build("quickstart", [*sys.argv[1:], "TextData.batch_size=32"])
+mesh = experiment.mesh.build()
+program = build_program(experiment.model, experiment.optimizer, mesh, steps=10, batch_size=32)
+peak = predicted_peak(experiment)
+batch = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), abstract_batch(experiment.data, program.batch_sharding))
+step = program.train.lower(program.abstract_state, batch).compile()
+state = jax.block_until_ready(program.create())
+before = bytes_of("VmRSS")
+assert bytes_of("VmHWM") - before < peak.temporaries / 2, "so that the peak is the step's"
+jax.block_until_ready(step(state, batch))
+print((bytes_of("VmHWM") - before) / (peak.temporaries))
+"""
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  command = [sys.executable, "-c", script, *ROWS]
+  found = subprocess.run(command, env=environment, capture_output=True, text=True)
+  assert found.returncode == 0, found.stderr
+  assert 0.5 < float(found.stdout) < 2
+
+
 def test_numbers_are_shown_with_three_digits_and_a_unit():
   assert [thousands(n) for n in (999, 1234, 1_340_000, 2.5e13)] == ["999 ", "1.23 k", "1.34 M", "25 T"]
+  assert [binary(n) for n in (999, 1536, 5 * 2**20, 3 * 2**40)] == ["999 bytes", "1.5 KiB", "5.0 MiB", "3.0 TiB"]

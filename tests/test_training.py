@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -254,6 +255,7 @@ def test_a_finished_run_has_left_everything_it_promises(finished):
   assert 0 < result.step_share <= 1
   assert result.tokens_per_second > 0
   assert result.matmul_share > 0
+  assert result.peak_bytes > 50 * 2**20
 
 
 def test_a_finished_run_says_so_and_is_left_alone(finished, capsys):
@@ -269,10 +271,20 @@ def test_away_from_a_terminal_a_run_prints_plain_lines(tmp_path, capfd):
   out, err = capfd.readouterr()
   lines = out.splitlines()
   assert lines[0].startswith(f"Starting {tmp_path / 'run'}: 12 steps of 4 x 32 tokens")
+  assert lines[0].endswith("k float32 parameters, float32 activations, on 1 cpu device.")
+  assert re.fullmatch(r"\d+ documents packed into \d+ rows of 32, .*% .*; \d+ into \d+ for validation\.", lines[1])
   assert [line.split()[1] for line in lines if line.startswith("step ")] == ["4/12", "5/12", "8/12", "10/12", "12/12"]
   assert "bits per byte" in out
+  assert re.search(r"memory +\d\.\d\d GiB at the peak, of this process", out)
   assert "\x1b" not in out
   assert err == ""
+
+
+def test_a_run_says_what_it_trades_for_memory(tmp_path, capsys):
+  model, optimizer = Model(remat="full", dtype=jnp.bfloat16), Optimizer(accumulate_steps=3)
+  train(tiny_experiment(tmp_path, model=model, optimizer=optimizer, steps=1), tmp_path / "run")
+  said = capsys.readouterr().out.splitlines()[0]
+  assert "k float32 parameters, bfloat16 activations, remat full, 3 batches an update, on 1 " in said
 
 
 @pytest.mark.compat

@@ -4,6 +4,7 @@ import dataclasses
 import random
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -25,6 +26,8 @@ class Model(nn.Module):
 
   vocab_size: int = 256
   width: int = 16
+  remat: str = "none"
+  dtype: Any = jnp.float32
 
   def initial_state(self, batch_size):
     return jnp.zeros((batch_size, 1), jnp.float32)

@@ -6,15 +6,17 @@ leaves nothing that looks like a checkpoint. One that was damaged later fails to
 aside under `RUN/unreadable/`, with a message, and the one before it is taken.
 """
 
+import errno
 import gc
 import logging
 import math
+import os
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN,
 from .processes import any_process
 from .step import TrainState
 
+_NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 _DAMAGED = "an array does not match its checksum"
 _PARAMS = "['params']"  # how a dict's key is spelt in a path, where TrainState's field is spelt ".params"
 
@@ -59,6 +62,7 @@ class Checkpoints:
   def __init__(self, directory: str | Path, *, kept: int = 2, say: Callable[[str], None] = print):
     self._directory, self._say = Path(directory).absolute(), say
     self._losses: dict[int, float] = {}
+    self._failed = False
     with quiet_orbax():
       self._manager = ocp.CheckpointManager(
         self.path,
@@ -158,29 +162,39 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      whole = max((int(path.name) for path in self.path.iterdir() if path.name.isdigit()), default=None)
+      self._failed = True
+      whole = max((int(path.name) for path in self.path.glob("[0-9]*") if path.name.isdigit()), default=None)
       raise OSError(
         f"a checkpoint could not be saved in {self.path} ({_in_short(error)}). "
-        + ("None was saved before" if whole is None else f"The one of step {whole} is whole")
-        + "; make room, and the same command goes on from there."
+        + ("None was saved before; " if whole is None else f"The one of step {whole} is whole; ")
+        + ("make room" if any(words in str(error) for words in _NO_ROOM) else "mend that")
+        + ", and the same command "
+        + ("starts anew." if whole is None else "goes on from there.")
       ) from None
 
   def __enter__(self) -> "Checkpoints":
-    self._undo = _ignore_abandoned_writes()
+    _abandoned_writes.ignore()
     return self
 
   def __exit__(self, kind: type | None, *_: Any) -> None:
-    with quiet_orbax():
+    try:
+      with quiet_orbax(), self._told_of_failure():
+        self._manager.close()
+    except OSError:
       if kind is None:
-        with self._told_of_failure():
-          self._manager.close()
-        self._undo()
-      else:  # and the quiet stays: what was under way may come home any time
-        with suppress(Exception):
-          self._manager.close()
-        warnings.filterwarnings("ignore", message="coroutine 'async_serialize.*was never awaited")
-        gc.collect()
-        time.sleep(0.2)
+        raise
+    finally:
+      self._leave_quietly()
+
+  def _leave_quietly(self) -> None:
+    """Lets complaints through again; after a save that failed they stay out, for they may come home any time."""
+    if not self._failed:
+      _abandoned_writes.let_through()
+      return
+    warnings.filterwarnings("ignore", message="coroutine 'async_serialize.*was never awaited")
+    with quiet_orbax():
+      gc.collect()
+      time.sleep(0.2)
 
 
 def restore_params(
@@ -288,11 +302,34 @@ def _in_short(error: Exception) -> str:
   return f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:200]}"
 
 
-def _ignore_abandoned_writes() -> Callable[[], None]:
-  """Keeps quiet about the writes that Orbax gives up on when one of them fails; that one is raised. Returns the undoing.
+class _AbandonedWrites:
+  """Those that Orbax gives up on when one of them fails; that one is raised.
 
   They fail in threads of their own, from where nothing can be raised, with essays that would bury the one line.
   """
+
+  def __init__(self):
+    self._wishes = 0
+    self._undo: Callable[[], None] = lambda: None
+
+  def ignore(self) -> None:
+    """Keeps quiet about them, until `let_through` has been called as often as this."""
+    if not self._wishes:
+      self._undo = _filter_complaints()
+    self._wishes += 1
+
+  def let_through(self) -> None:
+    """Takes one wish to ignore them back."""
+    self._wishes -= 1
+    if not self._wishes:
+      self._undo()
+
+
+_abandoned_writes = _AbandonedWrites()
+
+
+def _filter_complaints() -> Callable[[], None]:
+  """Filters what Python says of writes that were abandoned. Returns the undoing."""
   hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
 
   def filtered(unraisable):
@@ -303,7 +340,8 @@ def _ignore_abandoned_writes() -> Callable[[], None]:
     return not record.getMessage().startswith("Task exception was never retrieved")
 
   def undo():
-    sys.unraisablehook = hook
+    if sys.unraisablehook is filtered:  # and not one that was put over it
+      sys.unraisablehook = hook
     logger.removeFilter(is_of_interest)
 
   sys.unraisablehook = filtered

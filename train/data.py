@@ -182,6 +182,11 @@ class Split:
     """Bytes of text in a token, on average."""
     return self.num_bytes / self.tokens.size
 
+  @property
+  def num_targets(self) -> int:
+    """Targets of non-zero weight in all rows: the last token of a document has none."""
+    return self.tokens.size - np.count_nonzero(np.diff(self.document_ends, prepend=0))
+
   def documents(self, start: int, end: int) -> "Split":
     """The split of some of the documents alone, of which it makes no copy."""
     bounds = np.concatenate([[0], self.document_ends])
@@ -228,6 +233,17 @@ class Corpus:
     """The parts of `training` that rows are drawn from, with `data.weights`."""
     bounds = np.cumsum([0, *self.counts])
     return [self.training.documents(start, end) for start, end in pairwise(bounds)]
+
+  def summary(self) -> str:
+    """One line about documents and the rows that they are packed into."""
+    rows = sum(map(len, self.parts))
+    without = 1 - sum(part.num_targets for part in self.parts) / (rows * self.data.sequence_length)
+    documents = len(self.training.document_ends)
+    return (
+      f"{documents:,} document{'s' * (documents > 1)} packed into {rows:,} rows of {self.data.sequence_length}, "
+      f"{without:.2%} of their places without a target; {len(self.validation.document_ends):,} into "
+      f"{len(self.validation):,} for validation."
+    )
 
   def batches(self, share: int = 0, shares: int = 1) -> "grain.DatasetIterator":
     """Training batches without end: tokens, targets, segment_ids and weights, each [rows, sequence_length].

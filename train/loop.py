@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -151,17 +152,28 @@ class _Run:
       self.report.say(message)
     trainer, training = self.trainer, self.corpus.training
     start = f"Resuming {self.directory} after step {self.step}" if self.step else f"Starting {self.directory}"
-    count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
     devices = f"{self.mesh.size} {self.mesh.devices.flat[0].device_kind} device{'s' * (self.mesh.size > 1)}"
     devices += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     epochs = trainer.steps * self.data.batch_size / len(training)
     self.report.say(
       f"{start}: {trainer.steps} steps of {self.data.batch_size} x {self.data.sequence_length} tokens, {epochs:.2g} "
-      f"epochs of {thousands(training.num_bytes)}B of text; {thousands(count)} parameters on {devices}."
+      f"epochs of {thousands(training.num_bytes)}B of text; {self.numerics()}, on {devices}."
     )
-
+    self.report.say(self.corpus.summary())
     if self.mesh.size > 1:
       self.report.say(layout(self.mesh, self.program.abstract_state.params))
+
+  def numerics(self) -> str:
+    """How many parameters, in which types all is computed, and what else is traded for memory."""
+    model, accumulated = self.experiment.model, self.experiment.optimizer.accumulate_steps
+    leaves = jax.tree.leaves(self.state.params)
+    count = thousands(sum(leaf.size for leaf in leaves))
+    types = " and ".join(sorted({leaf.dtype.name for leaf in leaves}))
+    return (
+      f"{count} {types} parameters, {jnp.dtype(model.dtype).name} activations"
+      + (f", remat {model.remat}" if model.remat != "none" else "")
+      + (f", {accumulated} batches an update" if accumulated > 1 else "")
+    )
 
   def go(self) -> Result:
     """Goes through the steps that are left, and finishes."""
@@ -300,6 +312,8 @@ class _Run:
   def finish(self) -> Result:
     """Evaluates, writes what is left behind, and prints a summary."""
     self.checkpoints.wait()
+    from ..zoo.machine import peak_bytes
+
     evaluation = evaluate(self.program, self.state.params, self.corpus, self.trainer.final_evaluation_batches)
     result = Result(
       directory=str(self.directory),
@@ -309,6 +323,7 @@ class _Run:
       validation_bits_per_byte=evaluation.bits_per_byte,
       order_0_bits_per_byte=evaluation.baselines.order_0,
       zlib_bits_per_byte=evaluation.baselines.zlib,
+      peak_bytes=peak_bytes(),  # before the large product that the speed is compared with
       **self.speed(),
     )
     self.draw(evaluation)
@@ -364,6 +379,8 @@ class _Run:
 
   def summarise(self, result: Result, evaluation: Evaluation) -> None:
     """Prints the last table."""
+    from ..zoo.machine import whose_peak
+
     names = ("loss.png", "sample.txt", "metrics.jsonl", "tensorboard", "checkpoints")
     left = ", ".join(name for name in names if (self.directory / name).exists())
     rows = [
@@ -382,6 +399,7 @@ class _Run:
           "float32 product",
         ),
       ]
+    rows.append(("memory", f"{result.peak_bytes / 2**30:.2f} GiB at the peak, of {whose_peak()}"))
     if result.skipped:
       rows.append(("skipped", f"{result.skipped} steps, not finite"))
     self.report.table(f"Finished: {self.step} steps", [*rows, (str(self.directory), left)])

@@ -21,6 +21,7 @@ class Result:
     step_share: of that time, spent inside the compiled step.
     flops_per_second: of matrix products within that share, a backward pass counted as two forward ones.
     matmul_share: of what the devices reach in one large float32 matrix product, measured after the last step.
+    peak_bytes: held at the peak by the fullest device, or by this process where devices do not count theirs.
   """
 
   directory: str
@@ -35,6 +36,7 @@ class Result:
   step_share: float | None = None
   flops_per_second: float | None = None
   matmul_share: float | None = None
+  peak_bytes: int | None = None
 
 
 def check_same_run(directory: Path, text: str) -> None:

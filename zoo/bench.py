@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 
 from ..pallas_kernels import delta_rule, short_conv
 from .describe import count_flops
-from .machine import large_product, seconds_per_call
+from .machine import large_product, peak_bytes, seconds_per_call
 
 LONG = (4096, 65536)  # lengths between which the time per token should not change
 
@@ -261,16 +260,7 @@ def _device() -> str:
 def _print_peak_memory(operation: str, sizes: Iterable[str]) -> None:
   inputs = make_inputs(operation, Shape(*map(int, sizes)))
   jax.block_until_ready(compile_pass(operation, "gradient", "xla", inputs)[0](*inputs))
-  on_device = jax.devices()[0].memory_stats()
-  print(on_device["peak_bytes_in_use"] if on_device else _peak_resident_bytes())
-
-
-def _peak_resident_bytes() -> int:
-  with suppress(OSError, IndexError):  # Linux: the next line's number would be that of the parent, if that is larger
-    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-  import resource  # not on every system
-
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+  print(peak_bytes())
 
 
 if __name__ == "__main__":

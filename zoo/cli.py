@@ -204,21 +204,29 @@ def describe(
   config: _Config,
   overrides: _Set = None,
   length: Annotated[int | None, typer.Option(help="Tokens; TextData.sequence_length unless given.")] = None,
+  peak: Annotated[bool, typer.Option("--peak", help="Compile a step, and predict its memory at the peak.")] = False,
 ) -> None:
   """Show what a config makes: parameters, bytes of memory and work, block by block. Nothing is allocated.
 
   [bold]memzoo describe quickstart[/bold]
 
   [bold]memzoo describe models/gated_delta_net_130m --length 65536[/bold]
+
+  [bold]memzoo describe quickstart --set TextData.batch_size=64 --peak[/bold]
   """
   _start()
   from .config import build
   from .describe import describe as describe_model
-  from .describe import render
+  from .describe import predicted_peak, render
 
-  experiment = build(config, overrides or ())
-  for part in render(experiment, describe_model(experiment.model, length or experiment.data.sequence_length)):
-    _console().print(part)
+  experiment, console = build(config, overrides or ()), _console()
+  predicted = None
+  if peak:
+    with console.status("Compiling the training step"):
+      predicted = predicted_peak(experiment)
+  description = describe_model(experiment.model, length or experiment.data.sequence_length)
+  for part in render(experiment, description, predicted):
+    console.print(part)
 
 
 @app.command("list")

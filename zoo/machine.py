@@ -1,8 +1,11 @@
-"""What the machine under us can do: the yardstick that measured times are held against."""
+"""What the machine under us can do, the yardstick that measured times are held against, and what it has had to hold."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,3 +47,26 @@ def matmul_rate(seconds: float = 0.5) -> float:
   """Float32 FLOP/s of a large square matrix product on the default device, measured for about `seconds`."""
   product, flops = large_product()
   return flops / seconds_per_call(product, seconds)
+
+
+def peak_bytes() -> int:
+  """Bytes at the peak until now: of the fullest of this process's devices, or of this process where they do not count."""
+  return max(_device_peaks(), default=0) or _peak_resident_bytes()
+
+
+def whose_peak() -> str:
+  """What `peak_bytes` are those of: "the fullest device" or "this process"."""
+  return "the fullest device" if any(_device_peaks()) else "this process"
+
+
+def _device_peaks() -> list[int]:
+  counts = (device.memory_stats() or {} for device in jax.local_devices())
+  return [count.get("peak_bytes_in_use", 0) for count in counts]
+
+
+def _peak_resident_bytes() -> int:
+  with suppress(OSError, IndexError):  # Linux: the next line's number would be that of the parent, if that is larger
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+  import resource  # not on every system
+
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
