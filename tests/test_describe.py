@@ -164,14 +164,14 @@ def test_the_parts_of_a_peak_are_what_a_device_holds(tmp_path):
 
 
 ROWS = ["LanguageModel.width=32", "LanguageModel.mixers=[@Attention]", "Attention.head_dim=8", "Attention.window=64"]
-ROWS += ["TextData.sequence_length=2048", "MeshShape.data=1"]
+ROWS += ["LanguageModel.depth=8", "TextData.sequence_length=2048", "MeshShape.data=1"]
 
 
 @pytest.mark.slow
 def test_recomputing_takes_less_at_the_peak():
   peaks = [predicted_peak(build("quickstart", [*ROWS, f"LanguageModel.remat={remat}"])) for remat in ("none", "full")]
   assert peaks[0].state == peaks[1].state
-  assert peaks[1].temporaries < peaks[0].temporaries
+  assert peaks[1].temporaries < peaks[0].temporaries / 2
 
 
 @pytest.mark.slow

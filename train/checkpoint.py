@@ -84,6 +84,11 @@ class Checkpoints:
     return self._manager.latest_step()
 
   @property
+  def saving(self) -> bool:
+    """Whether a save is still under way."""
+    return self._manager.is_saving_in_progress()
+
+  @property
   def best_loss(self) -> float:
     """The lowest validation loss among the checkpoints that are there; infinity if none has one."""
     return min(self._losses.values(), default=math.inf)

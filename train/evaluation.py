@@ -46,7 +46,9 @@ def put_rows(batch: Batch, sharding: jax.sharding.NamedSharding) -> dict[str, ja
 
 def mean_loss(program: Program, params: Any, batches: Sequence[dict[str, jax.Array]]) -> float:
   """Nats per token over `batches`, which are on the devices."""
-  sums = jax.device_get([program.evaluate(params, batch) for batch in batches])
+  # One after another: were all asked for at once, the devices of a mesh, on a CPU threads of one small pool, could each be
+  # at another batch and wait for the others without end.
+  sums = [jax.device_get(program.evaluate(params, batch)) for batch in batches]
   return sum(float(nats) for nats, _ in sums) / sum(float(tokens) for _, tokens in sums)
 
 

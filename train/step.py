@@ -97,10 +97,17 @@ def build_program(
   return Program(
     create=jax.jit(create, out_shardings=shardings),
     train=jax.jit(
-      train_step, in_shardings=(shardings, rows), out_shardings=(shardings, replicated(mesh)), donate_argnums=0
+      train_step,
+      in_shardings=(shardings, rows),
+      out_shardings=(shardings, replicated(mesh)),
+      donate_argnums=0,
+      compiler_options=compiler_options(mesh),
     ),
     evaluate=jax.jit(
-      partial(sum_loss, model), in_shardings=(shardings.params, rows), out_shardings=replicated(mesh)
+      partial(sum_loss, model),
+      in_shardings=(shardings.params, rows),
+      out_shardings=replicated(mesh),
+      compiler_options=compiler_options(mesh),
     ),
     abstract_state=jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
@@ -110,10 +117,22 @@ def build_program(
   )
 
 
-def create_state(model: nn.Module, transform: optax.GradientTransformation, key: jax.Array) -> TrainState:
-  """A fresh state: parameters drawn from `key`, nothing seen."""
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+  """What XLA is told beside the program.
+
+  On a CPU: to keep little alive. By default it orders operations for concurrency that two or twenty cores do not have; a
+  model whose blocks are recomputed (`LanguageModel.remat`) then takes four times the memory, and a tenth more time.
+  """
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
+
+
+def create_state(
+  model: nn.Module, transform: optax.GradientTransformation, key: jax.Array, tokens: jax.Array | None = None
+) -> TrainState:
+  """A fresh state: parameters drawn from `key`, nothing seen. `tokens` are any that the model takes, integers unless given."""
   init_key, step_key = jax.random.split(key)
-  params = nn.unbox(_init(model, init_key))
+  params = nn.unbox(_init(model, init_key, tokens))
   zero = jnp.zeros((), jnp.int32)
   return TrainState(zero, zero, zero, jax.random.key_data(step_key), params, transform.init(params))
 
@@ -150,9 +169,15 @@ def make_train_step(
 def sum_loss(
   model: nn.Module, params: Any, batch: dict, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy in nats summed over a batch's targets of non-zero weight, and their number; both float32."""
+  """Cross-entropy in nats summed over a batch's targets of non-zero weight, and their number; both float32.
+
+  Where targets are vectors it is their squared distance instead, over their dimension.
+  """
   rngs = None if key is None else {"dropout": key}
   logits, _ = model.apply(params, batch["tokens"], segment_ids=batch["segment_ids"], rngs=rngs)
+  if jnp.issubdtype(batch["targets"].dtype, jnp.floating):
+    errors = jnp.square(logits - batch["targets"]).mean(axis=-1)
+    return (errors * batch["weights"]).sum(), batch["weights"].sum()
   nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["targets"])
   return (nats * batch["weights"]).sum(), batch["weights"].sum()
 
@@ -175,8 +200,8 @@ def _group(path: tuple) -> str:
   return "/".join(names[: 2 if names[0].startswith("blocks") else 1])
 
 
-def _init(model: nn.Module, key: jax.Array) -> Any:
-  return model.init(key, jnp.zeros((1, 1), jnp.int32))
+def _init(model: nn.Module, key: jax.Array, tokens: jax.Array | None = None) -> Any:
+  return model.init(key, jnp.zeros((1, 1), jnp.int32) if tokens is None else tokens)
 
 
 def _state_shardings(model: nn.Module, transform: optax.GradientTransformation, mesh: Mesh) -> TrainState:
