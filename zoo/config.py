@@ -38,6 +38,7 @@ _RUN = {
   "mesh": ("sharding", "MeshShape"),
   "trainer": ("trainer", "Trainer"),
 }
+_INSTEAD = {"LanguageModel": "VectorModel", "TextData": "TaskData"}  # where a configuration says anything of the second
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class Experiment:
 
   Attributes:
     name: of the configuration.
-    model: an unbound `LanguageModel`.
-    data, optimizer, mesh, trainer: `TextData`, `Optimizer`, `MeshShape` and `Trainer` of `memzoo.train`.
+    model: an unbound `LanguageModel`; a `VectorModel` where the configuration sets one of its fields.
+    data, optimizer, mesh, trainer: `TextData` (`TaskData`, where the configuration sets one of its fields), `Optimizer`,
+      `MeshShape` and `Trainer` of `memzoo.train`.
     text: the operative configuration: every field of the above, defaults included, as gin text from which `build_text`
       makes an equal experiment.
   """
@@ -295,17 +297,21 @@ class _Builder:
 def _build(bindings: _Bindings, name: str) -> Experiment:
   builder = _Builder(bindings)
   parts = {"model": "LanguageModel"} | {part: name for part, (_, name) in _RUN.items()}
+  for part, usual in parts.items():
+    parts[part] = _INSTEAD[usual] if ("", _INSTEAD.get(usual)) in bindings.values else usual
   made = {part: builder.make(_Reference("", class_name), name) for part, class_name in parts.items()}
   builder.check_all()
   return Experiment(name=name, **made, text=builder.text())
 
 
 def _configurables() -> dict[str, type]:
-  from .language_model import LanguageModel
+  from .language_model import LanguageModel, VectorModel
   from .registry import LAYERS
 
   run = {name: getattr(import_module(f"{_PACKAGE}.train.{module}"), name) for module, name in _RUN.values()}
-  return {"LanguageModel": LanguageModel, **LAYERS, **run}
+  tasks = import_module(f"{_PACKAGE}.train.tasks")
+  models = {"LanguageModel": LanguageModel, "VectorModel": VectorModel}
+  return models | LAYERS | run | {"TaskData": tasks.TaskData} | {task.__name__: task for task in tasks.TASKS.values()}
 
 
 def _parse(text: str, name: str) -> list[Any]:

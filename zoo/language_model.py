@@ -80,17 +80,7 @@ class LanguageModel(nn.Module):
     self._check(tokens, state)
     embedding = self.param("embedding", named(INIT, "vocab", "embed"), (self.vocab_size, self.width), self.param_dtype)
     x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
-
-    policy = REMAT_POLICIES[self.remat]
-    block_type = Block if self.remat == "none" else nn.remat(Block, policy=policy)
-    hidden = -(-int(self.width * self.mlp_ratio) // 32) * 32
-    states = []
-    for i in range(self.depth):
-      block = block_type(self.mixer(i), hidden, self.norm_epsilon, self.dtype, self.param_dtype, name=f"blocks_{i}")
-      x, block_state = block(x, None if state is None else state[i], segment_ids)
-      states.append(block_state)
-
-    x = RMSNorm(self.norm_epsilon, self.param_dtype, name="final_norm")(x)
+    x, state = self.residual(x, state, segment_ids)
     if self.tie_embeddings:
       logits = jax.lax.dot_general(
         x,
@@ -103,12 +93,60 @@ class LanguageModel(nn.Module):
       logits = dense(
         self.vocab_size, ("embed", "vocab"), name="head", dtype=self.dtype, param_dtype=self.param_dtype
       )(x)
-    return logits.astype(accumulator(x)), tuple(states)
+    return logits.astype(accumulator(x)), state
+
+  @nn.nowrap
+  def residual(
+    self, x: jax.Array, state: tuple[Any, ...] | None, segment_ids: jax.Array | None
+  ) -> tuple[jax.Array, tuple[Any, ...]]:
+    """The blocks and the final norm: [B, T, width] to the same, and the state. Part of `__call__`."""
+    policy = REMAT_POLICIES[self.remat]
+    block_type = Block if self.remat == "none" else nn.remat(Block, policy=policy)
+    hidden = -(-int(self.width * self.mlp_ratio) // 32) * 32
+    states = []
+    for i in range(self.depth):
+      block = block_type(self.mixer(i), hidden, self.norm_epsilon, self.dtype, self.param_dtype, name=f"blocks_{i}")
+      x, block_state = block(x, None if state is None else state[i], segment_ids)
+      states.append(block_state)
+    return RMSNorm(self.norm_epsilon, self.param_dtype, name="final_norm")(x), tuple(states)
 
   def _check(self, tokens: jax.Array, state: tuple[Any, ...] | None) -> None:
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; want integers [batch, tokens].")
+    self._check_state(state)
+
+  def _check_state(self, state: tuple[Any, ...] | None) -> None:
     if state is not None and (not isinstance(state, tuple) or len(state) != self.depth):
       raise ValueError(f"state is a {type(state).__name__} of {len(state)}; want a tuple of {self.depth}, one a block.")
     if self.remat not in REMAT_POLICIES:
       raise ValueError(f"remat={self.remat!r}; want one of {list(REMAT_POLICIES)}.")
+
+
+class VectorModel(LanguageModel):
+  """A causal map from vectors to vectors: a `LanguageModel` whose embedding and head are linear maps.
+
+  Attributes:
+    vocab_size: none; leave it.
+    output_dim: of the vectors that come out.
+
+  Further attributes are `LanguageModel`'s; of these `tie_embeddings` means nothing here.
+  """
+
+  vocab_size: int = 0
+  width: int = 64
+  depth: int = 2
+  mixers: tuple[nn.Module, ...] = ()
+  output_dim: int = 1
+
+  @nn.compact
+  def __call__(
+    self, vectors: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, tuple[Any, ...]]:
+    """vectors, floats [B, T, any], to ([B, T, output_dim], state); else as `LanguageModel`."""
+    if vectors.ndim != 3 or not jnp.issubdtype(vectors.dtype, jnp.floating):
+      raise ValueError(f"vectors is {vectors.dtype}{list(vectors.shape)}; want floats [batch, tokens, dimensions].")
+    self._check_state(state)
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    x = dense(self.width, (None, "embed"), name="embedding", **types)(vectors)
+    x, state = self.residual(x, state, segment_ids)
+    return dense(self.output_dim, ("embed", None), name="head", **types)(x).astype(accumulator(x)), state

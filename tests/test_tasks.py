@@ -1,0 +1,274 @@
+"""The memory tasks: a solver that reads the example is always right, one without memory as often as stated."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from memzoo.train.tasks import TASKS, Example, Mixture
+from memzoo.train.tasks.recall import MultiQueryRecall, NoisyRecall, StaleFacts
+from memzoo.train.tasks.regression import Regression
+from memzoo.train.tasks.sets import SetDisjointness
+from memzoo.train.tasks.state_tracking import GROUPS, Swaps, WordProblem, multiplication, permutations
+
+SMALL = {
+  "mqar": {"vocabulary": 64},
+  "needle": {"needles": 3, "text_bytes": 20_000},
+  "stale_facts": {"facts": 5, "superseded": 2},
+}
+VARIANTS = [
+  *((name, SMALL.get(name, {})) for name in TASKS),
+  ("mqar", {"tokens": 128, "pairs": 16, "vocabulary": 128, "power": 1.0, "filler": False}),
+  *(("word_problem", {"group": group, "tokens": 30}) for group in GROUPS if group != "S3"),
+  ("regression", {"tokens": 48, "piece": 48, "key_dim": 4, "value_dim": 3}),
+  ("set_disjointness", {"first": 7, "second": 3, "vocabulary": 13}),
+]
+IDS = [f"{name}{i}" for i, (name, _) in enumerate(VARIANTS)]
+
+
+def examples(task, count, seed=0):
+  batch = jax.device_get(jax.jit(lambda key: task.batch(key, count))(jax.random.key(seed)))
+  return [Example(*(field[i] for field in batch)) for i in range(count)]
+
+
+def score(task, example, answers):
+  asked = example.weights > 0
+  if task.continuous:
+    return np.mean(np.square(answers - example.targets)[asked])
+  return np.mean(answers[asked] == example.targets[asked])
+
+
+@pytest.mark.parametrize(("name", "fields"), VARIANTS, ids=IDS)
+def test_the_solver_is_always_right(name, fields):
+  task = TASKS[name](**fields)
+  for example in examples(task, 20):
+    answers = task.solve(example)
+    assert len(answers) == task.length
+    if task.continuous:
+      known = example.weights * (example.kind >= task.key_dim - 1)
+      np.testing.assert_allclose(answers[known > 0], example.targets[known > 0], atol=1e-4)
+    else:
+      assert score(task, example, answers) == 1
+
+
+@pytest.mark.parametrize(("name", "fields"), VARIANTS, ids=IDS)
+def test_one_without_memory_is_right_as_often_as_stated(name, fields):
+  task = TASKS[name](**fields)
+  chance = np.random.default_rng(0)
+  scores = np.array([score(task, example, task.guess(example, chance)) for example in examples(task, 400)])
+  error = scores.std() / np.sqrt(len(scores))
+  assert abs(scores.mean() - task.chance) < 4 * error + 1e-3, f"{scores.mean():.4f}, stated {task.chance:.4f}"
+
+
+@pytest.mark.parametrize(("name", "fields"), VARIANTS, ids=IDS)
+def test_examples_are_pure_functions_of_their_key_of_one_shape(name, fields):
+  task = TASKS[name](**fields)
+  key = jax.random.key(7)
+  one, again = task.batch(key, 3), jax.jit(lambda key: task.batch(key, 3))(key)
+  elsewhere = jax.jit(lambda key: task.batch(key, 3))(jax.device_put(key, jax.devices()[-1]))
+  for field, same, other in zip(one, again, elsewhere, strict=True):
+    np.testing.assert_allclose(field, same, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(same, other)
+  assert not np.array_equal(one.tokens, task.batch(jax.random.key(8), 3).tokens)
+  assert one.targets.shape[:2] == one.weights.shape == one.segment_ids.shape == one.kind.shape == (3, task.length)
+  assert one.weights.dtype == jnp.float32
+  assert set(np.unique(one.weights)) <= {0.0, 1.0}
+  assert one.weights.sum() > 0
+  assert 0 <= one.kind.min() <= one.kind.max() < len(task.kinds)
+  if task.continuous:
+    assert one.tokens.dtype == one.targets.dtype == jnp.float32
+    assert (one.tokens.shape[2], one.targets.shape[2]) == (task.input_dim, task.output_dim)
+  else:
+    assert one.tokens.dtype == one.targets.dtype == jnp.int32
+    assert min(one.tokens.min(), one.targets.min()) >= 0
+    assert max(one.tokens.max(), one.targets.max()) < task.vocab_size
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_it_is_tested_on_is_solvable_and_made_of_the_same_tokens(name):
+  task = TASKS[name](**SMALL.get(name, {}))
+  for test in [task.training(), *task.tests().values()]:
+    if test.continuous:
+      assert (test.input_dim, test.output_dim) == (task.input_dim, task.output_dim)
+      continue
+    assert test.vocab_size == task.vocab_size
+    for example in examples(test, 2):
+      assert score(test, example, test.solve(example)) == 1
+
+
+# Each by its rules.
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(1, 12), st.integers(0, 20), st.sampled_from([0.01, 0.5, 1.0]), st.booleans(), st.integers(0, 99))
+def test_mqar_asks_for_every_key_once_at_an_even_place(pairs, spare, power, filler, seed):
+  task = MultiQueryRecall(4 * pairs + 2 * spare, pairs, 2 * (pairs + 30), power, filler)
+  (example,) = examples(task, 1, seed)
+  keys, values = example.tokens[: 2 * pairs].reshape(-1, 2).T
+  asked = np.flatnonzero(example.weights)
+  assert len(set(keys)) == len(set(values)) == pairs
+  assert 0 < keys.min() <= keys.max() < task.vocabulary // 2 <= values.min()
+  assert sorted(example.tokens[asked]) == sorted(keys)
+  assert (asked % 2 == 0).all()
+  assert asked.min() >= 2 * pairs
+  assert filler or np.count_nonzero(example.tokens) == 3 * pairs
+  assert score(task, example, task.solve(example)) == 1
+
+
+def test_mqar_asks_soon_as_its_authors_do():
+  """Of the first key, whose gap is drawn first, the law of the gaps is the stated one."""
+  task = MultiQueryRecall(64, 4, 64)
+  first = [np.flatnonzero((example.tokens == example.tokens[0]) & (example.weights > 0))[0] for example in examples(task, 2000)]
+  slots = (np.array(first) - 8) // 2
+  law = np.arange(1, 29) ** (task.power - 1)
+  np.testing.assert_allclose(np.bincount(slots, minlength=28)[:4] / 2000, (law / law.sum())[:4], atol=0.04)
+
+
+def test_mqar_trains_on_its_authors_mix_as_far_as_it_goes():
+  mix = MultiQueryRecall(256, 64).training()
+  assert [(task.tokens, task.pairs) for task in mix.tasks] == [(64, 4), (128, 8), (256, 16), (256, 32), (256, 64)]
+  assert mix.counts == (100, 20, 20, 20, 20)
+  assert list(MultiQueryRecall(1024, 256).tests()) == ["4", "8", "16", "32", "64", "128", "256"]
+  assert list(MultiQueryRecall(128, 20).tests()) == ["4", "8", "16", "20"]
+
+
+def test_a_mixture_packs_whole_examples_in_the_stated_proportions():
+  short, long = MultiQueryRecall(16, 2, 64), MultiQueryRecall(64, 4, 64)
+  mix = Mixture((short, long), (8, 1))
+  rows = examples(mix, 600)
+  share = np.mean([row.kind[0] == 0 for row in rows])
+  assert share == pytest.approx(8 * 16 / (8 * 16 + 64), abs=0.06)
+  for row in rows[:10]:
+    assert row.segment_ids[-1] == (4 if row.kind[0] == 0 else 1)
+    assert score(mix, row, mix.solve(row)) == 1
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(1, 8), st.integers(3, 6), st.floats(0, 0.49), st.integers(0, 99))
+def test_of_noisy_writes_the_right_one_is_the_most_frequent(pairs, writes, outliers, seed):
+  task = NoisyRecall(pairs, writes, outliers, 40)
+  (example,) = examples(task, 1, seed)
+  keys, values = example.tokens[: 2 * pairs * writes].reshape(-1, 2).T
+  for key, answer in zip(example.tokens[-pairs:], example.targets[-pairs:], strict=True):
+    assert 2 * np.count_nonzero(values[keys == key] == answer) > writes
+  assert score(task, example, task.solve(example)) == 1
+
+
+def test_as_many_writes_are_wrong_as_stated():
+  task = NoisyRecall(8, 5, 0.1)
+  wrong = []
+  for example in examples(task, 200):
+    answers = dict(zip(example.tokens[-8:], example.targets[-8:], strict=True))
+    wrong += [answers[key] != value for key, value in example.tokens[:80].reshape(-1, 2)]
+  assert np.mean(wrong) == pytest.approx(0.1, abs=0.015)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(1, 10), st.integers(0, 10), st.integers(0, 99))
+def test_a_fact_is_there_before_it_is_superseded_and_gone_after(facts, superseded, seed):
+  assume(superseded <= facts)
+  task = StaleFacts(facts, superseded, 40)
+  (example,) = examples(task, 1, seed)
+  seen, gone = set(), set()
+  for old, key, _ in example.tokens[: 3 * task._keys].reshape(-1, 3):
+    assert key not in seen
+    seen.add(key)
+    if old != task.vocabulary:
+      assert old in seen - gone
+      gone.add(old)
+  assert len(gone) == superseded
+  asked = example.tokens[3 * task._keys :]
+  assert set(asked) == seen
+  kinds = dict(zip(asked, example.kind[3 * task._keys :], strict=True))
+  assert {key for key, kind in kinds.items() if kind == 1} == gone
+  assert score(task, example, task.solve(example)) == 1
+
+
+def test_groups_are_groups():
+  orders = {group: len(permutations(group)) for group in GROUPS}
+  assert orders == {"parity": 2, "S3": 6, "S4": 24, "A5": 60, "S5": 120}
+  for group, order in orders.items():
+    table = multiplication(group)
+    assert (table[0] == np.arange(order)).all()
+    assert (np.sort(table, axis=1) == np.arange(order)).all()
+    a, b, c = np.random.default_rng(0).integers(0, order, (3, 50))
+    np.testing.assert_array_equal(table[table[a, b], c], table[a, table[b, c]])
+  assert (multiplication("parity") == [[0, 1], [1, 0]]).all()
+
+
+def test_parity_is_parity_and_swaps_swap():
+  (example,) = examples(WordProblem("parity", 40), 1)
+  np.testing.assert_array_equal(example.targets, np.cumsum(example.tokens) % 2)
+  (example,) = examples(Swaps(3, 1), 1)
+  first, second, asked = example.tokens % 3
+  assert example.targets[2] == {first: second, second: first}.get(asked, asked)
+
+
+def test_sets_have_one_element_in_common_wherever_it_lies():
+  places = []
+  for example in examples(SetDisjointness(4, 8, 100), 200):
+    first, second = example.tokens[1:5].tolist(), example.tokens[6:14].tolist()
+    assert len(set(first)) == 4
+    assert len(set(second)) == 8
+    assert set(first) & set(second) == {example.targets[-1]}
+    assert tuple(example.tokens[[0, 5, 14]]) == (1, 2, 3)
+    places.append((first.index(example.targets[-1]), second.index(example.targets[-1])))
+  assert len(set(places)) > 25
+
+
+def test_needles_lie_as_deep_as_asked_for():
+  for low, high in ((0.0, 0.0), (0.45, 0.55), (1.0, 1.0)):
+    task = TASKS["needle"](tokens=1000, needles=2, shallowest=low, deepest=high, text_bytes=20_000)
+    for example in examples(task, 5):
+      text = bytes(example.tokens.astype(np.uint8))
+      question = text[text.rindex(b"\nThe") : -5]
+      assert text.index(question) / 1000 == pytest.approx((low + high) / 2, abs=0.1)
+      assert text.count(b"\nThe pass key of") == 3
+      asked = np.flatnonzero(example.weights)
+      assert text[asked[0] + 1 : asked[-1] + 2] == text[-5:]
+
+
+def test_regression_is_learned_anew_in_every_piece():
+  task = Regression(tokens=64, piece=32, key_dim=4, value_dim=2)
+  errors = np.stack([
+    np.square(task.solve(example) - example.targets).mean(axis=1).reshape(2, 32)[:, :-1] for example in examples(task, 50)
+  ]).mean(axis=0)
+  assert (errors[:, 0] > 0.5).all()
+  assert (errors[:, 3:] < 1e-6).all()
+
+
+IMPOSSIBLE = [
+  ("mqar", {"tokens": 63}),
+  ("mqar", {"tokens": 64, "pairs": 17}),
+  ("mqar", {"pairs": 0}),
+  ("mqar", {"vocabulary": 16}),
+  ("noisy_recall", {"writes": 2}),
+  ("noisy_recall", {"outliers": 0.5}),
+  ("stale_facts", {"superseded": 9}),
+  ("stale_facts", {"vocabulary": 10}),
+  ("needle", {"tokens": 40}),
+  ("needle", {"shallowest": 0.5, "deepest": 0.4}),
+  ("selective_copying", {"data": 200}),
+  ("induction", {"tokens": 2}),
+  ("word_problem", {"group": "S6"}),
+  ("word_problem", {"tokens": 0}),
+  ("swaps", {"places": 1}),
+  ("set_disjointness", {"vocabulary": 20}),
+  ("regression", {"piece": 60}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), IMPOSSIBLE)
+def test_impossible_tasks_are_refused_with_what_would_do(name, fields):
+  with pytest.raises(ValueError, match=r"cannot be; want .*\.$") as error:
+    TASKS[name](**fields)
+  assert f"{next(reversed(fields))}=" in str(error.value)
+
+
+def test_impossible_mixtures_are_refused():
+  for tasks, counts in itertools.product([(), (WordProblem("S3", 3), WordProblem("S3", 4))], [(), (1,), (1, 1)]):
+    with pytest.raises(ValueError, match="cannot be; want"):
+      Mixture(tasks, counts)

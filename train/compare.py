@@ -1,0 +1,394 @@
+"""Memories side by side on one task: the same backbone, optimiser, examples and budget for each.
+
+An entrant is a layer, at one of several sizes; a trial trains it at several learning rates from several seeds, all at once
+under `vmap`, and tests what comes out on ever harder tasks. A trial that is finished is a file: a comparison that was
+interrupted goes on with the next.
+"""
+
+import bisect
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from .step import create_state, make_train_step
+from .tasks import TASKS, Task
+from .tasks.data import TaskData, as_batch
+
+_AT_ONCE = 25  # steps in a compiled call
+
+
+@dataclass(frozen=True)
+class Entrant:
+  """A layer in the comparison, at one size.
+
+  Attributes:
+    name: as it was asked for: "DeltaNet", "reflecting/DeltaNet".
+    experiment: its model, task and optimiser.
+    state_bytes: that the model keeps of one sequence.
+    parameters: of the model.
+  """
+
+  name: str
+  experiment: Any
+  state_bytes: int
+  parameters: int
+
+  @property
+  def task(self) -> Task:
+    return self.experiment.data.task
+
+  @property
+  def title(self) -> str:
+    return f"{self.name}, {self.state_bytes:,} bytes"
+
+
+@dataclass(frozen=True)
+class Budget:
+  """What each entrant is given.
+
+  Attributes:
+    learning_rates: each is tried; the best on the training task is taken.
+    seeds: of parameters and examples; results have a mean and a spread over them.
+    steps: at most; fewer where `stop_at` is reached.
+    batch_size: examples a step.
+    stop_at: a share of right answers on the training task that is enough, once every seed has it at one learning rate;
+      above 1 for never.
+    evaluate_every: steps between two looks at that.
+    test_examples: for each test.
+  """
+
+  learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+  seeds: int = 2
+  steps: int = 1000
+  batch_size: int = 32
+  stop_at: float = 0.995
+  evaluate_every: int = 100
+  test_examples: int = 256
+
+  def __post_init__(self):
+    for name in ("seeds", "steps", "batch_size", "evaluate_every", "test_examples"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; want at least 1.")
+    if not self.learning_rates or min(self.learning_rates) <= 0:
+      raise ValueError(f"learning_rates is {self.learning_rates}; want at least one, all positive.")
+
+
+@dataclass(frozen=True)
+class Trial:
+  """What an entrant came to. Scores are shares of right answers, or for continuous tasks squared errors.
+
+  Attributes:
+    name, state_bytes, parameters: the entrant's.
+    steps: taken.
+    seconds: that took, compilation included.
+    learning_rate: the best.
+    scores: by test, of each seed.
+    kinds: by test, by kind, of each seed.
+    training: by learning rate, (step, loss, score of each seed) at every look.
+  """
+
+  name: str
+  state_bytes: int
+  parameters: int
+  steps: int
+  seconds: float
+  learning_rate: float
+  scores: dict[str, list[float]]
+  kinds: dict[str, dict[str, list[float]]]
+  training: dict[str, list[list[Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+  """All trials on one task.
+
+  Attributes:
+    task: as it was written.
+    chance: by test, the score of one without memory.
+    continuous: scores are errors, the smaller the better.
+    budget: of each.
+    trials: in the order they were asked for.
+  """
+
+  task: str
+  chance: dict[str, float]
+  continuous: bool
+  budget: Budget
+  trials: list[Trial]
+
+  def save(self, path: Path) -> None:
+    """Writes it as JSON."""
+    path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+Say = Callable[[Entrant, dict[str, Any]], None]
+
+
+def compare(
+  entrants: Sequence[Entrant], budget: Budget, directory: str | Path, say: Say = lambda entrant, news: None
+) -> Comparison:
+  """Trains and tests each of `entrants`, or takes up what `directory` has of it from an earlier call.
+
+  Args:
+    entrants: from `enter`; all on the same task.
+    budget: of each.
+    directory: for `trials/`, one file for each.
+    say: called with an entrant and news of it: "step", "loss" and "score" while it trains, "trial" when it is done.
+  """
+  folder = Path(directory) / "trials"
+  folder.mkdir(parents=True, exist_ok=True)
+  trials = []
+  for entrant in entrants:
+    path = folder / f"{_file_name(entrant, budget)}.json"
+    if path.exists():
+      trial = Trial(**json.loads(path.read_text()))
+    else:
+      trial = run_trial(entrant, budget, partial(say, entrant))
+      partly = path.with_suffix(".part")
+      partly.write_text(json.dumps(asdict(trial)))
+      partly.replace(path)  # complete or absent
+    say(entrant, {"trial": trial})
+    trials.append(trial)
+  task = entrants[0].task
+  chance = {name: test.chance for name, test in task.tests().items()}
+  return Comparison(str(task), chance, task.continuous, budget, trials)
+
+
+def _file_name(entrant: Entrant, budget: Budget) -> str:
+  """Of a trial: the same only if everything that it depends on is."""
+  text = f"{entrant.name}\n{entrant.experiment.text}\n{budget}"
+  digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+  return f"{entrant.name.replace('/', '_')}-{entrant.state_bytes}-{digest}"
+
+
+def run_trial(entrant: Entrant, budget: Budget, say: Callable[[dict[str, Any]], None] = lambda news: None) -> Trial:
+  """Trains an entrant at every learning rate from every seed, and tests the best."""
+  began = time.perf_counter()
+  lanes = _Lanes(entrant, budget)
+  history: dict[str, list[list[Any]]] = {f"{rate:g}": [] for rate in budget.learning_rates}
+  step, worst = 0, np.inf if entrant.task.continuous else -np.inf
+  while step < budget.steps:
+    step, loss = lanes.train(min(budget.steps, (step // budget.evaluate_every + 1) * budget.evaluate_every))
+    score = lanes.score(entrant.task.training())
+    for rate, losses, scores in zip(history, loss, score, strict=True):
+      history[rate].append([step, losses.tolist(), scores.tolist()])
+    means = np.nan_to_num(score.mean(axis=1), nan=worst)
+    best = int(means.argmin() if entrant.task.continuous else means.argmax())
+    say({"step": step, "loss": float(loss[best].mean()), "score": float(means[best])})
+    if not entrant.task.continuous and score[best].min() >= budget.stop_at:
+      break
+  scores, kinds = {}, {}
+  for name, test in entrant.task.tests().items():
+    scores[name], kinds[name] = lanes.test(test, best)
+  return Trial(
+    name=entrant.name,
+    state_bytes=entrant.state_bytes,
+    parameters=entrant.parameters,
+    steps=step,
+    seconds=time.perf_counter() - began,
+    learning_rate=budget.learning_rates[best],
+    scores=scores,
+    kinds=kinds,
+    training=history,
+  )
+
+
+def enter(
+  config: str,
+  layers: Sequence[str],
+  overrides: Sequence[str] = (),
+  *,
+  state_bytes: Sequence[int] | None = None,
+  parameters: int | None = None,
+) -> list[Entrant]:
+  """The entrants of a comparison.
+
+  Args:
+    config: of the task: its name, such as "mqar" for the shipped "tasks/mqar", or any config whose data is a `TaskData`.
+    layers: names of layers, or scoped ones ("reflecting/DeltaNet") whose bindings `overrides` give.
+    overrides: further bindings. One of a layer counts for that layer alone.
+    state_bytes: each layer enters once at each of these sizes of its model's state, as near as its width (or, for
+      attention, its window) comes.
+    parameters: of every model, as near as its width comes; what the config says unless given.
+
+  Raises:
+    ValueError: if the config or a layer cannot be built.
+  """
+  from ..zoo.config import build
+  from ..zoo.registry import LAYERS
+  from ..zoo.values import did_you_mean
+
+  config = f"tasks/{config}" if config in TASKS else config
+  base = build(config)
+  if not isinstance(base.data, TaskData):
+    raise ValueError(f"{config} has no task{did_you_mean(config, TASKS)} Want one of {', '.join(TASKS)}.")
+  entering = {name.rpartition("/")[2] for name in layers}
+  unknown = next((name for name in layers if name.rpartition("/")[2] not in LAYERS), None)
+  if unknown is not None or not layers:
+    raise ValueError(f"--layers names {unknown!r}{did_you_mean(unknown or '', LAYERS)} Want some of {', '.join(LAYERS)}.")
+
+  def build_one(layer: str, more: Sequence[str]) -> Any:
+    name = layer.rpartition("/")[2]
+    own = [text for text in overrides if (bound := _bound(text)) not in LAYERS or bound == name or bound not in entering]
+    own = [text for text in own if "/" not in (scope := text.partition(".")[0]) or scope == layer]
+    experiment = build(config, [*own, f"{type(base.model).__name__}.mixers=[@{layer}]", *more])
+    return _fitted(experiment)
+
+  def enter_one(layer: str, more: Sequence[str]) -> Entrant:
+    if parameters is not None:
+      more = [*more, _width_for(lambda text: build_one(layer, [*more, text]), base, parameters)]
+    experiment = build_one(layer, more)
+    return Entrant(layer, experiment, _state_bytes(experiment), _count(experiment))
+
+  entrants = []
+  for layer in layers:
+    if state_bytes is None:
+      entrants.append(enter_one(layer, ()))
+    for size in state_bytes or ():
+      entrants.append(enter_one(layer, _size_for(layer, build_one(layer, ()), size)))
+  return list({entrant.title: entrant for entrant in entrants}.values())
+
+
+def _bound(override: str) -> str:
+  """The class that an override is about."""
+  return override.partition("=")[0].strip().rpartition(".")[0].rpartition("/")[2]
+
+
+def _fitted(experiment: Any) -> Any:
+  """The experiment with a model that knows just the tokens, or the dimensions, of its task."""
+  task = experiment.data.task
+  known = {"output_dim": task.output_dim} if task.continuous else {"vocab_size": task.vocab_size}
+  return replace(experiment, model=experiment.model.clone(**known))
+
+
+def _state_bytes(experiment: Any) -> int:
+  return experiment.model.state_bytes(1, experiment.data.task.length)
+
+
+def _count(experiment: Any) -> int:
+  shapes = jax.eval_shape(experiment.model.init, jax.random.key(0), _one_token(experiment.data.task))
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _size_for(layer: str, experiment: Any, size: int) -> list[str]:
+  """Overrides that bring the model's state nearest to `size` bytes."""
+  mixer = experiment.model.mixer(0)
+  fields = [name for name in ("key_dim", "value_dim") if hasattr(mixer, name)] or ["window"]
+
+  def distance(width: int) -> float:
+    sized = mixer.clone(parent=None, **dict.fromkeys(fields, width))
+    return abs(math.log(experiment.model.depth * sized.state_bytes(1, experiment.data.task.length) / size))
+
+  width = min(range(4, 1025, 4), key=distance)
+  return [f"{layer}.{name}={width}" for name in fields]
+
+
+def _width_for(build_one: Callable[[str], Any], base: Any, parameters: int) -> str:
+  """The override that brings the model nearest to so many parameters."""
+  name = f"{type(base.model).__name__}.width"
+  widths = range(8, 1025, 8)
+  first = bisect.bisect_left(widths, parameters, key=lambda width: _count(build_one(f"{name}={width}")))
+  near = widths[max(0, first - 1) : first + 1]
+  return min((f"{name}={width}" for width in near), key=lambda text: abs(_count(build_one(text)) - parameters))
+
+
+class _Lanes:
+  """A model trained at several learning rates from several seeds at once: everything has axes [rates, seeds] in front."""
+
+  def __init__(self, entrant: Entrant, budget: Budget):
+    self.model, self.budget, self.step = entrant.experiment.model, budget, 0
+    task = entrant.task.training()
+    unit = replace(entrant.experiment.optimizer, learning_rate=1.0)  # AdamW's updates are in proportion to it
+    transform, schedule = unit.build(budget.steps), unit.schedule(budget.steps)
+    self.rates = jnp.asarray(budget.learning_rates, jnp.float32)
+    seeds = jnp.arange(budget.seeds, dtype=jnp.uint32)
+
+    def scaled(rate):
+      return optax.chain(transform, optax.scale(rate))
+
+    def create(seed):
+      return create_state(self.model, scaled(1.0), jax.random.key(seed), _one_token(task))
+
+    def advance(rate, seed, state, steps):
+      step = make_train_step(self.model, scaled(rate), lambda count: rate * schedule(count))
+
+      def one(state, number):
+        key = jax.random.fold_in(jax.random.key(seed + 1000), number)
+        state, metrics = step(state, as_batch(task.batch(key, budget.batch_size)))
+        return state, metrics.loss
+
+      state, losses = jax.lax.scan(one, state, steps)
+      return state, losses.mean()
+
+    over_seeds = jax.vmap(advance, in_axes=(None, 0, 0, None))
+    self.advance = jax.jit(jax.vmap(over_seeds, in_axes=(0, None, 0, None)), donate_argnums=2)
+    each = jax.jit(jax.vmap(create))(seeds)
+    self.state = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(self.rates), axis=0), each)
+    self.seeds = seeds
+    self._scorers: dict[Task, Callable] = {}
+
+  def train(self, until: int) -> tuple[int, np.ndarray]:
+    """Trains up to a step; the step and the mean loss since the last time, [rates, seeds]."""
+    losses = []
+    while self.step < until:
+      count = min(_AT_ONCE, until - self.step)
+      steps = jnp.arange(self.step, self.step + count)
+      self.state, loss = self.advance(self.rates, self.seeds, self.state, steps)
+      losses.append((count, loss))
+      self.step += count
+    weights = [count for count, _ in losses]
+    return self.step, np.average([np.asarray(loss) for _, loss in losses], axis=0, weights=weights)
+
+  def score(self, task: Task) -> np.ndarray:
+    """On examples that no training step sees, [rates, seeds]."""
+    sums, counts = self._sums(task, self.state.params, self.budget.test_examples)
+    return sums.sum(axis=-1) / counts.sum(axis=-1)
+
+  def test(self, task: Task, rate: int) -> tuple[list[float], dict[str, list[float]]]:
+    """Scores at one learning rate: of each seed, and by kind."""
+    params = jax.tree.map(lambda leaf: leaf[rate : rate + 1], self.state.params)
+    sums, counts = (array[0] for array in self._sums(task, params, self.budget.test_examples))
+    with np.errstate(invalid="ignore"):
+      by_kind = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    kinds = {name: column.tolist() for name, column in zip(task.kinds, by_kind.T, strict=True) if not np.isnan(column).all()}
+    return (sums.sum(axis=-1) / counts.sum(axis=-1)).tolist(), kinds
+
+  def _sums(self, task: Task, params: Any, examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores summed over answers, and their number, by kind: [rates, seeds, kinds]."""
+    rows = max(1, min(examples, 16384 // task.length))  # in one batch
+    if task not in self._scorers:
+      scored = jax.vmap(jax.vmap(partial(score_answers, self.model, len(task.kinds)), (0, None)), (0, None))
+      make = jax.jit(lambda key: task.batch(key, rows))
+      self._scorers[task] = make, jax.jit(scored)
+    make, scored = self._scorers[task]
+    keys = jax.random.split(jax.random.key(2**31 + task.length), math.ceil(examples / rows))
+    parts = [scored(params, make(key)) for key in keys]
+    return tuple(np.sum([np.asarray(part[i], np.float64) for part in parts], axis=0) for i in range(2))
+
+
+def score_answers(model: nn.Module, kinds: int, params: Any, example: Any) -> tuple[jax.Array, jax.Array]:
+  """By kind: right answers (or squared errors) summed over a batch of examples, and answers asked for; float32 [kinds]."""
+  outputs, _ = model.apply(params, example.tokens, segment_ids=example.segment_ids)
+  if jnp.issubdtype(example.targets.dtype, jnp.floating):
+    score = jnp.square(outputs - example.targets).mean(axis=-1)
+  else:
+    score = (outputs.argmax(axis=-1) == example.targets).astype(jnp.float32)
+  weights, kind = example.weights.ravel(), example.kind.ravel()
+  empty = jnp.zeros(kinds, jnp.float32)
+  return empty.at[kind].add(score.ravel() * weights), empty.at[kind].add(weights)
+
+
+def _one_token(task: Task) -> jax.Array:
+  return jnp.zeros((1, 1, task.input_dim), jnp.float32) if task.continuous else jnp.zeros((1, 1), jnp.int32)

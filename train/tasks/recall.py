@@ -1,0 +1,253 @@
+"""Recall by key: plain, from noisy writes, and of what has been superseded since."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .task import Example, Mixture, Task, distinct, sequence, want
+
+
+@dataclass(frozen=True)
+class MultiQueryRecall(Task):
+  """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927), by the generator of its authors.
+
+      k_1 v_1 k_2 v_2 ... k_n v_n   then, among filler, each key once:  ... k_i ...  -> v_i
+
+  Keys are different tokens of the lower half of the vocabulary (without 0), values different ones of the upper half. The
+  queries lie on even positions; the gap of each, counted in slots of two after the pairs, is drawn without replacement
+  in proportion to slot^(power - 1): mostly soon.
+
+  Attributes:
+    tokens: of the example; even, at least four for each pair.
+    pairs: to remember.
+    vocabulary: half keys, half values.
+    power: how soon queries come; 1 is any time.
+    filler: what is neither pair nor query is a random token; otherwise 0.
+  """
+
+  tokens: int = 64
+  pairs: int = 8
+  vocabulary: int = 8192
+  power: float = 0.01
+  filler: bool = True
+
+  def __post_init__(self):
+    want(self, "at least one of pairs", self.pairs >= 1)
+    want(self, "an even number of tokens", self.tokens % 2 == 0)
+    want(self, f"at least {4 * self.pairs} tokens, four for each of pairs={self.pairs}", self.tokens >= 4 * self.pairs)
+    fewest = 2 * (self.pairs + 1)
+    want(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
+    want(self, "a power between 0 and 1, 0 excluded", 0 < self.power <= 1)
+
+  @property
+  def length(self) -> int:
+    return self.tokens
+
+  @property
+  def vocab_size(self) -> int:
+    return self.vocabulary
+
+  @property
+  def chance(self) -> float:
+    return 1 / self.pairs
+
+  def example(self, key: jax.Array) -> Example:
+    for_keys, for_values, for_gaps, for_filler = jax.random.split(key, 4)
+    half, context, slots = self.vocabulary // 2, 2 * self.pairs, self.tokens // 2 - self.pairs
+    keys = distinct(for_keys, self.pairs, 1, half)
+    values = distinct(for_values, self.pairs, half, self.vocabulary)
+    likelihood = jnp.arange(1, slots + 1, dtype=jnp.float32) ** (self.power - 1)
+    gaps = jax.random.choice(for_gaps, slots, (self.pairs,), replace=False, p=likelihood / likelihood.sum())
+    asked = context + 2 * gaps
+    tokens = jnp.zeros(self.tokens, jnp.int32)
+    tokens = tokens.at[:context].set(jnp.stack([keys, values], axis=1).ravel()).at[asked].set(keys)
+    if self.filler:
+      tokens = jnp.where(tokens == 0, jax.random.randint(for_filler, tokens.shape, 0, self.vocabulary), tokens)
+    empty = jnp.zeros(self.tokens, jnp.int32)
+    return sequence(tokens, empty.at[asked].set(values), empty.at[asked].set(1))
+
+  def solve(self, example: Example) -> np.ndarray:
+    pairs = np.asarray(example.tokens)[: 2 * self.pairs].reshape(-1, 2)
+    memory = {int(key): int(value) for key, value in pairs}
+    return np.array([memory.get(int(token), 0) for token in example.tokens])
+
+  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
+    return chance.choice(np.asarray(example.tokens)[1 : 2 * self.pairs : 2], self.tokens)
+
+  def training(self) -> Task:
+    """Its authors' mix of 4 to 64 pairs in 64 to 256 tokens, as far as it is no harder than this, packed."""
+    sizes = [size for size in _TRAINING if size[1] <= self.pairs and size[0] <= self.tokens] or [(self.tokens, self.pairs, 1)]
+    tasks = tuple(replace(self, tokens=tokens, pairs=pairs) for tokens, pairs, _ in sizes)
+    return Mixture(tasks, tuple(count for *_, count in sizes))
+
+  def tests(self) -> dict[str, Task]:
+    """Twice the pairs each time, up to these; none is longer than need be."""
+    sizes = [size for size in _TESTS if size[1] <= self.pairs and size[0] <= self.tokens]
+    sizes = sizes if (self.tokens, self.pairs) in sizes else [*sizes, (self.tokens, self.pairs)]
+    return {str(pairs): replace(self, tokens=tokens, pairs=pairs) for tokens, pairs in sizes}
+
+
+# (tokens, pairs, thousands of examples) and (tokens, pairs) of the authors' figure.
+_TRAINING = ((64, 4, 100), (128, 8, 20), (256, 16, 20), (256, 32, 20), (256, 64, 20))
+_TESTS = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
+
+
+@dataclass(frozen=True)
+class NoisyRecall(Task):
+  """Recall of values that were written several times, now and then wrongly: the answer is what was written most.
+
+      k v  k v'  j w  k v  j w ...   then each key once:   k -> v
+
+  Attributes:
+    pairs: to remember.
+    writes: of each pair, in random order among all.
+    outliers: share of writes whose value is wrong; of no pair as many as half.
+    vocabulary: half keys, half values.
+  """
+
+  pairs: int = 8
+  writes: int = 3
+  outliers: float = 0.1
+  vocabulary: int = 256
+
+  def __post_init__(self):
+    want(self, "at least one of pairs", self.pairs >= 1)
+    want(self, "at least 3 writes of each pair, so that one can be wrong", self.writes >= 3)
+    want(self, "outliers from 0 to less than 0.5", 0 <= self.outliers < 0.5)
+    fewest = 2 * (self.pairs + 2)
+    want(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
+
+  @property
+  def length(self) -> int:
+    return 2 * self.pairs * self.writes + self.pairs
+
+  @property
+  def vocab_size(self) -> int:
+    return self.vocabulary
+
+  @property
+  def chance(self) -> float:
+    return 1 / self.pairs
+
+  def example(self, key: jax.Array) -> Example:
+    for_keys, for_values, for_order, for_outliers, for_wrong, for_queries = jax.random.split(key, 6)
+    half, total = self.vocabulary // 2, self.pairs * self.writes
+    keys = distinct(for_keys, self.pairs, 1, half)
+    values = distinct(for_values, self.pairs, half, self.vocabulary)
+    wrong = jax.random.bernoulli(for_outliers, self.outliers, (self.pairs, self.writes))
+    wrong = wrong & (jnp.cumsum(wrong, axis=1) <= (self.writes - 1) // 2)  # the first so many: the right ones stay ahead
+    shift = jax.random.randint(for_wrong, wrong.shape, 1, half)
+    written = jnp.where(wrong, half + (values[:, None] - half + shift) % half, values[:, None])
+    order = jax.random.permutation(for_order, total)
+    writes = jnp.stack([jnp.repeat(keys, self.writes), written.ravel()], axis=1)[order].ravel()
+    queries = jax.random.permutation(for_queries, self.pairs)
+    tokens = jnp.concatenate([writes, keys[queries]])
+    asked = jnp.arange(self.length) >= 2 * total
+    return sequence(tokens, jnp.concatenate([jnp.zeros_like(writes), values[queries]]), asked)
+
+  def solve(self, example: Example) -> np.ndarray:
+    tokens = np.asarray(example.tokens)
+    total = 2 * self.pairs * self.writes
+    keys, values = tokens[:total].reshape(-1, 2).T
+    most = [np.bincount(values[keys == key]).argmax() for key in tokens[total:]]
+    return np.concatenate([np.zeros(total, int), most])
+
+  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
+    return chance.choice(np.unique(self.solve(example)[-self.pairs :]), self.length)
+
+  def tests(self) -> dict[str, Task]:
+    """More and more outliers, up to these."""
+    shares = sorted({0.0, self.outliers / 2, self.outliers})
+    return {f"{share:.0%}": replace(self, outliers=share) for share in shares}
+
+
+@dataclass(frozen=True)
+class StaleFacts(Task):
+  """Facts that are superseded under another key: what the old key said must be gone, without the new one being touched.
+
+      - k v    - j w    ...    k m u    ...    k -> gone    m -> u    j -> w
+
+  A write is three tokens: the key that it supersedes ("-" for none), its own key, its value. A key is superseded at most
+  once, by a key that was not in use. Queries, one for each key, follow the writes: the value, or "gone".
+
+  Attributes:
+    facts: at the beginning.
+    superseded: of them, later on.
+    vocabulary: half keys, half values; "-" and "gone" are two tokens more.
+  """
+
+  facts: int = 8
+  superseded: int = 4
+  vocabulary: int = 128
+
+  def __post_init__(self):
+    want(self, "at least one of facts, and 0 to facts of them superseded", 0 <= self.superseded <= self.facts >= 1)
+    fewest = 2 * (self.facts + self.superseded)
+    want(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
+
+  @property
+  def _keys(self) -> int:
+    return self.facts + self.superseded
+
+  @property
+  def length(self) -> int:
+    return 4 * self._keys
+
+  @property
+  def vocab_size(self) -> int:
+    return self.vocabulary + 2
+
+  @property
+  def chance(self) -> float:
+    """Guessing "gone" as often as it is right, and else one of the values."""
+    gone = self.superseded / self._keys
+    return gone**2 + (1 - gone) * (1 - gone) / self._keys
+
+  @property
+  def kinds(self) -> tuple[str, ...]:
+    return ("never superseded", "superseded", "superseding")
+
+  def example(self, key: jax.Array) -> Example:
+    for_keys, for_values, for_old, for_order, for_queries = jax.random.split(key, 5)
+    half, none, gone, total = self.vocabulary // 2, self.vocabulary, self.vocabulary + 1, self._keys
+    keys = distinct(for_keys, total, 0, half)
+    values = distinct(for_values, total, half, self.vocabulary)
+    old = jax.random.choice(for_old, self.facts, (self.superseded,), replace=False)
+    supersedes = jnp.full(total, none).at[self.facts :].set(keys[old])
+    # In any order in which a fact is written before it is superseded: where it is not, the two change places.
+    place = jax.random.permutation(for_order, total)
+    first, second = place[old], place[self.facts :]
+    place = place.at[old].set(jnp.minimum(first, second)).at[self.facts :].set(jnp.maximum(first, second))
+    order = jnp.argsort(place)
+    writes = jnp.stack([supersedes, keys, values], axis=1)[order].ravel()
+    kind = jnp.zeros(total, jnp.int32).at[old].set(1).at[self.facts :].set(2)
+    answers = jnp.where(kind == 1, gone, values)
+    queries = jax.random.permutation(for_queries, total)
+    before = jnp.zeros(3 * total, jnp.int32)
+    return sequence(
+      jnp.concatenate([writes, keys[queries]]),
+      jnp.concatenate([before, answers[queries]]),
+      jnp.arange(self.length) >= 3 * total,
+      jnp.concatenate([before, kind[queries]]),
+    )
+
+  def solve(self, example: Example) -> np.ndarray:
+    tokens, total = np.asarray(example.tokens), self._keys
+    memory: dict[int, int] = {}
+    for old, key, value in tokens[: 3 * total].reshape(-1, 3):
+      memory[int(key)] = int(value)
+      if old != self.vocabulary:
+        memory[int(old)] = self.vocabulary + 1
+    return np.array([0] * 3 * total + [memory[int(key)] for key in tokens[3 * total :]])
+
+  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
+    values = np.asarray(example.tokens)[2 : 3 * self._keys : 3]
+    gone = chance.random(self.length) < self.superseded / self._keys
+    return np.where(gone, self.vocabulary + 1, chance.choice(values, self.length))
+
+  def tests(self) -> dict[str, Task]:
+    """The same number of facts, more and more of them superseded."""
+    counts = sorted({self.superseded // 2, self.superseded, self.facts})
+    return {str(count): replace(self, superseded=count) for count in counts}

@@ -1,0 +1,96 @@
+"""Regression in context: vectors instead of tokens, and a map that may change on the way."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .task import Example, Task, sequence, want
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+  """In-context regression (Garg et al. 2022, arXiv:2208.01066), stationary or by pieces (arXiv:2510.01450, section 5).
+
+      token t = (k_t, W k_t + noise, k_{t+1})   ->   W k_{t+1}          k uniform on the sphere, W_ij ~ N(0, 1)
+
+  What a test-time regression is about: each token writes a pair and asks about the next. W is drawn anew for every piece,
+  without a sign; the last token of a piece asks nothing. The error is the squared distance over the value's dimension:
+  zero says 1.
+
+  Attributes:
+    tokens: of the example.
+    piece: tokens from one W to the next; divides `tokens`, and where it equals them W stays.
+    key_dim, value_dim: of k and of W k.
+    noise: standard deviation of what is added to written values; it is not asked for.
+  """
+
+  continuous: ClassVar[bool] = True
+
+  tokens: int = 128
+  piece: int = 64
+  key_dim: int = 16
+  value_dim: int = 16
+  noise: float = 0.0
+
+  def __post_init__(self):
+    want(self, "a piece of at least 2 tokens that divides them", self.piece >= 2 and self.tokens % self.piece == 0)
+    want(self, "at least one of tokens, key_dim and value_dim", min(self.tokens, self.key_dim, self.value_dim) >= 1)
+    want(self, "a noise of 0 or more", self.noise >= 0)
+
+  @property
+  def length(self) -> int:
+    return self.tokens
+
+  @property
+  def input_dim(self) -> int:
+    return 2 * self.key_dim + self.value_dim
+
+  @property
+  def output_dim(self) -> int:
+    return self.value_dim
+
+  @property
+  def chance(self) -> float:
+    """The error, not an accuracy: of answering zero."""
+    return 1.0
+
+  @property
+  def kinds(self) -> tuple[str, ...]:
+    return tuple(str(i + 1) for i in range(self.piece))
+
+  def example(self, key: jax.Array) -> Example:
+    for_keys, for_maps, for_noise = jax.random.split(key, 3)
+    pieces = self.tokens // self.piece
+    keys = jax.random.normal(for_keys, (pieces, self.piece, self.key_dim))
+    keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
+    maps = jax.random.normal(for_maps, (pieces, self.value_dim, self.key_dim))
+    values = jnp.einsum("pvk,pik->piv", maps, keys, precision=jax.lax.Precision.HIGHEST)
+    written = values + self.noise * jax.random.normal(for_noise, values.shape)
+    tokens = jnp.concatenate([keys, written, jnp.roll(keys, -1, axis=1)], axis=-1)
+    place = jnp.arange(self.tokens) % self.piece
+    return sequence(
+      tokens.reshape(self.tokens, -1),
+      jnp.roll(values, -1, axis=1).reshape(self.tokens, -1),
+      place < self.piece - 1,
+      place,
+    )
+
+  def solve(self, example: Example) -> np.ndarray:
+    """Least squares on the piece so far, of least norm: exact after `key_dim` tokens of it, where there is no noise."""
+    tokens = np.asarray(example.tokens, np.float64).reshape(-1, self.piece, self.input_dim)
+    answers = np.zeros((*tokens.shape[:2], self.value_dim))
+    for piece, answer in zip(tokens, answers, strict=True):
+      keys, values, asked = np.split(piece, [self.key_dim, self.key_dim + self.value_dim], axis=-1)
+      for i in range(self.piece):
+        answer[i] = asked[i] @ np.linalg.lstsq(keys[: i + 1], values[: i + 1], rcond=1e-6)[0]
+    return answers.reshape(self.tokens, -1)
+
+  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
+    return np.zeros((self.tokens, self.value_dim))
+
+  def tests(self) -> dict[str, Task]:
+    """These pieces, and one that lasts."""
+    return {f"pieces of {piece}": replace(self, piece=piece) for piece in dict.fromkeys((self.piece, self.tokens))}

@@ -1,0 +1,82 @@
+"""Two lists with one token in common: which?"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .task import Example, Mixture, Task, distinct, sequence, want
+
+
+@dataclass(frozen=True)
+class SetDisjointness(Task):
+  """Set disjointness (Arora et al. 2024, arXiv:2407.05483): a memory must hold the list that comes first, short or long.
+
+      [1] a b c [2] d b e f g [3]   ->   b
+
+  The elements of both lists are all different but for one. Where the long list comes first, a memory smaller than it cannot
+  know what to keep; the other way round the short list will do.
+
+  Attributes:
+    first, second: elements of the lists.
+    vocabulary: all tokens, with 0 (for nothing) and the three signs.
+  """
+
+  first: int = 4
+  second: int = 16
+  vocabulary: int = 2048
+
+  def __post_init__(self):
+    want(self, "at least one element in each list", min(self.first, self.second) >= 1)
+    fewest = self.first + self.second + 3
+    want(self, f"a vocabulary of at least {fewest}", self.vocabulary >= fewest)
+
+  @property
+  def length(self) -> int:
+    return self.first + self.second + 3
+
+  @property
+  def vocab_size(self) -> int:
+    return self.vocabulary
+
+  @property
+  def chance(self) -> float:
+    return 1 / min(self.first, self.second)
+
+  def example(self, key: jax.Array) -> Example:
+    for_elements, for_place = jax.random.split(key)
+    elements = distinct(for_elements, self.first + self.second - 1, 4, self.vocabulary)
+    first, rest = elements[: self.first], elements[self.first :]
+    common = first[0]
+    for_first, for_second = jax.random.split(for_place)
+    second = jax.random.permutation(for_second, jnp.append(rest, common))
+    tokens = jnp.concatenate([
+      jnp.array([1]), jax.random.permutation(for_first, first), jnp.array([2]), second, jnp.array([3])
+    ])
+    last = jnp.arange(self.length) == self.length - 1
+    return sequence(tokens, jnp.where(last, common, 0), last)
+
+  def _lists(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.asarray(example.tokens)
+    return tokens[1 : self.first + 1], tokens[self.first + 2 : -1]
+
+  def solve(self, example: Example) -> np.ndarray:
+    (common,) = set(self._lists(example)[0].tolist()) & set(self._lists(example)[1].tolist())
+    return np.full(self.length, common)
+
+  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
+    return np.full(self.length, chance.choice(min(self._lists(example), key=len)))
+
+  def training(self) -> Task:
+    """Both orders in equal numbers, padded to the same rows by packing one in each."""
+    if self.first == self.second:
+      return self
+    return Mixture((self, replace(self, first=self.second, second=self.first)), (1, 1))
+
+  def tests(self) -> dict[str, Task]:
+    """Both orders of these lists, and of lists of which the longer is half as long and twice as long."""
+    short, long = sorted((self.first, self.second))
+    lengths = dict.fromkeys(min(longer, self.vocabulary - short - 3) for longer in (max(short, long // 2), long, 2 * long))
+    orders = [order for longer in lengths for order in dict.fromkeys(((short, longer), (longer, short)))]
+    return {f"{first}, {second}": replace(self, first=first, second=second) for first, second in orders}
