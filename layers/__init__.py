@@ -3,6 +3,7 @@
 from .attention import Attention
 from .delta_net import DeltaNet, DeltaProduct, GatedDeltaNet, KimiDeltaAttention
 from .erase_then_delta import EraseThenDelta
+from .gated_conv import GatedConv
 from .linear_attention import LinearAttention
 from .memory_layer import MemoryLayer
 
@@ -11,6 +12,7 @@ __all__ = [
   "DeltaNet",
   "DeltaProduct",
   "EraseThenDelta",
+  "GatedConv",
   "GatedDeltaNet",
   "KimiDeltaAttention",
   "LinearAttention",

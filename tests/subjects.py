@@ -21,6 +21,7 @@ SMALL = {
   "key_dim": 6,
   "value_dim": 5,
   "window": 5,
+  "channels": 6,
   "chunk_size": CHUNK,
   "negative_eigenvalues": True,
 }

@@ -217,6 +217,7 @@ def enter(
 
   Args:
     config: of the task: its name, such as "mqar" for the shipped "tasks/mqar", or any config whose data is a `TaskData`.
+      Each layer takes the last place in the pattern of its model's mixers.
     layers: names of layers, or scoped ones ("reflecting/DeltaNet") whose bindings `overrides` give.
     overrides: further bindings. One of a layer counts for that layer alone.
     state_bytes: each layer enters once at each of these sizes of its model's state, as near as its width (or, for
@@ -243,7 +244,8 @@ def enter(
     name = layer.rpartition("/")[2]
     own = [text for text in overrides if (bound := _bound(text)) not in LAYERS or bound == name or bound not in entering]
     own = [text for text in own if "/" not in (scope := text.partition(".")[0]) or scope == layer]
-    experiment = build(config, [*own, f"{type(base.model).__name__}.mixers=[@{layer}]", *more])
+    pattern = ", ".join([f"@{type(mixer).__name__}" for mixer in base.model.mixers[:-1]] + [f"@{layer}"])
+    experiment = build(config, [*own, f"{type(base.model).__name__}.mixers=[{pattern}]", *more])
     return _fitted(experiment)
 
   def enter_one(layer: str, more: Sequence[str]) -> Entrant:
@@ -284,12 +286,13 @@ def _count(experiment: Any) -> int:
 
 def _size_for(layer: str, experiment: Any, size: int) -> list[str]:
   """Overrides that bring the model's state nearest to `size` bytes."""
-  mixer = experiment.model.mixer(0)
+  mixer = experiment.model.mixers[-1]
   fields = [name for name in ("key_dim", "value_dim") if hasattr(mixer, name)] or ["window"]
 
   def distance(width: int) -> float:
     sized = mixer.clone(parent=None, **dict.fromkeys(fields, width))
-    return abs(math.log(experiment.model.depth * sized.state_bytes(1, experiment.data.task.length) / size))
+    model = experiment.model.clone(mixers=(*experiment.model.mixers[:-1], sized))
+    return abs(math.log(model.state_bytes(1, experiment.data.task.length) / size))
 
   width = min(range(4, 1025, 4), key=distance)
   return [f"{layer}.{name}={width}" for name in fields]

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, TextIO
 
@@ -231,11 +232,14 @@ def describe(
 
 @app.command("list")
 def list_() -> None:
-  """List the memory layers, with what each computes and where it is from, and the shipped configs."""
+  """List the memory layers, with what each computes and where it is from, the tasks, and the shipped configs."""
   _start()
+  import inspect
+
   from rich.table import Table
   from rich.text import Text
 
+  from ..train.tasks import TASKS
   from .config import shipped
   from .describe import summary
   from .registry import LAYERS
@@ -246,7 +250,80 @@ def list_() -> None:
     table.add_row(Text(name, style="bold"), Text(title))
     table.add_row("", Text(equation, style="cyan"))
   _console().print(table)
+  table = Table.grid(padding=(0, 2))
+  for name, task in TASKS.items():
+    table.add_row(Text(name, style="bold"), Text(inspect.getdoc(task).partition(":")[0].partition(" (")[0]))
+  print("\nTasks, for `memzoo compare`:\n")
+  _console().print(table)
   print("\nConfigs: " + ", ".join(shipped()))
+
+
+@app.command(no_args_is_help=True)
+def compare(
+  task: Annotated[str, typer.Argument(help="A task (mqar, word_problem, ...; see `memzoo list`), or a config that has one.")],
+  layers: Annotated[str, typer.Option(help="Names, separated by commas.")],
+  overrides: _Set = None,
+  learning_rates: Annotated[str, typer.Option(help="Each layer tries them all; its best counts.")] = "0.003,0.01",
+  seeds: Annotated[int, typer.Option(help="Of parameters and examples.")] = 2,
+  steps: Annotated[int, typer.Option(help="At most; fewer where a layer has learnt it all.")] = 1000,
+  batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 32,
+  stop_at: Annotated[float, typer.Option(help="A share of right answers that is enough; above 1 for never.")] = 0.995,
+  state_bytes: Annotated[
+    str | None, typer.Option(metavar="N,N,...", help="Each layer at each of these sizes of its state.")
+  ] = None,
+  parameters: Annotated[int | None, typer.Option(help="Every model at so many, by its width.")] = None,
+  out: Annotated[Path | None, typer.Option(help="Folder for tables and pictures; compare/TASK unless given.")] = None,
+) -> None:
+  """Train and test several memories on one task, side by side. What is done is not done again.
+
+  [bold]memzoo compare mqar --layers DeltaNet,LinearAttention,Attention[/bold]
+
+  [bold]memzoo compare mqar --layers DeltaNet,LinearAttention --state-bytes 2048,4096,8192[/bold]
+
+  [bold]memzoo compare word_problem --layers DeltaNet,reflecting/DeltaNet
+  --set reflecting/DeltaNet.negative_eigenvalues=True[/bold]
+  """
+  _start()
+  from rich.live import Live
+
+  from ..train.compare import Budget, enter
+  from ..train.compare import compare as run
+  from ..train.compare_report import Board, draw, markdown
+
+  rates = _numbers("--learning-rates", learning_rates, float)
+  budget = Budget(tuple(rates), seeds, steps, batch_size, stop_at)
+  sizes = None if state_bytes is None else _numbers("--state-bytes", state_bytes, int)
+  names = [name.strip() for name in layers.split(",")]
+  entrants = enter(task, names, overrides or (), state_bytes=sizes, parameters=parameters)
+  folder = out or Path("compare") / Path(task).stem
+  console, board = _console(), Board(entrants)
+
+  def say(entrant, news):
+    board(entrant, news)
+    if not console.is_terminal:
+      _print_news(entrant, news)
+
+  with Live(board, console=console, refresh_per_second=1, transient=True) if console.is_terminal else nullcontext():
+    comparison = run(entrants, budget, folder, say)
+  console.print(board)
+  comparison.save(folder / "results.json")
+  (folder / "table.md").write_text(markdown(comparison))
+  pictures = draw(comparison, folder)
+  print(f"Wrote {', '.join(str(path) for path in (folder / 'table.md', folder / 'results.json', *pictures))}.")
+
+
+def _print_news(entrant, news: dict) -> None:
+  if "trial" in news:
+    print(f"{entrant.title}: done, {news['trial'].steps} steps in {news['trial'].seconds:.0f} s", flush=True)
+  else:
+    print(f"{entrant.title}: step {news['step']}, loss {news['loss']:.3f}, score {news['score']:.3f}", flush=True)
+
+
+def _numbers(option: str, text: str, kind: type) -> list:
+  try:
+    return [kind(part) for part in text.split(",")]
+  except ValueError:
+    raise ValueError(f"{option} is {text!r}; want numbers separated by commas.") from None
 
 
 @app.command()

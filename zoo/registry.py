@@ -5,6 +5,7 @@ from ..layers import (
   DeltaNet,
   DeltaProduct,
   EraseThenDelta,
+  GatedConv,
   GatedDeltaNet,
   KimiDeltaAttention,
   LinearAttention,
@@ -19,4 +20,5 @@ LAYERS: dict[str, type[MemoryLayer]] = {
   "DeltaProduct": DeltaProduct,
   "EraseThenDelta": EraseThenDelta,
   "Attention": Attention,
+  "GatedConv": GatedConv,
 }

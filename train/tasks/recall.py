@@ -77,8 +77,10 @@ class MultiQueryRecall(Task):
     return chance.choice(np.asarray(example.tokens)[1 : 2 * self.pairs : 2], self.tokens)
 
   def training(self) -> Task:
-    """Its authors' mix of 4 to 64 pairs in 64 to 256 tokens, as far as it is no harder than this, packed."""
-    sizes = [size for size in _TRAINING if size[1] <= self.pairs and size[0] <= self.tokens] or [(self.tokens, self.pairs, 1)]
+    """Its authors' mix of 4 to 64 pairs in 64 to 256 tokens, as far as it is no harder than this, and this; packed."""
+    sizes = [size for size in _TRAINING if size[1] <= self.pairs and size[0] <= self.tokens]
+    if self.tokens <= _TRAINING[-1][0] and (self.tokens, self.pairs) not in [size[:2] for size in sizes]:
+      sizes.append((self.tokens, self.pairs, 20))
     tasks = tuple(replace(self, tokens=tokens, pairs=pairs) for tokens, pairs, _ in sizes)
     return Mixture(tasks, tuple(count for *_, count in sizes))
 

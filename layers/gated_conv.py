@@ -1,0 +1,64 @@
+"""A gated short convolution: the last few tokens and no more. What stands under a memory that must pair neighbours.
+
+    y_t = W_o ( conv(W_v x)_t * W_g x_t )          conv: each channel over its own last `conv_width` tokens
+
+Source: BaseConv (Arora et al. 2023, arXiv:2312.04927, section 4), which has neither W_v nor W_o.
+
+The paper leaves open -> we do: where the width comes from -> `channels`, so that the state knows its size.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..pallas_kernels.short_conv import short_conv
+from .axes import named
+from .memory_layer import MemoryLayer, silence_padding
+from .projections import dense, uniform
+
+
+class ConvState(NamedTuple):
+  """The last inputs of the convolution.
+
+  Attributes:
+    tail: [B, conv_width - 1, channels], in the activations' dtype.
+  """
+
+  tail: jax.Array
+
+
+class GatedConv(MemoryLayer):
+  """Gated short convolution (Arora et al. 2023, arXiv:2312.04927): remembers the last few tokens.
+
+      y_t = W_o (conv(W_v x)_t * W_g x_t)
+
+  Attributes:
+    channels: that are convolved.
+    conv_width: tokens that an output sees, its own included.
+  """
+
+  channels: int
+  conv_width: int = 4
+
+  def initial_state(self, batch_size: int) -> ConvState:
+    """No tokens before."""
+    return ConvState(jnp.zeros((batch_size, self.conv_width - 1, self.channels), self.activation_dtype()))
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, state: ConvState | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, ConvState]:
+    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    state = self.begin(x, state, segment_ids)
+    x = x.astype(self.activation_dtype(x))
+    types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    value = dense(self.channels, ("embed", "heads"), name="value", **types)(x)
+    gate = dense(self.channels, ("embed", "heads"), name="gate", **types)(x)
+    bound = self.conv_width**-0.5
+    shape = (self.conv_width, self.channels)
+    weight = self.param("weight", named(uniform(-bound, bound), None, "heads"), shape, self.param_dtype)
+    mixed, tail = short_conv(value, weight, initial_state=state.tail, segment_ids=segment_ids)
+    y = dense(x.shape[-1], ("heads", "embed"), name="output", **types)(mixed * gate)
+    return silence_padding(y, segment_ids), ConvState(tail)

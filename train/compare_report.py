@@ -1,0 +1,209 @@
+"""What a comparison came to: a table for the screen and for Markdown, and pictures."""
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.table import Table
+
+from .compare import Comparison, Entrant, Trial
+
+
+class Board:
+  """The live table: what each entrant is at. Feed it with `compare`'s news."""
+
+  def __init__(self, entrants: Iterable[Entrant]):
+    self._rows: dict[str, dict[str, Any]] = {entrant.title: {"entrant": entrant} for entrant in entrants}
+    self.continuous = any(row["entrant"].task.continuous for row in self._rows.values())
+
+  def __call__(self, entrant: Entrant, news: dict[str, Any]) -> None:
+    """Takes in news of an entrant."""
+    self._rows[entrant.title].update(news)
+
+  def __rich__(self) -> Table:
+    tests = list(next(iter(self._rows.values()))["entrant"].task.tests())
+    table = Table("layer", box=SIMPLE)
+    for heading in ("state, bytes", "parameters", "step", "loss", "training", *tests):
+      table.add_column(heading, justify="right")
+    for row in self._rows.values():
+      entrant, trial = row["entrant"], row.get("trial")
+      scores = [_spread(trial.scores[test], self.continuous) for test in tests] if trial else [""] * len(tests)
+      step = trial.steps if trial else row.get("step", "")
+      now = [f"{row[name]:.3f}" if name in row else "" for name in ("loss", "score")]
+      table.add_row(entrant.name, f"{entrant.state_bytes:,}", f"{entrant.parameters:,}", str(step), *now, *scores)
+    return table
+
+
+def markdown(comparison: Comparison) -> str:
+  """The table of results: mean over seeds, and the half of the range where there are several."""
+  tests = list(comparison.chance)
+  what = "squared error" if comparison.continuous else "right answers"
+  heading = ["layer", "state, bytes", "parameters", "steps", "rate", *tests]
+  lines = [
+    f"`{comparison.task}`: {what}, mean of {comparison.budget.seeds} seeds ± half their range",
+    "",
+    _row(heading),
+    _row(["---", *["---:"] * (len(heading) - 1)]),
+  ]
+  for trial in comparison.trials:
+    scores = [_spread(trial.scores[test], comparison.continuous) for test in tests]
+    facts = [trial.name, f"{trial.state_bytes:,}", f"{trial.parameters:,}", str(trial.steps), f"{trial.learning_rate:g}"]
+    lines.append(_row([*facts, *scores]))
+  chance = [_score(score, comparison.continuous) for score in comparison.chance.values()]
+  lines.append(_row(["without memory", "", "", "", "", *chance]))
+  return "\n".join(lines) + "\n"
+
+
+def draw(comparison: Comparison, directory: Path) -> list[Path]:
+  """Draws all pictures that there is something to see on; their paths.
+
+  `scores.png`: over the tests, a line for each layer. `frontier.png`: over state bytes, where layers have several sizes.
+  `kinds.png`: over what the task breaks results down by, as a map where all tests share it.
+  """
+  drawn = []
+  if len(comparison.chance) > 1:
+    drawn.append(_draw_scores(comparison, directory / "scores.png"))
+  if len({trial.name for trial in comparison.trials}) < len(comparison.trials):
+    drawn.append(_draw_frontier(comparison, directory / "frontier.png"))
+  kinds = [list(by_kind) for by_kind in comparison.trials[0].kinds.values()]
+  if len(kinds[-1]) > 1:
+    shared = len(kinds) > 1 and all(names == kinds[0] for names in kinds)
+    drawn.append((_draw_maps if shared else _draw_kinds)(comparison, directory / "kinds.png"))
+  return drawn
+
+
+def _draw_scores(comparison: Comparison, path: Path) -> Path:
+  figure, axes = _canvas(comparison)
+  tests = list(comparison.chance)
+  for trial, style in zip(comparison.trials, _styles(comparison), strict=True):
+    _line(axes, range(len(tests)), [trial.scores[test] for test in tests], _label(comparison, trial), style)
+  axes.plot(range(len(tests)), list(comparison.chance.values()), ":", color="0.5", linewidth=1, label="without memory")
+  axes.set_xticks(range(len(tests)), tests)
+  axes.set(xlabel="test", title=_title(comparison))
+  return _finish(figure, axes, path)
+
+
+def _draw_frontier(comparison: Comparison, path: Path) -> Path:
+  figure, axes = _canvas(comparison)
+  colours = _colours(comparison)
+  for name, colour in colours.items():
+    trials = sorted((trial for trial in comparison.trials if trial.name == name), key=lambda trial: trial.state_bytes)
+    seeds = [np.mean(list(trial.scores.values()), axis=0).tolist() for trial in trials]
+    _line(axes, [trial.state_bytes for trial in trials], seeds, name, {"color": colour, "marker": "o"})
+  axes.set_xscale("log", base=2)
+  axes.set(xlabel="bytes of state, for one sequence", title=f"{_title(comparison)}: mean over the tests")
+  return _finish(figure, axes, path)
+
+
+def _draw_kinds(comparison: Comparison, path: Path) -> Path:
+  figure, axes = _canvas(comparison)
+  hardest = list(comparison.chance)[-1]
+  for trial, style in zip(comparison.trials, _styles(comparison), strict=True):
+    kinds = trial.kinds[hardest]
+    _line(axes, range(len(kinds)), list(kinds.values()), _label(comparison, trial), style | {"markersize": 2})
+  names = list(comparison.trials[0].kinds[hardest])
+  shown = range(0, len(names), max(1, len(names) // 8))
+  axes.set_xticks(list(shown), [names[i] for i in shown])
+  if comparison.continuous:
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=None)
+  axes.set(xlabel="position", title=f"{_title(comparison)}, test {hardest}")
+  return _finish(figure, axes, path)
+
+
+def _draw_maps(comparison: Comparison, path: Path) -> Path:
+  from matplotlib.figure import Figure
+
+  trials, tests = comparison.trials, list(comparison.chance)
+  kinds = list(trials[0].kinds[tests[0]])
+  columns = min(4, len(trials))
+  rows = math.ceil(len(trials) / columns)
+  size = (1.5 + 2.6 * columns, 0.8 + rows * (1.2 + 0.28 * len(kinds)))
+  figure = Figure(figsize=size, layout="constrained")
+  grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+  top = max(np.mean(s) for t in trials for by in t.kinds.values() for s in by.values()) if comparison.continuous else 1.0
+  for axes, trial in zip(grid.flat, trials, strict=False):
+    values = np.array([[np.mean(trial.kinds[test][kind]) for test in tests] for kind in kinds])
+    image = axes.imshow(values, vmin=0, vmax=top, aspect="auto", cmap="viridis")
+    for (i, j), value in np.ndenumerate(values):
+      ink = "white" if value < top / 2 else "black"
+      axes.text(j, i, _score(value, comparison.continuous), ha="center", va="center", size=7, color=ink)
+    axes.set_title(_label(comparison, trial), size=9)
+    axes.set_xticks(range(len(tests)), tests, size=8)
+    axes.set_yticks(range(len(kinds)), kinds, size=8)
+  for axes in list(grid.flat)[len(trials) :]:
+    axes.set_axis_off()
+  figure.colorbar(image, ax=grid, label="squared error" if comparison.continuous else "share of right answers", shrink=0.8)
+  figure.suptitle(_title(comparison), size=10)
+  figure.savefig(path, dpi=120)
+  return path
+
+
+def _canvas(comparison: Comparison) -> tuple[Any, Any]:
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 4.5), layout="constrained")
+  axes = figure.add_subplot()
+  axes.set_ylabel("squared error" if comparison.continuous else "share of right answers")
+  if not comparison.continuous:
+    axes.set_ylim(-0.02, 1.02)
+  axes.grid(alpha=0.25)
+  return figure, axes
+
+
+def _line(axes: Any, x: Iterable, seeds: list[list[float]], label: str, style: dict[str, Any]) -> None:
+  """The mean over seeds, and their range as a band."""
+  x, means = list(x), [float(np.mean(values)) for values in seeds]
+  axes.plot(x, means, label=label, **({"marker": "o", "markersize": 4} | style))
+  axes.fill_between(x, [min(v) for v in seeds], [max(v) for v in seeds], color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> Path:
+  axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+  figure.savefig(path, dpi=120)
+  return path
+
+
+def _colours(comparison: Comparison) -> dict[str, str]:
+  names = dict.fromkeys(trial.name for trial in comparison.trials)
+  return {name: f"C{i}" for i, name in enumerate(names)}
+
+
+def _styles(comparison: Comparison) -> list[dict[str, Any]]:
+  """A colour for each layer; of its sizes, the smaller the paler."""
+  colours, styles = _colours(comparison), []
+  for trial in comparison.trials:
+    sizes = sorted(other.state_bytes for other in comparison.trials if other.name == trial.name)
+    strength = (1 + sizes.index(trial.state_bytes)) / len(sizes)
+    styles.append({"color": colours[trial.name], "alpha": 0.3 + 0.7 * strength})
+  return styles
+
+
+def _label(comparison: Comparison, trial: Trial) -> str:
+  several = sum(other.name == trial.name for other in comparison.trials) > 1
+  return f"{trial.name}, {_binary(trial.state_bytes)}" if several else trial.name
+
+
+def _title(comparison: Comparison) -> str:
+  return comparison.task if len(comparison.task) < 90 else comparison.task.partition("(")[0]
+
+
+def _binary(count: int) -> str:
+  return f"{count / 1024:.3g} KiB" if count < 2**20 else f"{count / 2**20:.3g} MiB"
+
+
+def _spread(seeds: list[float], continuous: bool) -> str:
+  half = (max(seeds) - min(seeds)) / 2
+  return _score(statistics.fmean(seeds), continuous) + (f" ± {_score(half, continuous)}" if len(seeds) > 1 else "")
+
+
+def _score(value: float, continuous: bool) -> str:
+  return f"{value:.3g}" if continuous else f"{value:.2f}"
+
+
+def _row(cells: list[str]) -> str:
+  return f"| {' | '.join(cells)} |"
