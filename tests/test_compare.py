@@ -12,7 +12,7 @@ from memzoo.train.tasks import TASKS
 from memzoo.zoo import cli
 from memzoo.zoo.config import build
 
-SMALL = ["MultiQueryRecall.tokens=16", "MultiQueryRecall.pairs=2", "MultiQueryRecall.vocabulary=12", "LanguageModel.width=16"]
+SMALL = ["MultiQueryRecall.tokens=64", "MultiQueryRecall.pairs=8", "MultiQueryRecall.vocabulary=32", "LanguageModel.width=16"]
 SMALL += ["GatedConv.channels=8", "size=4", "heads=1"]
 BUDGET = Budget(learning_rates=(1e-2, 3e-2), seeds=2, steps=6, batch_size=4, evaluate_every=3, test_examples=8)
 
@@ -34,6 +34,7 @@ def test_overrides_of_a_layer_count_for_it_alone_and_scopes_for_theirs():
   assert all(entrant.experiment.model.depth == 4 for entrant in (plain, wide, other))
 
 
+@pytest.mark.slow
 def test_entrants_of_equal_state_and_of_equal_parameters():
   sizes = [2**12, 2**14, 2**16]
   for layer in ("DeltaNet", "EraseThenDelta", "Attention"):

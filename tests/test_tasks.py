@@ -1,6 +1,7 @@
 """The memory tasks: a solver that reads the example is always right, one without memory as often as stated."""
 
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from memzoo.train.tasks import TASKS, Example, Mixture
+from memzoo.train.evaluation import evaluate_run
+from memzoo.train.loop import train
+from memzoo.train.report import read_rows
+from memzoo.train.tasks import TASKS, Example, Mixture, TaskData
 from memzoo.train.tasks.recall import MultiQueryRecall, NoisyRecall, StaleFacts
 from memzoo.train.tasks.regression import Regression
 from memzoo.train.tasks.sets import SetDisjointness
 from memzoo.train.tasks.state_tracking import GROUPS, Swaps, WordProblem, multiplication, permutations
+from memzoo.zoo.config import build
+from memzoo.zoo.describe import describe, render
+
+pytestmark = pytest.mark.slow
 
 SMALL = {
   "mqar": {"vocabulary": 64},
@@ -272,3 +280,70 @@ def test_impossible_mixtures_are_refused():
   for tasks, counts in itertools.product([(), (WordProblem("S3", 3), WordProblem("S3", 4))], [(), (1,), (1, 1)]):
     with pytest.raises(ValueError, match="cannot be; want"):
       Mixture(tasks, counts)
+
+
+# A task as the data of a run.
+
+
+@pytest.mark.parametrize("name", ["mqar", "regression"])
+def test_a_run_on_a_task_resumes_to_the_bits_and_tells_answers(name, tmp_path, capsys):
+  settings = ["Trainer.checkpoint_every=2", "Trainer.evaluate_every=3", "Trainer.log_every=1", "TaskData.validation_batches=2"]
+  experiments = [build(f"tasks/{name}", ["TaskData.batch_size=4", *settings, f"Trainer.steps={steps}"]) for steps in (6, 6)]
+  whole = train(experiments[0], tmp_path / "whole")
+  said = capsys.readouterr().out
+  assert str(experiments[0].data.task) in said
+  assert "without memory" in said
+  for step in ("6", "4"):
+    assert (tmp_path / "whole" / "checkpoints" / step).exists()
+  shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+  shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
+  (tmp_path / "cut" / "result.json").unlink()
+  again = train(experiments[1], tmp_path / "cut", progress=False)
+  assert [dict(row) for row in read_rows(tmp_path / "cut" / "metrics.jsonl")] == read_rows(tmp_path / "whole" / "metrics.jsonl")
+  assert again.validation_loss == whole.validation_loss
+  rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
+  measure = "squared_error" if name == "regression" else "bits_per_answer"
+  assert all(measure in row for row in rows)
+  assert "validation_accuracy" in rows[2]
+  evaluation, step = evaluate_run(tmp_path / "whole")
+  assert (step, evaluation.measure) == (6, measure)
+  assert evaluation.loss == pytest.approx(whole.validation_loss, rel=1e-5)
+
+
+def test_batches_of_a_task_are_shared_out_and_never_seen_twice():
+  data = TaskData(WordProblem("S3", 5), batch_size=4)
+  whole, first, second = data.load().batches(), data.load().batches(0, 2), data.load().batches(1, 2)
+  seen = set()
+  for _ in range(5):
+    batch, parts = next(whole), (next(first), next(second))
+    np.testing.assert_array_equal(batch["tokens"][0::2], parts[0]["tokens"])
+    np.testing.assert_array_equal(batch["targets"][1::2], parts[1]["targets"])
+    seen |= {row.tobytes() for row in batch["tokens"]}
+  validation = {row.tobytes() for batch in data.load().validation_batches(2) for row in batch["tokens"]}
+  assert len(seen) > 15
+  assert len(validation) > 5
+  there = data.load().batches()
+  there.set_state({"next": 4})
+  np.testing.assert_array_equal(next(there)["tokens"], batch["tokens"])
+  assert data.load().fingerprint != TaskData(WordProblem("S3", 6), batch_size=4).load().fingerprint
+
+
+def test_models_that_do_not_fit_a_task_are_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"vocab_size is 5; want at least 6"):
+    train(build("tasks/word_problem", ["LanguageModel.vocab_size=5"]), tmp_path / "run")
+  with pytest.raises(ValueError, match=r"want a VectorModel of input_dim=24 and output_dim=8"):
+    train(build("tasks/regression", ["VectorModel.output_dim=5"]), tmp_path / "run")
+  with pytest.raises(ValueError, match="is not made of text"):
+    build("tasks/mqar").data.encode("def ")
+  for field in ({"batch_size": 0}, {"validation_batches": 0}, {"seed": -1}):
+    with pytest.raises(ValueError, match=f"TaskData.{next(iter(field))} is "):
+      TaskData(WordProblem(), **field)
+
+
+@pytest.mark.parametrize("name", ["mqar", "regression"])
+def test_tasks_can_be_described(name):
+  experiment = build(f"tasks/{name}")
+  description = describe(experiment.model, experiment.data.sequence_length)
+  assert description.parameters > 1000
+  assert description.flops > 0
+  assert str(experiment.data.task).partition("(")[0] in repr(render(experiment, description)[1].columns[1]._cells)

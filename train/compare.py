@@ -271,7 +271,7 @@ def _bound(override: str) -> str:
 def _fitted(experiment: Any) -> Any:
   """The experiment with a model that knows just the tokens, or the dimensions, of its task."""
   task = experiment.data.task
-  known = {"output_dim": task.output_dim} if task.continuous else {"vocab_size": task.vocab_size}
+  known = {"input_dim": task.input_dim, "output_dim": task.output_dim} if task.continuous else {"vocab_size": task.vocab_size}
   return replace(experiment, model=experiment.model.clone(**known))
 
 
@@ -280,7 +280,7 @@ def _state_bytes(experiment: Any) -> int:
 
 
 def _count(experiment: Any) -> int:
-  shapes = jax.eval_shape(experiment.model.init, jax.random.key(0), _one_token(experiment.data.task))
+  shapes = jax.eval_shape(experiment.model.init, jax.random.key(0), experiment.data.one_token)
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
@@ -322,7 +322,7 @@ class _Lanes:
       return optax.chain(transform, optax.scale(rate))
 
     def create(seed):
-      return create_state(self.model, scaled(1.0), jax.random.key(seed), _one_token(task))
+      return create_state(self.model, scaled(1.0), jax.random.key(seed), entrant.experiment.data.one_token)
 
     def advance(rate, seed, state, steps):
       step = make_train_step(self.model, scaled(rate), lambda count: rate * schedule(count))
@@ -393,5 +393,3 @@ def score_answers(model: nn.Module, kinds: int, params: Any, example: Any) -> tu
   return empty.at[kind].add(score.ravel() * weights), empty.at[kind].add(weights)
 
 
-def _one_token(task: Task) -> jax.Array:
-  return jnp.zeros((1, 1, task.input_dim), jnp.float32) if task.continuous else jnp.zeros((1, 1), jnp.int32)

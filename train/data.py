@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from .report import thousands
 from .sources import ByteTokenizer, Document, FileTokenizer, load_tokenizer, read_sources
 
 if TYPE_CHECKING:
@@ -89,6 +90,21 @@ class TextData:
   def decode(self, tokens: Sequence[int]) -> str:
     """The text of `tokens`."""
     return self._tokenizer.decode(tokens)
+
+  one_token: ClassVar[np.ndarray] = np.zeros((1, 1), np.int32)  # what a model may be initialised with
+
+  @property
+  def source(self) -> str:
+    """Where the text comes from, in words."""
+    return f"TextData.sources={self.sources!r}, {self.tokenizer} as tokens"
+
+  def check_model(self, model: Any) -> None:
+    """Raises `ValueError` if `model` knows fewer tokens than the tokenizer."""
+    if model.vocab_size < self.vocab_size:
+      raise ValueError(
+        f"LanguageModel.vocab_size is {model.vocab_size}; want at least {self.vocab_size}, the number of "
+        f"tokens of TextData.tokenizer={self.tokenizer!r}."
+      )
 
   def check_tokenizer(self, digest: str | None) -> None:
     """Raises `ValueError` if the tokenizer is not the one that had this `tokenizer_digest` when a run began."""
@@ -228,21 +244,33 @@ class Corpus:
   validation: Split
   counts: tuple[int, ...]
 
+  measure: ClassVar[str] = "bits_per_byte"
+
+  def measured(self, loss: float, validation: bool = False) -> float:
+    """A loss in nats per token, in bits per byte of the text of a split."""
+    return loss / math.log(2) / (self.validation if validation else self.training).bytes_per_token
+
+  def baselines(self, batches: Sequence[Batch]) -> dict[str, float]:
+    """Bits per byte of what `batches` ask for, without a model of it."""
+    found = baselines(predicted_text(batches, self.data))
+    return {"byte frequencies": found.order_0, "zlib -9": found.zlib}
+
   @property
   def parts(self) -> list[Split]:
     """The parts of `training` that rows are drawn from, with `data.weights`."""
     bounds = np.cumsum([0, *self.counts])
     return [self.training.documents(start, end) for start, end in pairwise(bounds)]
 
-  def summary(self) -> str:
-    """One line about documents and the rows that they are packed into."""
+  def summary(self, steps: int) -> str:
+    """One line about documents, the rows that they are packed into, and how often a run of `steps` batches sees them."""
     rows = sum(map(len, self.parts))
     without = 1 - sum(part.num_targets for part in self.parts) / (rows * self.data.sequence_length)
     documents = len(self.training.document_ends)
     return (
       f"{documents:,} document{'s' * (documents > 1)} packed into {rows:,} rows of {self.data.sequence_length}, "
       f"{without:.2%} of their places without a target; {len(self.validation.document_ends):,} into "
-      f"{len(self.validation):,} for validation."
+      f"{len(self.validation):,} for validation. {steps * self.data.batch_size / rows:.2g} epochs of "
+      f"{thousands(self.training.num_bytes)}B of text."
     )
 
   def batches(self, share: int = 0, shares: int = 1) -> "grain.DatasetIterator":

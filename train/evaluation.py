@@ -1,6 +1,5 @@
 """How well a model predicts the validation text, beside what that text costs without a model."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from .data import Baselines, Batch, Corpus, baselines, predicted_text
+from .data import Batch, Corpus
 from .processes import row_share
 from .sharding import put_batch
 from .step import Program, build_program
@@ -17,24 +16,23 @@ from .step import Program, build_program
 
 @dataclass(frozen=True)
 class Evaluation:
-  """A model on a text.
+  """A model on a text, or on a task.
 
   Attributes:
-    loss: nats per token.
-    bits_per_byte: the same per byte of text, in bits.
+    loss: nats per token; for vectors, the squared error.
+    measured: the same in another measure.
+    measure: its name, such as "bits_per_byte".
+    accuracy: share of tokens whose likeliest prediction is right.
     tokens: predicted.
-    baselines: of the same text.
+    baselines: by name, what the same costs without a model of it, in the same measure.
   """
 
   loss: float
-  bits_per_byte: float
+  measured: float
+  measure: str
+  accuracy: float
   tokens: int
-  baselines: Baselines
-
-
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-  """A loss in nats per token, in bits per byte of text."""
-  return loss / math.log(2) / bytes_per_token
+  baselines: dict[str, float]
 
 
 def put_rows(batch: Batch, sharding: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
@@ -44,23 +42,26 @@ def put_rows(batch: Batch, sharding: jax.sharding.NamedSharding) -> dict[str, ja
   return put_batch({name: rows[share * own : (share + 1) * own] for name, rows in batch.items()}, sharding)
 
 
-def mean_loss(program: Program, params: Any, batches: Sequence[dict[str, jax.Array]]) -> float:
-  """Nats per token over `batches`, which are on the devices."""
+def mean_loss(program: Program, params: Any, batches: Sequence[dict[str, jax.Array]]) -> tuple[float, float]:
+  """Nats per token over `batches`, which are on the devices, and the share of tokens predicted right."""
   # One after another: were all asked for at once, the devices of a mesh, on a CPU threads of one small pool, could each be
   # at another batch and wait for the others without end.
   sums = [jax.device_get(program.evaluate(params, batch)) for batch in batches]
-  return sum(float(nats) for nats, _ in sums) / sum(float(tokens) for _, tokens in sums)
+  nats, right, tokens = (sum(map(float, column)) for column in zip(*sums, strict=True))
+  return nats / tokens, right / tokens
 
 
 def evaluate(program: Program, params: Any, corpus: Corpus, batches: int = 0) -> Evaluation:
-  """Evaluates `params` on so many batches of `corpus`'s validation text; 0 means all of it."""
+  """Evaluates `params` on so many validation batches of `corpus`; 0 means all of them."""
   rows = corpus.validation_batches(batches)
-  loss = mean_loss(program, params, [put_rows(batch, program.batch_sharding) for batch in rows])
+  loss, accuracy = mean_loss(program, params, [put_rows(batch, program.batch_sharding) for batch in rows])
   return Evaluation(
     loss=loss,
-    bits_per_byte=bits_per_byte(loss, corpus.validation.bytes_per_token),
+    measured=corpus.measured(loss, validation=True),
+    measure=corpus.measure,
+    accuracy=accuracy,
     tokens=int(sum(batch["weights"].sum() for batch in rows)),
-    baselines=baselines(predicted_text(rows, corpus.data)),
+    baselines=corpus.baselines(rows),
   )
 
 
@@ -79,7 +80,7 @@ def load_run(
   if not config.is_file():
     raise ValueError(f"{directory} is no run: it has no config.gin; want a folder that `memzoo train` has written.")
   experiment = build_text(config.read_text(), Path(directory).name)
-  shapes = jax.eval_shape(lambda: nn.unbox(experiment.model.init(jax.random.key(0), jax.numpy.zeros((1, 1), "int32"))))
+  shapes = jax.eval_shape(lambda: nn.unbox(experiment.model.init(jax.random.key(0), experiment.data.one_token)))
 
   def check(facts):
     experiment.data.check_tokenizer(facts.get("tokenizer"))
@@ -95,6 +96,11 @@ def evaluate_run(
   experiment, params, step = load_run(directory, best=best, say=say)
   mesh = type(experiment.mesh)(data=1).build(jax.devices()[:1])
   program = build_program(
-    experiment.model, experiment.optimizer, mesh, steps=experiment.trainer.steps, batch_size=experiment.data.batch_size
+    experiment.model,
+    experiment.optimizer,
+    mesh,
+    steps=experiment.trainer.steps,
+    batch_size=experiment.data.batch_size,
+    tokens=experiment.data.one_token,
   )
   return evaluate(program, params, experiment.data.load(), batches), step

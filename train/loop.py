@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from .checkpoint import Checkpoints, Restored, checksums
 from .data import Corpus
 from .diagnosis import Spikes, first_nonfinite_module
-from .evaluation import Evaluation, bits_per_byte, evaluate, mean_loss, put_rows
+from .evaluation import Evaluation, evaluate, mean_loss, put_rows
 from .processes import Vote, check_equal, row_share, together
 from .report import Report, clock, plot_losses, read_rows, thousands
 from .run_folder import Result, check_same_run, check_writable, finished_result
@@ -68,11 +68,7 @@ def train(experiment: "Experiment", directory: str | Path, *, progress: bool = T
     if progress and jax.process_index() == 0:
       print(f"{directory} is finished: {finished.step} steps. To go on, ask for more with Trainer.steps.")
     return finished
-  if experiment.model.vocab_size < data.vocab_size:
-    raise ValueError(
-      f"LanguageModel.vocab_size is {experiment.model.vocab_size}; want at least {data.vocab_size}, the number of "
-      f"tokens of TextData.tokenizer={data.tokenizer!r}."
-    )
+  data.check_model(experiment.model)
   mesh = experiment.mesh.build()
   program = build_program(
     experiment.model,
@@ -81,6 +77,7 @@ def train(experiment: "Experiment", directory: str | Path, *, progress: bool = T
     steps=trainer.steps,
     batch_size=data.batch_size,
     seed=trainer.seed,
+    tokens=data.one_token,
   )
   with together():
     row_share(program.batch_sharding, data.batch_size)
@@ -94,8 +91,8 @@ def train(experiment: "Experiment", directory: str | Path, *, progress: bool = T
       data.check_tokenizer(restored.facts.get("tokenizer"))
     if restored and restored.facts["fingerprint"] != corpus.fingerprint:
       raise ValueError(
-        f"TextData.sources={data.sources!r} no longer hold the text that {directory} was trained on; want the same "
-        "text (and, for the standard library, the same Python), or a new directory."
+        f"{data.source} is no longer what {directory} was trained on; want the same (and, for the standard library, the same "
+        "Python), or a new directory."
       )
     if jax.process_index() == 0:
       (directory / "config.gin").write_text(experiment.text)
@@ -142,6 +139,7 @@ class _Run:
       last_step=max(self.first_step, self.trainer.steps),
       tokens_per_step=self.data.batch_size * self.data.sequence_length,
       log_every=self.trainer.log_every,
+      measure=corpus.measure,
       progress=progress,
       primary=self.primary,
     )
@@ -150,16 +148,15 @@ class _Run:
     """Says what is about to happen."""
     for message in messages:
       self.report.say(message)
-    trainer, training = self.trainer, self.corpus.training
+    trainer = self.trainer
     start = f"Resuming {self.directory} after step {self.step}" if self.step else f"Starting {self.directory}"
     devices = f"{self.mesh.size} {self.mesh.devices.flat[0].device_kind} device{'s' * (self.mesh.size > 1)}"
     devices += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    epochs = trainer.steps * self.data.batch_size / len(training)
     self.report.say(
-      f"{start}: {trainer.steps} steps of {self.data.batch_size} x {self.data.sequence_length} tokens, {epochs:.2g} "
-      f"epochs of {thousands(training.num_bytes)}B of text; {self.numerics()}, on {devices}."
+      f"{start}: {trainer.steps} steps of {self.data.batch_size} x {self.data.sequence_length} tokens; {self.numerics()}, "
+      f"on {devices}."
     )
-    self.report.say(self.corpus.summary())
+    self.report.say(self.corpus.summary(trainer.steps))
     if self.mesh.size > 1:
       self.report.say(layout(self.mesh, self.program.abstract_state.params))
 
@@ -242,17 +239,14 @@ class _Run:
     loss, validation = None, {}
     if evaluate:
       with self.watch("evaluation"):
-        loss = mean_loss(self.program, self.state.params, self.validation)
-        validation = self.validation_row(loss)
+        loss, accuracy = mean_loss(self.program, self.state.params, self.validation)
+        validation = self.validation_row(loss) | {"validation_accuracy": accuracy}
     self.record(step, metrics, batch, validation)
     return loss
 
   def validation_row(self, loss: float) -> dict[str, float]:
     """The validation loss under the names that `metrics.jsonl` has for it."""
-    return {
-      "validation_loss": loss,
-      "validation_bits_per_byte": bits_per_byte(loss, self.corpus.validation.bytes_per_token),
-    }
+    return {"validation_loss": loss, f"validation_{self.corpus.measure}": self.corpus.measured(loss, validation=True)}
 
   def record(
     self, step: int, metrics: Metrics, batch: dict[str, jax.Array], validation: dict[str, float] | None = None
@@ -265,7 +259,7 @@ class _Run:
       row = {
         "step": step,
         "loss": loss,
-        "bits_per_byte": bits_per_byte(loss, self.corpus.training.bytes_per_token),
+        self.corpus.measure: self.corpus.measured(loss),
         "gradient_norm": float(metrics.gradient_norm),
         "learning_rate": float(metrics.learning_rate),
       }
@@ -320,9 +314,8 @@ class _Run:
       step=self.step,
       skipped=int(self.state.skipped),
       validation_loss=evaluation.loss,
-      validation_bits_per_byte=evaluation.bits_per_byte,
-      order_0_bits_per_byte=evaluation.baselines.order_0,
-      zlib_bits_per_byte=evaluation.baselines.zlib,
+      validation_accuracy=evaluation.accuracy,
+      **(_of_text(evaluation) if self.corpus.measure == "bits_per_byte" else {}),
       peak_bytes=peak_bytes(),  # before the large product that the speed is compared with
       **self.speed(),
     )
@@ -357,11 +350,11 @@ class _Run:
       return
     if evaluation:
       rows[-1] |= self.validation_row(evaluation.loss)
-    plot_losses(rows, self.directory / "loss.png", evaluation and evaluation.baselines)
+    plot_losses(rows, self.directory / "loss.png", evaluation and evaluation.baselines, self.corpus.measure)
 
   def write_sample(self) -> None:
     """Writes `sample.txt`: the prompt and what the model makes of it."""
-    if not self.trainer.sample_tokens or jax.process_count() > 1:
+    if not self.trainer.sample_tokens or jax.process_count() > 1 or self.corpus.measure != "bits_per_byte":
       return
     from ..zoo.generate import generate
 
@@ -384,8 +377,12 @@ class _Run:
     names = ("loss.png", "sample.txt", "metrics.jsonl", "tensorboard", "checkpoints")
     left = ", ".join(name for name in names if (self.directory / name).exists())
     rows = [
-      ("validation", f"{result.validation_bits_per_byte:.3f} bits per byte, on {thousands(evaluation.tokens)} tokens"),
-      ("zlib -9, byte frequencies", f"{result.zlib_bits_per_byte:.3f}, {result.order_0_bits_per_byte:.3f} on the same"),
+      (
+        "validation",
+        f"{evaluation.measured:.3f} {self.corpus.measure.replace('_', ' ')}, on {thousands(evaluation.tokens)} tokens, "
+        f"{evaluation.accuracy:.1%} right",
+      ),
+      (", ".join(evaluation.baselines), ", ".join(f"{value:.3f}" for value in evaluation.baselines.values()) + " on the same"),
     ]
     if result.tokens_per_second:
       share = self.watch.shares()
@@ -403,6 +400,16 @@ class _Run:
     if result.skipped:
       rows.append(("skipped", f"{result.skipped} steps, not finite"))
     self.report.table(f"Finished: {self.step} steps", [*rows, (str(self.directory), left)])
+
+
+def _of_text(evaluation: Evaluation) -> dict[str, float]:
+  """An evaluation on text under the names that `Result` has for it."""
+  order_0, zlib = evaluation.baselines.values()
+  return {
+    "validation_bits_per_byte": evaluation.measured,
+    "order_0_bits_per_byte": order_0,
+    "zlib_bits_per_byte": zlib,
+  }
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,5 +1,6 @@
 """What a run says while it goes on, and what it leaves behind for people: metrics, curves and a table."""
 
+import itertools
 import json
 import math
 import time
@@ -14,9 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .data import Baselines
-
 Row = dict[str, Any]
+MEASURES = {"bits_per_byte": "bits/byte", "bits_per_answer": "bits/answer", "squared_error": "squared error"}
 
 
 class Report:
@@ -29,6 +29,7 @@ class Report:
     first_step, last_step: steps done before, and when all is done.
     tokens_per_step: for the rate.
     log_every: steps between two lines, and between two points in TensorBoard.
+    measure: the number beside the loss that rows have, one of `MEASURES`.
     progress: False keeps the screen empty.
     primary: False writes no files and shows nothing, for all processes but the first.
   """
@@ -41,11 +42,12 @@ class Report:
     last_step: int,
     tokens_per_step: int,
     log_every: int,
+    measure: str = "bits_per_byte",
     progress: bool = True,
     primary: bool = True,
   ):
     self._directory, self._last_step, self._log_every = directory, last_step, log_every
-    self._tokens_per_step, self._primary = tokens_per_step, primary
+    self._tokens_per_step, self._primary, self._measure = tokens_per_step, primary, measure
     self._console = Console(quiet=not (progress and primary), highlight=False)
     if not self._console.is_terminal:
       self._console.width = 120  # a file has no width of its own
@@ -81,11 +83,11 @@ class Report:
     self._since = (time.perf_counter(), step)
 
   def row(self, row: Row) -> None:
-    """Takes the numbers of one step: "step", "loss" and "bits_per_byte" at least. They are written at the next `flush`."""
+    """Takes the numbers of one step: "step", "loss" and the measure at least. They are written at the next `flush`."""
     if self._primary:
       self._metrics.write(json.dumps(_finite_or_none(row)) + "\n")
     self._recent.append(row)
-    if row["step"] % self._log_every == 0 or row["step"] == self._last_step or "validation_bits_per_byte" in row:
+    if row["step"] % self._log_every == 0 or row["step"] == self._last_step or f"validation_{self._measure}" in row:
       self._summarise(row)
     elif self._bar:
       self._bar.update(self._task, completed=row["step"])
@@ -96,7 +98,7 @@ class Report:
     seconds, steps = now - self._since[0], step - self._since[1]
     self._since = (now, step)
     rate = self._tokens_per_step * steps / seconds if steps else 0.0
-    means = {name: _mean([r[name] for r in self._recent]) for name in ("loss", "bits_per_byte")}
+    means = {name: _mean([r[name] for r in self._recent]) for name in ("loss", self._measure)}
     self._recent = []
     if self._primary:
       scalars = {name: value for name, value in row.items() if name not in ("step", "skipped", "group_norms")}
@@ -108,9 +110,9 @@ class Report:
     self._show(row | means, rate, seconds * (self._last_step - step) / max(1, steps))
 
   def _show(self, row: Row, rate: float, seconds_left: float) -> None:
-    text = f"loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte"
-    if "validation_bits_per_byte" in row:
-      text += f"  validation {row['validation_bits_per_byte']:.3f}"
+    text = f"loss {row['loss']:.3f}  {row[self._measure]:.3f} {MEASURES[self._measure]}"
+    if f"validation_{self._measure}" in row:
+      text += f"  validation {row[f'validation_{self._measure}']:.3f}"
     if rate:
       text += f"  {thousands(rate)} tokens/s"
     if self._bar:
@@ -161,27 +163,28 @@ def read_rows(path: Path) -> list[Row]:
   return rows
 
 
-def plot_losses(rows: list[Row], path: Path, baselines: Baselines | None = None) -> None:
-  """Draws bits per byte against steps: training, validation and the baselines, as a PNG file."""
+def plot_losses(
+  rows: list[Row], path: Path, baselines: dict[str, float] | None = None, measure: str = "bits_per_byte"
+) -> None:
+  """Draws a measure against steps: training, validation and the baselines by name, as a PNG file."""
   from matplotlib.figure import Figure  # without pyplot, which keeps global state and chooses a windowing system
 
   steps = np.array([row["step"] for row in rows])
-  raw = np.array([row["bits_per_byte"] for row in rows], float)  # None becomes nan, and a gap
+  raw = np.array([row[measure] for row in rows], float)  # None becomes nan, and a gap
   figure = Figure(figsize=(8, 4.5), layout="constrained")
   axes = figure.add_subplot()
   axes.plot(steps, raw, color="tab:blue", alpha=0.2, linewidth=0.8, label="_batch")
   axes.plot(steps, smoothed(raw), color="tab:blue", label="training, smoothed")
-  measured = [(row["step"], row["validation_bits_per_byte"]) for row in rows if "validation_bits_per_byte" in row]
+  validation = f"validation_{measure}"
+  measured = [(row["step"], row[validation]) for row in rows if validation in row]
   if measured:
     label = f"validation, {measured[-1][1]:.2f}"
     axes.plot(*zip(*measured, strict=True), "o-", color="tab:orange", markersize=4, clip_on=False, label=label)
-  for name, value, style in (
-    () if baselines is None else (("byte frequencies", baselines.order_0, ":"), ("zlib -9", baselines.zlib, "--"))
-  ):
+  for (name, value), style in zip((baselines or {}).items(), itertools.cycle((":", "--")), strict=False):
     axes.axhline(value, color="0.35", linestyle=style, linewidth=1, label=f"{name}, {value:.2f}")
-  start = np.nanmax([*raw[:1], *((baselines.order_0,) if baselines else ()), 1.0])
+  start = np.nanmax([*raw[:1], *(baselines or {}).values(), *(() if measure == "squared_error" else (1.0,))])
   # A spike may leave the frame: what it began with is all that the frame has to hold.
-  axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, max(2, int(steps.max(initial=1)))), ylim=(0, 1.1 * start))
+  axes.set(xlabel="step", ylabel=measure.replace("_", " "), xlim=(0, max(2, int(steps.max(initial=1)))), ylim=(0, 1.1 * start))
   axes.grid(alpha=0.25)
   axes.legend(frameon=False)
   figure.savefig(path, dpi=120)

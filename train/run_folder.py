@@ -16,6 +16,7 @@ class Result:
     interrupted: the signal that stopped it early, "SIGTERM" or "SIGINT"; None if it is finished.
     skipped: batches among them whose loss or gradient was not finite.
     validation_loss, validation_bits_per_byte: on the validation text; None if interrupted, as all that follow.
+    validation_accuracy: share of tokens, or of answers, whose likeliest prediction is right.
     order_0_bits_per_byte, zlib_bits_per_byte: what the same text costs under its own byte frequencies, and zlib -9.
     tokens_per_second: from the end of the first step to the end of the last, all pauses included.
     step_share: of that time, spent inside the compiled step.
@@ -30,6 +31,7 @@ class Result:
   skipped: int = 0
   validation_loss: float | None = None
   validation_bits_per_byte: float | None = None
+  validation_accuracy: float | None = None
   order_0_bits_per_byte: float | None = None
   zlib_bits_per_byte: float | None = None
   tokens_per_second: float | None = None

@@ -66,7 +66,8 @@ class Program(NamedTuple):
   Attributes:
     create: `create() -> TrainState`, fresh.
     train: `train(state, batch) -> (TrainState, Metrics)`. It consumes `state`.
-    evaluate: `evaluate(params, batch) -> (nats, tokens)`: the loss summed over the batch's targets, and their number.
+    evaluate: `evaluate(params, batch) -> (nats, right, tokens)`: the loss summed over the batch's targets, how many of them
+      the likeliest prediction is right about, and their number.
     abstract_state: the state's shapes, dtypes and shardings.
     batch_sharding: of every array of a batch.
     groups: names of the parameter groups.
@@ -74,24 +75,33 @@ class Program(NamedTuple):
 
   create: Callable[[], TrainState]
   train: Callable[[TrainState, dict], tuple[TrainState, Metrics]]
-  evaluate: Callable[[Any, dict], tuple[jax.Array, jax.Array]]
+  evaluate: Callable[[Any, dict], tuple[jax.Array, jax.Array, jax.Array]]
   abstract_state: TrainState
   batch_sharding: jax.sharding.NamedSharding
   groups: tuple[str, ...]
 
 
 def build_program(
-  model: nn.Module, optimizer: Optimizer, mesh: Mesh, *, steps: int, batch_size: int, seed: int = 0
+  model: nn.Module,
+  optimizer: Optimizer,
+  mesh: Mesh,
+  *,
+  steps: int,
+  batch_size: int,
+  seed: int = 0,
+  tokens: jax.Array | None = None,
 ) -> Program:
   """Lays out and jits the functions of a run of `steps` batches of `batch_size` rows; nothing is computed yet.
+
+  `tokens` are any that the model takes, integers [1, 1] unless given.
 
   Raises:
     ValueError: if the batch or a parameter does not divide over the mesh.
   """
   rows = batch_sharding(mesh, batch_size)
   transform = optimizer.build(steps)
-  create = partial(create_state, model, transform, jax.random.key(seed))
-  shardings = _state_shardings(model, transform, mesh)
+  create = partial(create_state, model, transform, jax.random.key(seed), tokens)
+  shardings = _state_shardings(model, transform, mesh, tokens)
   shapes = jax.eval_shape(create)
   train_step = make_train_step(model, transform, optimizer.schedule(steps), optimizer.accumulate_steps)
   return Program(
@@ -104,7 +114,7 @@ def build_program(
       compiler_options=compiler_options(mesh),
     ),
     evaluate=jax.jit(
-      partial(sum_loss, model),
+      partial(sum_scores, model),
       in_shardings=(shardings.params, rows),
       out_shardings=replicated(mesh),
       compiler_options=compiler_options(mesh),
@@ -173,13 +183,23 @@ def sum_loss(
 
   Where targets are vectors it is their squared distance instead, over their dimension.
   """
+  nats, _, answers = sum_scores(model, params, batch, key)
+  return nats, answers
+
+
+def sum_scores(
+  model: nn.Module, params: Any, batch: dict, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """As `sum_loss`, with the number of targets that are the likeliest prediction between; vectors are never right."""
   rngs = None if key is None else {"dropout": key}
   logits, _ = model.apply(params, batch["tokens"], segment_ids=batch["segment_ids"], rngs=rngs)
-  if jnp.issubdtype(batch["targets"].dtype, jnp.floating):
-    errors = jnp.square(logits - batch["targets"]).mean(axis=-1)
-    return (errors * batch["weights"]).sum(), batch["weights"].sum()
-  nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["targets"])
-  return (nats * batch["weights"]).sum(), batch["weights"].sum()
+  targets, weights = batch["targets"], batch["weights"]
+  if jnp.issubdtype(targets.dtype, jnp.floating):
+    errors = jnp.square(logits - targets).mean(axis=-1)
+    return (errors * weights).sum(), jnp.zeros((), jnp.float32), weights.sum()
+  nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+  right = (logits.argmax(axis=-1) == targets) & (weights > 0)
+  return (nats * weights).sum(), right.sum(dtype=jnp.float32), weights.sum()
 
 
 def parameter_groups(params: Any) -> tuple[str, ...]:
@@ -204,8 +224,10 @@ def _init(model: nn.Module, key: jax.Array, tokens: jax.Array | None = None) -> 
   return model.init(key, jnp.zeros((1, 1), jnp.int32) if tokens is None else tokens)
 
 
-def _state_shardings(model: nn.Module, transform: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  boxed = jax.eval_shape(partial(_init, model), jax.random.key(0))
+def _state_shardings(
+  model: nn.Module, transform: optax.GradientTransformation, mesh: Mesh, tokens: jax.Array | None
+) -> TrainState:
+  boxed = jax.eval_shape(partial(_init, model, tokens=tokens), jax.random.key(0))
   params, whole = parameter_shardings(mesh, boxed), replicated(mesh)
   opt_state = optax.tree_utils.tree_map_params(
     transform,

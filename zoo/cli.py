@@ -135,9 +135,10 @@ def evaluate(
   from ..train.evaluation import evaluate_run
 
   evaluation, step = evaluate_run(run, batches=batches, best=best)
-  print(f"step {step}: {evaluation.bits_per_byte:.4f} bits per byte ({evaluation.loss:.4f} nats per token)")
-  baselines = evaluation.baselines
-  print(f"on {evaluation.tokens:,} tokens, for which zlib -9 takes {baselines.zlib:.3f} bits per byte")
+  unit = evaluation.measure.replace("_", " ")
+  print(f"step {step}: {evaluation.measured:.4f} {unit} (loss {evaluation.loss:.4f}), {evaluation.accuracy:.1%} right")
+  others = ", ".join(f"{name} takes {value:.3f}" for name, value in evaluation.baselines.items())
+  print(f"on {evaluation.tokens:,} predictions, for which {others}")
 
 
 @app.command(no_args_is_help=True)

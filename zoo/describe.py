@@ -19,6 +19,8 @@ from flax import linen as nn
 from jax.extend import core
 from rich.table import Table
 
+from .language_model import VectorModel
+
 _BLOCK = re.compile(r"blocks_(\d+)(?:/(\w+))?")
 
 
@@ -79,7 +81,7 @@ def describe(model: nn.Module, length: int = 1024) -> Description:
   """
   parameters = _count_parameters(model)
   flops = Counter()
-  for scope, count in flops_by_scope(_forward(model), _parameter_shapes(model), _tokens(1, length)).items():
+  for scope, count in flops_by_scope(_forward(model), _parameter_shapes(model), _tokens(model, 1, length)).items():
     flops[_part(scope)] += count / length
   rows = [Row("embedding", "", parameters["embedding"], 0, 0, 0.0)]
   for i in range(model.depth):
@@ -94,7 +96,7 @@ def describe(model: nn.Module, length: int = 1024) -> Description:
 
 def forward_flops(model: nn.Module, batch: int, length: int) -> int:
   """FLOPs of the matrix products in one forward pass over tokens [batch, length]; a multiply-add counts as two."""
-  return count_flops(_forward(model), _parameter_shapes(model), _tokens(batch, length))
+  return count_flops(_forward(model), _parameter_shapes(model), _tokens(model, batch, length))
 
 
 class Peak(NamedTuple):
@@ -141,7 +143,10 @@ def bytes_on_a_device(tree: Any) -> int:
 
 
 def abstract_batch(data: Any, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-  """A batch of a `TextData`, without its numbers."""
+  """A batch of a `TextData` or a `TaskData`, without its numbers."""
+  if not hasattr(data, "sources"):
+    batch = jax.eval_shape(data.load().batch_on_device, jax.ShapeDtypeStruct((), jnp.uint32))
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in batch.items()}
   types = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
   shape = (data.batch_size, data.sequence_length)
   return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
@@ -153,9 +158,9 @@ def _laid_out(experiment: Any) -> tuple[Any, int, str]:
   from ..train.step import build_program
 
   def on(shape: MeshShape) -> tuple[Any, int]:
-    steps, batch_size = experiment.trainer.steps, experiment.data.batch_size
-    mesh = shape.build()
-    return build_program(experiment.model, experiment.optimizer, mesh, steps=steps, batch_size=batch_size), mesh.size
+    mesh, data = shape.build(), experiment.data
+    options = {"steps": experiment.trainer.steps, "batch_size": data.batch_size, "tokens": data.one_token}
+    return build_program(experiment.model, experiment.optimizer, mesh, **options), mesh.size
 
   try:
     return *on(experiment.mesh), ""
@@ -235,12 +240,14 @@ def _forward(model: nn.Module) -> Callable[..., Any]:
   return lambda params, tokens: model.apply(params, tokens)[0]
 
 
-def _tokens(batch: int, length: int) -> jax.ShapeDtypeStruct:
+def _tokens(model: nn.Module, batch: int, length: int) -> jax.ShapeDtypeStruct:
+  if isinstance(model, VectorModel):
+    return jax.ShapeDtypeStruct((batch, length, model.input_dim), jnp.float32)
   return jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
 
 def _parameter_shapes(model: nn.Module) -> Any:
-  return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), _tokens(1, 1)))
+  return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), _tokens(model, 1, 1)))
 
 
 def _count_parameters(model: nn.Module) -> Counter:
@@ -307,7 +314,7 @@ def _facts_table(experiment: Any, description: Description, peak: Peak | None) -
   facts = {
     "model": f"width {model.width}, depth {model.depth}, {model.vocab_size} tokens, {jnp.dtype(model.dtype).name}",
     "state": f"{state}, for a sequence while generating",
-    "data": f"{data.sources}, {data.tokenizer} as tokens, {data.batch_size} x {data.sequence_length} a step",
+    "data": f"{data.source}, {data.batch_size} x {data.sequence_length} a step",
     "optimiser": (
       f"AdamW, rate {optimizer.learning_rate:g} after {optimizer.warmup_steps} steps, cosine to "
       f"{optimizer.learning_rate * optimizer.final_fraction:g}, decay {optimizer.weight_decay:g}"

@@ -127,7 +127,7 @@ class VectorModel(LanguageModel):
 
   Attributes:
     vocab_size: none; leave it.
-    output_dim: of the vectors that come out.
+    input_dim, output_dim: of the vectors that go in, and of those that come out.
 
   Further attributes are `LanguageModel`'s; of these `tie_embeddings` means nothing here.
   """
@@ -136,15 +136,16 @@ class VectorModel(LanguageModel):
   width: int = 64
   depth: int = 2
   mixers: tuple[nn.Module, ...] = ()
+  input_dim: int = 1
   output_dim: int = 1
 
   @nn.compact
   def __call__(
     self, vectors: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """vectors, floats [B, T, any], to ([B, T, output_dim], state); else as `LanguageModel`."""
-    if vectors.ndim != 3 or not jnp.issubdtype(vectors.dtype, jnp.floating):
-      raise ValueError(f"vectors is {vectors.dtype}{list(vectors.shape)}; want floats [batch, tokens, dimensions].")
+    """vectors, floats [B, T, input_dim], to ([B, T, output_dim], state); else as `LanguageModel`."""
+    if vectors.ndim != 3 or vectors.shape[2] != self.input_dim or not jnp.issubdtype(vectors.dtype, jnp.floating):
+      raise ValueError(f"vectors is {vectors.dtype}{list(vectors.shape)}; want floats [batch, tokens, {self.input_dim}].")
     self._check_state(state)
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = dense(self.width, (None, "embed"), name="embedding", **types)(vectors)
