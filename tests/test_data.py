@@ -187,7 +187,7 @@ def test_compressed_files_are_read_like_any_other(tmp_path):
   assert [document.text for document in read_documents(str(tmp_path), "body")] == [b"one", b"two", b"three"]
 
 
-@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b"cut short" * 99)[:-9]])
+@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b"cut short" * 99)[:-9]], ids=["foreign", "cut short"])
 def test_a_broken_compressed_file_is_named(tmp_path, content):
   path = tmp_path / "a.txt.gz"
   path.write_bytes(content)

@@ -126,12 +126,20 @@ def evaluate(
   run: _Run,
   batches: Annotated[int, typer.Option(min=0, help="Batches to evaluate on; 0 is all validation text.")] = 0,
   best: _Best = False,
+  task: Annotated[
+    str | None, typer.Option(help="Instead: perplexity (by position), needle (by length and depth), or speed (over length).")
+  ] = None,
 ) -> None:
-  """Evaluate the newest checkpoint of a run on its validation text.
+  """Evaluate the newest checkpoint of a run on its validation text, or ask what it remembers.
 
   [bold]memzoo evaluate runs/quickstart[/bold]
+
+  [bold]memzoo evaluate runs/quickstart --task perplexity[/bold]
   """
   _start()
+  if task is not None:
+    _probe(run, task, best)
+    return
   from ..train.evaluation import evaluate_run
 
   evaluation, step = evaluate_run(run, batches=batches, best=best)
@@ -139,6 +147,18 @@ def evaluate(
   print(f"step {step}: {evaluation.measured:.4f} {unit} (loss {evaluation.loss:.4f}), {evaluation.accuracy:.1%} right")
   others = ", ".join(f"{name} takes {value:.3f}" for name, value in evaluation.baselines.items())
   print(f"on {evaluation.tokens:,} predictions, for which {others}")
+
+
+def _probe(run: Path, task: str, best: bool) -> None:
+  from ..train.probes import draw, probe, table
+
+  found, step = probe(task, run, best=best)
+  _console().print(table(found))
+  folder = run / "evaluation"
+  folder.mkdir(exist_ok=True)
+  found.save(folder / f"{task}-{step}.json")
+  draw(found, folder / f"{task}-{step}.png")
+  print(f"step {step}; wrote {folder / f'{task}-{step}.json'} and .png")
 
 
 @app.command(no_args_is_help=True)

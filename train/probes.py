@@ -1,0 +1,181 @@
+"""What a trained language model remembers: by position, by depth, and at what cost over length.
+
+For `memzoo evaluate RUN --task ...`. Each probe returns plain numbers by name; `table` and `draw` show them.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from rich.box import SIMPLE
+from rich.table import Table
+
+from .compare import score_answers
+from .data import Corpus, stack_rows
+from .tasks import Needle
+
+
+@dataclass(frozen=True)
+class Probe:
+  """What a probe found.
+
+  Attributes:
+    name: of the probe.
+    title: what was asked.
+    rows, columns: names.
+    values: [rows, columns]; nan where there was nothing to measure.
+  """
+
+  name: str
+  title: str
+  rows: list[str]
+  columns: list[str]
+  values: list[list[float]]
+
+  def save(self, path: Path) -> None:
+    """Writes it as JSON."""
+    path.write_text(json.dumps(vars(self), indent=1) + "\n")
+
+
+def perplexity(model: nn.Module, params: Any, corpus: Corpus, *, factor: int = 4, rows: int = 32) -> Probe:
+  """Bits per byte of the validation text by position in the document, up to `factor` times the training length.
+
+  Where a memory is of use, what comes later is easier to predict than what comes first, also beyond the length that the
+  model was trained on.
+  """
+  length = corpus.data.sequence_length
+  split = replace(corpus.validation, sequence_length=factor * length)
+  whole = [split[row] for row in range(max(1, len(split) - 1))]
+  longest = sorted(whole, key=lambda row: -_longest_document(row["segment_ids"]))[:rows]
+  edges = _doublings(factor * length)
+
+  @jax.jit
+  def sums(row: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    logits, _ = model.apply(params, row["tokens"], segment_ids=row["segment_ids"])
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), row["targets"])
+    bucket = jnp.searchsorted(jnp.asarray(edges[1:]), row["position"], side="right")
+    weights = row["weights"] * (bucket < len(edges) - 1)
+    empty = jnp.zeros(len(edges) - 1, jnp.float32)
+    return empty.at[bucket].add(nats * weights, mode="drop"), empty.at[bucket].add(weights, mode="drop")
+
+  parts = [sums(stack_rows([row | {"position": _positions(row["segment_ids"])}])) for row in longest]
+  nats, tokens = (np.sum([np.asarray(part[i], np.float64) for part in parts], axis=0) for i in range(2))
+  with np.errstate(invalid="ignore"):
+    bits = nats / tokens / math.log(2) / corpus.validation.bytes_per_token
+  names = [f"{low:,} to {high:,}" for low, high in pairwise(edges)]
+  values = [[float(b), int(n)] for b, n in zip(bits, tokens, strict=True)]
+  title = f"Bits per byte by position in the document (trained on rows of {length:,})"
+  return Probe("perplexity", title, names, ["bits per byte", "tokens"], values)
+
+
+def needle(model: nn.Module, params: Any, data: Any, *, factor: int = 4, examples: int = 32) -> Probe:
+  """The share of a pass key's digits predicted right, by length of the text and by depth of the needle in it."""
+  length = max(128, data.sequence_length // 2)
+  tests = [Needle(tokens=size) for size in _doublings(factor * data.sequence_length) if size >= length]
+  score = jax.jit(partial(score_answers, model, len(tests[0].kinds), params))
+  columns = {}
+  for test in tests:
+    keys = jax.random.split(jax.random.key(test.tokens), max(1, examples * test.tokens // 16384))
+    make = jax.jit(partial(test.batch, size=math.ceil(examples / len(keys))))
+    sums = [score(make(key)) for key in keys]
+    right, asked = (np.sum([np.asarray(part[i]) for part in sums], axis=0) for i in range(2))
+    columns[f"{test.tokens:,}"] = np.where(asked > 0, right / np.maximum(asked, 1), np.nan)
+  values = np.stack(list(columns.values()), axis=1).tolist()
+  title = "Digits of a pass key predicted right, by length of the text and depth of the key in it (chance 0.10)"
+  return Probe("needle", title, list(tests[0].kinds), list(columns), values)
+
+
+def speed(model: nn.Module, params: Any, data: Any, *, factor: int = 16) -> Probe:
+  """Tokens a second of a forward pass over one sequence, a token a time as well, and bytes kept of it, over its length."""
+  from ..zoo.machine import seconds_per_call
+
+  forward = jax.jit(lambda tokens: model.apply(params, tokens))
+  step = jax.jit(lambda token, state: model.apply(params, token, state))
+  values, lengths = [], [size for size in _doublings(factor * data.sequence_length) if size >= data.sequence_length]
+  for length in lengths:
+    tokens = jnp.zeros((1, length), jnp.int32)
+    whole = seconds_per_call(partial(forward, tokens), seconds=1.0, at_least=1)
+    _, state = forward(tokens)
+    single = seconds_per_call(partial(step, tokens[:, :1], state), seconds=0.3)
+    values.append([length / whole, 1 / single, float(model.state_bytes(1, length))])
+  columns = ["tokens/s, all at once", "tokens/s, one by one", "bytes of state"]
+  return Probe("speed", "Cost over length, of one sequence", [f"{length:,}" for length in lengths], columns, values)
+
+
+PROBES: dict[str, Callable[..., Probe]] = {"perplexity": perplexity, "needle": needle, "speed": speed}
+
+
+def probe(name: str, directory: str | Path, *, best: bool = False, say: Callable[[str], None] = print) -> tuple[Probe, int]:
+  """A probe of a run's newest or best checkpoint, and the step that it is from.
+
+  Raises:
+    ValueError: if there is no such probe, or the run is not one on text.
+  """
+  from .evaluation import load_run
+
+  if name not in PROBES:
+    raise ValueError(f"--task is {name!r}; want one of {', '.join(PROBES)}.")
+  experiment, params, step = load_run(directory, best=best, say=say)
+  if not hasattr(experiment.data, "sources"):
+    raise ValueError(f"{directory} was trained on {experiment.data.task}; want a run on text for --task.")
+  if name == "needle" and experiment.data.tokenizer != "bytes":
+    raise ValueError(f"TextData.tokenizer is {experiment.data.tokenizer!r}; want bytes, which --task needle is made of.")
+  of = experiment.data.load() if name == "perplexity" else experiment.data
+  return PROBES[name](experiment.model, params, of), step
+
+
+def table(found: Probe) -> Table:
+  """For the screen."""
+  shown = Table("", *found.columns, title=found.title, title_justify="left", box=SIMPLE)
+  for name, values in zip(found.rows, found.values, strict=True):
+    shown.add_row(name, *("" if math.isnan(value) else f"{value:,.3f}" if value < 100 else f"{value:,.0f}" for value in values))
+  return shown
+
+
+def draw(found: Probe, path: Path) -> None:
+  """As a picture: a map of the needles; else a curve for each column that is not a count."""
+  from matplotlib.figure import Figure
+
+  values = np.array(found.values)
+  figure = Figure(figsize=(8, 4), layout="constrained")
+  if found.name == "needle":
+    axes = figure.add_subplot()
+    image = axes.imshow(values, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(found.columns)), found.columns)
+    axes.set_yticks(range(len(found.rows)), found.rows)
+    axes.set(xlabel="bytes of text")
+    figure.colorbar(image, label="digits right")
+  else:
+    shown = [i for i, name in enumerate(found.columns) if name != "tokens"]
+    for axes, column in zip(np.ravel(figure.subplots(1, len(shown), squeeze=False)), shown, strict=True):
+      axes.plot(range(len(found.rows)), values[:, column], "o-", markersize=4)
+      axes.set_xticks(range(len(found.rows)), found.rows, rotation=60, size=7)
+      axes.set(ylabel=found.columns[column])
+      axes.grid(alpha=0.25)
+  figure.suptitle(found.title, size=10)
+  figure.savefig(path, dpi=120)
+
+
+def _doublings(end: int) -> list[int]:
+  """0, 16, 32, ... up to `end`, which is the last."""
+  return [0, *(16 * 2**i for i in range(64) if 16 * 2**i < end), end]
+
+
+def _positions(segment_ids: np.ndarray) -> np.ndarray:
+  """int32 [T]: the position of each token in its document's part of the row."""
+  starts = np.flatnonzero(np.diff(segment_ids, prepend=-1))
+  return (np.arange(len(segment_ids)) - np.repeat(starts, np.diff([*starts, len(segment_ids)]))).astype(np.int32)
+
+
+def _longest_document(segment_ids: Sequence[int]) -> int:
+  return int(np.bincount(segment_ids)[1:].max(initial=0))
