@@ -249,6 +249,8 @@ def test_regression_is_learned_anew_in_every_piece():
 
 
 IMPOSSIBLE = [
+  ("overwriting", {"pairs": 0}),
+  ("overwriting", {"vocabulary": 40}),
   ("mqar", {"tokens": 63}),
   ("mqar", {"tokens": 64, "pairs": 17}),
   ("mqar", {"pairs": 0}),

@@ -64,7 +64,7 @@ def perplexity(model: nn.Module, params: Any, corpus: Corpus, *, factor: int = 4
     logits, _ = model.apply(params, row["tokens"], segment_ids=row["segment_ids"])
     nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), row["targets"])
     bucket = jnp.searchsorted(jnp.asarray(edges[1:]), row["position"], side="right")
-    weights = row["weights"] * (bucket < len(edges) - 1)
+    weights = jnp.where(bucket < len(edges) - 1, row["weights"], 0)
     empty = jnp.zeros(len(edges) - 1, jnp.float32)
     return empty.at[bucket].add(nats * weights, mode="drop"), empty.at[bucket].add(weights, mode="drop")
 

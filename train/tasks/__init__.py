@@ -3,7 +3,7 @@
 from .copying import Induction, SelectiveCopying
 from .data import TaskData
 from .needle import Needle
-from .recall import MultiQueryRecall, NoisyRecall, StaleFacts
+from .recall import MultiQueryRecall, NoisyRecall, Overwriting, StaleFacts
 from .regression import Regression
 from .sets import SetDisjointness
 from .state_tracking import Swaps, WordProblem
@@ -11,6 +11,7 @@ from .task import Example, Mixture, Task
 
 TASKS = {
   "mqar": MultiQueryRecall,
+  "overwriting": Overwriting,
   "noisy_recall": NoisyRecall,
   "stale_facts": StaleFacts,
   "needle": Needle,

@@ -97,6 +97,65 @@ _TESTS = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 2
 
 
 @dataclass(frozen=True)
+class Overwriting(Task):
+  """Recall of what was written last under a key (Schlag et al. 2021, arXiv:2102.11174, section 6.1): sums cannot know it.
+
+      k v  j w  k u  j x ...   then each key once:   k -> u   j -> x
+
+  Attributes:
+    pairs: keys to remember the last value of.
+    writes: of each key, all of different values, in random order among all.
+    vocabulary: half keys, half values.
+  """
+
+  pairs: int = 8
+  writes: int = 3
+  vocabulary: int = 128
+
+  def __post_init__(self):
+    want(self, "at least one of pairs and of writes", min(self.pairs, self.writes) >= 1)
+    fewest = 2 * max(self.pairs + 1, self.pairs * self.writes)
+    want(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
+
+  @property
+  def length(self) -> int:
+    return 2 * self.pairs * self.writes + self.pairs
+
+  @property
+  def vocab_size(self) -> int:
+    return self.vocabulary
+
+  @property
+  def chance(self) -> float:
+    return 1 / (self.pairs * self.writes)
+
+  def example(self, key: jax.Array) -> Example:
+    for_keys, for_values, for_order, for_queries = jax.random.split(key, 4)
+    half, total = self.vocabulary // 2, self.pairs * self.writes
+    keys = distinct(for_keys, self.pairs, 1, half)
+    values = distinct(for_values, total, half, self.vocabulary)
+    which = jax.random.permutation(for_order, total) % self.pairs
+    last = jnp.zeros(self.pairs, jnp.int32).at[which].max(jnp.arange(total, dtype=jnp.int32))
+    queries = jax.random.permutation(for_queries, self.pairs)
+    writes = jnp.stack([keys[which], values], axis=1).ravel()
+    tokens = jnp.concatenate([writes, keys[queries]])
+    asked = jnp.arange(self.length) >= 2 * total
+    return sequence(tokens, jnp.concatenate([jnp.zeros_like(writes), values[last][queries]]), asked)
+
+  def solve(self, example: Example) -> np.ndarray:
+    tokens, total = np.asarray(example.tokens), 2 * self.pairs * self.writes
+    memory = {int(key): int(value) for key, value in tokens[:total].reshape(-1, 2)}
+    return np.array([0] * total + [memory[int(key)] for key in tokens[total:]])
+
+  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
+    return chance.choice(np.asarray(example.tokens)[1 : 2 * self.pairs * self.writes : 2], self.length)
+
+  def tests(self) -> dict[str, Task]:
+    """Each key written once, and more and more often, up to this."""
+    return {str(writes): replace(self, writes=writes) for writes in sorted({1, (1 + self.writes) // 2, self.writes})}
+
+
+@dataclass(frozen=True)
 class NoisyRecall(Task):
   """Recall of values that were written several times, now and then wrongly: the answer is what was written most.
 

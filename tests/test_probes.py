@@ -1,0 +1,81 @@
+"""What a trained language model remembers, asked by position, depth and length."""
+
+import math
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from memzoo.train.data import TextData
+from memzoo.train.probes import _doublings, _positions, draw, needle, perplexity, probe, speed, table
+from memzoo.zoo.config import build
+from tiny_run import memory_model, write_text
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+  """A model that nobody trained, and text in documents of 300 to 600 bytes."""
+  folder = tmp_path_factory.mktemp("probes")
+  data = TextData(write_text(folder / "text", documents=20), sequence_length=32, batch_size=4, validation_fraction=0.3)
+  model = memory_model()
+  return model, model.init(jax.random.key(0), data.one_token), data
+
+
+def test_positions_are_counted_from_the_beginning_of_each_document():
+  np.testing.assert_array_equal(_positions(np.array([1, 1, 1, 2, 3, 3, 0, 0])), [0, 1, 2, 0, 0, 1, 0, 1])
+  assert _doublings(64) == [0, 16, 32, 64]
+  assert _doublings(100) == [0, 16, 32, 64, 100]
+
+
+def test_perplexity_by_position_is_the_loss_sorted_by_position(subject):
+  model, params, data = subject
+  corpus = data.load()
+  found = perplexity(model, params, corpus, factor=4, rows=100)
+  tokens = sum(count for _, count in found.values)
+  bits = sum(value * count for value, count in found.values if count) / tokens
+  text, ends = corpus.validation.tokens.astype(np.int32), [0, *corpus.validation.document_ends]
+  rows = range(0, (len(text) - 1) // 128 * 128, 128)
+  nats = []
+  for start in rows[: len(rows)]:
+    window = text[start : start + 129]
+    cuts = sorted({0, 129, *(end - start for end in ends if 0 < end - start < 129)})
+    for low, high in pairwise(cuts):
+      part = window[low:high]
+      if len(part) > 1:
+        logits, _ = model.apply(params, jnp.asarray(part[None, :-1]))
+        nats += list(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(part[None, 1:]))[0])
+  assert tokens == len(nats)
+  assert bits == pytest.approx(float(np.mean(nats)) / math.log(2), rel=1e-4)
+
+
+def test_needles_are_asked_at_every_length_and_depth(subject, tmp_path):
+  model, params, data = subject
+  found = needle(model, params, data, factor=32, examples=20)
+  assert found.columns == ["128", "256", "512", "1,024"]
+  values = np.array(found.values)
+  assert values.shape == (10, 4)
+  assert 0 <= np.nanmin(values) <= np.nanmax(values) < 0.5, "nobody trained it"
+  draw(found, tmp_path / "needle.png")
+  assert table(found).row_count == 10
+
+
+def test_speed_has_the_bytes_that_the_model_says(subject, tmp_path):
+  model, params, data = subject
+  found = speed(model, params, data, factor=2)
+  assert found.rows == ["32", "64"]
+  assert all(row[2] == model.state_bytes(1, 64) and min(row) > 0 for row in found.values)
+  draw(found, tmp_path / "speed.png")
+  found.save(tmp_path / "speed.json")
+  assert (tmp_path / "speed.json").read_text().startswith("{")
+
+
+def test_what_cannot_be_asked_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="--task is 'depth'; want one of perplexity, needle, speed"):
+    probe("depth", tmp_path)
+  with pytest.raises(ValueError, match=r"is no run: it has no config\.gin"):
+    probe("needle", tmp_path)
+  assert build("quickstart").data.tokenizer == "bytes"
