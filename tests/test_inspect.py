@@ -173,6 +173,10 @@ def test_a_write_under_a_key_of_its_own_is_read_back_whole():
   written = np.arange(6)[None] < found.times[:, None]
   np.testing.assert_allclose(found.cosine[:, 0, :, 0, 0], np.where(written, 1.0, np.nan), rtol=1e-5)
   np.testing.assert_allclose(found.share[:, 0, :, 0, 0], np.where(written, 1.0, np.nan), rtol=1e-5)
+  value = writes(module, params, x)["memory"].value[0, :, 0, 0]
+  other = jnp.roll(value, 3, axis=0)
+  floor = jnp.sum(value * other, axis=1) / (jnp.linalg.norm(value, axis=1) * jnp.linalg.norm(other, axis=1))
+  np.testing.assert_allclose(found.floor[-1, 0, :, 0, 0], floor, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -187,8 +191,8 @@ def test_a_known_decay_is_the_known_retention(every):
     left = [beta[t] * np.prod(decay[t + 1 : time]) for t in range(time)]
     np.testing.assert_allclose(found.share[i, 0, :time, 0, 0], left, rtol=1e-5)
   np.testing.assert_allclose(found.cosine[-1], 1.0, rtol=1e-5)
-  lags, cosine, share = by_lag(found)
-  assert share.shape == cosine.shape == (len(lags), 1)
+  lags, cosine, share, floor = by_lag(found)
+  assert share.shape == cosine.shape == floor.shape == (len(lags), 1)
   ages = (found.times[:, None] - 1 - np.arange(6)).ravel()
   of_age_zero = np.asarray(found.share).reshape(-1)[ages == 0]
   np.testing.assert_allclose(share[0, 0], of_age_zero.mean(), rtol=1e-6)

@@ -62,11 +62,14 @@ class Retention(NamedTuple):
     times: [N], tokens seen.
     cosine: of what is read to what was written, [N, B, T, r, H]; token t is there from time t + 1.
     share: of what was written that is read, (S^T k . v) / |v|^2, likewise.
+    floor: cosine of what is read to what another token wrote, half the sequence away, likewise: what values that are all
+      somewhat alike give for nothing.
   """
 
   times: np.ndarray
   cosine: jax.Array
   share: jax.Array
+  floor: jax.Array
 
 
 class Recall(NamedTuple):
@@ -290,11 +293,15 @@ def retention(
   written = writes(model, params, inputs, segment_ids)
   times, found = over_time(model, params, inputs, _read_all, written, every=every, segment_ids=segment_ids)
   visible = _visible(times, inputs.shape[:2], segment_ids)[..., None, None]
-  return {name: Retention(times, *(jnp.where(visible, a, jnp.nan) for a in pair)) for name, pair in found.items()}
+  return {name: Retention(times, *(jnp.where(visible, a, jnp.nan) for a in three)) for name, three in found.items()}
 
 
 def _read_all(matrices, written):
-  return {name: read_back(matrices[name], own) for name, own in written.items()}
+  found = {}
+  for name, own in written.items():
+    others = own._replace(value=jnp.roll(own.value, own.value.shape[1] // 2, axis=1))
+    found[name] = *read_back(matrices[name], own), read_back(matrices[name], others)[0]
+  return found
 
 
 def _visible(times: np.ndarray, shape: tuple[int, int], segment_ids: jax.Array | None) -> np.ndarray:
@@ -307,8 +314,8 @@ def _visible(times: np.ndarray, shape: tuple[int, int], segment_ids: jax.Array |
   return before & docs.is_token & (docs.index == docs.index[:, times - 1].T[..., None])
 
 
-def by_lag(found: Retention) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Averages a `Retention` over writes: lags [N] in tokens since the write, mean cosine and mean share [N, H].
+def by_lag(found: Retention) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Averages a `Retention` over writes: lags [N] in tokens since the write, mean cosine, share and floor, [N, H] each.
 
   A lag of 0 is right after the token that wrote. Lags that no write is seen at are left out.
   """

@@ -75,19 +75,25 @@ def draw_retention(found: Retention, row: int = 0, labels: Sequence[str] | None 
 
 
 def draw_fading(found: dict[str, Retention]) -> "Figure":
-  """Mean cosine and mean share of what is read back against the tokens since it was written, a line for each memory."""
+  """Mean cosine and mean share of what is read back against the tokens since it was written, a line for each memory.
+
+  Dotted is the cosine to what another token wrote. Lags that fewer than a quarter of the tokens have are left out.
+  """
   figure, axes = _figure(1, 2, (10, 3.6), sharex=True)
-  titles = ("is it still the same value", "how much of it is left")
-  labels = ("cosine of read and written value", "share of the written value")
+  same, left = axes[0]
   for (name, one), colour in zip(found.items(), _shades(len(found)), strict=True):
     lags, *means = by_lag(one)
-    for ax, mean in zip(axes[0], means, strict=True):
-      ax.plot(1 + lags, mean.mean(axis=1), color=colour, label=name)
-  for ax, title, label in zip(axes[0], titles, labels, strict=True):
-    ax.axhline(0, color="0.35", linewidth=0.8)
-    ax.set(title=title, xlabel="tokens since the write, its own included", ylabel=label, xscale="log")
+    seen = lags < 0.75 * one.cosine.shape[2]
+    cosine, share, floor = (mean[seen].mean(axis=1) for mean in means)
+    same.plot(1 + lags[seen], cosine, color=colour, label=name)
+    same.plot(1 + lags[seen], floor, color=colour, linestyle=":", label="... and another token's value")
+    left.plot(1 + lags[seen], share, color=colour, label=name)
+  same.set(title="is it still the same value", ylabel="cosine of read and written value")
+  left.set(title="how much of it is left", ylabel="share of the written value")
+  for ax in axes[0]:
+    ax.set(xlabel="tokens since the write, its own included", xscale="log", ylim=(min(0, ax.get_ylim()[0]), 1.02))
     ax.grid(alpha=0.25)
-  axes[0, 0].legend(frameon=False)
+  same.legend(frameon=False, fontsize="small")
   return figure
 
 
