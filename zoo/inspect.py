@@ -62,8 +62,8 @@ class Retention(NamedTuple):
     times: [N], tokens seen.
     cosine: of what is read to what was written, [N, B, T, r, H]; token t is there from time t + 1.
     share: of what was written that is read, (S^T k . v) / |v|^2, likewise.
-    floor: cosine of what is read to what another token wrote, half the sequence away, likewise: what values that are all
-      somewhat alike give for nothing.
+    floor: mean cosine of what is read to what any token of the sequence writes, likewise: what a read gets for nothing, where
+      values are all somewhat alike.
   """
 
   times: np.ndarray
@@ -270,12 +270,16 @@ def _nothing(model: nn.Module, what: str):
   raise ValueError(f"model, a {type(model).__name__}, has no {what}; want one with a layer such as GatedDeltaNet.")
 
 
-def read_back(memory: jax.Array, written: Writes) -> tuple[jax.Array, jax.Array]:
-  """What the keys of `written` find in `memory` [B, H, K, V]: cosine and share [B, T, r, H], as in `Retention`."""
+def read_back(memory: jax.Array, written: Writes) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What the keys of `written` find in `memory` [B, H, K, V]: cosine, share and floor [B, T, r, H], as in `Retention`."""
   value = written.value.astype(memory.dtype)
   read = einsum("bhkv,btrhk->btrhv", memory, written.key.astype(memory.dtype))
-  along, size = jnp.sum(read * value, axis=-1), jnp.linalg.norm(value, axis=-1)
-  return _over(along, size * jnp.linalg.norm(read, axis=-1)), _over(along, size * size)
+  size = jnp.linalg.norm(value, axis=-1, keepdims=True)
+  read_direction, direction = _over(read, jnp.linalg.norm(read, axis=-1, keepdims=True)), _over(value, size)
+  cosine = jnp.sum(read_direction * direction, axis=-1)
+  share = _over(jnp.sum(read * direction, axis=-1), size[..., 0])
+  floor = jnp.sum(read_direction * direction.mean(axis=(1, 2), keepdims=True), axis=-1)
+  return cosine, share, floor
 
 
 def _over(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -297,11 +301,7 @@ def retention(
 
 
 def _read_all(matrices, written):
-  found = {}
-  for name, own in written.items():
-    others = own._replace(value=jnp.roll(own.value, own.value.shape[1] // 2, axis=1))
-    found[name] = *read_back(matrices[name], own), read_back(matrices[name], others)[0]
-  return found
+  return {name: read_back(matrices[name], own) for name, own in written.items()}
 
 
 def _visible(times: np.ndarray, shape: tuple[int, int], segment_ids: jax.Array | None) -> np.ndarray:

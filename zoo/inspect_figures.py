@@ -37,17 +37,16 @@ def draw_gates(values: dict[str, np.ndarray], bins: int = 40) -> "Figure":
   split = {name: name.rpartition("/") for name in values}
   places = list(dict.fromkeys(place for place, _, _ in split.values()))
   kinds = list(dict.fromkeys(kind for _, _, kind in split.values()))
-  figure, axes = _figure(len(places), len(kinds), (3.2 * len(kinds) + 0.6, 1.5 * len(places) + 0.9), sharex="col")
+  figure, axes = _figure(len(places), len(kinds), (3.2 * len(kinds) + 0.6, 1.7 * len(places) + 0.3))
   for ax in axes.flat:
     ax.set_visible(False)
   for name, (place, _, kind) in split.items():
-    row, column = places.index(place), kinds.index(kind)
-    ax, gate = axes[row, column], np.asarray(values[name], np.float64).ravel()
+    ax, gate = axes[places.index(place), kinds.index(kind)], np.asarray(values[name], np.float64).ravel()
     ax.set_visible(True)
     ax.hist(gate, bins=np.linspace(0, max(1.0, gate.max()), bins + 1), weights=np.full(gate.size, 1 / gate.size))
     ax.axvline(gate.mean(), color="0.2", linewidth=1, linestyle="--")
     ax.set_title(f"{name}, mean {gate.mean():.2f}", fontsize="medium")
-    ax.set(yticks=[], xlabel=kind if row == len(places) - 1 else "")
+    ax.set_yticks([])
     ax.spines[["left", "right", "top"]].set_visible(False)
   return figure
 
@@ -62,14 +61,14 @@ def draw_retention(found: Retention, row: int = 0, labels: Sequence[str] | None 
   """
   cosine = np.asarray(found.cosine[:, row]).mean(axis=(-2, -1)).T
   tokens, times = cosine.shape[0], found.times
-  figure, axes = _figure(1, 1, (7, 5.2))
+  figure, axes = _figure(1, 1, (7.5, 5.2 if labels is None else 0.17 * tokens + 1.2))
   (ax,) = axes.flat
   edges = np.concatenate([times - np.diff(times, prepend=0), times[-1:]])
   image = ax.pcolormesh(edges, np.arange(tokens + 1), cosine, cmap=_COLOURS, vmin=min(0.0, np.nanmin(cosine)), vmax=1)
   ax.invert_yaxis()
   ax.set(title="what a key still finds of what was written under it", xlabel="tokens read", ylabel="written by token")
   if labels is not None:
-    ax.set_yticks(np.arange(tokens) + 0.5, labels, fontsize="x-small", family="monospace")
+    ax.set_yticks(np.arange(tokens) + 0.5, labels, fontsize="small", family="monospace")
   figure.colorbar(image, ax=ax, label="cosine of read and written value")
   return figure
 
@@ -77,7 +76,7 @@ def draw_retention(found: Retention, row: int = 0, labels: Sequence[str] | None 
 def draw_fading(found: dict[str, Retention]) -> "Figure":
   """Mean cosine and mean share of what is read back against the tokens since it was written, a line for each memory.
 
-  Dotted is the cosine to what another token wrote. Lags that fewer than a quarter of the tokens have are left out.
+  Dotted is the floor, the mean cosine to what any token writes. Lags that fewer than a quarter of the tokens have are left out.
   """
   figure, axes = _figure(1, 2, (10, 3.6), sharex=True)
   same, left = axes[0]
@@ -86,7 +85,7 @@ def draw_fading(found: dict[str, Retention]) -> "Figure":
     seen = lags < 0.75 * one.cosine.shape[2]
     cosine, share, floor = (mean[seen].mean(axis=1) for mean in means)
     same.plot(1 + lags[seen], cosine, color=colour, label=name)
-    same.plot(1 + lags[seen], floor, color=colour, linestyle=":", label="... and another token's value")
+    same.plot(1 + lags[seen], floor, color=colour, linestyle=":", label="... to any token's value")
     left.plot(1 + lags[seen], share, color=colour, label=name)
   same.set(title="is it still the same value", ylabel="cosine of read and written value")
   left.set(title="how much of it is left", ylabel="share of the written value")
