@@ -309,7 +309,7 @@ def test_figures_show_what_was_found(hybrid, tmp_path):
   drawn = {
     "curves": figures.draw_curves(curves),
     "gates": figures.draw_gates(heard),
-    "retention": figures.draw_retention(kept["block 0/memory"], row=1, labels=list("abcdefghijkl")),
+    "retention": figures.draw_retention(kept, row=1, labels=list("abcdefghijkl")),
     "fading": figures.draw_fading(kept),
     "recall": figures.draw_recall(Recall(np.arange(1, 41), np.arange(40) < 20), chance=0.1),
   }
@@ -322,4 +322,7 @@ def test_figures_show_what_was_found(hybrid, tmp_path):
   norm_line = drawn["curves"].axes[0].lines[-1].get_ydata()
   np.testing.assert_allclose(norm_line, curves.norm["block 2/memory"].mean(axis=(1, 2)), rtol=1e-6)
   assert {ax.get_title().partition(",")[0] for ax in drawn["gates"].axes if ax.get_visible()} == set(heard)
+  shown = drawn["retention"].axes[1].collections[0].get_array()
+  expected = np.asarray(kept["block 2/memory"].cosine[:, 1]).mean(axis=(-2, -1)).T
+  np.testing.assert_allclose(np.ma.filled(shown, np.nan), expected, rtol=1e-6)
   assert [label.get_text() for label in drawn["retention"].axes[0].get_yticklabels()] == list("abcdefghijkl")

@@ -19,7 +19,7 @@ _COLOURS = "viridis"
 
 def draw_curves(curves: Curves) -> "Figure":
   """Norm and effective rank of each memory against tokens read: the mean over rows and heads, and each head faintly."""
-  figure, axes = _figure(1, 2, (10, 3.6), sharex=True)
+  figure, axes = _figure(1, 2, (11, 3.6), sharex=True)
   titles = ("how much is stored", "in how many directions")
   for ax, values, title, label in zip(axes[0], curves[1:], titles, ("Frobenius norm", "effective rank"), strict=True):
     for (name, value), colour in zip(values.items(), _shades(len(values)), strict=True):
@@ -28,7 +28,7 @@ def draw_curves(curves: Curves) -> "Figure":
       ax.plot(curves.times, heads.mean(axis=1), color=colour, label=name)
     ax.set(title=title, xlabel="tokens read", ylabel=label, xlim=(0, curves.times[-1]), ylim=(0, None))
     ax.grid(alpha=0.25)
-  axes[0, 1].legend(frameon=False)
+  _name_lines(figure, axes[0, 1])
   return figure
 
 
@@ -51,25 +51,27 @@ def draw_gates(values: dict[str, np.ndarray], bins: int = 40) -> "Figure":
   return figure
 
 
-def draw_retention(found: Retention, row: int = 0, labels: Sequence[str] | None = None) -> "Figure":
-  """What every write's key reads at each later time: cosine with what was written, the mean over heads, as a map.
+def draw_retention(found: dict[str, Retention], row: int = 0, labels: Sequence[str] | None = None) -> "Figure":
+  """What every write's key reads at each later time: cosine with what was written, the mean over heads, a map each memory.
 
   Args:
-    found: of one memory.
+    found: by memory.
     row: of the batch.
     labels: of the tokens, to name the writes by; sensible for some dozens.
   """
-  cosine = np.asarray(found.cosine[:, row]).mean(axis=(-2, -1)).T
-  tokens, times = cosine.shape[0], found.times
-  figure, axes = _figure(1, 1, (7.5, 5.2 if labels is None else 0.17 * tokens + 1.2))
-  (ax,) = axes.flat
-  edges = np.concatenate([times - np.diff(times, prepend=0), times[-1:]])
-  image = ax.pcolormesh(edges, np.arange(tokens + 1), cosine, cmap=_COLOURS, vmin=min(0.0, np.nanmin(cosine)), vmax=1)
-  ax.invert_yaxis()
-  ax.set(title="what a key still finds of what was written under it", xlabel="tokens read", ylabel="written by token")
+  maps = {name: np.asarray(one.cosine[:, row]).mean(axis=(-2, -1)).T for name, one in found.items()}
+  lowest, tokens = min(0.0, *(np.nanmin(cosine) for cosine in maps.values())), max(map(len, maps.values()))
+  height = 4.8 if labels is None else 0.17 * tokens + 1.2
+  figure, axes = _figure(1, len(maps), (4.8 * len(maps) + 1.4, height), sharey=True)
+  for ax, (name, cosine), one in zip(axes[0], maps.items(), found.values(), strict=True):
+    edges = np.concatenate([one.times - np.diff(one.times, prepend=0), one.times[-1:]])
+    image = ax.pcolormesh(edges, np.arange(tokens + 1), cosine, cmap=_COLOURS, vmin=lowest, vmax=1)
+    ax.set(title=name, xlabel="tokens read")
+  axes[0, 0].set(ylabel="written by token", ylim=(tokens, 0))
   if labels is not None:
-    ax.set_yticks(np.arange(tokens) + 0.5, labels, fontsize="small", family="monospace")
-  figure.colorbar(image, ax=ax, label="cosine of read and written value")
+    axes[0, 0].set_yticks(np.arange(tokens) + 0.5, labels, fontsize="small", family="monospace")
+  figure.suptitle("what a key still finds of what was written under it")
+  figure.colorbar(image, ax=axes, label="cosine of read and written value")
   return figure
 
 
@@ -78,7 +80,7 @@ def draw_fading(found: dict[str, Retention]) -> "Figure":
 
   Dotted is the floor, the mean cosine to what any token writes. Lags that fewer than a quarter of the tokens have are left out.
   """
-  figure, axes = _figure(1, 2, (10, 3.6), sharex=True)
+  figure, axes = _figure(1, 2, (11, 3.6), sharex=True)
   same, left = axes[0]
   for (name, one), colour in zip(found.items(), _shades(len(found)), strict=True):
     lags, *means = by_lag(one)
@@ -92,7 +94,7 @@ def draw_fading(found: dict[str, Retention]) -> "Figure":
   for ax in axes[0]:
     ax.set(xlabel="tokens since the write, its own included", xscale="log", ylim=(min(0, ax.get_ylim()[0]), 1.02))
     ax.grid(alpha=0.25)
-  same.legend(frameon=False, fontsize="small")
+  _name_lines(figure, same)
   return figure
 
 
@@ -117,6 +119,11 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **options):
 
   figure = Figure(figsize=size, layout="constrained")
   return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _name_lines(figure: "Figure", ax) -> None:
+  """A legend beside the panels, for lines cross them anywhere."""
+  figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False)
 
 
 def _shades(count: int) -> np.ndarray:
