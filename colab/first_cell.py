@@ -23,7 +23,7 @@ if importlib.util.find_spec("memzoo") is None:
   pip_install("--no-deps", SOURCE or str(project.resolve().parent))
   needed = [line.partition(";")[0].strip() for line in requires("memzoo") if "colab" in line.partition(";")[2]]
   with tempfile.NamedTemporaryFile("w", suffix=".txt") as kept:
-    kept.writelines(f"{name}=={version(name)}\n" for name in ("jax", "jaxlib"))
+    kept.writelines(f"{name}=={version(name)}\n" for name in ("jax", "jaxlib") if importlib.util.find_spec(name))
     kept.flush()
     pip_install("--constraint", kept.name, *needed)
   importlib.invalidate_caches()

@@ -63,7 +63,8 @@ def elsewhere(tmp_path, monkeypatch):
       assert command[1:5] == ["-m", "pip", "install", "--quiet"]
       asked.append([Path(word).read_text() if word.endswith(".txt") else word for word in command[5:]])
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "memzoo" else find(name))
     monkeypatch.setattr(subprocess, "run", pip)
     lines = [f'{line}; extra == "{extra}"' for extra, lines in EXTRAS.items() for line in lines if ";" not in line]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["jax>=0.10.2", *lines])
