@@ -95,6 +95,10 @@ class LinearAttention(MemoryLayer):
     memory = jnp.zeros((batch_size, self.num_heads, self.key_dim, self.value_dim), accumulator(dtype))
     return MatrixState(memory, tail(keys), tail(self.writes * keys), tail(self.writes * values))
 
+  def matrices(self, state: MatrixState) -> dict[str, jax.Array]:
+    """S, as "memory"."""
+    return {"memory": state.memory}
+
   @nn.compact
   def __call__(
     self, x: jax.Array, state: MatrixState | None = None, segment_ids: jax.Array | None = None

@@ -50,6 +50,14 @@ class MemoryLayer(nn.Module, kw_only=True):
     state = jax.eval_shape(lambda: self.apply({}, batch_size, method="initial_state"))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
+  def matrices(self, state: Any) -> dict[str, jax.Array]:
+    """The matrices in `state` that values are read from by a key, [B, H, K, V] each, by name; none unless a layer names them.
+
+    `memzoo.zoo.inspect` looks at these.
+    """
+    del state
+    return {}
+
   def activation_dtype(self, x: jax.Array | None = None) -> Dtype:
     """`dtype`, or the input's where none was asked for."""
     if self.dtype is not None:

@@ -1,0 +1,35 @@
+# Installs memzoo where it is missing, and what it needs beside the JAX that is here, which stays as it is.
+SOURCE = ""  # a folder with memzoo's source, or an address that pip understands ("git+https://..."); "" if it is here already
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+
+def pip_install(*what):
+  subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
+
+
+if importlib.util.find_spec("memzoo") is None:
+  project = Path("../pyproject.toml")
+  beside = project.is_file() and 'name = "memzoo"' in project.read_text()
+  if not (SOURCE or beside):
+    raise ValueError('SOURCE is "" and memzoo is neither installed nor beside this notebook; want a folder or an address.')
+  pip_install("--no-deps", SOURCE or str(project.resolve().parent))
+  needed = [line.partition(";")[0].strip() for line in requires("memzoo") if "colab" in line.partition(";")[2]]
+  with tempfile.NamedTemporaryFile("w", suffix=".txt") as kept:
+    kept.writelines(f"{name}=={version(name)}\n" for name in ("jax", "jaxlib") if importlib.util.find_spec(name))
+    kept.flush()
+    pip_install("--constraint", kept.name, *needed)
+  importlib.invalidate_caches()
+
+import memzoo
+
+tested = next(Requirement(line) for line in requires("memzoo") if Requirement(line).name == "jax")
+untested = "" if version("jax") in tested.specifier else f"; memzoo is tested with {tested}: if it fails, take a newer runtime"
+print(f"memzoo {memzoo.__version__}, jax {version('jax')}{untested}")

@@ -1,0 +1,328 @@
+"""What is said about a memory is what is in it: held to cases where the answer is known on paper."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from matplotlib.figure import Figure
+from memzoo.layers import Attention, DeltaProduct, EraseThenDelta, GatedDeltaNet, KimiDeltaAttention, LinearAttention
+from memzoo.layers.memory_layer import MemoryLayer
+from memzoo.pallas_kernels.delta_rule import gated_delta_rule
+from memzoo.train.tasks.recall import MultiQueryRecall, NoisyRecall
+from memzoo.train.tasks.task import Example
+from memzoo.zoo import inspect_figures as figures
+from memzoo.zoo.inspect import (
+  Curves,
+  Recall,
+  Writes,
+  by_distance,
+  by_lag,
+  curves_over_time,
+  effective_rank,
+  gates,
+  linear_response,
+  memories,
+  over_time,
+  read_back,
+  recall,
+  retention,
+  writes,
+)
+from memzoo.zoo.language_model import LanguageModel
+from memzoo.zoo.registry import LAYERS
+from subjects import layer
+from tolerances import assert_close
+
+TOKENS = 12
+SMALL = {"num_heads": 2, "key_dim": 4, "value_dim": 4}
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+  """A model whose second block has no matrices, its variables and tokens for it."""
+  mixers = EraseThenDelta(**SMALL), Attention(num_heads=2, head_dim=4, window=5), GatedDeltaNet(**SMALL)
+  model = LanguageModel(11, 8, 3, mixers)
+  tokens = jax.random.randint(jax.random.key(0), (2, TOKENS), 0, 11, jnp.int32)
+  params = jax.jit(model.init)(jax.random.key(1), tokens[:, :2])
+  return model, jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p, params), tokens
+
+
+def one_key_a_token(kind: type[LinearAttention], tokens: int = 6, **fields):
+  """A layer with variables for which token t of its input has unit key t, and the input: no two keys share a direction."""
+  module = kind(num_heads=1, key_dim=tokens, value_dim=3, **fields)
+  x = 20 * jnp.eye(tokens, dtype=jnp.float32)[None]
+  params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x))["params"]
+  own_input = jnp.zeros((module.conv_width, tokens), jnp.float32).at[-1].set(1)
+  params |= {"key": {"kernel": jnp.eye(tokens, dtype=jnp.float32)}, "key_conv": {"weight": own_input}}
+  return module, {"params": params}, x
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_equal_singular_values_count_as_so_many_directions(rank):
+  left, right = (jnp.linalg.qr(jax.random.normal(jax.random.key(i), (n, n), jnp.float32))[0] for i, n in ((0, 5), (1, 7)))
+  matrix = 3.0 * left[:, :rank] @ right[:rank]
+  np.testing.assert_allclose(effective_rank(matrix[None]), [rank], rtol=1e-3)
+
+
+def test_effective_rank_is_the_exponential_of_the_entropy_and_zero_for_nothing():
+  ranks = effective_rank(jnp.stack([jnp.diag(jnp.array([3.0, 1.0], jnp.float32)), jnp.zeros((2, 2), jnp.float32)]))
+  np.testing.assert_allclose(ranks, [4 / 3**0.75, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in LAYERS.items() if issubclass(kind, LinearAttention)])
+def test_every_linear_attention_names_its_matrix_by_batch_and_head(name):
+  module = layer(name)
+  found = memories(module, module.initial_state(3))
+  assert set(found) == {"memory"}
+  assert found["memory"].shape == (3, module.num_heads, module.key_dim, module.value_dim)
+
+
+def test_a_model_names_the_matrices_by_block():
+  model = LanguageModel(11, 8, 3, (EraseThenDelta(**SMALL), Attention(num_heads=2, head_dim=4), GatedDeltaNet(**SMALL)))
+  assert set(memories(model, model.initial_state(2))) == {"block 0/memory", "block 2/memory"}
+
+
+def test_a_layer_of_ones_own_is_looked_into_once_it_names_its_matrices():
+  class Sum(MemoryLayer):
+    def initial_state(self, batch_size):
+      return (jnp.zeros((batch_size, 1, 1, 1), jnp.float32),)
+
+    def matrices(self, state):
+      return {"sum": state[0]}
+
+    @nn.compact
+    def __call__(self, x, state=None, segment_ids=None):
+      (total,) = self.begin(x, state, segment_ids)
+      return x, (total + x.sum(axis=(1, 2)).reshape(-1, 1, 1, 1),)
+
+  times, seen = over_time(Sum(), {}, jnp.ones((1, 5, 1), jnp.float32), lambda matrices: matrices["sum"], every=2)
+  assert times.tolist() == [2, 4, 5]
+  assert seen.ravel().tolist() == [2, 4, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 5, 30])
+def test_pieces_of_any_size_see_the_same(hybrid, every):
+  model, params, tokens = hybrid
+  fine = curves_over_time(model, params, tokens, every=1)
+  found = curves_over_time(model, params, tokens, every=every)
+  assert found.times.tolist() == {1: list(range(1, 13)), 5: [5, 10, 12], 30: [12]}[every]
+  then = found.times - 1
+  assert_close(found[1:], jax.tree.map(lambda a: a[then], fine[1:]), jnp.float32)
+  _, state = model.apply(params, tokens)
+  whole = memories(model, state)["block 0/memory"]
+  assert_close(found.norm["block 0/memory"][-1], jnp.linalg.norm(whole, axis=(-2, -1)), jnp.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 3, 5])
+def test_documents_and_padding_may_lie_anywhere_between_pieces(every):
+  module = GatedDeltaNet(**SMALL)
+  x = jax.random.normal(jax.random.key(0), (2, 10, 8), jnp.float32)
+  ids = jnp.array([[1, 1, 1, 2, 2, 0, 3, 3, 3, 3], [0, 0, 4, 4, 4, 0, 0, 5, 0, 0]], jnp.int32)
+  params = module.init(jax.random.key(1), x)
+  times, found = over_time(module, params, x, lambda matrices: matrices["memory"], every=every, segment_ids=ids)
+  one_pass = jax.jit(lambda ids: module.apply(params, x, None, ids)[1].memory)
+  for i, time in enumerate(times):
+    assert_close(found[i], one_pass(jnp.where(jnp.arange(10)[None] < time, ids, 0)), jnp.float32)
+  seen = np.isfinite(retention(module, params, x, every=every, segment_ids=ids)["memory"].cosine[-1, ..., 0, 0])
+  assert seen.tolist() == [[False] * 6 + [True] * 4, [False] * 7 + [True] + [False] * 2]
+
+
+@pytest.mark.slow
+def test_gates_are_heard_where_they_are_and_lie_in_their_ranges(hybrid):
+  model, params, tokens = hybrid
+  found = gates(model, params, tokens)
+  blocks = {f"block 0/{name}" for name in ("beta", "gamma", "decay")} | {f"block 2/{name}" for name in ("beta", "decay")}
+  assert set(found) == blocks
+  assert {values.shape[:3] for values in found.values()} == {(2, TOKENS, 2)}
+  for values in found.values():
+    assert 0 < values.min() < values.max() <= 1
+  assert found["block 0/decay"].shape[-1] == SMALL["key_dim"]
+  remat = gates(model.clone(remat="full"), params, tokens)
+  assert_close(remat, found, jnp.float32)
+
+
+@pytest.mark.slow
+def test_strengths_that_reflect_go_beyond_one():
+  module = DeltaProduct(**SMALL, num_writes=3)
+  x = jax.random.normal(jax.random.key(0), (1, 20, 8), jnp.float32)
+  params = jax.tree.map(lambda p: p * 30 if p.ndim > 1 else p, module.init(jax.random.key(1), x))
+  beta = gates(module, params, x)["beta"]
+  assert beta.shape == (1, 20, 6)
+  assert 1.5 < beta.max() <= 2
+  assert writes(module, params, x)["memory"].key.shape == (1, 20, 3, 2, 4)
+
+
+@pytest.mark.slow
+def test_what_is_overheard_is_what_was_written():
+  """Linear attention's memory is the sum of its writes."""
+  module = LinearAttention(num_heads=4, num_key_heads=2, key_dim=4, value_dim=3)
+  x = jax.random.normal(jax.random.key(0), (2, 9, 8), jnp.float32)
+  params = module.init(jax.random.key(1), x)
+  _, state = module.apply(params, x)
+  key, value = writes(module, params, x)["memory"]
+  assert_close(jnp.einsum("btrhk,btrhv->bhkv", key, value), state.memory, jnp.float32)
+
+
+@pytest.mark.slow
+def test_a_write_under_a_key_of_its_own_is_read_back_whole():
+  module, params, x = one_key_a_token(LinearAttention)
+  found = retention(module, params, x)["memory"]
+  written = np.arange(6)[None] < found.times[:, None]
+  np.testing.assert_allclose(found.cosine[:, 0, :, 0, 0], np.where(written, 1.0, np.nan), rtol=1e-5)
+  np.testing.assert_allclose(found.share[:, 0, :, 0, 0], np.where(written, 1.0, np.nan), rtol=1e-5)
+  value = writes(module, params, x)["memory"].value[0, :, 0, 0]
+  unit = value / jnp.linalg.norm(value, axis=1, keepdims=True)
+  np.testing.assert_allclose(found.floor[-1, 0, :, 0, 0], unit @ unit.mean(axis=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_known_decay_is_the_known_retention(every):
+  module, params, x = one_key_a_token(GatedDeltaNet)
+  params["params"]["decay"]["dt_bias"] = jnp.full(1, -2.0, jnp.float32)
+  found = retention(module, params, x, every=every)["memory"]
+  beta, decay = (np.asarray(gates(module, params, x)[name])[0, :, 0] for name in ("beta", "decay"))
+  assert decay.max() < 0.9, "else there is nothing to see"
+  for i, time in enumerate(found.times):
+    left = [beta[t] * np.prod(decay[t + 1 : time]) for t in range(time)]
+    np.testing.assert_allclose(found.share[i, 0, :time, 0, 0], left, rtol=1e-5)
+  np.testing.assert_allclose(found.cosine[-1], 1.0, rtol=1e-5)
+  lags, cosine, share, floor = by_lag(found)
+  assert share.shape == cosine.shape == floor.shape == (len(lags), 1)
+  ages = (found.times[:, None] - 1 - np.arange(6)).ravel()
+  of_age_zero = np.asarray(found.share).reshape(-1)[ages == 0]
+  np.testing.assert_allclose(share[0, 0], of_age_zero.mean(), rtol=1e-6)
+
+
+def test_reading_back_tells_another_value_from_a_smaller_one():
+  key, value = jnp.eye(2, dtype=jnp.float32), jnp.array([[3.0, 0.0], [0.0, 5.0]], jnp.float32)
+  written = writes_of(key, value)
+  halved = read_back(0.5 * (key.T @ value)[None, None], written)
+  assert_close(halved, tuple(jnp.full((1, 2, 1, 1), share) for share in (1, 0.5, 0.5)), jnp.float32)
+  swapped = read_back((key[::-1].T @ value)[None, None], written)
+  assert_close(swapped, tuple(jnp.full((1, 2, 1, 1), share) for share in (0, 0, 0.5)), jnp.float32)
+
+
+def writes_of(key, value):
+  return Writes(key[None, :, None, None], value[None, :, None, None])
+
+
+@pytest.mark.slow
+def test_the_response_of_a_memory_that_only_decays_is_the_product_of_its_decays():
+  log_decay = -jnp.linspace(0.05, 0.6, TOKENS, dtype=jnp.float32)[None, :, None]
+  key = jnp.eye(TOKENS, dtype=jnp.float32)[None, :, None]
+  one = jnp.ones((1, TOKENS, 1), jnp.float32)
+
+  def memory(v):
+    out, _ = gated_delta_rule(jnp.ones_like(key), key, v[:, :, None], 0.7 * one, log_decay, chunk_size=4)
+    return out[:, :, 0]
+
+  v = jax.random.normal(jax.random.key(0), (1, TOKENS, 3), jnp.float32)
+  found = linear_response(memory, v, 3)
+  expected = jnp.exp(jnp.cumsum(log_decay[:, 3:, 0], axis=1) - log_decay[:, 3:4, 0])
+  assert_close(found, expected, jnp.float32, gradients=True)
+
+
+@pytest.mark.slow
+def test_the_response_of_a_layer_is_that_of_its_jacobian():
+  module = KimiDeltaAttention(**SMALL)
+  x = jax.random.normal(jax.random.key(0), (2, 7, 6), jnp.float32)
+  params = jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p, module.init(jax.random.key(1), x))
+
+  def outputs(x):
+    return module.apply(params, x)[0]
+
+  jacobian = jax.jacrev(lambda at: outputs(x.at[:, 2].set(at)))(x[:, 2])
+  norms = jnp.sqrt(jnp.einsum("btebd->bt", jacobian**2))[:, 2:]
+  assert_close(jax.jit(lambda x: linear_response(outputs, x, 2))(x), norms / norms[:, :1], jnp.float32, gradients=True)
+
+
+class LooksBack(nn.Module):
+  """Answers with what followed the same token last time, where that is at most `window` tokens ago."""
+
+  vocab_size: int
+  window: int
+
+  def __call__(self, tokens, state=None, segment_ids=None):
+    here = jnp.arange(tokens.shape[1])
+    seen = (tokens[:, :, None] == tokens[:, None, :-1]) & (here[None, 1:] < here[:, None])[None]
+    seen &= (here[:, None] - here[None, 1:] <= self.window)[None]
+    last = jnp.where(seen, here[None, None, 1:], 0).max(axis=2)
+    return jax.nn.one_hot(jnp.take_along_axis(tokens, last, axis=1), self.vocab_size), state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [MultiQueryRecall(64, 6, 64, power=1.0, filler=False), NoisyRecall(6, 3, 0.0, 64)])
+def test_recall_by_distance_shows_how_far_a_model_looks_back(task):
+  batch = task.batch(jax.random.key(0), 8)
+  found = recall(LooksBack(task.vocab_size, 20), {}, batch)
+  assert len(found.distance) == 8 * 6
+  assert min(found.distance) <= 20 < max(found.distance)
+  np.testing.assert_array_equal(found.right, found.distance <= 20)
+
+
+def test_answers_are_grouped_by_distance():
+  found = by_distance(Recall(np.array([9, 1, 2, 8, 2, 50]), np.array([0, 1, 1, 0, 0, 1], bool)), bins=2)
+  assert found.count.tolist() == [3, 3]
+  np.testing.assert_allclose(found.distance, [5 / 3, 67 / 3])
+  np.testing.assert_allclose(found.share, [2 / 3, 1 / 3])
+  assert by_distance(Recall(np.array([4, 4]), np.array([True, False])), bins=5).share.tolist() == [0.5]
+
+
+X = jnp.ones((1, 3, 4), jnp.float32)
+
+
+@pytest.mark.parametrize(
+  ("call", "words"),
+  [
+    (lambda m, p: curves_over_time(m, p, X), "layers are all Attention; want one whose layer names them"),
+    (lambda m, p: retention(m, p, X), "no layers of the linear-attention family"),
+    (lambda m, p: gates(m, p, X), "model, a Attention, has no gates"),
+    (lambda m, p: curves_over_time(m, p, X, every=0), "every=0; want at least one"),
+    (lambda m, p: linear_response(lambda x: x, X, 3), "position=3; want one of the 3"),
+    (lambda m, p: by_distance(Recall(np.ones(1), np.ones(1)), 0), "bins=0"),
+    (lambda m, p: recall(m, p, one_answer(X)), "example.tokens is float32"),
+    (lambda m, p: recall(LooksBack(9, 2), {}, one_answer(jnp.array([[1, 2, 3]], jnp.int32))), "no query whose key"),
+  ],
+)
+def test_a_mistake_is_told(call, words):
+  module = Attention(num_heads=1, head_dim=4, max_length=4)
+  params = module.init(jax.random.key(0), X)
+  with pytest.raises(ValueError, match=words):
+    call(module, params)
+
+
+def one_answer(tokens):
+  """A batch of one sequence of three tokens that asks at the last, for what was never written."""
+  ones = jnp.ones((1, 3), jnp.int32)
+  return Example(tokens, ones, jnp.array([[0, 0, 1]], jnp.float32), ones, ones)
+
+
+@pytest.mark.slow
+def test_figures_show_what_was_found(hybrid, tmp_path):
+  model, params, tokens = hybrid
+  kept = retention(model, params, tokens)
+  curves, heard = curves_over_time(model, params, tokens, every=4), gates(model, params, tokens)
+  drawn = {
+    "curves": figures.draw_curves(curves),
+    "gates": figures.draw_gates(heard),
+    "retention": figures.draw_retention(kept, row=1, labels=list("abcdefghijkl")),
+    "fading": figures.draw_fading(kept),
+    "recall": figures.draw_recall(Recall(np.arange(1, 41), np.arange(40) < 20), chance=0.1),
+  }
+  for name, figure in drawn.items():
+    assert isinstance(figure, Figure)
+    figure.savefig(tmp_path / f"{name}.png")
+    assert all(ax.get_title() for ax in figure.axes if ax.get_visible() and ax.get_label() != "<colorbar>")
+  assert isinstance(curves, Curves)
+  assert [line.get_label() for line in drawn["curves"].axes[1].lines if line.get_label()[0] != "_"] == list(curves.rank)
+  norm_line = drawn["curves"].axes[0].lines[-1].get_ydata()
+  np.testing.assert_allclose(norm_line, curves.norm["block 2/memory"].mean(axis=(1, 2)), rtol=1e-6)
+  assert {ax.get_title().partition(",")[0] for ax in drawn["gates"].axes if ax.get_visible()} == set(heard)
+  shown = drawn["retention"].axes[1].collections[0].get_array()
+  expected = np.asarray(kept["block 2/memory"].cosine[:, 1]).mean(axis=(-2, -1)).T
+  np.testing.assert_allclose(np.ma.filled(shown, np.nan), expected, rtol=1e-6)
+  assert [label.get_text() for label in drawn["retention"].axes[0].get_yticklabels()] == list("abcdefghijkl")

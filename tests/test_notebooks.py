@@ -1,0 +1,99 @@
+"""Every notebook runs from top to bottom, begins with the same cell, and is kept as it was before anyone ran it."""
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+FIRST_CELL = (ROOT / "colab" / "first_cell.py").read_text()
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@each_notebook
+def test_a_notebook_is_kept_without_what_running_it_leaves(path):
+  text = path.read_text()
+  notebook = nbformat.reads(text, as_version=4)
+  nbformat.validate(notebook)
+  assert text == nbformat.writes(notebook) + "\n", "want nbformat's own layout: sorted keys, an indent of one"
+  assert set(notebook.metadata) == {"kernelspec", "language_info"}
+  for cell in notebook.cells:
+    assert not cell.metadata
+    assert cell.cell_type == "markdown" or (cell.outputs, cell.execution_count) == ([], None)
+
+
+@each_notebook
+def test_the_first_code_cell_is_the_one_that_installs(path):
+  cells = nbformat.read(path, as_version=4).cells
+  code = [cell.source for cell in cells if cell.cell_type == "code"]
+  assert code[0] == FIRST_CELL.strip()
+  assert cells[0].cell_type == "markdown"
+  assert cells[0].source.startswith("# ")
+
+
+@pytest.mark.slow
+@each_notebook
+def test_a_notebook_runs_from_top_to_bottom_and_shows_pictures(path, tmp_path, monkeypatch):
+  monkeypatch.delenv("XLA_FLAGS")  # those of this suite make slow code
+  notebook = nbformat.read(path, as_version=4)
+  NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+  outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+  assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
+  complaints = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+  assert not complaints
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+  """Runs the first cell in `folder / "colab"` as if memzoo were not installed; returns what it asked of pip."""
+
+  def run(source=""):
+    asked = []
+
+    def pip(command, check):
+      assert check
+      assert command[1:5] == ["-m", "pip", "install", "--quiet"]
+      asked.append([Path(word).read_text() if word.endswith(".txt") else word for word in command[5:]])
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "memzoo" else find(name))
+    monkeypatch.setattr(subprocess, "run", pip)
+    lines = [f'{line}; extra == "{extra}"' for extra, lines in EXTRAS.items() for line in lines if ";" not in line]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["jax>=0.10.2", *lines])
+    (tmp_path / "colab").mkdir()
+    monkeypatch.chdir(tmp_path / "colab")
+    exec(compile(FIRST_CELL.replace('SOURCE = ""', f"SOURCE = {source!r}"), "first_cell.py", "exec"), {})
+    return asked
+
+  return run
+
+
+def test_a_checkout_beside_the_notebook_is_installed_and_jax_stays(elsewhere, tmp_path):
+  (tmp_path / "pyproject.toml").write_text('[project]\nname = "memzoo"\n')
+  package, others = elsewhere()
+  assert package == ["--no-deps", str(tmp_path)]
+  here = importlib.metadata.version
+  assert others == ["--constraint", f"jax=={here('jax')}\njaxlib=={here('jaxlib')}\n", *EXTRAS["colab"]]
+  assert not [line for line in EXTRAS["colab"] if line.startswith(("jax>", "jaxlib"))]
+
+
+def test_a_source_that_the_reader_names_is_installed(elsewhere):
+  assert elsewhere("git+https://example.org/memzoo")[0] == ["--no-deps", "git+https://example.org/memzoo"]
+
+
+def test_without_a_source_the_reader_is_told(elsewhere):
+  with pytest.raises(ValueError, match=r'SOURCE is "" .* want a folder or an address'):
+    elsewhere()
+
+
+def test_the_colab_extra_is_what_the_library_needs_but_for_jax():
+  needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+  assert EXTRAS["colab"] == [line for line in needed if not line.startswith("jax>")]

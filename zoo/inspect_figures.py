@@ -1,0 +1,132 @@
+"""Pictures of what `inspect.py` finds. Each function returns a `matplotlib.figure.Figure`; nothing is shown or saved.
+
+Figures are made without pyplot, which keeps global state: `figure.savefig("memory.png")` writes one, and a notebook after
+`%matplotlib inline` shows one that is a cell's last value.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .inspect import Curves, Recall, Retention, by_distance, by_lag
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+_COLOURS = "viridis"
+
+
+def draw_curves(curves: Curves) -> "Figure":
+  """Norm and effective rank of each memory against tokens read: the mean over rows and heads, and each head faintly."""
+  figure, axes = _figure(1, 2, (11, 3.6), sharex=True)
+  titles = ("how much is stored", "in how many directions")
+  for ax, values, title, label in zip(axes[0], curves[1:], titles, ("Frobenius norm", "effective rank"), strict=True):
+    for (name, value), colour in zip(values.items(), _shades(len(values)), strict=True):
+      heads = np.asarray(value).mean(axis=1)
+      ax.plot(curves.times, heads, color=colour, alpha=0.25, linewidth=0.8)
+      ax.plot(curves.times, heads.mean(axis=1), color=colour, label=name)
+    ax.set(title=title, xlabel="tokens read", ylabel=label, xlim=(0, curves.times[-1]), ylim=(0, None))
+    ax.grid(alpha=0.25)
+  _name_lines(figure, axes[0, 1])
+  return figure
+
+
+def draw_gates(values: dict[str, np.ndarray], bins: int = 40) -> "Figure":
+  """A histogram for each gate: a row for each place, a column for each kind of gate, tokens and heads together."""
+  split = {name: name.rpartition("/") for name in values}
+  places = list(dict.fromkeys(place for place, _, _ in split.values()))
+  kinds = list(dict.fromkeys(kind for _, _, kind in split.values()))
+  figure, axes = _figure(len(places), len(kinds), (3.2 * len(kinds) + 0.6, 1.7 * len(places) + 0.3))
+  for ax in axes.flat:
+    ax.set_visible(False)
+  for name, (place, _, kind) in split.items():
+    ax, gate = axes[places.index(place), kinds.index(kind)], np.asarray(values[name], np.float64).ravel()
+    ax.set_visible(True)
+    ax.hist(gate, bins=np.linspace(0, max(1.0, gate.max()), bins + 1), weights=np.full(gate.size, 1 / gate.size))
+    ax.axvline(gate.mean(), color="0.2", linewidth=1, linestyle="--")
+    ax.set_title(f"{name}, mean {gate.mean():.2f}", fontsize="medium")
+    ax.set_yticks([])
+    ax.spines[["left", "right", "top"]].set_visible(False)
+  return figure
+
+
+def draw_retention(found: dict[str, Retention], row: int = 0, labels: Sequence[str] | None = None) -> "Figure":
+  """What every write's key reads at each later time: cosine with what was written, the mean over heads, a map each memory.
+
+  Args:
+    found: by memory.
+    row: of the batch.
+    labels: of the tokens, to name the writes by; sensible for some dozens.
+  """
+  maps = {name: np.asarray(one.cosine[:, row]).mean(axis=(-2, -1)).T for name, one in found.items()}
+  lowest, tokens = min(0.0, *(np.nanmin(cosine) for cosine in maps.values())), max(map(len, maps.values()))
+  height = 4.8 if labels is None else 0.17 * tokens + 1.2
+  figure, axes = _figure(1, len(maps), (4.8 * len(maps) + 1.4, height), sharey=True)
+  for ax, (name, cosine), one in zip(axes[0], maps.items(), found.values(), strict=True):
+    edges = np.concatenate([one.times - np.diff(one.times, prepend=0), one.times[-1:]])
+    image = ax.pcolormesh(edges, np.arange(tokens + 1), cosine, cmap=_COLOURS, vmin=lowest, vmax=1)
+    ax.set(title=name, xlabel="tokens read")
+  axes[0, 0].set(ylabel="written by token", ylim=(tokens, 0))
+  if labels is not None:
+    axes[0, 0].set_yticks(np.arange(tokens) + 0.5, labels, fontsize="small", family="monospace")
+  figure.suptitle("what a key still finds of what was written under it")
+  figure.colorbar(image, ax=axes, label="cosine of read and written value")
+  return figure
+
+
+def draw_fading(found: dict[str, Retention]) -> "Figure":
+  """Mean cosine and mean share of what is read back against the tokens since it was written, a line for each memory.
+
+  Dotted is the floor, the mean cosine to what any token writes. Lags that fewer than a quarter of the tokens have are left out.
+  """
+  figure, axes = _figure(1, 2, (11, 3.6), sharex=True)
+  same, left = axes[0]
+  for (name, one), colour in zip(found.items(), _shades(len(found)), strict=True):
+    lags, *means = by_lag(one)
+    seen = lags < 0.75 * one.cosine.shape[2]
+    cosine, share, floor = (mean[seen].mean(axis=1) for mean in means)
+    same.plot(1 + lags[seen], cosine, color=colour, label=name)
+    same.plot(1 + lags[seen], floor, color=colour, linestyle=":", label="... to any token's value")
+    left.plot(1 + lags[seen], share, color=colour, label=name)
+  same.set(title="is it still the same value", ylabel="cosine of read and written value")
+  left.set(title="how much of it is left", ylabel="share of the written value")
+  for ax in axes[0]:
+    ax.set(xlabel="tokens since the write, its own included", xscale="log", ylim=(min(0, ax.get_ylim()[0]), 1.02))
+    ax.grid(alpha=0.25)
+  _name_lines(figure, same)
+  return figure
+
+
+def draw_recall(found: Recall, chance: float | None = None, bins: int = 8) -> "Figure":
+  """Share of right answers against the distance that they bridge, with the standard error of each share."""
+  shares = by_distance(found, bins)
+  error = np.sqrt(shares.share * (1 - shares.share) / shares.count)
+  figure, axes = _figure(1, 1, (6, 3.6))
+  (ax,) = axes.flat
+  ax.errorbar(shares.distance, shares.share, error, marker="o", capsize=2, label=f"{shares.count.sum()} answers")
+  if chance is not None:
+    ax.axhline(chance, color="0.35", linestyle=":", label="without a memory")
+  ax.set(title="what is recalled, and from how far", xlabel="tokens between write and query", ylabel="right answers")
+  ax.set_ylim(-0.02, 1.05)
+  ax.grid(alpha=0.25)
+  ax.legend(frameon=False)
+  return figure
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], **options):
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=size, layout="constrained")
+  return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _name_lines(figure: "Figure", ax) -> None:
+  """A legend beside the panels, for lines cross them anywhere."""
+  figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False)
+
+
+def _shades(count: int) -> np.ndarray:
+  from matplotlib import colormaps
+
+  return colormaps[_COLOURS](np.linspace(0, 0.85, count))
