@@ -174,13 +174,14 @@ def test_the_command_writes_what_it_says(monkeypatch, capsys, tmp_path):
   command = ["memzoo", "compare", "mqar", "--layers", "DeltaNet", *settings]
   command += ["--steps", "2", "--seeds", "1", "--learning-rates", "0.01"]
   monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path / "c")])
-  cli.main()
+  with pytest.raises(SystemExit, match="0"):
+    cli.main()
   out = capsys.readouterr().out
   assert "done, 2 steps" in out
   for name in ("table.md", "results.json"):
     assert (tmp_path / "c" / name).exists()
     assert name in out
   monkeypatch.setattr("sys.argv", [*command[:4], "DeltaNet", "--learning-rates", "fast"])
-  with pytest.raises(SystemExit):
+  with pytest.raises(SystemExit, match="2"):
     cli.main()
   assert "--learning-rates is 'fast'; want numbers" in capsys.readouterr().err

@@ -85,14 +85,15 @@ def test_a_summary_counts_documents_rows_and_places_without_a_target(tmp_path):
   for name, length in (("a", 100), ("b", 61)):
     (tmp_path / f"{name}.txt").write_text(name * length)
   both = TextData(str(tmp_path), sequence_length=16, validation_fraction=0.1)
-  assert both.load().summary() == (
-    "2 documents packed into 9 rows of 16, 1.39% of their places without a target; 2 into 1 for validation."
+  assert both.load().summary(steps=18) == (
+    "2 documents packed into 9 rows of 16, 1.39% of their places without a target; 2 into 1 for validation. 16 epochs of "
+    "144B of text."
   )
   sources = tuple(str(tmp_path / f"{name}.txt") for name in "ab")
   mixed = TextData(sources, weights=(1.0, 3.0), sequence_length=16, validation_fraction=0.1)
-  assert "into 10 rows of 16, 11.25% of" in mixed.load().summary(), "90 tokens in 6 rows and 54 in 4"
+  assert "into 10 rows of 16, 11.25% of" in mixed.load().summary(1), "90 tokens in 6 rows and 54 in 4"
   one = TextData(sources[0], sequence_length=89, validation_fraction=0.1)
-  assert one.load().summary().startswith("1 document packed into 1 rows of 89, 0.00% of their places")
+  assert one.load().summary(1).startswith("1 document packed into 1 rows of 89, 0.00% of their places")
 
 
 @pytest.mark.compat

@@ -271,7 +271,8 @@ def test_away_from_a_terminal_a_run_prints_plain_lines(tmp_path, capfd):
   lines = out.splitlines()
   assert lines[0].startswith(f"Starting {tmp_path / 'run'}: 12 steps of 4 x 32 tokens")
   assert lines[0].endswith("k float32 parameters, float32 activations, on 1 cpu device.")
-  assert re.fullmatch(r"\d+ documents packed into \d+ rows of 32, .*% .*; \d+ into \d+ for validation\.", lines[1])
+  packed = r"\d+ documents packed into \d+ rows of 32, .*% .*; \d+ into \d+ for validation\. 0\.34 epochs of .*B of text\."
+  assert re.fullmatch(packed, lines[1])
   assert [line.split()[1] for line in lines if line.startswith("step ")] == ["4/12", "5/12", "8/12", "10/12", "12/12"]
   assert "bits per byte" in out
   assert re.search(r"memory +\d\.\d\d GiB at the peak, of this process", out)
