@@ -146,7 +146,7 @@ def test_continuous_tasks_are_scored_by_their_error(tmp_path):
   budget = Budget(learning_rates=(1e-3,), seeds=1, steps=2, batch_size=2, evaluate_every=2, test_examples=4)
   comparison = compare(enter("regression", ["DeltaNet"], [*overrides, "size=4", "heads=1"]), budget, tmp_path)
   assert comparison.continuous
-  assert comparison.trials[0].scores["pieces of 4"][0] == pytest.approx(comparison.chance["pieces of 4"], rel=0.9)
+  assert comparison.trials[0].scores["4"][0] == pytest.approx(comparison.chance["4"], rel=0.9)
   assert {path.name for path in draw(comparison, tmp_path)} == {"scores.png", "kinds.png"}
 
 

@@ -116,6 +116,7 @@ class Comparison:
 
   Attributes:
     task: as it was written.
+    grows: what grows from test to test.
     chance: by test, the score of one without memory.
     continuous: scores are errors, the smaller the better.
     budget: of each.
@@ -123,6 +124,7 @@ class Comparison:
   """
 
   task: str
+  grows: str
   chance: dict[str, float]
   continuous: bool
   budget: Budget
@@ -163,7 +165,7 @@ def compare(
     trials.append(trial)
   task = entrants[0].task
   chance = {name: test.chance for name, test in task.tests().items()}
-  return Comparison(str(task), chance, task.continuous, budget, trials)
+  return Comparison(str(task), task.grows, chance, task.continuous, budget, trials)
 
 
 def _file_name(entrant: Entrant, budget: Budget) -> str:

@@ -44,7 +44,7 @@ def markdown(comparison: Comparison) -> str:
   what = "squared error" if comparison.continuous else "right answers"
   heading = ["layer", "state, bytes", "parameters", "steps", "rate", *tests]
   lines = [
-    f"`{comparison.task}`: {what}, mean of {comparison.budget.seeds} seeds ± half their range",
+    f"`{comparison.task}`: {what} over {comparison.grows}, mean of {comparison.budget.seeds} seeds ± half their range",
     "",
     _row(heading),
     _row(["---", *["---:"] * (len(heading) - 1)]),
@@ -83,7 +83,7 @@ def _draw_scores(comparison: Comparison, path: Path) -> Path:
     _line(axes, range(len(tests)), [trial.scores[test] for test in tests], _label(comparison, trial), style)
   axes.plot(range(len(tests)), list(comparison.chance.values()), ":", color="0.5", linewidth=1, label="without memory")
   axes.set_xticks(range(len(tests)), tests)
-  axes.set(xlabel="test", title=_title(comparison))
+  axes.set(xlabel=comparison.grows, title=_title(comparison))
   return _finish(figure, axes, path)
 
 
@@ -111,7 +111,7 @@ def _draw_kinds(comparison: Comparison, path: Path) -> Path:
   if comparison.continuous:
     axes.set_yscale("log")
     axes.set_ylim(bottom=None)
-  axes.set(xlabel="position", title=f"{_title(comparison)}, test {hardest}")
+  axes.set(xlabel="position", title=f"{_title(comparison)}, on {hardest} {comparison.grows}")
   return _finish(figure, axes, path)
 
 

@@ -1,6 +1,7 @@
 """Recall by key: plain, from noisy writes, and of what has been superseded since."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ class MultiQueryRecall(Task):
     power: how soon queries come; 1 is any time.
     filler: what is neither pair nor query is a random token; otherwise 0.
   """
+
+  grows: ClassVar[str] = "pairs"
 
   tokens: int = 64
   pairs: int = 8
@@ -108,6 +111,8 @@ class Overwriting(Task):
     vocabulary: half keys, half values.
   """
 
+  grows: ClassVar[str] = "writes of a key"
+
   pairs: int = 8
   writes: int = 3
   vocabulary: int = 128
@@ -167,6 +172,8 @@ class NoisyRecall(Task):
     outliers: share of writes whose value is wrong; of no pair as many as half.
     vocabulary: half keys, half values.
   """
+
+  grows: ClassVar[str] = "writes that are wrong"
 
   pairs: int = 8
   writes: int = 3
@@ -238,6 +245,8 @@ class StaleFacts(Task):
     superseded: of them, later on.
     vocabulary: half keys, half values; "-" and "gone" are two tokens more.
   """
+
+  grows: ClassVar[str] = "facts superseded"
 
   facts: int = 8
   superseded: int = 4

@@ -28,6 +28,7 @@ class Regression(Task):
   """
 
   continuous: ClassVar[bool] = True
+  grows: ClassVar[str] = "tokens from one map to the next"
 
   tokens: int = 128
   piece: int = 64
@@ -93,4 +94,4 @@ class Regression(Task):
 
   def tests(self) -> dict[str, Task]:
     """These pieces, and one that lasts."""
-    return {f"pieces of {piece}": replace(self, piece=piece) for piece in dict.fromkeys((self.piece, self.tokens))}
+    return {str(piece): replace(self, piece=piece) for piece in dict.fromkeys((self.piece, self.tokens))}

@@ -1,6 +1,7 @@
 """Two lists with one token in common: which?"""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ class SetDisjointness(Task):
     first, second: elements of the lists.
     vocabulary: all tokens, with 0 (for nothing) and the three signs.
   """
+
+  grows: ClassVar[str] = "elements of the first list, of the second"
 
   first: int = 4
   second: int = 16

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,8 @@ class Swaps(Task):
     places: and things.
     swaps: it is tested on up to four times as many.
   """
+
+  grows: ClassVar[str] = "swaps"
 
   places: int = 5
   swaps: int = 32

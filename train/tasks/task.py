@@ -35,9 +35,11 @@ class Task:
 
   Class attributes:
     continuous: inputs and answers are vectors, and the error is squared; otherwise tokens, and answers are right or not.
+    grows: what it is that grows over `tests()`.
   """
 
   continuous: ClassVar[bool] = False
+  grows: ClassVar[str] = "tokens"
 
   @property
   def length(self) -> int:
