@@ -59,6 +59,8 @@ def test_a_misspelt_field_is_one_line_and_no_traceback(memzoo):
     (["generate", "nowhere", "def "], "nowhere"),
     (["describe", "quickstart", "--set", "LanguageModel.depth=x"], "want an integer"),
     (["bench", "delta_ruel"], "delta_ruel"),
+    (["compare", "mqarr", "--layers", "DeltaNet"], "there is no config 'mqarr'"),
+    (["compare", "mqar", "--layers", "DeltaNett"], "did you mean 'DeltaNet'?"),
   ],
 )
 def test_every_mistake_is_one_line_and_exit_status_2(memzoo, arguments, words):
@@ -348,7 +350,7 @@ def test_help_is_quick_and_loads_no_jax():
   assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "tokenizer", "describe", "list", "bench"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "tokenizer", "describe", "list", "compare", "bench"])
 def test_every_command_has_a_help_text(memzoo, command):
   status, out, _ = memzoo(command, "--help")
   assert status == 0
