@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels.short_conv import short_conv
-from .axes import named
 from .memory_layer import MemoryLayer, silence_padding
-from .projections import dense, uniform
+from .projections import conv_weight, dense
 
 
 class ConvState(NamedTuple):
@@ -56,9 +55,7 @@ class GatedConv(MemoryLayer):
     types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     value = dense(self.channels, ("embed", "heads"), name="value", **types)(x)
     gate = dense(self.channels, ("embed", "heads"), name="gate", **types)(x)
-    bound = self.conv_width**-0.5
-    shape = (self.conv_width, self.channels)
-    weight = self.param("weight", named(uniform(-bound, bound), None, "heads"), shape, self.param_dtype)
+    weight = conv_weight(self, self.conv_width, self.channels)
     mixed, tail = short_conv(value, weight, initial_state=state.tail, segment_ids=segment_ids)
     y = dense(x.shape[-1], ("heads", "embed"), name="output", **types)(mixed * gate)
     return silence_padding(y, segment_ids), ConvState(tail)

@@ -70,9 +70,7 @@ class ShortConv(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, tail: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """x [B, T, D] and the inputs before it, `tail` [B, width - 1, D], to the output and the next tail."""
-    bound = self.width**-0.5
-    weight = self.param("weight", named(uniform(-bound, bound), None, "heads"), (self.width, x.shape[-1]), self.param_dtype)
-    y, tail = short_conv(x, weight, initial_state=tail, segment_ids=segment_ids)
+    y, tail = short_conv(x, conv_weight(self, self.width, x.shape[-1]), initial_state=tail, segment_ids=segment_ids)
     return nn.silu(y), tail
 
 
@@ -133,8 +131,13 @@ class LogDecay(nn.Module):
     return -decay if self.lower_bound is None else -self.lower_bound * jnp.expm1(decay / self.lower_bound)
 
 
-def uniform(low: float, high: float) -> Callable:
-  """An initialiser: Uniform(low, high)."""
+def conv_weight(module: nn.Module, width: int, channels: int) -> jax.Array:
+  """The parameter "weight" [width, channels] of a short convolution in `module`, Uniform(-width^{-1/2}, width^{-1/2})."""
+  bound = width**-0.5
+  return module.param("weight", named(_uniform(-bound, bound), None, "heads"), (width, channels), module.param_dtype)
+
+
+def _uniform(low: float, high: float) -> Callable:
   def init(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, low, high)
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -379,8 +379,13 @@ class _Lanes:
       self._scorers[task] = make, jax.jit(scored)
     make, scored = self._scorers[task]
     keys = jax.random.split(jax.random.key(2**31 + task.length), math.ceil(examples / rows))
-    parts = [scored(params, make(key)) for key in keys]
-    return tuple(np.sum([np.asarray(part[i], np.float64) for part in parts], axis=0) for i in range(2))
+    return summed(scored(params, make(key)) for key in keys)
+
+
+def summed(parts: Iterable[tuple[jax.Array, jax.Array]]) -> tuple[np.ndarray, np.ndarray]:
+  """Scores and counts of several batches, added up in float64."""
+  scores, counts = zip(*parts, strict=True)
+  return tuple(np.sum([np.asarray(array, np.float64) for array in arrays], axis=0) for arrays in (scores, counts))
 
 
 def score_answers(model: nn.Module, kinds: int, params: Any, example: Any) -> tuple[jax.Array, jax.Array]:

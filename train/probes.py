@@ -20,7 +20,7 @@ from flax import linen as nn
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .compare import score_answers
+from .compare import score_answers, summed
 from .data import Corpus, stack_rows
 from .tasks import Needle
 
@@ -68,8 +68,7 @@ def perplexity(model: nn.Module, params: Any, corpus: Corpus, *, factor: int = 4
     empty = jnp.zeros(len(edges) - 1, jnp.float32)
     return empty.at[bucket].add(nats * weights, mode="drop"), empty.at[bucket].add(weights, mode="drop")
 
-  parts = [sums(stack_rows([row | {"position": _positions(row["segment_ids"])}])) for row in longest]
-  nats, tokens = (np.sum([np.asarray(part[i], np.float64) for part in parts], axis=0) for i in range(2))
+  nats, tokens = summed(sums(stack_rows([row | {"position": _positions(row["segment_ids"])}])) for row in longest)
   with np.errstate(invalid="ignore"):
     bits = nats / tokens / math.log(2) / corpus.validation.bytes_per_token
   names = [f"{low:,} to {high:,}" for low, high in pairwise(edges)]
@@ -87,8 +86,7 @@ def needle(model: nn.Module, params: Any, data: Any, *, factor: int = 4, example
   for test in tests:
     keys = jax.random.split(jax.random.key(test.tokens), max(1, examples * test.tokens // 16384))
     make = jax.jit(partial(test.batch, size=math.ceil(examples / len(keys))))
-    sums = [score(make(key)) for key in keys]
-    right, asked = (np.sum([np.asarray(part[i]) for part in sums], axis=0) for i in range(2))
+    right, asked = summed(score(make(key)) for key in keys)
     columns[f"{test.tokens:,}"] = np.where(asked > 0, right / np.maximum(asked, 1), np.nan)
   values = np.stack(list(columns.values()), axis=1).tolist()
   title = "Digits of a pass key predicted right, by length of the text and depth of the key in it (chance 0.10)"

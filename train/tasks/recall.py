@@ -99,8 +99,20 @@ _TRAINING = ((64, 4, 100), (128, 8, 20), (256, 16, 20), (256, 32, 20), (256, 64,
 _TESTS = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
 
 
+class _Rewritten(Task):
+  """`pairs` keys, each written `writes` times, then each asked for once."""
+
+  @property
+  def length(self) -> int:
+    return 2 * self.pairs * self.writes + self.pairs
+
+  @property
+  def vocab_size(self) -> int:
+    return self.vocabulary
+
+
 @dataclass(frozen=True)
-class Overwriting(Task):
+class Overwriting(_Rewritten):
   """Recall of what was written last under a key (Schlag et al. 2021, arXiv:2102.11174, section 6.1): sums cannot know it.
 
       k v  j w  k u  j x ...   then each key once:   k -> u   j -> x
@@ -121,14 +133,6 @@ class Overwriting(Task):
     want(self, "at least one of pairs and of writes", min(self.pairs, self.writes) >= 1)
     fewest = 2 * max(self.pairs + 1, self.pairs * self.writes)
     want(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
-
-  @property
-  def length(self) -> int:
-    return 2 * self.pairs * self.writes + self.pairs
-
-  @property
-  def vocab_size(self) -> int:
-    return self.vocabulary
 
   @property
   def chance(self) -> float:
@@ -161,7 +165,7 @@ class Overwriting(Task):
 
 
 @dataclass(frozen=True)
-class NoisyRecall(Task):
+class NoisyRecall(_Rewritten):
   """Recall of values that were written several times, now and then wrongly: the answer is what was written most.
 
       k v  k v'  j w  k v  j w ...   then each key once:   k -> v
@@ -186,14 +190,6 @@ class NoisyRecall(Task):
     want(self, "outliers from 0 to less than 0.5", 0 <= self.outliers < 0.5)
     fewest = 2 * (self.pairs + 2)
     want(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
-
-  @property
-  def length(self) -> int:
-    return 2 * self.pairs * self.writes + self.pairs
-
-  @property
-  def vocab_size(self) -> int:
-    return self.vocabulary
 
   @property
   def chance(self) -> float:
