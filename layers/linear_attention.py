@@ -6,7 +6,8 @@
 Source: Katharopoulos et al. 2020 (arXiv:2006.16236) for the memory; the block around it is that of DeltaNet (Yang et al.
 2024, arXiv:2406.06484), so that layers of this family differ in their memory alone.
 
-The paper leaves open -> we do: feature map -> silu, then unit length; normaliser -> none, RMSNorm over each head's output.
+Differs from the papers: the feature map is silu, then unit length ("elu" is the map of Katharopoulos et al.); no normaliser,
+but RMSNorm over each head's output.
 """
 
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from .memory_layer import MemoryLayer, count_key_heads, silence_padding
 from .norms import RMSNorm, l2_normalise
 from .projections import LowRank, ShortConv, dense
 
+FEATURES = {"silu": nn.silu, "elu": lambda x: nn.elu(x) + 1}
 GATES = {"none": None, "silu": nn.silu, "sigmoid": nn.sigmoid}
 
 
@@ -49,6 +51,7 @@ class LinearAttention(MemoryLayer):
     value_dim: value width of a head, V.
     num_key_heads: key heads, a divisor of `num_heads`; as many unless given.
     conv_width: tokens that the short convolutions see.
+    feature_map: of queries and keys, before they are brought to unit length: "silu", or "elu" for elu + 1, which is positive.
     output_gate: "none", "silu" or "sigmoid" of W_g x, on the normalised output.
     gate_rank: of W_g, which then also has a bias; `None` for full rank without.
     norm_epsilon: of the output norm.
@@ -60,6 +63,7 @@ class LinearAttention(MemoryLayer):
   value_dim: int
   num_key_heads: int | None = None
   conv_width: int = 4
+  feature_map: str = "silu"
   output_gate: str = "none"
   gate_rank: int | None = None
   norm_epsilon: float = 1e-5
@@ -107,8 +111,11 @@ class LinearAttention(MemoryLayer):
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
     keys, values = self.key_heads * self.key_dim, self.num_heads * self.value_dim
-    q, query_tail = self._stream("query", keys, x, state.query_tail, segment_ids)
-    k, key_tail = self._stream("key", self.writes * keys, x, state.key_tail, segment_ids)
+    if self.feature_map not in FEATURES:
+      raise ValueError(f"feature_map={self.feature_map!r}; want one of {list(FEATURES)}.")
+    feature_map = FEATURES[self.feature_map]
+    q, query_tail = self._stream("query", keys, x, state.query_tail, segment_ids, feature_map)
+    k, key_tail = self._stream("key", self.writes * keys, x, state.key_tail, segment_ids, feature_map)
     v, value_tail = self._stream("value", self.writes * values, x, state.value_tail, segment_ids)
     out, memory = self.update(
       x,
@@ -128,9 +135,9 @@ class LinearAttention(MemoryLayer):
     """What submodules are told about dtypes."""
     return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-  def _stream(self, name, features, x, tail, segment_ids):
+  def _stream(self, name, features, x, tail, segment_ids, activation=nn.silu):
     projected = dense(features, ("embed", "heads"), name=name, **self.types)(x)
-    return ShortConv(self.conv_width, self.param_dtype, name=f"{name}_conv")(projected, tail, segment_ids)
+    return ShortConv(self.conv_width, self.param_dtype, activation, name=f"{name}_conv")(projected, tail, segment_ids)
 
   def _split(self, x: jax.Array, heads: int, width: int) -> jax.Array:
     """[B, T, r * heads * width] -> [B, T, heads, width], or [B, T, r, heads, width] for r > 1."""

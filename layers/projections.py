@@ -58,20 +58,22 @@ class LowRank(nn.Module):
 
 
 class ShortConv(nn.Module):
-  """silu of a causal depthwise convolution, `memzoo.pallas_kernels.short_conv`, with its own weights.
+  """A causal depthwise convolution, `memzoo.pallas_kernels.short_conv`, with its own weights, and an activation.
 
   Attributes:
     width: tokens that each output sees, its own included.
+    activation: of what comes out.
   """
 
   width: int = 4
   param_dtype: Any = jnp.float32
+  activation: Callable[[jax.Array], jax.Array] = nn.silu
 
   @nn.compact
   def __call__(self, x: jax.Array, tail: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """x [B, T, D] and the inputs before it, `tail` [B, width - 1, D], to the output and the next tail."""
     y, tail = short_conv(x, conv_weight(self, self.width, x.shape[-1]), initial_state=tail, segment_ids=segment_ids)
-    return nn.silu(y), tail
+    return self.activation(y), tail
 
 
 class Strength(nn.Module):

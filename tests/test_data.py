@@ -1,5 +1,6 @@
 """Text becomes batches: every token once, documents apart, in an order that a position brings back."""
 
+import dataclasses
 import gzip
 import json
 import sys
@@ -113,6 +114,12 @@ def test_processes_share_the_rows_of_every_batch(corpus):
   for _ in range(20):
     rows = np.stack([next(first)["tokens"], next(second)["tokens"]], axis=1)
     np.testing.assert_array_equal(next(whole)["tokens"], rows.reshape(4, 16))
+
+
+def test_a_batch_may_be_one_row(corpus):
+  narrow = dataclasses.replace(corpus, data=dataclasses.replace(corpus.data, batch_size=1)).batches()
+  for row in next(corpus.batches())["tokens"]:
+    np.testing.assert_array_equal(next(narrow)["tokens"], row[None])
 
 
 def test_another_seed_is_another_order(corpus, tmp_path):

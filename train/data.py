@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
+_EPOCHS = 2**31
+
 
 @dataclass(frozen=True)
 class TextData:
@@ -285,7 +287,8 @@ class Corpus:
     """
     import grain
 
-    parts = [grain.MapDataset.source(part).shuffle(self.data.seed).repeat() for part in self.parts]
+    # Grain's endless repetition has a length that Python's len() cannot say once it is cut into batches of one row.
+    parts = [grain.MapDataset.source(part).shuffle(self.data.seed).repeat(_EPOCHS) for part in self.parts]
     rows = grain.MapDataset.mix(parts, self.data.weights)
     batches = rows[share::shares].batch(self.data.batch_size // shares)
     # One thread reads ahead while the device computes. A row is a few microseconds' work: more threads gain nothing.

@@ -1,0 +1,181 @@
+"""Memories that learn at test time: the weights of a small network, trained by gradient descent inside the forward pass.
+
+    g_t = grad_W l(f(W_anchor; k_t), v_t)      S_t = eta_t S_{t-1} - theta_t g_t      W_t = a_t W_{t-1} + S_t      y_t = f(W_t; q_t)
+
+`run` goes through a sequence, `start` gives a fresh state, `read` asks a memory without writing. What f, l, the optimiser and
+the chunks are is said by a `Spec`; Titans (arXiv:2501.00663), TTT (arXiv:2407.04620) and Miras (arXiv:2504.13173) are choices
+of these, made in `memzoo.layers.titans`.
+
+Every sequence and head has weights of its own. A state holds what they differ by from what a document begins with, so that a
+fresh one is zeros whatever the parameters are, and what a document begins with is learned also where states are handed on.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..dispatch import Choice, choose
+from ..precision import accumulator
+from ..segments import Documents, check_segment_ids, documents
+from .chunked import Carry, chunked
+from .layout import lay_out
+from .recurrent import recurrent
+from .spec import Gates, Loss, Memory, Retention, Slow, Spec, Weights, forward
+
+__all__ = [
+  "Gates", "Loss", "Memory", "Result", "Retention", "Slow", "Spec", "State", "explain", "read", "run", "start"
+]  # fmt: skip
+
+
+class State(NamedTuple):
+  """A memory of B sequences: by how much it differs from what a document begins with. All zeros is a fresh one.
+
+  Attributes:
+    weights: W, by name [B, H, in, out]; of what is accumulated, where a retention says that this is not the weights in use.
+      With `average`, those of the anchor.
+    momentum: S, likewise; `None` for a spec that carries none.
+    anchor: where the open chunk's gradients are taken; `None` where that is at `weights`.
+    count: int32 [B], tokens in the open chunk.
+  """
+
+  weights: Weights
+  momentum: Weights | None
+  anchor: Weights | None
+  count: jax.Array
+
+
+class Result(NamedTuple):
+  """What comes of a call.
+
+  Attributes:
+    y: [B, T, H, V], in v's dtype; zeros at padding.
+    state: after the last token.
+    loss: float32 [B, T, H], each token's at its anchor, before it was written; zeros at padding.
+  """
+
+  y: jax.Array
+  state: State
+  loss: jax.Array
+
+
+def start(spec: Spec, batch_size: int, heads: int, dtype: jnp.dtype = jnp.float32) -> State:
+  """A fresh state."""
+
+  def zeros():
+    return {name: jnp.zeros((batch_size, heads, *shape), dtype) for name, shape in spec.memory.shapes().items()}
+
+  return State(
+    zeros(),
+    zeros() if spec.accumulates else None,
+    zeros() if spec.keeps_anchor else None,
+    jnp.zeros((batch_size,), jnp.int32),
+  )
+
+
+def run(
+  spec: Spec,
+  slow: Slow,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  gates: Gates,
+  *,
+  initial_state: State | None = None,
+  segment_ids: jax.Array | None = None,
+  max_documents: int = 16,
+  implementation: str = "auto",
+) -> Result:
+  """Writes every token's value under its key, and reads with its query.
+
+  Args:
+    spec: what kind of memory.
+    slow: what every document begins with.
+    q, k: [B, T, H, K].
+    v: [B, T, H, V].
+    gates: [B, T, H] each; those that the spec's optimiser and loss ask for.
+    initial_state: of an earlier call; fresh unless given.
+    segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding.
+    max_documents: that a row of `segment_ids` may hold, the one that goes on from `initial_state` included. The chunk grid
+      begins anew with each, so there must be room for that many broken chunks. A row with more comes out as nan, all of it.
+    implementation: "auto", "xla" or "recurrent" (the oracle, which knows no bound on documents).
+
+  Raises:
+    ValueError: for shapes that do not fit the spec or each other, gates that are missing or too many, or an unknown
+      implementation.
+  """
+  _check(spec, slow, q, k, v, gates, segment_ids, max_documents)
+  batch, tokens, heads = q.shape[:3]
+  wide = accumulator(q, k, v, *gates, *jax.tree.leaves(slow))
+  slow, gates = jax.tree.map(lambda x: x.astype(wide), (slow, gates))
+  if spec.accumulates and slow.momentum is None:
+    slow = slow._replace(momentum=jax.tree.map(jnp.zeros_like, slow.weights))
+  fresh = initial_state is None
+  state = start(spec, batch, heads, wide) if fresh else initial_state
+  begun = Carry(slow.weights, slow.momentum if spec.accumulates else None, slow.weights if spec.keeps_anchor else None)
+  carry = jax.tree.map(lambda start, change: start[None] + change.astype(wide), begun, Carry(*state[:3]))
+  docs = None if segment_ids is None else documents(segment_ids)
+  operands = spec, slow, *(x.astype(wide) for x in (q, k, v)), gates, carry
+  if explain(implementation=implementation).implementation == "recurrent":
+    y, loss, carry, count = recurrent(*operands, state.count, _whole(batch, tokens) if docs is None else docs)
+  else:
+    layout = lay_out(batch, tokens, spec.chunk_size, None if fresh else state.count, docs, max_documents)
+    y, loss, carry = chunked(*operands, layout)
+    count = layout.count
+  change = jax.tree.map(lambda start, end: end - start[None], begun, carry)
+  return Result(y.astype(v.dtype), State(*change, count), loss)
+
+
+def read(spec: Spec, slow: Slow, weights: Weights, q: jax.Array) -> jax.Array:
+  """What memories answer to q [B, T, H, K] without being written to, [B, T, H, V]; `weights` as in a state."""
+  wide = accumulator(q, *jax.tree.leaves(slow))
+
+  def one_head(slow, weights, q):
+    used = spec.view({name: slow.weights[name].astype(wide) + weights[name].astype(wide) for name in weights})
+    return forward(spec, used, slow.norm, q.astype(wide))
+
+  rows = jax.vmap(jax.vmap(one_head, (0, 0, 1), 1), (None, 0, 0))
+  return rows(Slow(slow.weights, norm=slow.norm), weights, q).astype(q.dtype)
+
+
+def explain(*, implementation: str = "auto") -> Choice:
+  """Which implementation runs, and why not the others."""
+  return choose("test_time_memory", implementation, {"xla": None, "recurrent": "one dependent step a token: the oracle"})
+
+
+def _whole(batch: int, tokens: int) -> Documents:
+  """One document a row, without padding."""
+  return Documents(jnp.zeros((batch, tokens), jnp.int32), jnp.ones((batch, tokens), bool))
+
+
+def _check(spec, slow, q, k, v, gates, segment_ids, max_documents) -> None:
+  if q.ndim != 4 or q.shape[1] == 0 or q.shape[3] != spec.memory.key_dim:
+    raise ValueError(f"q has shape {list(q.shape)}; want [batch, tokens, heads, {spec.memory.key_dim}], at least one token.")
+  for name, x, last in (("k", k, spec.memory.key_dim), ("v", v, spec.memory.value_dim)):
+    if x.shape != (*q.shape[:3], last):
+      raise ValueError(f"{name} has shape {list(x.shape)}; want {[*q.shape[:3], last]}.")
+  wanted = {
+    "step": True,
+    "log_keep": None if not spec.average else False,
+    "log_momentum": spec.momentum,
+    "threshold": spec.loss.has_threshold,
+  }
+  for (name, want), gate in zip(wanted.items(), gates, strict=True):
+    if gate is None and want:
+      raise ValueError(f"gates.{name} is missing; want [batch, tokens, heads] for this spec.")
+    if gate is not None and want is False:
+      raise ValueError(f"gates.{name} was given; want None, for this spec has no use for it.")
+    if gate is not None and gate.shape != q.shape[:3]:
+      raise ValueError(f"gates.{name} has shape {list(gate.shape)}; want {list(q.shape[:3])} (batch, tokens, heads).")
+  heads = q.shape[2]
+  shapes = {name: (heads, *shape) for name, shape in spec.memory.shapes().items()}
+  found = {name: w.shape for name, w in slow.weights.items()}
+  if found != shapes:
+    raise ValueError(f"slow.weights has shapes {found}; want {shapes}.")
+  if spec.memory.norm != (slow.norm is not None):
+    raise ValueError(f"slow.norm is {'missing' if slow.norm is None else 'given'}; want it exactly where the memory has a norm.")
+  if spec.average and (slow.average is None or slow.average.shape != (heads, spec.chunk_size)):
+    raise ValueError(f"slow.average does not fit; want [heads, chunk_size], {[heads, spec.chunk_size]}.")
+  check_segment_ids(segment_ids, q.shape[:2])
+  if max_documents < 1:
+    raise ValueError(f"max_documents={max_documents}; want at least one.")

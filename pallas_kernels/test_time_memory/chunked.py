@@ -1,0 +1,264 @@
+"""The chunk-parallel form: one gradient for a whole chunk, no weights of single tokens.
+
+Gradients of a chunk are taken at its anchor, so that with gates and steps they are the known inputs of a linear recurrence.
+Its solution has the same triangular coefficients for every matrix of the memory,
+
+    W_t = A_t W_0 + f_t S_0 - sum_{j<=t} P_tj g_j        S_t = m_t S_0 - sum_{j<=t} R_tj g_j
+    R = L_eta diag(theta)        P = L_a R        f = L_a m
+
+with (L_a)_ti = a_{i+1} ... a_t, and likewise L_eta. Every g_j is a product x_j^T delta_j of a layer's input and the cotangent
+of its output, so a read needs no W_t:
+
+    x W_t  =  A_t x W_0 + f_t x S_0 - sum_{j<=t} P_tj (x . x_j) delta_j
+
+The products of gates are sums of logarithms under a mask, never quotients, and exact where a gate is 0. A scan goes from
+chunk to chunk; the backward pass keeps what lies between chunks and computes the rest again.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..precision import matmul
+from ..triangular import unit_lower_inverse
+from .layout import Layout
+from .spec import Gates, Slow, Spec, Weights, forward, running_average
+
+
+class Coefficients(NamedTuple):
+  """What the optimiser does within a chunk of C tokens; see the module.
+
+  Attributes:
+    keep: A [C].
+    carried: f [C], `None` where nothing is carried.
+    writes: P [C, C].
+    momentum_kept: m at the end of the chunk, a scalar; likewise `None`.
+    momentum_writes: R at the end of the chunk, [C]; likewise.
+  """
+
+  keep: jax.Array
+  carried: jax.Array | None
+  writes: jax.Array
+  momentum_kept: jax.Array | None
+  momentum_writes: jax.Array | None
+
+  def before(self, spec: Spec, average: jax.Array | None) -> "Coefficients":
+    """The same a token earlier: the weights that a token's own write has not touched."""
+    if spec.average:  # the average itself changes from token to token; `average` is that of the token before
+      rows = jnp.tril(jnp.broadcast_to(self.momentum_writes[None], self.writes.shape), -1)
+      return self._replace(carried=average, writes=average[:, None] * rows)
+    shifted = {"keep": jnp.concatenate([jnp.ones_like(self.keep[:1]), self.keep[:-1]])}
+    for name in ("carried", "writes"):
+      rows = getattr(self, name)
+      shifted[name] = None if rows is None else jnp.concatenate([jnp.zeros_like(rows[:1]), rows[:-1]])
+    return self._replace(**shifted)
+
+
+class _Chunk(NamedTuple):
+  """A chunk of one head: q, k [C, K], v [C, V], and of each token gates, presence and place, [C]."""
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  gates: Gates
+  is_token: jax.Array
+  position: jax.Array
+
+
+class Carry(NamedTuple):
+  """What lies between chunks: the weights, and where the spec has them momentum and anchor; `None` where it has not."""
+
+  weights: Weights
+  momentum: Weights | None
+  anchor: Weights | None
+
+
+def chunked(
+  spec: Spec, slow: Slow, q: jax.Array, k: jax.Array, v: jax.Array, gates: Gates, carry: Carry, layout: Layout
+) -> tuple[jax.Array, jax.Array, Carry]:
+  """q, k, v [B, T, H, .], gates [B, T, H] and a carry [B, H, ...] to (y [B, T, H, V], loss [B, T, H], the next carry)."""
+  batch, tokens, heads = q.shape[:3]
+
+  def by_head(x):
+    """[B, T, H, ...] -> [N, B * H, C, ...]"""
+    x = jnp.moveaxis(layout.chunks(x), (1, 3), (0, 2))
+    return x.reshape(x.shape[0], batch * heads, *x.shape[3:])
+
+  def by_row(x):
+    """[B, N, ...] -> [N, B * H, ...]"""
+    return jnp.repeat(jnp.swapaxes(x, 0, 1), heads, axis=1)
+
+  def every_row(x):
+    """[H, ...] -> [B * H, ...]"""
+    return jnp.broadcast_to(x[None], (batch, *x.shape)).reshape(-1, *x.shape[1:])
+
+  rows = jax.tree.map(every_row, slow)
+  start = Carry(
+    rows.weights,
+    rows.momentum if spec.accumulates else None,
+    rows.weights if spec.keeps_anchor else None,
+  )
+  chunks = _Chunk(*(by_head(x) for x in (q, k, v)), jax.tree.map(by_head, gates), *map(by_row, layout[:2]))
+
+  @jax.checkpoint
+  def step(carry, inputs):
+    chunk, fresh, full = inputs
+    carry = _choose(fresh, start, carry)
+    y, loss, after = jax.vmap(lambda *args: _chunk(spec, *args))(rows, carry, chunk)
+    return _end(spec, carry, after, rows, full), (y, loss)
+
+  carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+  carry, (y, loss) = jax.lax.scan(step, carry, (chunks, by_row(layout.fresh), by_row(layout.full)))
+
+  def back(x):
+    """[N, B * H, C, ...] -> [B, T, H, ...]"""
+    x = jnp.moveaxis(x.reshape(x.shape[0], batch, heads, *x.shape[2:]), (0, 2), (1, 3))
+    return layout.tokens(x, tokens)
+
+  carry = jax.tree.map(lambda x: layout.poison(x.reshape(batch, heads, *x.shape[1:])), carry)
+  return back(y), back(loss), carry
+
+
+def _choose(condition: jax.Array, yes: Carry, no: Carry) -> Carry:
+  """Row by row, by `condition` [B * H]."""
+  return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
+
+
+def _end(spec: Spec, before: Carry, after: Carry, rows: Slow, full: jax.Array) -> Carry:
+  """What goes on to the next chunk: where this one is full, its weights are the next anchor."""
+  if spec.average:
+    empty = jax.tree.map(jnp.zeros_like, rows.momentum)
+    return _choose(full, Carry(after.weights, empty, None), Carry(before.weights, after.momentum, None))
+  if not spec.keeps_anchor:
+    return after
+  anchor = _choose(full, Carry(after.weights, None, None), Carry(before.anchor, None, None)).weights
+  return after._replace(anchor=anchor)
+
+
+def _chunk(spec: Spec, slow: Slow, carry: Carry, chunk: _Chunk) -> tuple[jax.Array, jax.Array, Carry]:
+  """One chunk of one head, to (y [C, V], loss [C], the carry after it)."""
+  solution = coefficients(spec, chunk.gates, chunk.is_token, chunk.position, slow.average)
+  previous = None if slow.average is None else running_average(slow.average, chunk.position - 1)
+  anchor = carry.anchor if spec.keeps_anchor else carry.weights
+  if spec.exact:
+    x, delta, loss = _exact_errors(spec, solution, carry, chunk)
+  else:
+    x, delta, loss = errors(spec, spec.view(anchor), slow.norm, chunk.k, chunk.v, chunk.gates.threshold)
+  seen = solution.before(spec, previous) if spec.read == "before" else solution
+
+  def read(name, x_read):
+    out = seen.keep[:, None] * matmul(x_read, carry.weights[name])
+    if seen.carried is not None:
+      out += seen.carried[:, None] * matmul(x_read, carry.momentum[name])
+    out -= matmul(matmul(x_read, x[name].T) * seen.writes, delta[name])
+    return out / spec.retention.scale(anchor[name])[0] if spec.retention.kind == "norm" else out
+
+  if spec.read == "chunk_start":
+    y = forward(spec, spec.view(anchor), slow.norm, chunk.q)
+  else:
+    y = spec.memory.apply(read, slow.norm, chunk.q)
+
+  def end(keep, carried, writes, weights):
+    def sum_up(name):
+      total = keep * weights[name] - matmul((x[name] * writes[:, None]).T, delta[name])
+      return total if carried is None else total + carried * carry.momentum[name]
+
+    return {name: sum_up(name) for name in weights}
+
+  last = None if solution.carried is None else solution.carried[-1]
+  weights = end(solution.keep[-1], last, solution.writes[-1], carry.weights)
+  momentum = None
+  if spec.accumulates:
+    momentum = end(solution.momentum_kept, None, solution.momentum_writes, carry.momentum)
+  return y, loss, Carry(weights, momentum, carry.anchor)
+
+
+def coefficients(
+  spec: Spec, gates: Gates, is_token: jax.Array, position: jax.Array, average: jax.Array | None
+) -> Coefficients:
+  """The coefficients of a chunk from its gates, presence and places, [C] each. Where no token is, nothing moves."""
+  theta = jnp.where(is_token, gates.step, 0)
+  ones = jnp.ones_like(theta)
+  if spec.average:
+    share = running_average(average, position)
+    writes = share[:, None] * jnp.tril(jnp.broadcast_to(theta[None], (theta.size, theta.size)))
+    return Coefficients(ones, share, writes, ones[0], theta)
+  log_keep, log_momentum = (None if g is None else jnp.where(is_token, g, 0) for g in (gates.log_keep, gates.log_momentum))
+  keep = ones if log_keep is None else jnp.exp(jnp.cumsum(log_keep))
+  decay = _products(log_keep, theta)
+  if not spec.momentum:
+    return Coefficients(keep, None, decay * theta[None], None, None)
+  steps = _products(log_momentum, theta) * theta[None]
+  kept = ones if log_momentum is None else jnp.exp(jnp.cumsum(log_momentum))
+  decay = jnp.where(is_token[None], decay, 0)
+  carried = matmul(decay, kept[:, None])[:, 0]
+  return Coefficients(keep, carried, matmul(decay, steps), kept[-1], steps[-1])
+
+
+def _products(log_gate: jax.Array | None, like: jax.Array) -> jax.Array:
+  """L [C, C] with L_ti = g_{i+1} ... g_t for i <= t, and 0 above; from log g [C], -inf included."""
+  size = like.size
+  row, column = jnp.arange(size)[:, None], jnp.arange(size)[None]
+  if log_gate is None:
+    return (row >= column).astype(like.dtype)
+  sums = jnp.cumsum(jnp.where(row > column, log_gate[:, None], 0), axis=0)
+  return jnp.where(row >= column, jnp.exp(jnp.where(row >= column, sums, 0)), 0)
+
+
+def errors(
+  spec: Spec, weights: Weights, norm: tuple[jax.Array, jax.Array] | None, k: jax.Array, v: jax.Array, threshold: jax.Array | None
+) -> tuple[Weights, Weights, jax.Array]:
+  """Gradients of the tokens' losses at `weights`, as factors: x [C, in] and delta [C, out] of each matrix, and loss [C].
+
+  Something is added to the output of each matrix, nothing; the gradient by that is delta.
+  """
+  shapes = spec.memory.shapes()
+
+  def run(nothing):
+    x = {}
+
+    def linear(name, x_in):
+      x[name] = x_in
+      return matmul(x_in, weights[name]) + nothing[name]
+
+    return spec.memory.apply(linear, norm, k), x
+
+  nothing = {name: jnp.zeros((*k.shape[:-1], columns), k.dtype) for name, (_, columns) in shapes.items()}
+  out, pull_back, x = jax.vjp(run, nothing, has_aux=True)
+  loss, by_out = jax.vjp(lambda out: spec.loss(out, v, threshold), out)
+  (delta,) = pull_back(by_out(jnp.ones_like(loss))[0])
+  if spec.clip is not None:
+    delta = {name: _clipped(spec.clip, x[name], d) for name, d in delta.items()}
+  return x, delta, loss
+
+
+def _clipped(limit: float, x: jax.Array, delta: jax.Array) -> jax.Array:
+  """delta [C, out] with gradients x^T delta no longer than `limit`."""
+  squared = jnp.sum(x * x, axis=-1) * jnp.sum(delta * delta, axis=-1)
+  return delta * jnp.minimum(1, limit * jax.lax.rsqrt(jnp.maximum(squared, limit * limit)))[:, None]
+
+
+def _exact_errors(spec: Spec, solution: Coefficients, carry: Carry, chunk: _Chunk) -> tuple[Weights, Weights, jax.Array]:
+  """`errors` of a linear memory at W_{t-1}: its own earlier errors are in W_{t-1}, so they solve a triangular system.
+
+      (I + 2c (P^- * K K^T)) E = A^- * K W_0 + f^- * K S_0 - V        delta = 2c E
+  """
+  before, name, strength = solution.before(spec, None), "0", 2 * spec.loss.scale
+  if spec.order == "decay_first" and chunk.gates.log_keep is not None:
+    decay = jnp.exp(jnp.where(chunk.is_token, chunk.gates.log_keep, 0))
+    before = before._replace(
+      keep=decay * before.keep,
+      carried=None if before.carried is None else decay * before.carried,
+      writes=decay[:, None] * before.writes,
+    )
+  x = {}
+
+  def linear(name, x_in):
+    x[name] = x_in
+    out = before.keep[:, None] * matmul(x_in, carry.weights[name])
+    return out if before.carried is None else out + before.carried[:, None] * matmul(x_in, carry.momentum[name])
+
+  error = spec.memory.apply(linear, None, chunk.k) - chunk.v
+  error = matmul(unit_lower_inverse(strength * before.writes * matmul(x[name], x[name].T)), error)
+  return x, {name: strength * error}, spec.loss.scale * jnp.sum(error * error, axis=-1)

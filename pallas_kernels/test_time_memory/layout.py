@@ -1,0 +1,129 @@
+"""Tokens on the chunk grid: chunks restart with every document, and only tokens that are there count.
+
+The columns of a row are laid out anew as [chunks, slots], so that no chunk has tokens of two documents and none has padding
+before or between its tokens. Every token of a document keeps its place in the chunk whatever lies around it, which is what
+makes packing, padding and any split of the sequence change nothing.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..segments import Documents, positions
+
+
+class Layout(NamedTuple):
+  """Where tokens go. N chunks of C slots a row; a slot without a token comes after those with one.
+
+  Attributes:
+    is_token: bool [B, N, C].
+    position: int32 [B, N, C], of the token in its chunk; of an empty slot, that of the last token before it.
+    fresh: bool [B, N], the chunk begins a document that the incoming state knows nothing of.
+    full: bool [B, N], the chunk has its last token: the next begins with what this one ends with.
+    count: int32 [B], tokens in the chunk that is open at the end.
+    overflow: bool [B], rows with more documents than there are chunks for.
+    source: int32 [B, N, C], column of the token; `None` where tokens lie on the grid as they are.
+    slot: int32 [B, T], where the token of a column went, n * C + c; likewise.
+  """
+
+  is_token: jax.Array
+  position: jax.Array
+  fresh: jax.Array
+  full: jax.Array
+  count: jax.Array
+  overflow: jax.Array
+  source: jax.Array | None
+  slot: jax.Array | None
+
+  def chunks(self, x: jax.Array) -> jax.Array:
+    """x [B, T, ...] to [B, N, C, ...], zeros where no token is."""
+    batch, chunks, size = self.is_token.shape
+    if self.source is None:
+      x = jnp.pad(x, [(0, 0), (0, chunks * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+      return x.reshape(batch, chunks, size, *x.shape[2:])
+    flat = self.source.reshape(batch, -1, *[1] * (x.ndim - 2))
+    x = jnp.take_along_axis(x, jnp.maximum(flat, 0), axis=1)
+    return jnp.where(flat >= 0, x, jnp.zeros((), x.dtype)).reshape(batch, chunks, size, *x.shape[2:])
+
+  def tokens(self, x: jax.Array, length: int) -> jax.Array:
+    """x [B, N, C, ...] to [B, T, ...]: zeros at padding, nan in all of a row that overflows."""
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    if self.slot is None:
+      return x[:, :length]
+    flat = self.slot.reshape(*self.slot.shape, *[1] * (x.ndim - 2))
+    x = jnp.where(flat >= 0, jnp.take_along_axis(x, jnp.maximum(flat, 0), axis=1), jnp.zeros((), x.dtype))
+    return self.poison(x)
+
+  def poison(self, x: jax.Array) -> jax.Array:
+    """x [B, ...] with nan in the rows that overflow: wrong in the open, never in silence."""
+    overflow = self.overflow.reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(overflow, jnp.asarray(jnp.nan, x.dtype), x)
+
+
+def count_chunks(tokens: int, chunk_size: int, documents: int) -> int:
+  """Chunks that any row of so many tokens and documents needs, the first of which may have been begun before the call."""
+  waste = (documents + 1) * (chunk_size - 1)
+  return min(tokens, (tokens + waste) // chunk_size)
+
+
+def lay_out(
+  batch: int, tokens: int, chunk_size: int, count: jax.Array | None, docs: Documents | None, max_documents: int
+) -> Layout:
+  """Puts [batch, tokens] on the grid.
+
+  Args:
+    batch, tokens: shape of what is laid out.
+    chunk_size: tokens in a chunk.
+    count: int32 [B], tokens that the incoming document already has in its open chunk; `None` for none at all.
+    docs: documents of the rows; `None` for one each.
+    max_documents: that a row may have; the more, the more empty slots.
+  """
+  if count is None and docs is None:
+    return _as_they_are(batch, tokens, chunk_size)
+  count = jnp.zeros((batch,), jnp.int32) if count is None else count
+  if docs is None:
+    docs, max_documents = Documents(jnp.zeros((batch, tokens), jnp.int32), jnp.ones((batch, tokens), bool)), 1
+  chunks, size = count_chunks(tokens, chunk_size, max_documents), min(tokens, chunk_size)
+  place = positions(docs, count) % chunk_size
+  begins = docs.is_token & (place == 0)
+  chunk = jnp.cumsum(begins, axis=1, dtype=jnp.int32) - jnp.where(count == 0, 1, 0)[:, None]
+  slot = chunk * size + place - jnp.where(chunk == 0, count[:, None], 0)
+  overflow = jnp.any(docs.is_token & (chunk >= chunks), axis=1)
+  slot = jnp.where(docs.is_token & (chunk < chunks), slot, -1)
+
+  row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+  there = jnp.where(slot < 0, chunks * size, slot)  # one past the end: dropped
+  column = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), slot.shape)
+
+  def scatter(value, empty):
+    return jnp.full((batch, chunks * size), empty, value.dtype).at[row, there].set(value, mode="drop").reshape(batch, chunks, size)
+
+  source = scatter(column, -1)
+  position = jax.lax.cummax(scatter(place, 0), axis=2)
+  fresh = jnp.any(scatter(begins & (docs.index > 0) & _starts(docs), False), axis=2)
+  full = jnp.any(scatter(place == chunk_size - 1, False), axis=2)
+  last = jnp.max(jnp.where(docs.is_token, column, -1), axis=1)
+  left = (jnp.take_along_axis(place, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] + 1) % chunk_size
+  return Layout(source >= 0, position, fresh, full, jnp.where(last < 0, count, left), overflow, source, slot)
+
+
+def _starts(docs: Documents) -> jax.Array:
+  """The first token of each document but the first, bool [B, T]."""
+  return jnp.diff(docs.index, axis=1, prepend=0) > 0
+
+
+def _as_they_are(batch: int, tokens: int, chunk_size: int) -> Layout:
+  """One whole document a row, from its first token."""
+  size = min(tokens, chunk_size)
+  chunks = -(-tokens // size)
+  column = jnp.arange(chunks * size, dtype=jnp.int32).reshape(chunks, size)
+  place = jnp.minimum(column, tokens - 1) % chunk_size
+  nothing = jnp.zeros((batch, chunks), bool)
+
+  def rows(x):
+    return jnp.broadcast_to(x, (batch, *x.shape))
+
+  full = rows(jnp.any((column < tokens) & (column % chunk_size == chunk_size - 1), axis=1))
+  count = jnp.full((batch,), tokens % chunk_size, jnp.int32)
+  return Layout(rows(column < tokens), rows(place), nothing, full, count, nothing[:, 0], None, None)

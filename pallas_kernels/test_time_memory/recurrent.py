@@ -1,0 +1,111 @@
+"""The oracle: every token's own gradient, by `jax.grad`, one token after the other.
+
+    g_t = grad_W l(f(W_anchor; k_t), v_t)      S_t = eta_t S_{t-1} - theta_t g_t      W_t = a_t W_{t-1} + S_t      y_t = f(W_t; q_t)
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..segments import Documents
+from .chunked import Carry
+from .spec import Gates, Slow, Spec, forward, running_average
+
+
+def recurrent(
+  spec: Spec,
+  slow: Slow,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  gates: Gates,
+  carry: Carry,
+  count: jax.Array,
+  docs: Documents,
+) -> tuple[jax.Array, jax.Array, Carry, jax.Array]:
+  """q, k, v [B, T, H, .], gates [B, T, H], a carry [B, H, ...] and its count [B]; to (y, loss, carry, count)."""
+
+  def one_head(slow, q, k, v, gates, carry, count, is_token, starts):
+    """One head of one row: q, k [T, K], v [T, V], the rest [T]."""
+
+    def step(memory, token):
+      is_token, starts, *token = token
+      memory = jax.tree.map(lambda a, b: jnp.where(starts, a, b), _begin(spec, slow), memory)
+      y, loss, after = _step(spec, slow, memory, *token)
+      memory = jax.tree.map(lambda a, b: jnp.where(is_token, a, b), after, memory)
+      return memory, (jnp.where(is_token, y, 0), jnp.where(is_token, loss, 0))
+
+    memory, out = jax.lax.scan(step, (carry, count), (is_token, starts, q, k, v, gates))
+    return *out, *memory
+
+  starts = docs.is_token & (jnp.diff(docs.index, axis=1, prepend=0) > 0)
+  over_heads = jax.vmap(one_head, (0, 1, 1, 1, 1, 0, None, None, None), (1, 1, 0, None))
+  over_rows = jax.vmap(over_heads, (None, *[0] * 8))
+  return over_rows(slow, q, k, v, gates, carry, count, docs.is_token, starts)
+
+
+def _begin(spec: Spec, slow: Slow) -> tuple[Carry, jax.Array]:
+  """What a document begins with."""
+  carry = Carry(
+    slow.weights, slow.momentum if spec.accumulates else None, slow.weights if spec.keeps_anchor else None
+  )
+  return carry, jnp.int32(0)
+
+
+def _step(spec: Spec, slow: Slow, memory: Any, q: jax.Array, k: jax.Array, v: jax.Array, gates: Gates) -> Any:
+  """One token of one head: its output, its loss, and the memory after it."""
+  carry, count = memory
+  keep = 1.0 if gates.log_keep is None else jnp.exp(gates.log_keep)
+  anchor = carry.anchor if spec.keeps_anchor else carry.weights
+  if spec.order == "decay_first":
+    anchor = jax.tree.map(lambda w: keep * w, anchor)
+
+  def objective(weights):
+    return spec.loss(forward(spec, weights, slow.norm, k), v, gates.threshold)
+
+  loss, gradient = jax.value_and_grad(objective)(spec.view(anchor))
+  gradient = jax.tree.map(lambda g: gates.step * _clip(spec.clip, g), gradient)
+  if spec.average:
+    share = [running_average(slow.average, place) for place in (count - 1, count)]
+    momentum = jax.tree.map(lambda s, g: s - g, carry.momentum, gradient)
+    before, after = (
+      jax.tree.map(lambda w, s, r=r: w + r * s, carry.weights, sums)
+      for r, sums in zip(share, (carry.momentum, momentum), strict=True)
+    )
+  else:
+    kept = 1.0 if gates.log_momentum is None else jnp.exp(gates.log_momentum)
+    update = jax.tree.map(lambda g: -g, gradient)
+    momentum = jax.tree.map(lambda s, u: kept * s + u, carry.momentum, update) if spec.momentum else None
+    before = carry.weights
+    after = jax.tree.map(lambda w, s: keep * w + s, before, momentum if spec.momentum else update)
+
+  y = _read(spec, slow, {"after": after, "before": before, "chunk_start": anchor}[spec.read], anchor, q)
+  full = count == spec.chunk_size - 1
+  return y, loss, (_next(spec, carry, after, momentum, full), jnp.where(full, 0, count + 1))
+
+
+def _read(spec: Spec, slow: Slow, weights: Any, anchor: Any, q: jax.Array) -> jax.Array:
+  """f(view of the weights; q). Within a chunk a norm is divided by as it was at the anchor."""
+  if spec.retention.kind == "norm":
+    weights = jax.tree.map(lambda a, at: a / spec.retention.scale(at), weights, anchor)
+  else:
+    weights = spec.view(weights)
+  return forward(spec, weights, slow.norm, q)
+
+
+def _next(spec: Spec, carry: Carry, weights: Any, momentum: Any, full: jax.Array) -> Carry:
+  def if_full(yes, no):
+    return jax.tree.map(lambda a, b: jnp.where(full, a, b), yes, no)
+
+  if spec.average:
+    return Carry(if_full(weights, carry.weights), if_full(jax.tree.map(jnp.zeros_like, momentum), momentum), None)
+  return Carry(weights, momentum, if_full(weights, carry.anchor) if spec.keeps_anchor else None)
+
+
+def _clip(limit: float | None, gradient: jax.Array) -> jax.Array:
+  """A matrix no longer than `limit`."""
+  if limit is None:
+    return gradient
+  squared = jnp.sum(gradient * gradient)
+  return gradient * jnp.minimum(1, limit * jax.lax.rsqrt(jnp.maximum(squared, limit * limit)))
