@@ -6,6 +6,8 @@ from .erase_then_delta import EraseThenDelta
 from .gated_conv import GatedConv
 from .linear_attention import LinearAttention
 from .memory_layer import MemoryLayer
+from .titans import Memora, Moneta, TitansMemory, Yaad
+from .ttt import TTTMLP, TTTLinear
 
 __all__ = [
   "Attention",
@@ -16,5 +18,11 @@ __all__ = [
   "GatedDeltaNet",
   "KimiDeltaAttention",
   "LinearAttention",
+  "Memora",
   "MemoryLayer",
+  "Moneta",
+  "TTTLinear",
+  "TTTMLP",
+  "TitansMemory",
+  "Yaad",
 ]

@@ -8,6 +8,7 @@ query heads may share a key head (Ainslie et al. 2023, arXiv:2305.13245). The at
 to the block before, O(T window).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -87,35 +88,40 @@ class Attention(MemoryLayer):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, state: CacheState | None = None, segment_ids: jax.Array | None = None
+    self,
+    x: jax.Array,
+    state: CacheState | None = None,
+    segment_ids: jax.Array | None = None,
+    prefix: jax.Array | None = None,
   ) -> tuple[jax.Array, CacheState]:
-    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`. Every token also sees `prefix` [N, D], which lies at position 0."""
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
-    q = self._heads("query", self.num_heads, x)
-    k = self._heads("key", self.key_heads, x)
-    v = self._heads("value", self.key_heads, x)
-    if self.qk_norm:
-      q, k = (RMSNorm(param_dtype=self.param_dtype, axis=None, name=f"{n}_norm")(a) for n, a in (("query", q), ("key", k)))
-
-    docs = _everything(x) if segment_ids is None else documents(segment_ids)
+    queries = self._heads("query", self.num_heads, self.qk_norm)
+    keys = self._heads("key", self.key_heads, self.qk_norm)
+    values = self._heads("value", self.key_heads)
+    q, k, v = queries(x), keys(x), values(x)
+    ahead = None if prefix is None else tuple(project(prefix[None].astype(x.dtype)) for project in (keys, values))
+    docs = everything(x) if segment_ids is None else documents(segment_ids)
     position = positions(docs, state.length)
     if self.rope_base is not None:
-      q, k = (_rotate(a, position, self.rope_base) for a in (q, k))
+      q, k = (rotate(a, position, self.rope_base) for a in (q, k))
 
-    out = self._attend(q, k, v, None if fresh else state, docs, position)
+    out = self._attend(q, k, v, None if fresh else state, docs, position, ahead)
     out = out.reshape(*out.shape[:2], -1)
     y = dense(x.shape[-1], ("heads", "embed"), name="output", dtype=self.dtype, param_dtype=self.param_dtype)(out)
     return silence_padding(y, segment_ids), self._remember(state, k, v, docs, position)
 
-  def _heads(self, name: str, heads: int, x: jax.Array) -> jax.Array:
-    features = heads * self.head_dim
-    y = dense(features, ("embed", "heads"), name=name, dtype=self.dtype, param_dtype=self.param_dtype)(x)
-    return y.reshape(*x.shape[:2], heads, self.head_dim)
+  def _heads(self, name: str, heads: int, normed: bool = False) -> Callable[[jax.Array], jax.Array]:
+    """The map from x [B, T, D] to [B, T, heads, d]."""
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    project = dense(heads * self.head_dim, ("embed", "heads"), name=name, **types)
+    norm = RMSNorm(param_dtype=self.param_dtype, axis=None, name=f"{name}_norm") if normed else lambda x: x
+    return lambda x: norm(project(x).reshape(*x.shape[:2], heads, self.head_dim))
 
-  def _attend(self, q, k, v, state, docs: Documents, position) -> jax.Array:
-    """Attention of new tokens to new tokens and, unless `state` is `None`, to the cache; [B, T, H, d]."""
+  def _attend(self, q, k, v, state, docs: Documents, position, ahead) -> jax.Array:
+    """Attention of new tokens to new tokens, to what is `ahead` and, unless `state` is `None`, to the cache; [B, T, H, d]."""
     tokens = q.shape[1]
     if tokens > self.slots:  # blocks count columns, windows count tokens: padding must not lie between
       order = jnp.argsort(~docs.is_token, axis=1, stable=True)
@@ -129,14 +135,14 @@ class Attention(MemoryLayer):
       k, v = jnp.concatenate([state.keys, k], axis=1), jnp.concatenate([state.values, v], axis=1)
       seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self._cached(state.length), seen)
     if tokens <= self.slots:
-      return _windowed(q, k, v, here, seen, self.slots)
+      return _windowed(q, k, v, here, seen, self.slots, ahead)
     if state is None:
       before = [(0, 0), (self.slots, 0)]
       k, v = (jnp.pad(a, [*before, (0, 0), (0, 0)]) for a in (k, v))
       seen = jax.tree.map(lambda a: jnp.pad(a, before, constant_values=-1), seen)
-    return jnp.take_along_axis(self._blocked(q, k, v, here, seen), back[..., None, None], axis=1)
+    return jnp.take_along_axis(self._blocked(q, k, v, here, seen, ahead), back[..., None, None], axis=1)
 
-  def _blocked(self, q, k, v, here: _Tokens, seen: _Tokens) -> jax.Array:
+  def _blocked(self, q, k, v, here: _Tokens, seen: _Tokens, ahead) -> jax.Array:
     """`_windowed`, for queries T and keys slots + T, in blocks of `slots` queries against two blocks of keys."""
     batch, tokens = q.shape[:2]
     size = self.slots
@@ -151,7 +157,7 @@ class Attention(MemoryLayer):
 
     here = jax.tree.map(lambda a: _merge(blocks(a)), here)
     seen = jax.tree.map(lambda a: pairs(a, fill=-1), seen)
-    out = _windowed(_merge(blocks(q)), pairs(k), pairs(v), here, seen, size)
+    out = _windowed(_merge(blocks(q)), pairs(k), pairs(v), here, seen, size, ahead)
     return out.reshape(batch, -1, *out.shape[2:])[:, :tokens]
 
   def _cached(self, length: jax.Array) -> _Tokens:
@@ -176,11 +182,22 @@ class Attention(MemoryLayer):
     return CacheState(write(state.keys, k), write(state.values, v), length)
 
 
-def _windowed(q, k, v, here: _Tokens, seen: _Tokens, window: int) -> jax.Array:
-  """Attention of q [B, T, H, d] to those of k, v [B, S, Hk, d] in the same document, not ahead, in the window."""
+def _windowed(q, k, v, here: _Tokens, seen: _Tokens, window: int, ahead: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+  """Attention of q [B, T, H, d] to those of k, v [B, S, Hk, d] in the same document, not later, in the window.
+
+  `ahead` are keys and values [1, N, Hk, d] that all see.
+  """
   back = here.position[:, :, None] - seen.position[:, None, :]
   mask = (here.document[:, :, None] == seen.document[:, None, :]) & (back >= 0) & (back < window)
+  if ahead is not None:
+    k, v = (_after(first, a) for first, a in zip(ahead, (k, v), strict=True))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (ahead[0].shape[1], 0)), constant_values=True)
   return softmax_attention(q, k, v, mask)
+
+
+def _after(first: jax.Array, x: jax.Array) -> jax.Array:
+  """x [B, S, ...] behind the same [1, N, ...] in every row."""
+  return jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], *first.shape[1:])), x], axis=1)
 
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -200,7 +217,7 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arra
   return einsum("bhts,bshd->bthd", weights, v.astype(weights.dtype)).astype(q.dtype)
 
 
-def _rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
+def rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
   """Rotates the pairs (x_i, x_{i + d/2}) of x [B, T, H, d] by position * base^(-2i/d)."""
   half = x.shape[-1] // 2
   wide = accumulator(x)
@@ -211,7 +228,7 @@ def _rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _everything(x: jax.Array) -> Documents:
+def everything(x: jax.Array) -> Documents:
   """One document without padding."""
   return Documents(jnp.zeros(x.shape[:2], jnp.int32), jnp.ones(x.shape[:2], bool))
 

@@ -97,6 +97,25 @@ class Strength(nn.Module):
     return self.maximum * nn.sigmoid(dense(self.num_heads, ("embed", "heads"), bias=bias, name="logits", **types)(x))
 
 
+class LogShare(nn.Module):
+  """The logarithm of a gate per head, log sigmoid(W x + b) <= 0 in float32: what share of something is kept.
+
+  Attributes:
+    num_heads: how many.
+    bias: initial b.
+  """
+
+  num_heads: int
+  bias: float = 0.0
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    types = {"dtype": accumulator(x), "param_dtype": self.param_dtype}
+    bias = nn.initializers.constant(self.bias)
+    return nn.log_sigmoid(dense(self.num_heads, ("embed", "heads"), bias=bias, name="logits", **types)(x))
+
+
 class LogDecay(nn.Module):
   """A log-decay per head or per channel, never positive, in float32 (float64 where the input is).
 

@@ -9,7 +9,13 @@ from ..layers import (
   GatedDeltaNet,
   KimiDeltaAttention,
   LinearAttention,
+  Memora,
   MemoryLayer,
+  Moneta,
+  TitansMemory,
+  TTTLinear,
+  TTTMLP,
+  Yaad,
 )
 
 LAYERS: dict[str, type[MemoryLayer]] = {
@@ -19,6 +25,12 @@ LAYERS: dict[str, type[MemoryLayer]] = {
   "KimiDeltaAttention": KimiDeltaAttention,
   "DeltaProduct": DeltaProduct,
   "EraseThenDelta": EraseThenDelta,
+  "TitansMemory": TitansMemory,
+  "Moneta": Moneta,
+  "Yaad": Yaad,
+  "Memora": Memora,
+  "TTTLinear": TTTLinear,
+  "TTTMLP": TTTMLP,
   "Attention": Attention,
   "GatedConv": GatedConv,
 }

@@ -152,7 +152,7 @@ def _chunk(spec: Spec, slow: Slow, carry: Carry, chunk: _Chunk) -> tuple[jax.Arr
     if seen.carried is not None:
       out += seen.carried[:, None] * matmul(x_read, carry.momentum[name])
     out -= matmul(matmul(x_read, x[name].T) * seen.writes, delta[name])
-    return out / spec.retention.scale(anchor[name])[0] if spec.retention.kind == "norm" else out
+    return out / spec.retention.scale(anchor[name]) if spec.retention.kind == "norm" else out
 
   if spec.read == "chunk_start":
     y = forward(spec, spec.view(anchor), slow.norm, chunk.q)

@@ -1,0 +1,71 @@
+"""The frame around a memory with heads: streams of queries, keys and values in, a normalised and gated read out.
+
+    q, k, v = activation(conv(W x))                      y = W_o (RMSNorm(o) * gate(W_g x))
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from .memory_layer import MemoryLayer
+from .norms import RMSNorm
+from .projections import LowRank, ShortConv, dense
+
+GATES = {"none": None, "silu": nn.silu, "sigmoid": nn.sigmoid}
+
+Stream = Callable[[jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
+
+
+class ProjectedMemory(MemoryLayer, kw_only=True):
+  """A memory layer with short convolutions before it and an output norm and gate behind.
+
+  Attributes:
+    num_heads: memories side by side, H.
+    conv_width: tokens that the short convolutions see.
+    output_gate: "none", "silu" or "sigmoid" of W_g x, on the normalised output.
+    gate_rank: of W_g, which then also has a bias; `None` for full rank without.
+    norm_epsilon: of the output norm, over each head's channels.
+  """
+
+  num_heads: int
+  conv_width: int = 4
+  output_gate: str = "none"
+  gate_rank: int | None = None
+  norm_epsilon: float = 1e-5
+
+  @property
+  def output_gate_rank(self) -> int | None:
+    return self.gate_rank
+
+  @property
+  def types(self) -> dict[str, Any]:
+    """What submodules are told about dtypes."""
+    return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+  def tail(self, batch_size: int, channels: int) -> jax.Array:
+    """What a short convolution has seen before the first token: zeros [B, conv_width - 1, channels]."""
+    return jnp.zeros((batch_size, self.conv_width - 1, channels), self.activation_dtype())
+
+  def stream(self, name: str, features: int, activation: Callable[[jax.Array], jax.Array] = nn.silu) -> Stream:
+    """The map from x [B, T, D], a tail and segment ids to activation(conv(W x)) [B, T, features] and the next tail."""
+    project = dense(features, ("embed", "heads"), name=name, **self.types)
+    convolve = ShortConv(self.conv_width, self.param_dtype, activation, name=f"{name}_conv")
+    return lambda x, tail, segment_ids: convolve(project(x), tail, segment_ids)
+
+  def read_out(self, x: jax.Array, out: jax.Array) -> jax.Array:
+    """What the memory says, [B, T, H, V], to y [B, T, D]; the gate is made from x."""
+    if self.output_gate not in GATES:
+      raise ValueError(f"output_gate={self.output_gate!r}; want one of {list(GATES)}.")
+    activation = GATES[self.output_gate]
+    features = out.shape[2] * out.shape[3]
+    out = RMSNorm(self.norm_epsilon, self.param_dtype, axis=None, name="norm")(out)
+    if activation is not None:
+      rank = self.output_gate_rank
+      bias = None if rank is None else nn.initializers.zeros
+      gate = LowRank(features, rank, bias, name="gate", **self.types)(x)
+      out = out * activation(gate).reshape(out.shape)
+    out = out.reshape(*out.shape[:2], -1)
+    return dense(x.shape[-1], ("heads", "embed"), name="output", **self.types)(out)

@@ -1,0 +1,314 @@
+"""Titans: a memory that is a small network and learns at test time, and its kin.
+
+    g_t = grad_M |M(k_t) - v_t|^2      S_t = eta_t S_{t-1} - theta_t g_t      M_t = (1 - alpha_t) M_{t-1} + S_t      o_t = M_t(q_t)
+
+q, k = L2(silu(conv(W x))), v = silu(conv(W x)); gates of each token and head; y = W_o (RMSNorm(o) * silu(W_g x)). What is
+learned inside is pure and lies in `memzoo.pallas_kernels.test_time_memory`; here are projections, gates and what a document
+begins with. Sources: Titans (Behrouz et al. 2025, arXiv:2501.00663), Miras (Behrouz et al. 2025, arXiv:2504.13173).
+
+The papers leave open -> we do: read before or after the own write -> after · the loss -> |e|^2, not its half nor its mean ·
+gates -> sigmoids, one a head; theta up to 1/2, where a linear memory overwrites wholly, alpha from 0.005, eta from 0.5 ·
+M -> x + MLP(x), expansion 4, no layer norm · heads -> as many as asked for, each a memory of its own · M_0 -> learned, normal
+with the variance of one over the inputs · persistent tokens -> written before every document, in a chunk of their own; no
+convolution reaches back to them.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..pallas_kernels import test_time_memory as ttm
+from ..pallas_kernels.precision import accumulator
+from .axes import named
+from .memory_layer import silence_padding
+from .norms import l2_normalise
+from .projected_memory import ProjectedMemory, Stream
+from .projections import INIT, LogShare, Strength, dense
+
+
+class TitansState(NamedTuple):
+  """State of a `TitansMemory`.
+
+  Attributes:
+    memory: by how much the inner weights, momentum and anchor differ from what a document begins with; see
+      `memzoo.pallas_kernels.test_time_memory.State`.
+    query_tail, key_tail, value_tail: the last inputs of the short convolutions, [B, conv_width - 1, channels].
+  """
+
+  memory: ttm.State
+  query_tail: jax.Array
+  key_tail: jax.Array
+  value_tail: jax.Array
+
+
+class Projections(NamedTuple):
+  """How a `TitansMemory` sees its input.
+
+  Attributes:
+    query, key, value: streams, not yet split into heads.
+    gates: from x [B, T, D] to `Gates`.
+  """
+
+  query: Stream
+  key: Stream
+  value: Stream
+  gates: Any
+
+
+class TitansMemory(ProjectedMemory, kw_only=True):
+  """The neural memory of Titans (Behrouz et al. 2025, arXiv:2501.00663): a network trained on every token it reads.
+
+      S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2      M_t = (1 - alpha_t) M_{t-1} + S_t      o_t = M_t(q_t)
+
+  with gradients taken at the weights that the token's chunk began with.
+
+  Attributes:
+    head_dim: width of a head's keys and values.
+    depth: matrices of the network; 1 is a linear memory.
+    expansion: hidden width over `head_dim`.
+    gated: a SwiGLU network instead.
+    residual, memory_norm: x + M(x), and a layer norm on M(x).
+    loss, loss_scale, power: what a write makes smaller; see `Loss`.
+    retention, retention_norm: from what is accumulated to the weights in use; see `Retention`.
+    momentum, forget: with eta, with alpha.
+    chunk_size: tokens whose gradients are taken at the same weights. Not speed alone: another number is another model.
+    anchor, order, read, clip: see `Spec`. `anchor="token"` makes a linear memory the same for every `chunk_size`.
+    max_step: theta lies in (0, max_step).
+    step_bias, forget_bias, momentum_bias: where the logits of the gates start.
+    persistent_tokens: learned tokens that are written before every document.
+    max_documents: that a row may hold; rows with more come out as nan. See `run`.
+    output_gate: "silu".
+    implementation: of the operation.
+  """
+
+  head_dim: int
+  depth: int = 2
+  expansion: float = 4
+  gated: bool = False
+  residual: bool = True
+  memory_norm: bool = False
+  loss: str = "squared"
+  loss_scale: float = 1.0
+  power: float = 3.0
+  retention: str = "none"
+  retention_norm: float = 4.0
+  momentum: bool = True
+  forget: bool = True
+  chunk_size: int = 16
+  anchor: str = "chunk"
+  order: str = "gradient_first"
+  read: str = "after"
+  clip: float | None = 10.0
+  max_step: float = 0.5
+  step_bias: float = -2.0
+  forget_bias: float = -5.3
+  momentum_bias: float = 0.0
+  persistent_tokens: int = 0
+  max_documents: int = 16
+  output_gate: str = "silu"
+  implementation: str = "auto"
+
+  @property
+  def spec(self) -> ttm.Spec:
+    """The memory, as the operation knows it."""
+    return ttm.Spec(
+      ttm.Memory(
+        self.head_dim,
+        self.head_dim,
+        depth=self.depth,
+        expansion=self.expansion,
+        gated=self.gated,
+        norm=self.memory_norm,
+        residual=self.residual,
+      ),
+      ttm.Loss(self.loss, self.loss_scale, self.power),
+      ttm.Retention(self.retention, self.retention_norm),
+      chunk_size=self.chunk_size,
+      momentum=self.momentum,
+      anchor=self.anchor,
+      order=self.order,
+      read=self.read,
+      clip=self.clip,
+    )
+
+  @property
+  def channels(self) -> int:
+    return self.num_heads * self.head_dim
+
+  def initial_state(self, batch_size: int) -> TitansState:
+    """Nothing learned yet, no tokens before."""
+    memory = ttm.start(self.spec, batch_size, self.num_heads, accumulator(self.activation_dtype()))
+    tail = self.tail(batch_size, self.channels)
+    return TitansState(memory, tail, tail, tail)
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, state: TitansState | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, TitansState]:
+    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    fresh = state is None
+    state = self.begin(x, state, segment_ids)
+    x = x.astype(self.activation_dtype(x))
+    y, state = self.remember(x, state, segment_ids, self.persistent(x.shape[-1]), fresh)
+    return silence_padding(y, segment_ids), state
+
+  def remember(
+    self, x: jax.Array, state: TitansState, segment_ids: jax.Array | None, persistent: jax.Array | None, fresh: bool
+  ) -> tuple[jax.Array, TitansState]:
+    """The whole layer, but for the checks: x [B, T, D] to (y [B, T, D], state). `fresh` says that `state` is."""
+    projections = self.projections()
+    slow = self.beginning(projections, persistent)
+    operands, tails = self.see(projections, x, state[1:], segment_ids)
+    learned = self.learn(slow, *operands, None if fresh else state.memory, segment_ids)
+    return self.read_out(x, learned.y), TitansState(learned.state, *tails)
+
+  def projections(self) -> Projections:
+    """Streams and gates, to be called within `__call__`; they may be used on more than one input."""
+    streams = (self.stream(name, self.channels) for name in ("query", "key", "value"))
+    types = {"param_dtype": self.param_dtype}
+    step = Strength(self.num_heads, self.max_step, self.step_bias, **types, name="theta")
+    keep = LogShare(self.num_heads, -self.forget_bias, **types, name="keep") if self.forget else None
+    momentum = LogShare(self.num_heads, self.momentum_bias, **types, name="eta") if self.momentum else None
+    threshold = None
+    if self.spec.loss.has_threshold:
+      threshold = dense(
+        self.num_heads, ("embed", "heads"), bias=nn.initializers.zeros, name="threshold", param_dtype=self.param_dtype
+      )
+
+    def gates(x):
+      limit = None if threshold is None else nn.softplus(threshold(x.astype(accumulator(x))))
+      return ttm.Gates(step(x), *(None if gate is None else gate(x) for gate in (keep, momentum)), limit)
+
+    return Projections(*streams, gates)
+
+  def see(
+    self, projections: Projections, x: jax.Array, tails: tuple[jax.Array, ...], segment_ids: jax.Array | None
+  ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, ttm.Gates], list[jax.Array]]:
+    """(q, k, v [B, T, H, d], gates) of x [B, T, D], and the next tails."""
+    seen = [stream(x, tail, segment_ids) for stream, tail in zip(projections[:3], tails, strict=True)]
+    q, k, v = (self.split(y) for y, _ in seen)
+    return (l2_normalise(q), l2_normalise(k), v, projections.gates(x)), [tail for _, tail in seen]
+
+  def split(self, x: jax.Array) -> jax.Array:
+    """[B, T, H * d] to [B, T, H, d]."""
+    return x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
+
+  def persistent(self, width: int) -> jax.Array | None:
+    """The persistent tokens [N, D], `None` for none."""
+    if not self.persistent_tokens:
+      return None
+    shape = self.persistent_tokens, width
+    return self.param("persistent", named(INIT, None, "embed"), shape, self.param_dtype).astype(self.activation_dtype())
+
+  def beginning(self, projections: Projections, persistent: jax.Array | None) -> ttm.Slow:
+    """What a document begins with: learned weights that have read the persistent tokens [N, D], if any."""
+    spec = self.spec
+    start = named(_start(spec.retention), "heads", None, None)
+    weights = {
+      name: self.param(f"memory_{name}", start, (self.num_heads, *shape), self.param_dtype)
+      for name, shape in spec.memory.shapes().items()
+    }
+    norm = None
+    if spec.memory.norm:
+      shape, axes = (self.num_heads, self.head_dim), ("heads", None)
+      norm = (
+        self.param("memory_norm_scale", named(nn.initializers.ones, *axes), shape, self.param_dtype),
+        self.param("memory_norm_bias", named(nn.initializers.zeros, *axes), shape, self.param_dtype),
+      )
+    slow = ttm.Slow(weights, norm=norm)
+    if persistent is None:
+      return slow
+    operands, _ = self.see(projections, persistent[None], (self.tail(1, self.channels),) * 3, None)
+    memory = ttm.run(spec, slow, *operands, implementation=self.implementation).state
+    wide = accumulator(*jax.tree.leaves(memory.weights))
+    learned = {name: w.astype(wide) + memory.weights[name][0] for name, w in slow.weights.items()}
+    return slow._replace(weights=learned, momentum=memory.momentum and {name: s[0] for name, s in memory.momentum.items()})
+
+  def learn(
+    self,
+    slow: ttm.Slow,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gates: ttm.Gates,
+    state: ttm.State | None,
+    segment_ids: jax.Array | None,
+  ) -> ttm.Result:
+    """Reads and writes every token."""
+    return ttm.run(
+      self.spec,
+      slow,
+      q,
+      k,
+      v,
+      gates,
+      initial_state=state,
+      segment_ids=segment_ids,
+      max_documents=self.max_documents,
+      implementation=self.implementation,
+    )
+
+
+def _start(retention: ttm.Retention) -> Any:
+  """Initialises what is accumulated [H, in, out] so that the weights in use have variance 1 / in."""
+
+  def init(key, shape, dtype=jnp.float32):
+    if retention.kind == "simplex":
+      return jax.random.normal(key, shape, dtype)
+    return retention.start(jax.random.normal(key, shape, dtype) / math.sqrt(shape[-2]))
+
+  return init
+
+
+class Yaad(TitansMemory, kw_only=True):
+  """Yaad (Miras, arXiv:2504.13173): outliers, beyond a learned threshold, are written by the sign of their error alone.
+
+      M_t = (1 - alpha_t) M_{t-1} - theta_t grad l      l = |e|^2 where |e| <= delta_t, else 2 delta_t sum_i |e_i|
+
+  As printed the loss jumps at the threshold; `loss="huber_norm"` is the continuous variant.
+
+  Attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
+  """
+
+  memory_norm: bool = True
+  momentum: bool = False
+  loss: str = "mixture"
+
+
+class Moneta(TitansMemory, kw_only=True):
+  """Moneta (Miras, arXiv:2504.13173): the p-th power of the error, and weights held to a norm.
+
+      A_t = (1 - alpha_t) A_{t-1} - theta_t grad sum_i |e_i|^p      M_t = A_t / |A_t|_q^{q-2}
+
+  as printed; a view of degree one in A would be the dual of the norm. Within a chunk the divisor is that of its start.
+
+  Attributes:
+    power, retention_norm: p = 3 and q = 4, as published.
+
+  Further attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
+  """
+
+  memory_norm: bool = True
+  momentum: bool = False
+  loss: str = "power"
+  retention: str = "norm"
+
+
+class Memora(TitansMemory, kw_only=True):
+  """Memora (Miras, arXiv:2504.13173): weights on a simplex, trained by exponentiated gradients.
+
+      L_t = (1 - alpha_t) L_{t-1} - theta_t grad_M |e|^2      M_t = c softmax(L_t) over the inputs of each output
+
+  Softmax does not see what is added to all of a column, so logits need no normalising between writes, nor the extra token
+  that the paper begins a chunk with. Reads see what was written before their chunk, for M is not linear in its writes.
+
+  Attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
+  """
+
+  memory_norm: bool = True
+  momentum: bool = False
+  retention: str = "simplex"
+  read: str = "chunk_start"

@@ -1,0 +1,166 @@
+"""TTT: layers whose hidden state is a linear map, or an MLP, trained on a reconstruction of the tokens they read.
+
+    l = 1/2 |k + LN(f(k)) - v|^2      W_i = W_0 - (1/i + lambda_i)+ sum_{j<=i} eta_j g_j      y_i = q_i + LN(f(q_i; W_i))
+
+for the tokens i = 1..C of a chunk, gradients at the weights W_0 that it began with: the running average of the steps so far.
+Source: Sun et al. 2024 (arXiv:2407.04620), in the form of the authors' code: one projection for queries and keys with two
+convolutions after it, rotary positions counted within the chunk, a layer norm over all heads and a GELU gate on the way out.
+
+Differs from that code: convolutions have no bias; there is none before the block; the state may be of any length, where
+theirs wants whole chunks or a single token.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..pallas_kernels import test_time_memory as ttm
+from ..pallas_kernels.precision import accumulator
+from ..pallas_kernels.segments import documents, positions
+from .attention import everything, rotate
+from .axes import named
+from .memory_layer import MemoryLayer, silence_padding
+from .projections import INIT, ShortConv, Strength, dense
+
+
+class TTTState(NamedTuple):
+  """State of a TTT layer.
+
+  Attributes:
+    memory: the weights that the chunk began with and the steps since; see `memzoo.pallas_kernels.test_time_memory.State`.
+    query_tail, key_tail: the last inputs of the short convolutions, [B, conv_width - 1, channels]; equal, being of one
+      projection.
+  """
+
+  memory: ttm.State
+  query_tail: jax.Array
+  key_tail: jax.Array
+
+
+class TTTLinear(MemoryLayer, kw_only=True):
+  """TTT-Linear (Sun et al. 2024, arXiv:2407.04620): y = q + LN(q W + b), W and b trained on k + LN(k W + b) -> v.
+
+  Attributes:
+    num_heads: memories side by side, H.
+    head_dim: width of a head, d; even.
+    chunk_size: tokens whose gradients are taken at the same weights, C; their "mini-batch". Not speed alone.
+    max_step: base of the step sizes; a token's is up to max_step / d.
+    depth, expansion: of the network.
+    conv_width: tokens that the short convolutions see.
+    rope_base: of the rotary frequencies.
+    norm_epsilon: of the norm over all heads.
+    max_documents: that a row may hold; rows with more come out as nan. See `run`.
+    implementation: of the operation.
+  """
+
+  num_heads: int
+  head_dim: int
+  chunk_size: int = 16
+  max_step: float = 1.0
+  depth: int = 1
+  expansion: float = 4
+  conv_width: int = 4
+  rope_base: float = 10_000.0
+  norm_epsilon: float = 1e-6
+  max_documents: int = 16
+  implementation: str = "auto"
+
+  @property
+  def spec(self) -> ttm.Spec:
+    """The memory, as the operation knows it."""
+    d = self.head_dim
+    memory = ttm.Memory(d, d, depth=self.depth, expansion=self.expansion, norm=True, biases=True)
+    return ttm.Spec(memory, ttm.Loss(scale=0.5), chunk_size=self.chunk_size, average=True)
+
+  def initial_state(self, batch_size: int) -> TTTState:
+    """Nothing learned yet, no tokens before."""
+    dtype = self.activation_dtype()
+    tail = jnp.zeros((batch_size, self.conv_width - 1, self.num_heads * self.head_dim), dtype)
+    return TTTState(ttm.start(self.spec, batch_size, self.num_heads, accumulator(dtype)), tail, tail)
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, state: TTTState | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, TTTState]:
+    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim={self.head_dim} is odd; want an even width, for positions rotate pairs.")
+    fresh = state is None
+    state = self.begin(x, state, segment_ids)
+    x = x.astype(self.activation_dtype(x))
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    channels = self.num_heads * self.head_dim
+
+    def project(name: str) -> jax.Array:
+      return dense(channels, ("embed", "heads"), name=name, **types)(x)
+
+    def convolve(name: str, tail: jax.Array) -> tuple[jax.Array, jax.Array]:
+      return ShortConv(self.conv_width, self.param_dtype, lambda y: y, name=f"{name}_conv")(shared, tail, segment_ids)
+
+    shared = project("query_key")
+    q, query_tail = convolve("query", state.query_tail)
+    k, key_tail = convolve("key", state.key_tail)
+    q, k, v = (a.reshape(*x.shape[:2], self.num_heads, self.head_dim) for a in (q, k, project("value")))
+    docs = everything(x) if segment_ids is None else documents(segment_ids)
+    place = positions(docs, state.memory.count) % self.chunk_size
+    q, k = (rotate(a, place, self.rope_base) for a in (q, k))
+    step = Strength(self.num_heads, self.max_step / self.head_dim, 0.0, self.param_dtype, name="eta")(x)
+    learned = self.learn(q, k, v, ttm.Gates(step), None if fresh else state.memory, segment_ids)
+    out = learned.y.reshape(*x.shape[:2], channels)
+    norm = {"scale_init": named(nn.initializers.ones, "heads"), "bias_init": named(nn.initializers.zeros, "heads")}
+    out = nn.LayerNorm(self.norm_epsilon, **types, **norm, name="norm")(out) * nn.gelu(project("gate"))
+    y = dense(x.shape[-1], ("heads", "embed"), name="output", **types)(out)
+    return silence_padding(y, segment_ids), TTTState(learned.state, query_tail, key_tail)
+
+  def learn(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gates: ttm.Gates,
+    state: ttm.State | None,
+    segment_ids: jax.Array | None,
+  ) -> ttm.Result:
+    """Reads and writes every token."""
+    heads, spec = self.num_heads, self.spec
+
+    def param(name: str, init: Any, *shape: int) -> jax.Array:
+      return self.param(name, named(init, "heads", *[None] * len(shape)), (heads, *shape), self.param_dtype)
+
+    weights = {name: param(f"memory_{name}", _start, *shape) for name, shape in spec.memory.shapes().items()}
+    norm = tuple(param(f"memory_norm_{n}", getattr(nn.initializers, i), self.head_dim) for n, i in _NORM.items())
+    average = param("average", nn.initializers.zeros, self.chunk_size)
+    return ttm.run(
+      spec,
+      ttm.Slow(weights, norm=norm, average=average),
+      q,
+      k,
+      v,
+      gates,
+      initial_state=state,
+      segment_ids=segment_ids,
+      max_documents=self.max_documents,
+      implementation=self.implementation,
+    )
+
+
+_NORM = {"scale": "ones", "bias": "zeros"}
+
+
+def _start(key, shape, dtype=jnp.float32):
+  """Matrices as elsewhere, biases (the last rows) zero."""
+  return INIT(key, shape, dtype).at[..., -1, :].set(0)
+
+
+class TTTMLP(TTTLinear, kw_only=True):
+  """TTT-MLP (Sun et al. 2024, arXiv:2407.04620): y = q + LN(MLP(q)), the MLP trained on k + LN(MLP(k)) -> v.
+
+  The authors warm `max_step` up from a tenth; here that is left to the learned gate.
+
+  Attributes are `TTTLinear`'s.
+  """
+
+  depth: int = 2
+  max_step: float = 0.1
