@@ -35,3 +35,25 @@ class RMSNorm(nn.Module):
     wide = x.astype(accumulator(x))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
     return (normed * jnp.expand_dims(scale.astype(wide.dtype), range(x.ndim - 1))).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """scale * (x - mean x) / sqrt(var x + epsilon) + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
+
+  Attributes:
+    epsilon: inside the root.
+    param_dtype: of `scale`, which starts at one, and `bias`, at zero.
+    axis: logical name of the normalised axis.
+  """
+
+  epsilon: float = 1e-6
+  param_dtype: Any = jnp.float32
+  axis: str | None = "norm"
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", named(nn.initializers.ones, self.axis), x.shape[-1:], self.param_dtype)
+    bias = self.param("bias", named(nn.initializers.zeros, self.axis), x.shape[-1:], self.param_dtype)
+    wide = x.astype(accumulator(x))
+    scale, bias = (jnp.expand_dims(a.astype(wide.dtype), range(x.ndim - 1)) for a in (scale, bias))
+    return (jax.nn.standardize(wide, epsilon=self.epsilon) * scale + bias).astype(x.dtype)

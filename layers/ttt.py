@@ -22,6 +22,7 @@ from ..pallas_kernels.segments import documents, positions
 from .attention import everything, rotate
 from .axes import named
 from .memory_layer import MemoryLayer, silence_padding
+from .norms import LayerNorm
 from .projections import INIT, ShortConv, Strength, dense
 
 
@@ -109,8 +110,7 @@ class TTTLinear(MemoryLayer, kw_only=True):
     step = Strength(self.num_heads, self.max_step / self.head_dim, 0.0, self.param_dtype, name="eta")(x)
     learned = self.learn(q, k, v, ttm.Gates(step), None if fresh else state.memory, segment_ids)
     out = learned.y.reshape(*x.shape[:2], channels)
-    norm = {"scale_init": named(nn.initializers.ones, "heads"), "bias_init": named(nn.initializers.zeros, "heads")}
-    out = nn.LayerNorm(self.norm_epsilon, **types, **norm, name="norm")(out) * nn.gelu(project("gate"))
+    out = LayerNorm(self.norm_epsilon, self.param_dtype, axis="heads", name="norm")(out) * nn.gelu(project("gate"))
     y = dense(x.shape[-1], ("heads", "embed"), name="output", **types)(out)
     return silence_padding(y, segment_ids), TTTState(learned.state, query_tail, key_tail)
 
