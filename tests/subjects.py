@@ -23,6 +23,8 @@ SMALL = {
   "window": 5,
   "channels": 6,
   "chunk_size": CHUNK,
+  "segment": 6,
+  "persistent_tokens": 2,
   "negative_eigenvalues": True,
 }
 

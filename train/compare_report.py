@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,15 @@ def _draw_scores(comparison: Comparison, path: Path) -> Path:
 
 def _draw_frontier(comparison: Comparison, path: Path) -> Path:
   figure, axes = _canvas(comparison)
-  colours = _colours(comparison)
+  colours, hardest = _colours(comparison), list(comparison.chance)[-1]
   for name, colour in colours.items():
     trials = sorted((trial for trial in comparison.trials if trial.name == name), key=lambda trial: trial.state_bytes)
-    seeds = [np.mean(list(trial.scores.values()), axis=0).tolist() for trial in trials]
+    seeds = [trial.scores[hardest] for trial in trials]
     _line(axes, [trial.state_bytes for trial in trials], seeds, name, {"color": colour, "marker": "o"})
+  axes.axhline(comparison.chance[hardest], linestyle=":", color="0.5", linewidth=1, label="without memory")
   axes.set_xscale("log", base=2)
-  axes.set(xlabel="bytes of state, for one sequence", title=f"{_title(comparison)}: mean over the tests")
+  axes.xaxis.set_major_formatter(lambda size, _: _binary(size))
+  axes.set(xlabel="state of one sequence", title=_title(comparison, f", on {hardest} {comparison.grows}"))
   return _finish(figure, axes, path)
 
 
@@ -111,7 +114,7 @@ def _draw_kinds(comparison: Comparison, path: Path) -> Path:
   if comparison.continuous:
     axes.set_yscale("log")
     axes.set_ylim(bottom=None)
-  axes.set(xlabel="position", title=f"{_title(comparison)}, on {hardest} {comparison.grows}")
+  axes.set(xlabel="position", title=_title(comparison, f", on {hardest} {comparison.grows}"))
   return _finish(figure, axes, path)
 
 
@@ -188,8 +191,9 @@ def _label(comparison: Comparison, trial: Trial) -> str:
   return f"{trial.name}, {_binary(trial.state_bytes)}" if several else trial.name
 
 
-def _title(comparison: Comparison) -> str:
-  return comparison.task if len(comparison.task) < 90 else comparison.task.partition("(")[0]
+def _title(comparison: Comparison, more: str = "") -> str:
+  """The task as it was written, and more, in lines that fit above a picture."""
+  return "\n".join(textwrap.wrap(comparison.task + more, 80))
 
 
 def _binary(count: int) -> str:

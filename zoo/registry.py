@@ -17,6 +17,7 @@ from ..layers import (
   TTTMLP,
   Yaad,
 )
+from .titans_blocks import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 
 LAYERS: dict[str, type[MemoryLayer]] = {
   "LinearAttention": LinearAttention,
@@ -26,6 +27,9 @@ LAYERS: dict[str, type[MemoryLayer]] = {
   "DeltaProduct": DeltaProduct,
   "EraseThenDelta": EraseThenDelta,
   "TitansMemory": TitansMemory,
+  "MemoryAsContext": MemoryAsContext,
+  "MemoryAsGate": MemoryAsGate,
+  "MemoryAsLayer": MemoryAsLayer,
   "Moneta": Moneta,
   "Yaad": Yaad,
   "Memora": Memora,

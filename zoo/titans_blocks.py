@@ -1,0 +1,249 @@
+"""The three ways in which Titans puts its memory beside attention: as a context, as a gate, as a layer.
+
+    context (MAC)   segment by segment: attention over [persistent; what the memory says; segment], then the memory reads it
+    gate (MAG)      attention over a window and the memory side by side, the one times the other
+    layer (MAL)     the memory, then attention over a window
+
+Source: Behrouz et al. 2025 (arXiv:2501.00663), section 4. Each is a memory layer like any other, with the contract of all.
+
+The paper leaves open -> we do: the product of two branches -> silu(RMSNorm(a)) * silu(RMSNorm(b)), each norm with a gain of its
+own · what the persistent tokens yield -> nothing, their rows are not kept · where they stand -> at position 0 of the rotary
+positions · MAC, as printed, is not causal, for a token attends to what the memory said to later tokens of its segment, and is
+gated by a memory that has read the whole segment -> the mask is triangular for both, and the memory is read as it is after the
+token's own write.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..layers.attention import Attention, CacheState, rotate, softmax_attention
+from ..layers.memory_layer import silence_padding
+from ..layers.norms import RMSNorm, l2_normalise
+from ..layers.projections import dense
+from ..layers.titans import TitansMemory, TitansState
+from ..pallas_kernels import test_time_memory as ttm
+from ..pallas_kernels.segments import documents
+from ..pallas_kernels.test_time_memory.layout import Layout, lay_out
+
+
+class BesideState(NamedTuple):
+  """State of a memory beside attention.
+
+  Attributes:
+    memory: of the `TitansMemory`.
+    cache: of the `Attention`.
+  """
+
+  memory: TitansState
+  cache: CacheState
+
+
+class MemoryAsGate(TitansMemory, kw_only=True):
+  """MAG (Titans, arXiv:2501.00663, section 4.2): attention over a window, gated by the memory.
+
+      o = silu(norm(attention([P; x]))) * silu(norm(memory([P; x])))
+
+  Attributes:
+    window: tokens that attention sees; the persistent tokens P are seen by all.
+    rope_base: of the rotary positions.
+
+  Further attributes are `TitansMemory`'s; attention has as many heads, as wide.
+  """
+
+  window: int = 512
+  rope_base: float = 10_000.0
+  persistent_tokens: int = 4
+
+  def initial_state(self, batch_size: int) -> BesideState:
+    """Nothing learned yet, nothing seen."""
+    cache = self._attention(parent=None).initial_state(batch_size)
+    return BesideState(super().initial_state(batch_size), cache)
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, state: BesideState | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, BesideState]:
+    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    fresh = state is None
+    state = self.begin(x, state, segment_ids)
+    x = x.astype(self.activation_dtype(x))
+    persistent = self.persistent(x.shape[-1])
+    m, memory = self.remember(x, state.memory, segment_ids, persistent, fresh)
+    y, cache = self._attend(x, m, state.cache, segment_ids, persistent, fresh)
+    return silence_padding(y, segment_ids), BesideState(memory, cache)
+
+  def _attend(self, x, m, cache, segment_ids, persistent, fresh) -> tuple[jax.Array, CacheState]:
+    """The layer's output [B, T, D] from its input and what the memory says of it; and the next cache."""
+    y, cache = self._attention(name="attention")(x, None if fresh else cache, segment_ids, persistent)
+    return _product(self, y, m), cache
+
+  def _attention(self, **where: Any) -> Attention:
+    return Attention(
+      num_heads=self.num_heads, head_dim=self.head_dim, window=self.window, rope_base=self.rope_base, **self.types, **where
+    )
+
+
+class MemoryAsLayer(MemoryAsGate, kw_only=True):
+  """MAL (Titans, arXiv:2501.00663, section 4.3): the memory first, attention over a window after it.
+
+      h = x + memory([P; x])        o = h + attention([P; norm(h)])
+
+  Attributes are `MemoryAsGate`'s. What comes out is o - x, for the block around adds x.
+  """
+
+  def _attend(self, x, m, cache, segment_ids, persistent, fresh) -> tuple[jax.Array, CacheState]:
+    h = RMSNorm(param_dtype=self.param_dtype, name="attention_norm")(x + m)
+    y, cache = self._attention(name="attention")(h, None if fresh else cache, segment_ids, persistent)
+    return m + y, cache
+
+
+class ContextState(NamedTuple):
+  """State of a memory as context.
+
+  Attributes:
+    memory: after the last token; see `memzoo.pallas_kernels.test_time_memory.State`.
+    context: the weights that the open segment began with, likewise by how much they differ.
+    context_tail: the last inputs of the short convolution of queries to the context, [B, conv_width - 1, channels].
+    query_tail, key_tail, value_tail: of the convolutions of what attention yields.
+    keys, values: of the open segment and of its context, [B, 2, segment, H, d], the context first.
+    count: int32 [B], tokens in the open segment.
+  """
+
+  memory: ttm.State
+  context: Any
+  context_tail: jax.Array
+  query_tail: jax.Array
+  key_tail: jax.Array
+  value_tail: jax.Array
+  keys: jax.Array
+  values: jax.Array
+  count: jax.Array
+
+
+class MemoryAsContext(TitansMemory, kw_only=True):
+  """MAC (Titans, arXiv:2501.00663, section 4.1): what the memory knows is laid before each segment for attention to see.
+
+      h = M_{i-1}(S W_q)        y = S + attention([P; h; S])        M_i = M_{i-1} trained on y        o = silu(norm(y)) * silu(norm(M(y)))
+
+  for the segments S of a document; attention does not reach beyond its own. Causal: token t attends to what the memory said
+  to tokens up to t, and is read for M as it is after t.
+
+  Attributes:
+    segment: tokens in a segment. The memory may have shorter chunks.
+    rope_base: of the rotary positions, counted within the segment.
+
+  Further attributes are `TitansMemory`'s; attention has as many heads, as wide. Persistent tokens are seen by attention alone.
+  """
+
+  segment: int = 64
+  rope_base: float = 10_000.0
+  persistent_tokens: int = 4
+
+  def initial_state(self, batch_size: int) -> ContextState:
+    """Nothing learned yet, nothing seen."""
+    if self.segment < 1:
+      raise ValueError(f"segment={self.segment}; want at least one token.")
+    memory, *tails = super().initial_state(batch_size)
+    cache = jnp.zeros((batch_size, 2, self.segment, self.num_heads, self.head_dim), self.activation_dtype())
+    return ContextState(memory, memory.weights, tails[0], *tails, cache, cache, jnp.zeros((batch_size,), jnp.int32))
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, state: ContextState | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, ContextState]:
+    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    fresh = state is None
+    state = self.begin(x, state, segment_ids)
+    x = x.astype(self.activation_dtype(x))
+    docs = None if segment_ids is None else documents(segment_ids)
+    layout = lay_out(*x.shape[:2], self.segment, None if fresh else state.count, docs, self.max_documents)
+    persistent, slow = self.persistent(x.shape[-1]), self.beginning(None, None)
+
+    def step(module, state, segment):
+      return module.read_segment(slow, persistent, state, *segment)
+
+    # Of a segment, the backward pass keeps what went in.
+    scan = nn.scan(nn.remat(step, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False})
+    segments = layout.chunks(x), *layout[:4]
+    state, y = scan(self, state, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), segments))
+    y = layout.tokens(jnp.swapaxes(y, 0, 1), x.shape[1])
+    state = _poisoned(layout, state)._replace(count=layout.count)
+    return silence_padding(y, segment_ids), state
+
+  def read_segment(
+    self,
+    slow: ttm.Slow,
+    persistent: jax.Array | None,
+    state: ContextState,
+    x: jax.Array,
+    is_token: jax.Array,
+    position: jax.Array,
+    fresh: jax.Array,
+    full: jax.Array,
+  ) -> tuple[ContextState, jax.Array]:
+    """A segment, or what a call has of it: x [B, C, D] to the next state and y [B, C, D]."""
+    state = _choose(fresh, self.initial_state(x.shape[0]), state)
+    ids = is_token.astype(jnp.int32)
+    projections = self.projections()
+
+    q, context_tail = projections.query(x, state.context_tail, ids)
+    said = ttm.read(self.spec, slow, state.context, l2_normalise(self.split(q)))
+    said = RMSNorm(self.norm_epsilon, self.param_dtype, axis=None, name="context_norm")(said.astype(x.dtype))
+    said = dense(x.shape[-1], ("heads", "embed"), name="context", **self.types)(said.reshape(*x.shape[:2], -1))
+
+    attended, keys, values = self._attend(x, said, persistent, state, is_token, position)
+    y = x + attended
+    operands, tails = self.see(projections, y, (state.query_tail, state.key_tail, state.value_tail), ids)
+    learned = self.learn(slow, *operands, state.memory, ids)
+    context = _choose(full, learned.state.weights, state.context)
+    state = ContextState(learned.state, context, context_tail, *tails, keys, values, state.count)
+    return state, _product(self, y, self.read_out(y, learned.y))
+
+  def _attend(self, x, said, persistent, state: ContextState, is_token, position) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of a segment [B, C, D] to itself, to its context and to the persistent tokens; and the caches after it."""
+    batch, tokens = x.shape[:2]
+
+    def project(name):
+      maps = dense(self.channels, ("embed", "heads"), name=f"attention_{name}", **self.types)
+      return lambda a: self.split(maps(a))
+
+    query, key, value = project("query"), project("key"), project("value")
+    row, slot = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.where(is_token, position, self.segment)
+
+    def write(cache, said, own):
+      """The tokens of this call in their places; what is no token is dropped, one past the end."""
+      both = jnp.stack([said, own], axis=2).astype(cache.dtype)
+      return cache.at[row, :, slot].set(both, mode="drop")
+
+    q = rotate(query(x), position, self.rope_base)
+    keys = write(state.keys, *(rotate(key(a), position, self.rope_base) for a in (said, x)))
+    values = write(state.values, value(said), value(x))
+    seen = jnp.arange(self.segment, dtype=jnp.int32)[None, None] <= position[..., None]
+    mask = jnp.concatenate([seen, seen], axis=2)
+    k, v = (a.reshape(batch, -1, *a.shape[3:]) for a in (keys, values))
+    if persistent is not None:
+      first = (jnp.broadcast_to(maps(persistent[None].astype(x.dtype)), (batch, len(persistent), *k.shape[2:])) for maps in (key, value))
+      k, v = (jnp.concatenate(both, axis=1) for both in zip(first, (k, v), strict=True))
+      mask = jnp.pad(mask, ((0, 0), (0, 0), (len(persistent), 0)), constant_values=True)
+    out = softmax_attention(q, k, v, mask).reshape(batch, tokens, -1)
+    return dense(x.shape[-1], ("heads", "embed"), name="attention_output", **self.types)(out), keys, values
+
+
+def _product(module: TitansMemory, y: jax.Array, m: jax.Array) -> jax.Array:
+  """silu(norm(y)) * silu(norm(m))."""
+  branches = (nn.silu(RMSNorm(param_dtype=module.param_dtype, name=n)(a)) for n, a in (("attention_gate", y), ("memory_gate", m)))
+  first, second = branches
+  return first * second
+
+
+def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
+  """Row by row, by `condition` [B]."""
+  return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
+
+
+def _poisoned(layout: Layout, state: Any) -> Any:
+  """nan in the floats of rows that overflow."""
+  return jax.tree.map(lambda a: layout.poison(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, state)
