@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..precision import matmul
 from ..triangular import unit_lower_inverse
@@ -80,10 +81,11 @@ def chunked(
   """q, k, v [B, T, H, .], gates [B, T, H] and a carry [B, H, ...] to (y [B, T, H, V], loss [B, T, H], the next carry)."""
   batch, tokens, heads = q.shape[:3]
 
-  def by_head(x):
-    """[B, T, H, ...] -> [N, B * H, C, ...]"""
-    x = jnp.moveaxis(layout.chunks(x), (1, 3), (0, 2))
-    return x.reshape(x.shape[0], batch * heads, *x.shape[3:])
+  def by_head(*operands):
+    """[B, T, H, width] each, laid out all at once, -> [N, B * H, C, width] each."""
+    x = jnp.moveaxis(layout.chunks(jnp.concatenate(operands, axis=-1)), (1, 3), (0, 2))
+    x = x.reshape(x.shape[0], batch * heads, *x.shape[3:])
+    return jnp.split(x, np.cumsum([operand.shape[-1] for operand in operands])[:-1], axis=-1)
 
   def by_row(x):
     """[B, N, ...] -> [N, B * H, ...]"""
@@ -99,7 +101,10 @@ def chunked(
     rows.momentum if spec.accumulates else None,
     rows.weights if spec.keeps_anchor else None,
   )
-  chunks = _Chunk(*(by_head(x) for x in (q, k, v)), jax.tree.map(by_head, gates), *map(by_row, layout[:2]))
+  given, kinds = jax.tree.flatten(gates)
+  operands = by_head(q, k, v, *(gate[..., None] for gate in given))
+  laid_out = jax.tree.unflatten(kinds, [gate[..., 0] for gate in operands[3:]])
+  chunks = _Chunk(*operands[:3], laid_out, *map(by_row, layout[:2]))
 
   @jax.checkpoint
   def step(carry, inputs):
@@ -111,13 +116,11 @@ def chunked(
   carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
   carry, (y, loss) = jax.lax.scan(step, carry, (chunks, by_row(layout.fresh), by_row(layout.full)))
 
-  def back(x):
-    """[N, B * H, C, ...] -> [B, T, H, ...]"""
-    x = jnp.moveaxis(x.reshape(x.shape[0], batch, heads, *x.shape[2:]), (0, 2), (1, 3))
-    return layout.tokens(x, tokens)
-
+  out = jnp.concatenate([y, loss[..., None]], axis=-1)  # [N, B * H, C, V + 1]
+  out = jnp.moveaxis(out.reshape(out.shape[0], batch, heads, *out.shape[2:]), (0, 2), (1, 3))
+  out = layout.tokens(out, tokens)
   carry = jax.tree.map(lambda x: layout.poison(x.reshape(batch, heads, *x.shape[1:])), carry)
-  return back(y), back(loss), carry
+  return out[..., :-1], out[..., -1], carry
 
 
 def _choose(condition: jax.Array, yes: Carry, no: Carry) -> Carry:
