@@ -24,7 +24,6 @@ SMALL = {
   "channels": 6,
   "chunk_size": CHUNK,
   "segment": 6,
-  "persistent_tokens": 2,
   "negative_eigenvalues": True,
 }
 

@@ -16,10 +16,10 @@ from memzoo.train.sources import Document, read_documents
 from tiny_run import write_text
 
 
-def split_of(documents: list[bytes], sequence_length: int) -> Split:
+def split_of(documents: list[bytes], sequence_length: int, max_documents: int | None = None) -> Split:
   tokens = [np.frombuffer(document, np.uint8) for document in documents]
   ends = np.cumsum([len(document) for document in documents])
-  return Split(np.concatenate(tokens), ends, int(ends[-1]), sequence_length)
+  return Split(np.concatenate(tokens), ends, int(ends[-1]), sequence_length, max_documents)
 
 
 @pytest.fixture
@@ -44,14 +44,16 @@ def test_standard_library_is_source_text_without_packages_and_tests():
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=8), st.integers(1, 17))
-@example([b"", b"one", b"", b"more", b""], 2)
-def test_every_token_that_has_a_predecessor_in_its_document_is_a_target_once(documents, sequence_length):
-  split = split_of(documents, sequence_length)
+@given(st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=8), st.integers(1, 17), st.sampled_from([None, 1, 2, 3]))
+@example([b"", b"one", b"", b"more", b""], 2, None)
+@example([b"", b"one", b"", b"more", b""], 9, 2)
+def test_every_token_that_has_a_predecessor_in_its_document_is_a_target_once(documents, sequence_length, max_documents):
+  split = split_of(documents, sequence_length, max_documents)
   rows = [split[i] for i in range(len(split))]
   targets = np.concatenate([row["targets"][row["weights"] > 0] for row in rows])
   assert targets.astype(np.uint8).tobytes() == b"".join(document[1:] for document in documents)
   assert split.num_targets == len(targets)
+  assert max_documents is None or max(row["segment_ids"].max() for row in rows) <= max_documents
 
 
 @settings(deadline=None, max_examples=50)
@@ -311,3 +313,15 @@ def test_wrong_tokenizers_are_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(ValueError, match=r"pip install .memzoo\[hub\]."):
     _ = TextData(tokenizer="tokenizer.json").vocab_size
+
+
+def test_a_layer_made_for_fewer_documents_than_a_row_may_hold_is_refused():
+  from memzoo.zoo.config import build
+
+  def check(experiment):
+    experiment.data.check_model(experiment.model)
+
+  titans = ["LanguageModel.mixers=[@TitansMemory]", "TitansMemory.num_heads=2", "TitansMemory.head_dim=64"]
+  with pytest.raises(ValueError, match=r"TitansMemory.max_documents is 16, and a row may hold 512 .* set TextData.max_documents"):
+    check(build("quickstart", titans))
+  check(build("quickstart", [*titans, "TextData.max_documents=16"]))

@@ -33,18 +33,27 @@ def loss(y, state, seed=5):
   return sum(jnp.sum(leaf * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)) for leaf in leaves)
 
 
-def gradients(run, subject, params, x, state, *rest):
-  """Gradients of `loss` by parameters, state and, for a layer, input."""
+def values_and_gradients(run, subject, params, x, state, *rest):
+  """(y, state) of a call, and the gradients of their `loss` by parameters, state and, for a layer, input."""
   wanted = (0, 2) if subject.takes_tokens else (0, 1, 2)
   integers = jax.tree.map(lambda a: jnp.issubdtype(a.dtype, jnp.integer), state)
 
   def scalar(params, x, state):
     state = jax.tree.map(lambda whole, a, b: a if whole else b, integers, original, state)
-    return loss(*run(params, x, state, *rest))
+    out = run(params, x, state, *rest)
+    return loss(*out), out
 
   original = state
   floats = jax.tree.map(lambda whole, a: jnp.zeros((), jnp.float32) if whole else a, integers, state)
-  return jax.jit(jax.grad(scalar, wanted))(params, x, floats)
+  (_, out), gradients = jax.jit(jax.value_and_grad(scalar, wanted, has_aux=True))(params, x, floats)
+  return out, gradients
+
+
+def assert_same(subject, run, other, *args):
+  """Asserts that two ways to run are one, in values and in all gradients."""
+  (actual, by_actual), (expected, by_expected) = (values_and_gradients(way, subject, *args) for way in (run, other))
+  assert_close(actual, expected)
+  assert_close(by_actual, by_expected, gradients=True)
 
 
 @IN_FLOAT64
@@ -80,24 +89,26 @@ def test_02_any_split_is_one_pass(subject, pieces):
 @every_layer
 @pytest.mark.compat
 def test_03_packed_documents_are_separate_documents(subject):
+  """Packed in a row, or each in a row of its own, which nothing but padding shares with it."""
   params, x = subject.params(), subject.inputs(1, len(PACKED))
   state, ids = subject.used(params, 1), jnp.asarray(PACKED)[None]
-  starts = np.cumsum(DOCUMENTS)[:-1]
+  count, longest = len(DOCUMENTS), max(DOCUMENTS)
+  ends = np.cumsum(DOCUMENTS)
+  column = ends[:, None] - np.array(DOCUMENTS)[:, None] + np.arange(longest)
+  is_token = column < ends[:, None]
+  where = np.nonzero(is_token)
 
-  def separate(params, x, state, ids):
-    outs = []
-    for i, piece in enumerate(jnp.split(x, starts, axis=1)):
-      y, last = subject.apply(params, piece, state if i == 0 else subject.fresh(params, 1))
-      outs.append(y)
-    return jnp.concatenate(outs, axis=1), _visible(last)
+  def separate(params, x, state):
+    fresh = subject.fresh(params, count - 1)
+    rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state, fresh)
+    y, last = subject.apply(params, x[0][np.minimum(column, len(PACKED) - 1)], rows, jnp.asarray(is_token, jnp.int32))
+    return y[where][None], _visible(jax.tree.map(lambda a: a[-1:], last))
 
-  def packed(params, x, state, ids):
+  def packed(params, x, state):
     y, last = subject.apply(params, x, state, ids)
     return y, _visible(last)
 
-  assert_close(jax.jit(packed)(params, x, state, ids), jax.jit(separate)(params, x, state, ids))
-  actual, expected = (gradients(run, subject, params, x, state, ids) for run in (packed, separate))
-  assert_close(actual, expected, gradients=True)
+  assert_same(subject, packed, separate, params, x, state)
 
 
 def _visible(state):
@@ -150,12 +161,9 @@ def test_05_every_implementation_is_the_oracle(subject):
   cases = [(subject.one_by_one, None)]  # neighbours tell documents apart, and there a token has none
   if any(field.name == "implementation" for field in dataclasses.fields(subject.module)):
     oracle = dataclasses.replace(subject, module=subject.module.clone(implementation="recurrent")).apply
-    cases += [(oracle, None), (oracle, ids)]
+    cases.append((oracle, ids))
   for oracle, segment_ids in cases:
-    args = params, x, state, segment_ids
-    assert_close(jax.jit(subject.apply)(*args), jax.jit(oracle)(*args))
-    actual, expected = (gradients(run, subject, *args) for run in (subject.apply, oracle))
-    assert_close(actual, expected, gradients=True)
+    assert_same(subject, subject.apply, oracle, params, x, state, segment_ids)
 
 
 @IN_FLOAT64
@@ -209,7 +217,8 @@ def test_09_transformations_compose(subject):
     return jnp.sum(jax.lax.scan(step, subject.fresh(params, 1), x)[1])
 
   both = jax.jit(jax.vmap(jax.grad(scalar), (None, 0)))(params, x)
-  each = [jax.grad(scalar)(params, row) for row in x]
+  alone = jax.jit(jax.grad(scalar))
+  each = [alone(params, row) for row in x]
   assert_close(both, jax.tree.map(lambda *rows: jnp.stack(rows), *each), gradients=True)
 
 
@@ -232,8 +241,7 @@ def test_10_hostile_inputs_stay_finite(subject, kind):
     noise = 1e-3 * x
     x = {"zeros": jnp.zeros_like(x), "repeated": x[:, :1] + noise, "large": 1e4 * x, "strong": x}[kind]
   state = subject.used(params, 2)
-  assert_finite(jax.jit(subject.apply)(params, x, state))
-  assert_finite(gradients(subject.apply, subject, params, x, state))
+  assert_finite(values_and_gradients(subject.apply, subject, params, x, state))
 
 
 @IN_FLOAT64

@@ -274,7 +274,8 @@ def _fitted(experiment: Any) -> Any:
   """The experiment with a model that knows just the tokens, or the dimensions, of its task."""
   task = experiment.data.task
   known = {"input_dim": task.input_dim, "output_dim": task.output_dim} if task.continuous else {"vocab_size": task.vocab_size}
-  return replace(experiment, model=experiment.model.clone(**known))
+  experiment.data.check_model(model := experiment.model.clone(**known))
+  return replace(experiment, model=model)
 
 
 def _state_bytes(experiment: Any) -> int:

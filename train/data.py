@@ -49,6 +49,7 @@ class TextData:
     weights: for a mixture, how many rows to take from each source, relative to the others; `None` takes every row of
       every source once an epoch.
     text_field: of the objects in *.jsonl files, the field that holds the text.
+    max_documents: in a row, which is cut short before one more; `None` for any number. Layers with a chunk grid want a bound.
   """
 
   sources: str | tuple[str, ...] = "stdlib"
@@ -59,10 +60,11 @@ class TextData:
   seed: int = 0
   weights: tuple[float, ...] | None = None
   text_field: str = "text"
+  max_documents: int | None = None
 
   def __post_init__(self):
-    for name in ("sequence_length", "batch_size"):
-      if getattr(self, name) < 1:
+    for name in ("sequence_length", "batch_size", "max_documents"):
+      if getattr(self, name) is not None and getattr(self, name) < 1:
         raise ValueError(f"TextData.{name} is {getattr(self, name)}; want at least 1.")
     if self.weights is not None and (len(self.weights) != self._count_sources() or min(self.weights) <= 0):
       raise ValueError(
@@ -101,12 +103,13 @@ class TextData:
     return f"TextData.sources={self.sources!r}, {self.tokenizer} as tokens"
 
   def check_model(self, model: Any) -> None:
-    """Raises `ValueError` if `model` knows fewer tokens than the tokenizer."""
+    """Raises `ValueError` if `model` knows fewer tokens than the tokenizer, or a layer fewer documents than a row may hold."""
     if model.vocab_size < self.vocab_size:
       raise ValueError(
         f"LanguageModel.vocab_size is {model.vocab_size}; want at least {self.vocab_size}, the number of "
         f"tokens of TextData.tokenizer={self.tokenizer!r}."
       )
+    check_documents(model, self.max_documents or self.sequence_length, "set TextData.max_documents")
 
   def check_tokenizer(self, digest: str | None) -> None:
     """Raises `ValueError` if the tokenizer is not the one that had this `tokenizer_digest` when a run began."""
@@ -154,7 +157,17 @@ class TextData:
       document_ends=np.cumsum([len(document) for document in tokens]),
       num_bytes=sum(len(document.text) for document in documents),
       sequence_length=self.sequence_length,
+      max_documents=self.max_documents,
     )
+
+
+def check_documents(model: Any, most: int, remedy: str) -> None:
+  """Raises `ValueError` if a layer of `model` is made for rows of fewer documents than `most`."""
+  for mixer in model.mixers:
+    bound = getattr(mixer, "max_documents", most)
+    if bound < most:
+      name = f"{type(mixer).__name__}.max_documents"
+      raise ValueError(f"{name} is {bound}, and a row may hold {most} documents; want at least as many: raise it, or {remedy}.")
 
 
 def split_documents(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
@@ -188,12 +201,14 @@ class Split:
     document_ends: [documents], ascending; where each document ends in `tokens`.
     num_bytes: of the text.
     sequence_length: tokens in a row.
+    max_documents: in a row; `None` for any number.
   """
 
   tokens: np.ndarray
   document_ends: np.ndarray
   num_bytes: int
   sequence_length: int
+  max_documents: int | None = None
 
   @property
   def bytes_per_token(self) -> float:
@@ -210,15 +225,28 @@ class Split:
     bounds = np.concatenate([[0], self.document_ends])
     tokens = self.tokens[bounds[start] : bounds[end]]
     num_bytes = round(self.bytes_per_token * tokens.size)
-    return Split(tokens, self.document_ends[start:end] - bounds[start], num_bytes, self.sequence_length)
+    ends = self.document_ends[start:end] - bounds[start]
+    return Split(tokens, ends, num_bytes, self.sequence_length, self.max_documents)
+
+  @cached_property
+  def bounds(self) -> np.ndarray:
+    """[rows + 1], ascending; where each row begins in `tokens`, and where the last one ends."""
+    length, last = self.sequence_length, max(1, self.tokens.size - 1)
+    if self.max_documents is None:
+      return np.minimum(np.arange(math.ceil(last / length) + 1) * length, self.tokens.size)
+    bounds, ends = [0], np.append(self.document_ends, np.full(self.max_documents, self.tokens.size))
+    while bounds[-1] < last:
+      first = np.searchsorted(ends, bounds[-1], side="right")
+      bounds.append(min(bounds[-1] + length, int(ends[first + self.max_documents - 1])))
+    return np.array(bounds)
 
   def __len__(self) -> int:
-    return max(1, math.ceil((self.tokens.size - 1) / self.sequence_length))
+    return len(self.bounds) - 1
 
   def __getitem__(self, row: int) -> Batch:
     """Row `row`: tokens, targets and segment_ids int32, weights float32, all [sequence_length]."""
-    start, length = int(row) * self.sequence_length, self.sequence_length
-    window = self.tokens[start : start + length + 1]
+    (start, end), length = self.bounds[int(row) : int(row) + 2], self.sequence_length
+    window = self.tokens[start : end + 1 if end - start == length else end]  # what comes next is the last token's target
     document = np.searchsorted(self.document_ends, np.arange(start, start + window.size), side="right")
     segments = (document - document[0] + 1).astype(np.int32)
     window, segments = (np.pad(array, (0, length + 1 - window.size)) for array in (window.astype(np.int32), segments))

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..pallas_kernels import delta_rule, short_conv
+from ..pallas_kernels import test_time_memory as ttm
 from .describe import count_flops
 from .machine import large_product, peak_bytes, seconds_per_call
 
@@ -154,9 +155,29 @@ def make_inputs(operation: str, shape: Shape, seed: int = 0) -> tuple[jax.Array,
     case "erase_then_delta_rule":
       inputs = q, unit(b, t, h, k), values, strength(b, t, h), unit(b, t, h, k), strength(b, t, h), decay(b, t, h, k)
       return inputs
+    case "test_time_linear" | "test_time_mlp":  # half as wide, for the oracle's gradient keeps the weights of every token
+      k, v = k // 2, v // 2
+      gates = 0.01 * strength(b, t, h), decay(b, t, h), decay(b, t, h)
+      shapes = _MEMORIES[operation](k, v).shapes().values()
+      weights = (normal(h, *shape) * jnp.float32(shape[0] ** -0.5) for shape in shapes)
+      return unit(b, t, h, k), unit(b, t, h, k), normal(b, t, h, v), *gates, *weights
     case "short_conv":
       return normal(b, t, h * k), normal(4, h * k)
   raise ValueError(f"operation is {operation!r}; want one of {', '.join(OPERATIONS)}.")
+
+
+_MEMORIES = {
+  "test_time_linear": partial(ttm.Memory, depth=1, residual=False),
+  "test_time_mlp": partial(ttm.Memory, depth=2, residual=False),
+}
+
+
+def _test_time_memory(q, k, v, step, log_keep, log_momentum, *weights, name: str, implementation: str = "auto"):
+  """Of chunks of 64 tokens, with momentum and decay."""
+  memory = _MEMORIES[name](q.shape[-1], v.shape[-1])
+  spec = ttm.Spec(memory, chunk_size=64, momentum=True)
+  slow = ttm.Slow(dict(zip(memory.shapes(), weights, strict=True)))
+  return ttm.run(spec, slow, q, k, v, ttm.Gates(step, log_keep, log_momentum), implementation=implementation)[:2]
 
 
 # Those with a decay for every channel are told its bound, as their layers tell them.
@@ -167,6 +188,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
   "kimi_delta_rule": partial(delta_rule.kimi_delta_rule, decay_bound=-5.0),
   "delta_product": delta_rule.delta_product,
   "erase_then_delta_rule": partial(delta_rule.erase_then_delta_rule, decay_bound=-5.0),
+  **{name: partial(_test_time_memory, name=name) for name in _MEMORIES},
   "short_conv": short_conv.short_conv,
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..data import check_documents
 from .task import Example, Task
 
 _VALIDATION = 2**31  # batches of validation are numbered from here: no run comes that far
@@ -78,6 +79,7 @@ class TaskData:
         f"LanguageModel.vocab_size is {model.vocab_size}; want at least {self.vocab_size}, the number of tokens of "
         f"{self.task}."
       )
+    check_documents(model, self.task.training().documents, "choose a task with fewer examples in a row")
 
   def encode(self, text: str) -> list[int]:
     """Raises `ValueError`: tasks are not made of text."""

@@ -57,6 +57,11 @@ class Task:
     raise NotImplementedError
 
   @property
+  def documents(self) -> int:
+    """Documents in an example, at most."""
+    return 1
+
+  @property
   def kinds(self) -> tuple[str, ...]:
     """What results are broken down by, such as positions or distances."""
     return ("all",)
@@ -144,6 +149,10 @@ class Mixture(Task):
   @property
   def chance(self) -> float:
     return float(np.average([task.chance for task in self.tasks], weights=self._answers()))
+
+  @property
+  def documents(self) -> int:
+    return max(self.length // task.length * task.documents for task in self.tasks)
 
   def _answers(self) -> np.ndarray:
     """Answers that each task asks for, relative to each other: those of an example may differ, so count some."""
