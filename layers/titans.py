@@ -70,7 +70,8 @@ class TitansMemory(ProjectedMemory, kw_only=True):
     depth: matrices of the network; 1 is a linear memory.
     expansion: hidden width over `head_dim`.
     gated: a SwiGLU network instead.
-    residual, memory_norm: x + M(x), and a layer norm on M(x).
+    residual, memory_norm, memory_norm_epsilon: x + M(x), and a layer norm on M(x), which does not magnify what is smaller than
+      the root of epsilon: a memory that has forgotten everything would be all slope.
     loss, loss_scale, power: what a write makes smaller; see `Loss`.
     retention, retention_norm: from what is accumulated to the weights in use; see `Retention`.
     momentum, forget: with eta, with alpha.
@@ -90,6 +91,7 @@ class TitansMemory(ProjectedMemory, kw_only=True):
   gated: bool = False
   residual: bool = True
   memory_norm: bool = False
+  memory_norm_epsilon: float = 1e-2
   loss: str = "squared"
   loss_scale: float = 1.0
   power: float = 3.0
@@ -122,6 +124,7 @@ class TitansMemory(ProjectedMemory, kw_only=True):
         expansion=self.expansion,
         gated=self.gated,
         norm=self.memory_norm,
+        norm_epsilon=self.memory_norm_epsilon,
         residual=self.residual,
       ),
       ttm.Loss(self.loss, self.loss_scale, self.power),
@@ -274,6 +277,7 @@ class Yaad(TitansMemory, kw_only=True):
   """
 
   memory_norm: bool = True
+  max_step: float = 0.05
   momentum: bool = False
   loss: str = "mixture"
 
@@ -292,8 +296,10 @@ class Moneta(TitansMemory, kw_only=True):
   """
 
   memory_norm: bool = True
+  max_step: float = 0.05
   momentum: bool = False
   loss: str = "power"
+  clip: float | None = 1.0
   retention: str = "norm"
 
 
@@ -309,6 +315,7 @@ class Memora(TitansMemory, kw_only=True):
   """
 
   memory_norm: bool = True
+  max_step: float = 0.05
   momentum: bool = False
   retention: str = "simplex"
   read: str = "chunk_start"

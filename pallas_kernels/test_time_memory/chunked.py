@@ -24,7 +24,7 @@ import numpy as np
 from ..precision import matmul
 from ..triangular import unit_lower_inverse
 from .layout import Layout
-from .spec import Gates, Slow, Spec, Weights, forward, running_average
+from .spec import Gates, Slow, Spec, Weights, forward, length, running_average, shortened
 
 
 class Coefficients(NamedTuple):
@@ -230,16 +230,11 @@ def errors(
   nothing = {name: jnp.zeros((*k.shape[:-1], columns), k.dtype) for name, (_, columns) in shapes.items()}
   out, pull_back, x = jax.vjp(run, nothing, has_aux=True)
   loss, by_out = jax.vjp(lambda out: spec.loss(out, v, threshold), out)
-  (delta,) = pull_back(by_out(jnp.ones_like(loss))[0])
-  if spec.clip is not None:
-    delta = {name: _clipped(spec.clip, x[name], d) for name, d in delta.items()}
-  return x, delta, loss
-
-
-def _clipped(limit: float, x: jax.Array, delta: jax.Array) -> jax.Array:
-  """delta [C, out] with gradients x^T delta no longer than `limit`."""
-  squared = jnp.sum(x * x, axis=-1) * jnp.sum(delta * delta, axis=-1)
-  return delta * jnp.minimum(1, limit * jax.lax.rsqrt(jnp.maximum(squared, limit * limit)))[:, None]
+  (psi,) = by_out(jnp.ones_like(loss))
+  if spec.clip is None:
+    return x, pull_back(psi)[0], loss
+  (delta,) = pull_back(shortened(psi, length(psi), spec.clip))
+  return x, {name: shortened(d, length(x[name]) * length(d), spec.clip) for name, d in delta.items()}, loss
 
 
 def _exact_errors(spec: Spec, solution: Coefficients, carry: Carry, chunk: _Chunk) -> tuple[Weights, Weights, jax.Array]:

@@ -1,4 +1,4 @@
-"""The oracle: every token's own gradient, by `jax.grad`, one token after the other.
+"""The oracle: every token's own gradient, by autodiff, one token after the other.
 
     g_t = grad_W l(f(W_anchor; k_t), v_t)      S_t = eta_t S_{t-1} - theta_t g_t      W_t = a_t W_{t-1} + S_t      y_t = f(W_t; q_t)
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ..segments import Documents
 from .chunked import Carry
-from .spec import Gates, Slow, Spec, forward, running_average
+from .spec import Gates, Slow, Spec, forward, length, running_average, shortened
 
 
 def recurrent(
@@ -61,10 +61,9 @@ def _step(spec: Spec, slow: Slow, memory: Any, q: jax.Array, k: jax.Array, v: ja
   if spec.order == "decay_first":
     anchor = jax.tree.map(lambda w: keep * w, anchor)
 
-  def objective(weights):
-    return spec.loss(forward(spec, weights, slow.norm, k), v, gates.threshold)
-
-  loss, gradient = jax.value_and_grad(objective)(spec.view(anchor))
+  out, pull_back = jax.vjp(lambda weights: forward(spec, weights, slow.norm, k), spec.view(anchor))
+  loss, psi = jax.value_and_grad(lambda out: spec.loss(out, v, gates.threshold))(out)
+  (gradient,) = pull_back(_clip(spec.clip, psi))
   gradient = jax.tree.map(lambda g: gates.step * _clip(spec.clip, g), gradient)
   if spec.average:
     share = [running_average(slow.average, place) for place in (count - 1, count)]
@@ -103,9 +102,6 @@ def _next(spec: Spec, carry: Carry, weights: Any, momentum: Any, full: jax.Array
   return Carry(weights, momentum, if_full(weights, carry.anchor) if spec.keeps_anchor else None)
 
 
-def _clip(limit: float | None, gradient: jax.Array) -> jax.Array:
-  """A matrix no longer than `limit`."""
-  if limit is None:
-    return gradient
-  squared = jnp.sum(gradient * gradient)
-  return gradient * jnp.minimum(1, limit * jax.lax.rsqrt(jnp.maximum(squared, limit * limit)))
+def _clip(limit: float | None, x: jax.Array) -> jax.Array:
+  """An array of any shape, no longer than the limit."""
+  return x if limit is None else shortened(x.reshape(-1), length(x.reshape(-1)), limit).reshape(x.shape)

@@ -22,6 +22,7 @@ Linear = Callable[[str, jax.Array], jax.Array]
 
 ACTIVATIONS = {"gelu": lambda x: jax.nn.gelu(x, approximate=True), "silu": jax.nn.silu}
 _EPSILON = 1e-6
+_SMALLEST_NORM = 0.1
 
 
 class Gates(NamedTuple):
@@ -70,6 +71,7 @@ class Memory:
     expansion: width in between over `key_dim`.
     activation: "gelu" (by tanh) or "silu".
     gated, norm, residual, biases: as above.
+    norm_epsilon: what the layer norm adds to the variance. The inner gradient is up to its inverse root times as large.
   """
 
   key_dim: int
@@ -81,6 +83,7 @@ class Memory:
   norm: bool = False
   residual: bool = True
   biases: bool = False
+  norm_epsilon: float = 1e-6
 
   def __post_init__(self):
     if self.depth < 1:
@@ -122,7 +125,7 @@ class Memory:
     if self.norm:
       gain, bias = (jnp.expand_dims(a, range(h.ndim - 1)) for a in norm)
       h = h - h.mean(axis=-1, keepdims=True)
-      h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + _EPSILON) * gain + bias
+      h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.norm_epsilon) * gain + bias
     return x + h if self.residual else h
 
   def _linear(self, linear: Linear, name: str, x: jax.Array) -> jax.Array:
@@ -226,11 +229,12 @@ class Retention:
       raise ValueError(f"norm={self.norm}; want q of at least 2.")
 
   def scale(self, a: jax.Array) -> jax.Array:
-    """|A|_q^{q-2}, what A [..., in, out] is divided by: [..., 1, 1]."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True))
-    size = jnp.where(largest > 0, largest, 1)  # so that no power of an entry is out of range
+    """|A|_q^{q-2}, what A [..., in, out] is divided by: [..., 1, 1]; of an |A|_q below 0.1, where W would burst, of that."""
+    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+    size = jax.lax.stop_gradient(jnp.maximum(largest, _SMALLEST_NORM))  # so that no power of an entry is out of range
     power = jnp.sum(jnp.square(a / size) ** (self.norm / 2), axis=(-2, -1), keepdims=True)
-    return size ** (self.norm - 2) * jnp.where(largest > 0, power, 1) ** ((self.norm - 2) / self.norm)
+    norm = size * jnp.where(power > 0, power, 1) ** (1 / self.norm)
+    return jnp.maximum(norm, _SMALLEST_NORM) ** (self.norm - 2)
 
   def view(self, a: jax.Array) -> jax.Array:
     """W of A [..., in, out]."""
@@ -268,7 +272,9 @@ class Spec:
     order: of the token anchor: "gradient_first" as printed above, or "decay_first", gradients at a_t W_{t-1}, as in the
       gated delta rule. Chunk anchors know no difference.
     read: "after" the token's own write, "before" it, or "chunk_start".
-    clip: of the norm of a token's gradient, for each matrix; `None` for none.
+    clip: of the norm of a token's gradient, by the memory's output and then by each matrix; `None` for none. It keeps weights
+      and the outer gradient finite whatever is read. Off, a memory whose steps are too long diverges: of C equal unit keys, at
+      theta > 1 / (c C) for a linear one.
   """
 
   memory: Memory
@@ -339,3 +345,15 @@ def running_average(slow_average: jax.Array, position: jax.Array) -> jax.Array:
   at = jnp.maximum(position, 0)
   share = jnp.maximum(0, 1 / (at + 1).astype(slow_average.dtype) + slow_average[at])
   return jnp.where(position >= 0, share, 0)
+
+
+def length(x: jax.Array) -> jax.Array:
+  """Euclidean norm over the last axis. No square of a large number is taken, and the gradient at 0 is 0."""
+  scale = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1))
+  squared = jnp.sum(jnp.square(x / scale), axis=-1)
+  return jnp.where(squared > 0, scale[..., 0] * jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
+
+
+def shortened(x: jax.Array, by: jax.Array, limit: float) -> jax.Array:
+  """x [..., n], scaled so that the length `by` [...], in proportion to x, becomes no more than `limit`."""
+  return x * (limit / jnp.maximum(by, limit))[..., None]
