@@ -10,6 +10,7 @@ from .titans import Memora, Moneta, TitansMemory, Yaad
 from .ttt import TTTMLP, TTTLinear
 
 __all__ = [
+  "TTTMLP",
   "Attention",
   "DeltaNet",
   "DeltaProduct",
@@ -22,7 +23,6 @@ __all__ = [
   "MemoryLayer",
   "Moneta",
   "TTTLinear",
-  "TTTMLP",
   "TitansMemory",
   "Yaad",
 ]

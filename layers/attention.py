@@ -94,7 +94,7 @@ class Attention(MemoryLayer):
     segment_ids: jax.Array | None = None,
     prefix: jax.Array | None = None,
   ) -> tuple[jax.Array, CacheState]:
-    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`. Every token also sees `prefix` [N, D], which lies at position 0."""
+    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`. Every token also sees `prefix` [N, D], at position 0."""
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
@@ -190,14 +190,14 @@ def _windowed(q, k, v, here: _Tokens, seen: _Tokens, window: int, ahead: tuple[j
   back = here.position[:, :, None] - seen.position[:, None, :]
   mask = (here.document[:, :, None] == seen.document[:, None, :]) & (back >= 0) & (back < window)
   if ahead is not None:
-    k, v = (_after(first, a) for first, a in zip(ahead, (k, v), strict=True))
+    k, v = (behind(first, a) for first, a in zip(ahead, (k, v), strict=True))
     mask = jnp.pad(mask, ((0, 0), (0, 0), (ahead[0].shape[1], 0)), constant_values=True)
   return softmax_attention(q, k, v, mask)
 
 
-def _after(first: jax.Array, x: jax.Array) -> jax.Array:
+def behind(first: jax.Array, x: jax.Array) -> jax.Array:
   """x [B, S, ...] behind the same [1, N, ...] in every row."""
-  return jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], *first.shape[1:])), x], axis=1)
+  return jnp.concatenate([jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], *first.shape[1:])), x], axis=1)
 
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

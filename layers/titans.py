@@ -1,6 +1,6 @@
 """Titans: a memory that is a small network and learns at test time, and its kin.
 
-    g_t = grad_M |M(k_t) - v_t|^2      S_t = eta_t S_{t-1} - theta_t g_t      M_t = (1 - alpha_t) M_{t-1} + S_t      o_t = M_t(q_t)
+    S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2      M_t = (1 - alpha_t) M_{t-1} + S_t      o_t = M_t(q_t)
 
 q, k = L2(silu(conv(W x))), v = silu(conv(W x)); gates of each token and head; y = W_o (RMSNorm(o) * silu(W_g x)). What is
 learned inside is pure and lies in `memzoo.pallas_kernels.test_time_memory`; here are projections, gates and what a document
@@ -23,6 +23,7 @@ from flax import linen as nn
 from ..pallas_kernels import test_time_memory as ttm
 from ..pallas_kernels.precision import accumulator
 from .axes import named
+from .inner_learner import InnerLearner
 from .memory_layer import silence_padding
 from .norms import l2_normalise
 from .projected_memory import ProjectedMemory, Stream
@@ -58,7 +59,7 @@ class Projections(NamedTuple):
   gates: Any
 
 
-class TitansMemory(ProjectedMemory, kw_only=True):
+class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
   """The neural memory of Titans (Behrouz et al. 2025, arXiv:2501.00663): a network trained on every token it reads.
 
       S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2      M_t = (1 - alpha_t) M_{t-1} + S_t      o_t = M_t(q_t)
@@ -80,9 +81,9 @@ class TitansMemory(ProjectedMemory, kw_only=True):
     max_step: theta lies in (0, max_step).
     step_bias, forget_bias, momentum_bias: where the logits of the gates start.
     persistent_tokens: learned tokens that are written before every document.
-    max_documents: that a row may hold; rows with more come out as nan. See `run`.
     output_gate: "silu".
-    implementation: of the operation.
+
+  Further attributes are `ProjectedMemory`'s and `InnerLearner`'s.
   """
 
   head_dim: int
@@ -109,9 +110,7 @@ class TitansMemory(ProjectedMemory, kw_only=True):
   forget_bias: float = -5.3
   momentum_bias: float = 0.0
   persistent_tokens: int = 0
-  max_documents: int = 16
   output_gate: str = "silu"
-  implementation: str = "auto"
 
   @property
   def spec(self) -> ttm.Spec:
@@ -157,6 +156,10 @@ class TitansMemory(ProjectedMemory, kw_only=True):
     x = x.astype(self.activation_dtype(x))
     y, state = self.remember(x, state, segment_ids, self.persistent(x.shape[-1]), fresh)
     return silence_padding(y, segment_ids), state
+
+  def matrices(self, state: TitansState) -> dict[str, jax.Array]:
+    """By how much each inner matrix differs from what a document begins with, as "memory 0", "memory 1", ..."""
+    return {f"memory {name}": change for name, change in state.memory.weights.items()}
 
   def remember(
     self, x: jax.Array, state: TitansState, segment_ids: jax.Array | None, persistent: jax.Array | None, fresh: bool
@@ -229,30 +232,6 @@ class TitansMemory(ProjectedMemory, kw_only=True):
     wide = accumulator(*jax.tree.leaves(memory.weights))
     learned = {name: w.astype(wide) + memory.weights[name][0] for name, w in slow.weights.items()}
     return slow._replace(weights=learned, momentum=memory.momentum and {name: s[0] for name, s in memory.momentum.items()})
-
-  def learn(
-    self,
-    slow: ttm.Slow,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    gates: ttm.Gates,
-    state: ttm.State | None,
-    segment_ids: jax.Array | None,
-  ) -> ttm.Result:
-    """Reads and writes every token."""
-    return ttm.run(
-      self.spec,
-      slow,
-      q,
-      k,
-      v,
-      gates,
-      initial_state=state,
-      segment_ids=segment_ids,
-      max_documents=self.max_documents,
-      implementation=self.implementation,
-    )
 
 
 def _start(retention: ttm.Retention) -> Any:

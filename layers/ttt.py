@@ -21,7 +21,8 @@ from ..pallas_kernels.precision import accumulator
 from ..pallas_kernels.segments import documents, positions
 from .attention import everything, rotate
 from .axes import named
-from .memory_layer import MemoryLayer, silence_padding
+from .inner_learner import InnerLearner
+from .memory_layer import silence_padding
 from .norms import LayerNorm
 from .projections import INIT, ShortConv, Strength, dense
 
@@ -40,7 +41,7 @@ class TTTState(NamedTuple):
   key_tail: jax.Array
 
 
-class TTTLinear(MemoryLayer, kw_only=True):
+class TTTLinear(InnerLearner, kw_only=True):
   """TTT-Linear (Sun et al. 2024, arXiv:2407.04620): y = q + LN(q W + b), W and b trained on k + LN(k W + b) -> v.
 
   Attributes:
@@ -52,8 +53,8 @@ class TTTLinear(MemoryLayer, kw_only=True):
     conv_width: tokens that the short convolutions see.
     rope_base: of the rotary frequencies.
     norm_epsilon: of the norm over all heads.
-    max_documents: that a row may hold; rows with more come out as nan. See `run`.
-    implementation: of the operation.
+
+  Further attributes are `InnerLearner`'s.
   """
 
   num_heads: int
@@ -65,8 +66,6 @@ class TTTLinear(MemoryLayer, kw_only=True):
   conv_width: int = 4
   rope_base: float = 10_000.0
   norm_epsilon: float = 1e-6
-  max_documents: int = 16
-  implementation: str = "auto"
 
   @property
   def spec(self) -> ttm.Spec:
@@ -108,45 +107,29 @@ class TTTLinear(MemoryLayer, kw_only=True):
     place = positions(docs, state.memory.count) % self.chunk_size
     q, k = (rotate(a, place, self.rope_base) for a in (q, k))
     step = Strength(self.num_heads, self.max_step / self.head_dim, 0.0, self.param_dtype, name="eta")(x)
-    learned = self.learn(q, k, v, ttm.Gates(step), None if fresh else state.memory, segment_ids)
+    learned = self.learn(self.beginning(), q, k, v, ttm.Gates(step), None if fresh else state.memory, segment_ids)
     out = learned.y.reshape(*x.shape[:2], channels)
     out = LayerNorm(self.norm_epsilon, self.param_dtype, axis="heads", name="norm")(out) * nn.gelu(project("gate"))
     y = dense(x.shape[-1], ("heads", "embed"), name="output", **types)(out)
     return silence_padding(y, segment_ids), TTTState(learned.state, query_tail, key_tail)
 
-  def learn(
-    self,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    gates: ttm.Gates,
-    state: ttm.State | None,
-    segment_ids: jax.Array | None,
-  ) -> ttm.Result:
-    """Reads and writes every token."""
-    heads, spec = self.num_heads, self.spec
+  def matrices(self, state: TTTState) -> dict[str, jax.Array]:
+    """By how much each inner matrix differs from what a document begins with, biases as a last row: "memory 0", ..."""
+    return {f"memory {name}": change for name, change in state.memory.weights.items()}
+
+  def beginning(self) -> ttm.Slow:
+    """What a document begins with."""
 
     def param(name: str, init: Any, *shape: int) -> jax.Array:
-      return self.param(name, named(init, "heads", *[None] * len(shape)), (heads, *shape), self.param_dtype)
+      shape, axes = (self.num_heads, *shape), ("heads", *[None] * len(shape))
+      return self.param(name, named(init, *axes), shape, self.param_dtype)
 
-    weights = {name: param(f"memory_{name}", _start, *shape) for name, shape in spec.memory.shapes().items()}
-    norm = tuple(param(f"memory_norm_{n}", getattr(nn.initializers, i), self.head_dim) for n, i in _NORM.items())
-    average = param("average", nn.initializers.zeros, self.chunk_size)
-    return ttm.run(
-      spec,
-      ttm.Slow(weights, norm=norm, average=average),
-      q,
-      k,
-      v,
-      gates,
-      initial_state=state,
-      segment_ids=segment_ids,
-      max_documents=self.max_documents,
-      implementation=self.implementation,
-    )
+    weights = {name: param(f"memory_{name}", _start, *shape) for name, shape in self.spec.memory.shapes().items()}
+    norm = param("memory_norm_scale", nn.initializers.ones, self.head_dim), param("memory_norm_bias", _zeros, self.head_dim)
+    return ttm.Slow(weights, norm=norm, average=param("average", _zeros, self.chunk_size))
 
 
-_NORM = {"scale": "ones", "bias": "zeros"}
+_zeros = nn.initializers.zeros
 
 
 def _start(key, shape, dtype=jnp.float32):

@@ -67,7 +67,9 @@ def run(spec, args, state=None, ids=None, implementation="xla"):
 
 def used(spec, args, seed=9):
   """A state in the middle of a chunk."""
-  return run(spec, (args[0], *problem(spec, 3 + 2 * spec.chunk_size // 3, seed, args[1].dtype, args[4].log_keep is not None)[1:])).state
+  tokens = 3 + 2 * spec.chunk_size // 3
+  before = problem(spec, tokens, seed, args[1].dtype, args[4].log_keep is not None)[1:]
+  return run(spec, (args[0], *before)).state
 
 
 def values_and_gradients(spec, args, state, ids, implementation):
@@ -343,7 +345,7 @@ def test_a_row_with_more_documents_than_there_is_room_for_is_nan_and_no_other():
   slow, q, k, v, gates = problem(spec)
   ids = jnp.asarray(np.stack([np.arange(1, 18), np.ones(17)]).astype(np.int32))
   y, state, loss = ttm.run(spec, slow, q, k, v, gates, segment_ids=ids, max_documents=2)
-  assert np.all(np.isnan(y[0])) and np.all(np.isnan(loss[0])) and np.all(np.isnan(state.weights["0"][0]))
+  assert all(np.all(np.isnan(a[0])) for a in (y, loss, state.weights["0"]))
   assert_finite((y[1], loss[1], jax.tree.map(lambda x: x[1], state)))
   enough = ttm.run(spec, slow, q, k, v, gates, segment_ids=ids, max_documents=17)
   assert_close(enough, run(spec, (slow, q, k, v, gates), ids=ids, implementation="recurrent"))
@@ -356,7 +358,7 @@ def test_nothing_but_padding_changes_nothing():
   state = used(spec, args)
   y, after, loss = run(spec, args, state, jnp.zeros((BATCH, 17), jnp.int32))
   assert_close(after, state)
-  assert not np.any(y) and not np.any(loss)
+  assert not any(np.any(a) for a in (y, loss))
 
 
 def test_equal_keys_converge_below_the_bound_of_the_step_and_diverge_above():
@@ -419,8 +421,9 @@ def test_mistakes_are_named():
       run(spec, bad)
   with pytest.raises(ValueError, match="implementation='fast' does not exist"):
     run(spec, args, implementation="fast")
+  slow = problem(CHOICES["average"], dtype=jnp.float32)[0]._replace(average=None)
   with pytest.raises(ValueError, match=r"slow.average does not fit; want .*\[2, 4\]"):
-    run(CHOICES["average"], (problem(CHOICES["average"], dtype=jnp.float32)[0]._replace(average=None), q, k, v, Gates(gates.step)))
+    run(CHOICES["average"], (slow, q, k, v, Gates(gates.step)))
 
 
 @pytest.mark.parametrize(

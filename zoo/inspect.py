@@ -1,6 +1,7 @@
 """What is in a memory: how full it is, which gates made it so, what a key finds in it, and for how long.
 
     curves = curves_over_time(model, params, tokens, every=16)      # norm and effective rank of every memory matrix
+    inner_losses(model, params, tokens)                             # of memories that learn at test time, at every write
     gates(model, params, tokens)                                    # write strengths, decays, erase strengths
     retention(model, params, tokens)                                # how well each written value can be read later on
     linear_response(lambda x: layer.apply(params, x)[0], x, 0)      # how much an input still moves later outputs
@@ -12,6 +13,7 @@ their place in the model, or "memory" in a layer on its own. The sequence is rea
 by the layers' contract changes nothing, so what is seen between pieces is what the model has at that time.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ..layers.inner_learner import InnerLearner
 from ..layers.linear_attention import LinearAttention
-from ..layers.projections import LogDecay, Strength
+from ..layers.projections import LogDecay, LogShare, Strength
+from ..pallas_kernels import test_time_memory as ttm
 from ..pallas_kernels.precision import einsum
 from ..pallas_kernels.segments import Documents, documents
 from .language_model import LanguageModel
@@ -70,6 +74,18 @@ class Retention(NamedTuple):
   cosine: jax.Array
   share: jax.Array
   floor: jax.Array
+
+
+class InnerLoss(NamedTuple):
+  """What a memory that learns at test time is wrong by, of each token, [B, T, H].
+
+  Attributes:
+    before: at the weights that the token's gradient is taken at.
+    after: at the weights after its own write; nan for a memory that is not read there (`Memora`).
+  """
+
+  before: jax.Array
+  after: jax.Array
 
 
 class Recall(NamedTuple):
@@ -212,7 +228,7 @@ def gates(model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Arr
   Raises:
     ValueError: if the model has none.
   """
-  return _overhear(model, _gate, params, inputs, segment_ids) or _nothing(model, "gates (Strength, LogDecay)")
+  return _overhear(model, _gate, params, inputs, segment_ids) or _nothing(model, "gates (Strength, LogShare, LogDecay)")
 
 
 def writes(model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Array | None = None) -> dict[str, Writes]:
@@ -225,10 +241,48 @@ def writes(model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Ar
   return {f"{place}/memory".lstrip("/"): written for place, written in found.items()}
 
 
+def inner_losses(
+  model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Array | None = None
+) -> dict[str, InnerLoss]:
+  """How wrong memories that learn at test time are about each token, before and after they write it, by place.
+
+  Raises:
+    ValueError: if the model has none, or all of them lie in a scan (`MemoryAsContext`).
+  """
+  return _overhear(model, _inner_loss, params, inputs, segment_ids) or _nothing(model, "memories that learn at test time")
+
+
+def inner_weights(
+  model: nn.Module, params: Any, inputs: jax.Array, *, every: int = 16, segment_ids: jax.Array | None = None
+) -> tuple[np.ndarray, dict[str, jax.Array]]:
+  """How far the inner weights have moved from what a document begins with: times [N], and by matrix norms [N, B, H].
+
+  Arguments and errors as of `over_time`.
+  """
+  return over_time(model, params, inputs, _moved, every=every, segment_ids=segment_ids)
+
+
+def _moved(matrices):
+  return jax.tree.map(partial(jnp.linalg.norm, axis=(-2, -1)), matrices)
+
+
+def _inner_loss(module, method, args, result):
+  if method != "learn" or not isinstance(module, InnerLearner):
+    return None
+  slow, _, k, v, gates, state, segment_ids = args
+  if module.spec.retention.kind == "simplex":
+    return InnerLoss(result.loss, jnp.full_like(result.loss, jnp.nan))
+  spec = dataclasses.replace(module.spec, read="after")
+  options = {"initial_state": state, "segment_ids": segment_ids, "max_documents": module.max_documents}
+  y = ttm.run(spec, slow, k, k, v, gates, **options).y  # what each token's key finds once it is written
+  after = spec.loss(*(a.astype(result.loss.dtype) for a in (y, v)), gates.threshold)
+  return InnerLoss(result.loss, after if segment_ids is None else jnp.where(segment_ids[..., None] != 0, after, 0))
+
+
 def _gate(module, method, args, result):
   if method == "__call__" and isinstance(module, Strength):
     return result
-  if method == "__call__" and isinstance(module, LogDecay):
+  if method == "__call__" and isinstance(module, LogDecay | LogShare):
     return jnp.exp(result)
   return None
 

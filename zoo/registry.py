@@ -1,6 +1,7 @@
 """The layers, by the names that configs and the command line know them by."""
 
 from ..layers import (
+  TTTMLP,
   Attention,
   DeltaNet,
   DeltaProduct,
@@ -14,7 +15,6 @@ from ..layers import (
   Moneta,
   TitansMemory,
   TTTLinear,
-  TTTMLP,
   Yaad,
 )
 from .titans_blocks import MemoryAsContext, MemoryAsGate, MemoryAsLayer

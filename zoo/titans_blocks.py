@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..layers.attention import Attention, CacheState, rotate, softmax_attention
+from ..layers.attention import Attention, CacheState, behind, rotate, softmax_attention
 from ..layers.memory_layer import silence_padding
 from ..layers.norms import RMSNorm, l2_normalise
 from ..layers.projections import dense
@@ -61,6 +61,10 @@ class MemoryAsGate(TitansMemory, kw_only=True):
     """Nothing learned yet, nothing seen."""
     cache = self._attention(parent=None).initial_state(batch_size)
     return BesideState(super().initial_state(batch_size), cache)
+
+  def matrices(self, state: BesideState) -> dict[str, jax.Array]:
+    """As of `TitansMemory`."""
+    return super().matrices(state.memory)
 
   @nn.compact
   def __call__(
@@ -126,7 +130,7 @@ class ContextState(NamedTuple):
 class MemoryAsContext(TitansMemory, kw_only=True):
   """MAC (Titans, arXiv:2501.00663, section 4.1): what the memory knows is laid before each segment for attention to see.
 
-      h = M_{i-1}(S W_q)        y = S + attention([P; h; S])        M_i = M_{i-1} trained on y        o = silu(norm(y)) * silu(norm(M(y)))
+      h = M_{i-1}(S W_q)    y = S + attention([P; h; S])    M_i = M_{i-1} trained on y    o = silu(norm(y)) * silu(norm(M(y)))
 
   for the segments S of a document; attention does not reach beyond its own. Causal: token t attends to what the memory said
   to tokens up to t, and is read for M as it is after t.
@@ -225,8 +229,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     mask = jnp.concatenate([seen, seen], axis=2)
     k, v = (a.reshape(batch, -1, *a.shape[3:]) for a in (keys, values))
     if persistent is not None:
-      first = (jnp.broadcast_to(maps(persistent[None].astype(x.dtype)), (batch, len(persistent), *k.shape[2:])) for maps in (key, value))
-      k, v = (jnp.concatenate(both, axis=1) for both in zip(first, (k, v), strict=True))
+      k, v = (behind(project(persistent[None]), a) for project, a in ((key, k), (value, v)))
       mask = jnp.pad(mask, ((0, 0), (0, 0), (len(persistent), 0)), constant_values=True)
     out = softmax_attention(q, k, v, mask).reshape(batch, tokens, -1)
     return dense(x.shape[-1], ("heads", "embed"), name="attention_output", **self.types)(out), keys, values
@@ -234,9 +237,11 @@ class MemoryAsContext(TitansMemory, kw_only=True):
 
 def _product(module: TitansMemory, y: jax.Array, m: jax.Array) -> jax.Array:
   """silu(norm(y)) * silu(norm(m))."""
-  branches = (nn.silu(RMSNorm(param_dtype=module.param_dtype, name=n)(a)) for n, a in (("attention_gate", y), ("memory_gate", m)))
-  first, second = branches
-  return first * second
+
+  def branch(name: str, a: jax.Array) -> jax.Array:
+    return nn.silu(RMSNorm(param_dtype=module.param_dtype, name=name)(a))
+
+  return branch("attention_gate", y) * branch("memory_gate", m)
 
 
 def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:

@@ -1,6 +1,6 @@
 """Memories that learn at test time: the weights of a small network, trained by gradient descent inside the forward pass.
 
-    g_t = grad_W l(f(W_anchor; k_t), v_t)      S_t = eta_t S_{t-1} - theta_t g_t      W_t = a_t W_{t-1} + S_t      y_t = f(W_t; q_t)
+    S_t = eta_t S_{t-1} - theta_t grad l(f(W_anchor; k_t), v_t)      W_t = a_t W_{t-1} + S_t      y_t = f(W_t; q_t)
 
 `run` goes through a sequence, `start` gives a fresh state, `read` asks a memory without writing. What f, l, the optimiser and
 the chunks are is said by a `Spec`; Titans (arXiv:2501.00663), TTT (arXiv:2407.04620) and Miras (arXiv:2504.13173) are choices
@@ -173,7 +173,8 @@ def _check(spec, slow, q, k, v, gates, segment_ids, max_documents) -> None:
   if found != shapes:
     raise ValueError(f"slow.weights has shapes {found}; want {shapes}.")
   if spec.memory.norm != (slow.norm is not None):
-    raise ValueError(f"slow.norm is {'missing' if slow.norm is None else 'given'}; want it exactly where the memory has a norm.")
+    found = "missing" if slow.norm is None else "given"
+    raise ValueError(f"slow.norm is {found}; want it exactly where the memory has a norm.")
   if spec.average and (slow.average is None or slow.average.shape != (heads, spec.chunk_size)):
     raise ValueError(f"slow.average does not fit; want [heads, chunk_size], {[heads, spec.chunk_size]}.")
   check_segment_ids(segment_ids, q.shape[:2])

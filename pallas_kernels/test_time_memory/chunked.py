@@ -210,7 +210,12 @@ def _products(log_gate: jax.Array | None, like: jax.Array) -> jax.Array:
 
 
 def errors(
-  spec: Spec, weights: Weights, norm: tuple[jax.Array, jax.Array] | None, k: jax.Array, v: jax.Array, threshold: jax.Array | None
+  spec: Spec,
+  weights: Weights,
+  norm: tuple[jax.Array, jax.Array] | None,
+  k: jax.Array,
+  v: jax.Array,
+  threshold: jax.Array | None,
 ) -> tuple[Weights, Weights, jax.Array]:
   """Gradients of the tokens' losses at `weights`, as factors: x [C, in] and delta [C, out] of each matrix, and loss [C].
 

@@ -97,7 +97,8 @@ def lay_out(
   column = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), slot.shape)
 
   def scatter(value, empty):
-    return jnp.full((batch, chunks * size), empty, value.dtype).at[row, there].set(value, mode="drop").reshape(batch, chunks, size)
+    slots = jnp.full((batch, chunks * size), empty, value.dtype).at[row, there].set(value, mode="drop")
+    return slots.reshape(batch, chunks, size)
 
   source = scatter(column, -1)
   position = jax.lax.cummax(scatter(place, 0), axis=2)

@@ -1,6 +1,6 @@
 """The oracle: every token's own gradient, by autodiff, one token after the other.
 
-    g_t = grad_W l(f(W_anchor; k_t), v_t)      S_t = eta_t S_{t-1} - theta_t g_t      W_t = a_t W_{t-1} + S_t      y_t = f(W_t; q_t)
+    S_t = eta_t S_{t-1} - theta_t grad l(f(W_anchor; k_t), v_t)      W_t = a_t W_{t-1} + S_t      y_t = f(W_t; q_t)
 """
 
 from typing import Any

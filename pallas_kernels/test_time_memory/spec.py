@@ -225,7 +225,7 @@ class Retention:
   def __post_init__(self):
     if self.kind not in ("none", "norm", "simplex"):
       raise ValueError(f"retention={self.kind!r}; want 'none', 'norm' or 'simplex'.")
-    if self.kind == "norm" and not 2 <= self.norm:
+    if self.kind == "norm" and not self.norm >= 2:
       raise ValueError(f"norm={self.norm}; want q of at least 2.")
 
   def scale(self, a: jax.Array) -> jax.Array:
@@ -245,7 +245,7 @@ class Retention:
     return a
 
   def start(self, w: jax.Array) -> jax.Array:
-    """A whose view is W [..., in, out], or has W's direction where the view leaves no choice of norm (q = 3); of "simplex", W."""
+    """A whose view is W [..., in, out], or has W's direction where every view has one norm (q = 3); of "simplex", W."""
     if self.kind != "norm" or self.norm == 3:
       return w
     return w * self.scale(w) ** (-1 / (self.norm - 3))
