@@ -47,6 +47,7 @@ def test_a_notebook_runs_from_top_to_bottom_and_shows_pictures(path, tmp_path, m
   NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
   outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
   assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
+  assert not [output for output in outputs if output.output_type == "error"], "a picture that could not be drawn stops nothing"
   complaints = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
   assert not complaints
 
