@@ -1,0 +1,94 @@
+"""Titans and its kin as layers: what they begin with, what a write does, what looks into them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from memzoo.layers import Memora, TitansMemory, TTTLinear
+from memzoo.zoo.inspect import gates, inner_losses, inner_weights
+from memzoo.zoo.titans_blocks import MemoryAsContext, MemoryAsGate
+from tolerances import assert_close
+
+SIZES = {"num_heads": 2, "head_dim": 8, "chunk_size": 4}
+
+
+def built(module, tokens=12, width=16):
+  x = jax.random.normal(jax.random.key(0), (2, tokens, width))
+  return module, jax.jit(module.init)(jax.random.key(1), x), x
+
+
+def test_a_fresh_memory_says_nothing_and_its_state_is_zero():
+  module, params, _x = built(TitansMemory(**SIZES))
+  own = params["params"]
+  assert not np.any(own["memory_1"].value)
+  assert 0.8 < np.std(own["memory_0"].value) < 1.2
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(module.apply(params, 2, method="initial_state")))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_one_write_at_the_longest_step_puts_the_error_to_about_zero(depth):
+  wide = {"num_heads": 2, "head_dim": 32, "chunk_size": 1, "depth": depth, "momentum": False, "forget": False}
+  module, params, x = built(TitansMemory(**wide, step_bias=20.0), tokens=1)
+  (found,) = inner_losses(module, params, x).values()
+  before, after = (a.mean() for a in found)
+  assert after < (1e-6 if depth == 1 else 0.1) * before
+
+
+def test_persistent_tokens_are_what_a_document_has_read_before_it_begins():
+  module, params, x = built(TitansMemory(**SIZES, persistent_tokens=3))
+  ids = jnp.repeat(jnp.array([1, 2], jnp.int32), 6)[None].repeat(2, 0)
+  y, _ = jax.jit(module.apply)(params, x, None, ids)
+  alone, _ = jax.jit(module.apply)(params, x[:, 6:])
+  assert_close(y[:, 6:], alone, jnp.float32)
+  other = {"params": params["params"] | {"persistent": jax.tree.map(lambda a: -a, params["params"]["persistent"])}}
+  assert not np.allclose(jax.jit(module.apply)(other, x[:, 6:])[0], alone)
+
+
+def test_a_row_with_too_many_documents_is_nan_in_the_open():
+  for module in (TitansMemory(**SIZES, max_documents=2), MemoryAsContext(**SIZES, segment=4, max_documents=2)):
+    module, params, x = built(module)
+    ids = jnp.asarray(np.stack([np.arange(1, 13), np.ones(12)]), jnp.int32)
+    y, _ = jax.jit(module.apply)(params, x, None, ids)
+    assert np.all(np.isnan(y[0]))
+    assert np.all(np.isfinite(y[1]))
+
+
+@pytest.mark.slow
+def test_attention_of_a_gate_and_of_a_context_has_the_reach_it_says():
+  """How far a token is felt through attention alone: with steps of length zero the memory keeps nothing."""
+  still = {"max_step": 0.0, "forget": False, "momentum": False, "conv_width": 1, "persistent_tokens": 0}
+  gate, context = MemoryAsGate(**SIZES, **still, window=3), MemoryAsContext(**SIZES, **still, segment=4)
+  for module, felt in ((gate, [5, 6, 7]), (context, [5, 6, 7])):
+    module, params, x = built(module)
+    params = jax.tree.map(lambda a: a + 0.1, params)  # else the memory says nothing, and the product is nothing
+    change = jax.jit(module.apply)(params, x.at[:, 5].add(1.0))[0] - jax.jit(module.apply)(params, x)[0]
+    assert np.flatnonzero(np.abs(change).max(axis=(0, 2)) > 1e-6).tolist() == felt
+
+
+def test_what_is_heard_inside():
+  module, params, x = built(TitansMemory(**SIZES))
+  ids = jnp.asarray(np.arange(12)[None] < np.array([[12], [7]]), jnp.int32)
+  (found,) = inner_losses(module, params, x, ids).values()
+  assert found.before.shape == found.after.shape == (2, 12, 2)
+  assert not np.any(found.before[1, 7:])
+  assert not np.any(found.after[1, 7:])
+  assert float(found.after.sum()) < float(found.before.sum())
+  times, moved = inner_weights(module, params, x, every=4)
+  assert times.tolist() == [4, 8, 12]
+  assert np.all(np.diff(moved["memory 1"], axis=0) > 0)
+  assert {"theta", "keep", "eta"} <= {name.rpartition("/")[2] for name in gates(module, params, x)}
+  (unread,) = inner_losses(*built(Memora(**SIZES))).values()
+  assert np.all(np.isnan(unread.after))
+
+
+def test_mistakes_are_named():
+  x = jnp.zeros((1, 3, 16))
+  for module, message in (
+    (TTTLinear(num_heads=2, head_dim=5), "head_dim=5 is odd"),
+    (MemoryAsContext(**SIZES, segment=0), "segment=0; want at least one token"),
+    (TitansMemory(**SIZES, anchor="token"), "anchor='token' is of linear memories"),
+    (TitansMemory(**SIZES, loss="cubic"), "loss='cubic'; want one of"),
+    (TitansMemory(**SIZES, output_gate="relu"), "output_gate='relu'; want one of"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      module.init(jax.random.key(0), x)
