@@ -31,6 +31,7 @@ class InnerLearner(MemoryLayer, kw_only=True):
     gates: ttm.Gates,
     state: ttm.State | None,
     segment_ids: jax.Array | None,
+    max_documents: int | None = None,
   ) -> ttm.Result:
     """Reads and writes every token; arguments as of `run`. `memzoo.zoo.inspect` listens here."""
     return ttm.run(
@@ -42,6 +43,6 @@ class InnerLearner(MemoryLayer, kw_only=True):
       gates,
       initial_state=state,
       segment_ids=segment_ids,
-      max_documents=self.max_documents,
+      max_documents=max_documents or self.max_documents,
       implementation=self.implementation,
     )

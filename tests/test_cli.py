@@ -224,7 +224,7 @@ def truncate(step):
 def flip(step):
   largest = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
   content = bytearray(largest.read_bytes())
-  content[len(content) // 2] ^= 1
+  content[::199] = bytes(byte ^ 1 for byte in content[::199])  # one alone may lie where nothing refers to
   largest.write_bytes(content)
 
 

@@ -201,7 +201,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     attended, keys, values = self._attend(x, said, persistent, state, is_token, position)
     y = x + attended
     operands, tails = self.see(projections, y, (state.query_tail, state.key_tail, state.value_tail), ids)
-    learned = self.learn(slow, *operands, state.memory, ids)
+    learned = self.learn(slow, *operands, state.memory, ids, max_documents=1)
     context = _choose(full, learned.state.weights, state.context)
     state = ContextState(learned.state, context, context_tail, *tails, keys, values, state.count)
     return state, _product(self, y, self.read_out(y, learned.y))
