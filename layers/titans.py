@@ -268,7 +268,6 @@ class Yaad(TitansMemory, kw_only=True):
 
   residual: bool = True
   memory_norm: bool = True
-  max_step: float | None = 0.05
   momentum: bool = False
   loss: str = "mixture"
 
@@ -288,7 +287,6 @@ class Moneta(TitansMemory, kw_only=True):
 
   residual: bool = True
   memory_norm: bool = True
-  max_step: float | None = 0.05
   momentum: bool = False
   loss: str = "power"
   clip: float | None = 1.0
@@ -308,7 +306,6 @@ class Memora(TitansMemory, kw_only=True):
 
   residual: bool = True
   memory_norm: bool = True
-  max_step: float | None = 0.05
   momentum: bool = False
   retention: str = "simplex"
   read: str = "chunk_start"
