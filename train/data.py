@@ -163,7 +163,7 @@ class TextData:
 
 def check_documents(model: Any, most: int, remedy: str) -> None:
   """Raises `ValueError` if a layer of `model` is made for rows of fewer documents than `most`."""
-  for mixer in model.mixers:
+  for mixer in getattr(model, "mixers", ()):
     bound = getattr(mixer, "max_documents", most)
     if bound < most:
       name = f"{type(mixer).__name__}.max_documents"
