@@ -154,14 +154,15 @@ def test_04_a_padded_batch_of_prompts_decodes_as_if_each_were_alone(subject):
 @IN_FLOAT64
 @every_layer
 def test_05_every_implementation_is_the_oracle(subject):
-  """Of layers over an operation, against its token-by-token form; of others, against themselves a token at a time."""
+  """Of layers over an operation, against its token-by-token form; of all, against themselves a token at a time."""
   params, x = subject.params(), subject.inputs(2, 3 * CHUNK + 5)
   state, ids = subject.used(params, 2), jnp.asarray(np.stack([BETWEEN[:17], PACKED[:17]]))
+  cases = [(subject.one_by_one, None)]  # neighbours tell documents apart, and there a token has none
   if any(field.name == "implementation" for field in dataclasses.fields(subject.module)):
     oracle = dataclasses.replace(subject, module=subject.module.clone(implementation="recurrent")).apply
-  else:
-    oracle, ids = subject.one_by_one, None  # neighbours tell documents apart, and there a token has none
-  assert_same(subject, subject.apply, oracle, params, x, state, ids)
+    cases.append((oracle, ids))
+  for oracle, segment_ids in cases:
+    assert_same(subject, subject.apply, oracle, params, x, state, segment_ids)
 
 
 @IN_FLOAT64
