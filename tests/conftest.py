@@ -1,6 +1,8 @@
 """Strictness for the whole suite: no implicit dtype or rank promotion, four devices, warnings are errors (pyproject)."""
 
+import gc
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Before jax is imported: tests run on the CPU unless told otherwise, split into four devices for the sharding laws. Most of
@@ -11,6 +13,8 @@ os.environ["XLA_FLAGS"] = " ".join([
   os.environ.get("XLA_FLAGS", ""),
   "--xla_force_host_platform_device_count=4",
   "--xla_backend_optimization_level=0",
+  # XLA's older emitters of fusions compile twice as fast; JAX 0.11 has them no more and would not start.
+  "--xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else "",
 ])
 
 import jax
@@ -20,6 +24,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects that live, and each full collection visits them all
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+  """Forgets what was compiled before its memory maps come near Linux's bound of 65,530 a process, where XLA crashes."""
+  yield
+  maps = Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    jax.clear_caches()
 
 
 @pytest.fixture

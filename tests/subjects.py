@@ -1,6 +1,7 @@
 """What the laws are tried on: every layer of the registry at a small size, and language models of them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -53,32 +54,38 @@ class Subject:
     x = jax.random.normal(own, (batch, tokens, self.width), dtype)
     return x + jax.random.normal(common, (1, 1, self.width), dtype)
 
+  @functools.cached_property
+  def fresh_params(self) -> Any:
+    """Parameters as initialised."""
+    return jax.jit(self.module.init)(jax.random.key(7), self.inputs(1, 2))
+
   def params(self, scale: float = 8.0) -> Any:
     """Parameters `scale` times as large as fresh ones where they are matrices: gates and keys as varied as trained ones."""
-    params = jax.jit(self.module.init)(jax.random.key(7), self.inputs(1, 2))
-    return jax.tree.map(lambda p: p * jnp.asarray(scale, p.dtype) if p.ndim > 1 else p, params)
+    return jax.tree.map(lambda p: p * jnp.asarray(scale, p.dtype) if p.ndim > 1 else p, self.fresh_params)
 
   def apply(self, params, x, state=None, segment_ids=None):
     return self.module.apply(params, x, state, segment_ids)
+
+  @functools.cached_property
+  def run(self):
+    """`apply`, compiled: once for all tests that call it with equal shapes, for compilation is most of their time."""
+    return jax.jit(self.apply)
 
   def fresh(self, params, batch: int):
     return self.module.apply(params, batch, method="initial_state")
 
   def used(self, params, batch: int):
     """A state that has seen something."""
-    return jax.jit(self.apply)(params, self.inputs(batch, 7, seed=11))[1]
+    return self.run(params, self.inputs(batch, 7, seed=11))[1]
 
-  def one_by_one(self, params, x, state=None, segment_ids=None):
+  def one_by_one(self, params, x, state):
     """The same call, a token at a time."""
-    state = self.fresh(params, x.shape[0]) if state is None else state
 
-    def step(state, token):
-      x, ids = token
-      y, state = self.apply(params, x[:, None], state, None if ids is None else ids[:, None])
+    def step(state, x):
+      y, state = self.apply(params, x[:, None], state)
       return state, y[:, 0]
 
-    tokens = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (x, segment_ids))
-    state, y = jax.lax.scan(step, state, tokens)
+    state, y = jax.lax.scan(step, state, jnp.swapaxes(x, 0, 1))
     return jnp.swapaxes(y, 0, 1), state
 
 
@@ -101,6 +108,9 @@ def subjects(dtype=jnp.float64, width: int = WIDTH, **fields: Any) -> list[Subje
 
 
 def cases(*args: Any, **fields: Any) -> list[Any]:
-  """`subjects` as parameters of a test."""
-  found = subjects(*args, **fields)
-  return [pytest.param(s, id=s.name, marks=[] if s.name in QUICK else [pytest.mark.slow]) for s in found]
+  """`subjects` as parameters of a test; those of one name share a process, and so what is compiled."""
+
+  def marks(name: str) -> list[Any]:
+    return [pytest.mark.xdist_group(name), *([] if name in QUICK else [pytest.mark.slow])]
+
+  return [pytest.param(s, id=s.name, marks=marks(s.name)) for s in subjects(*args, **fields)]
