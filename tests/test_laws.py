@@ -34,7 +34,7 @@ def loss(y, state, seed=5):
   return sum(jnp.sum(leaf * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)) for leaf in leaves)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def differentiated(run, wanted):
   """`run`, compiled: its (y, state) and the gradients of their `loss` by the arguments `wanted`; integers have none."""
 
@@ -151,7 +151,11 @@ def test_04_a_padded_batch_of_prompts_decodes_as_if_each_were_alone(subject):
   for row, length in enumerate(lengths):
     _, state = subject.run(params, prompts[row : row + 1, :length])
     for actual, alone in zip(together, decoded(subject, params, more[row : row + 1], state), strict=True):
-      assert_close(*(jax.tree.map(lambda a: a[i], out) for i, out in ((row, actual), (0, alone))))
+      assert_close(of_row(actual, row), of_row(alone, 0))
+
+
+def of_row(tree, row):
+  return jax.tree.map(lambda a: a[row], tree)
 
 
 def decoded(subject, params, x, state):
@@ -180,8 +184,8 @@ def test_06_batch_rows_are_independent(subject):
   state = subject.used(params, 10)
   expected = subject.run(params, x, state)
   actual = subject.run(params, x.at[1].set(other[1]), state)
-  rows = np.delete(np.arange(10), 1)
-  assert_close(*(jax.tree.map(lambda a: a[rows], tree) for tree in (actual, expected)))
+  others = np.delete(np.arange(10), 1)
+  assert_close(of_row(actual, others), of_row(expected, others))
   assert not np.allclose(actual[0][1], expected[0][1])
 
 
