@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels.precision import accumulator, einsum
-from ..pallas_kernels.segments import Documents, documents, positions
+from ..pallas_kernels.segments import Documents, documents, positions, undivided
 from .memory_layer import MemoryLayer, count_key_heads, silence_padding
 from .norms import RMSNorm
 from .projections import dense
@@ -50,7 +50,7 @@ class Attention(MemoryLayer):
 
   Attributes:
     num_heads: query heads, H.
-    head_dim: width of a head, d; even.
+    head_dim: width of a head, d; even where there are positions.
     num_key_heads: key heads, a divisor of `num_heads`; as many unless given.
     window: tokens that each token sees, its own included; `None` for `max_length`.
     max_length: longest sequence without a window. What lies further back is out of sight, in parallel as in decoding.
@@ -68,8 +68,6 @@ class Attention(MemoryLayer):
 
   @property
   def key_heads(self) -> int:
-    if self.head_dim % 2:
-      raise ValueError(f"head_dim={self.head_dim} is odd; want an even width, for positions rotate pairs.")
     return count_key_heads(self.num_heads, self.num_key_heads)
 
   @property
@@ -103,7 +101,7 @@ class Attention(MemoryLayer):
     values = self._heads("value", self.key_heads)
     q, k, v = queries(x), keys(x), values(x)
     ahead = None if prefix is None else tuple(project(prefix[None].astype(x.dtype)) for project in (keys, values))
-    docs = everything(x) if segment_ids is None else documents(segment_ids)
+    docs = undivided(*x.shape[:2]) if segment_ids is None else documents(segment_ids)
     position = positions(docs, state.length)
     if self.rope_base is not None:
       q, k = (rotate(a, position, self.rope_base) for a in (q, k))
@@ -183,30 +181,32 @@ class Attention(MemoryLayer):
 
 
 def _windowed(q, k, v, here: _Tokens, seen: _Tokens, window: int, ahead: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-  """Attention of q [B, T, H, d] to those of k, v [B, S, Hk, d] in the same document, not later, in the window.
-
-  `ahead` are keys and values [1, N, Hk, d] that all see.
-  """
+  """Attention of q [B, T, H, d] to those of k, v [B, S, Hk, d] in the same document, not later, in the window."""
   back = here.position[:, :, None] - seen.position[:, None, :]
   mask = (here.document[:, :, None] == seen.document[:, None, :]) & (back >= 0) & (back < window)
+  return softmax_attention(q, k, v, mask, ahead)
+
+
+def softmax_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, ahead: tuple[jax.Array, jax.Array] | None = None
+) -> jax.Array:
+  """softmax(q k^T d^{-1/2}) v where `mask` [B, T, S] allows, by `jax.nn.dot_product_attention`.
+
+  `ahead` are keys and values [1, N, Hk, d] that stand before those of every row and that every query sees.
+  """
   if ahead is not None:
-    k, v = (behind(first, a) for first, a in zip(ahead, (k, v), strict=True))
+    k, v = (_behind(first, a) for first, a in zip(ahead, (k, v), strict=True))
     mask = jnp.pad(mask, ((0, 0), (0, 0), (ahead[0].shape[1], 0)), constant_values=True)
-  return softmax_attention(q, k, v, mask)
-
-
-def behind(first: jax.Array, x: jax.Array) -> jax.Array:
-  """x [B, S, ...] behind the same [1, N, ...] in every row."""
-  return jnp.concatenate([jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], *first.shape[1:])), x], axis=1)
-
-
-def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-  """softmax(q k^T d^{-1/2}) v where `mask` [B, T, S] allows, by `jax.nn.dot_product_attention`."""
   # Its softmax is float32 even for float64, and for narrow inputs it mixes dtypes, which strict promotion forbids.
   strict = jax.config.jax_numpy_dtype_promotion.value == "strict"
   if q.dtype == jnp.float64 or (strict and q.dtype != jnp.float32):
     return reference_attention(q, k, v, mask)
   return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+
+def _behind(first: jax.Array, x: jax.Array) -> jax.Array:
+  """x [B, S, ...] behind the same [1, N, ...] in every row."""
+  return jnp.concatenate([jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], *first.shape[1:])), x], axis=1)
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -219,18 +219,15 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arra
 
 def rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
   """Rotates the pairs (x_i, x_{i + d/2}) of x [B, T, H, d] by position * base^(-2i/d)."""
-  half = x.shape[-1] // 2
+  half, odd = divmod(x.shape[-1], 2)
+  if odd:
+    raise ValueError(f"head_dim={x.shape[-1]} is odd; want an even width, for positions rotate pairs.")
   wide = accumulator(x)
   frequency = base ** -(jnp.arange(half, dtype=wide) / half)
   angle = position[..., None, None].astype(wide) * frequency[None, None, None]
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def everything(x: jax.Array) -> Documents:
-  """One document without padding."""
-  return Documents(jnp.zeros(x.shape[:2], jnp.int32), jnp.ones(x.shape[:2], bool))
 
 
 def _merge(a: jax.Array) -> jax.Array:

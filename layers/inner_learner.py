@@ -1,5 +1,7 @@
 """What layers have in common whose memory is a network that learns at test time."""
 
+from typing import Any
+
 import jax
 
 from ..pallas_kernels import test_time_memory as ttm
@@ -21,6 +23,10 @@ class InnerLearner(MemoryLayer, kw_only=True):
   def spec(self) -> ttm.Spec:
     """The memory, as the operation knows it."""
     raise NotImplementedError(f"{type(self).__name__} must define spec")
+
+  def matrices(self, state: Any) -> dict[str, jax.Array]:
+    """By how much each inner matrix differs from what a document begins with, biases as a last row: "memory 0", ..."""
+    return {f"memory {name}": change for name, change in state.memory.weights.items()}
 
   def learn(
     self,

@@ -160,10 +160,6 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     y, state = self.remember(x, state, segment_ids, self.persistent(x.shape[-1]), fresh)
     return silence_padding(y, segment_ids), state
 
-  def matrices(self, state: TitansState) -> dict[str, jax.Array]:
-    """By how much each inner matrix differs from what a document begins with, as "memory 0", "memory 1", ..."""
-    return {f"memory {name}": change for name, change in state.memory.weights.items()}
-
   def remember(
     self, x: jax.Array, state: TitansState, segment_ids: jax.Array | None, persistent: jax.Array | None, fresh: bool
   ) -> tuple[jax.Array, TitansState]:

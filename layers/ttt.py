@@ -18,8 +18,8 @@ from flax import linen as nn
 
 from ..pallas_kernels import test_time_memory as ttm
 from ..pallas_kernels.precision import accumulator
-from ..pallas_kernels.segments import documents, positions
-from .attention import everything, rotate
+from ..pallas_kernels.segments import documents, positions, undivided
+from .attention import rotate
 from .axes import named
 from .inner_learner import InnerLearner
 from .memory_layer import silence_padding
@@ -85,8 +85,6 @@ class TTTLinear(InnerLearner, kw_only=True):
     self, x: jax.Array, state: TTTState | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, TTTState]:
     """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
-    if self.head_dim % 2:
-      raise ValueError(f"head_dim={self.head_dim} is odd; want an even width, for positions rotate pairs.")
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
@@ -103,7 +101,7 @@ class TTTLinear(InnerLearner, kw_only=True):
     q, query_tail = convolve("query", state.query_tail)
     k, key_tail = convolve("key", state.key_tail)
     q, k, v = (a.reshape(*x.shape[:2], self.num_heads, self.head_dim) for a in (q, k, project("value")))
-    docs = everything(x) if segment_ids is None else documents(segment_ids)
+    docs = undivided(*x.shape[:2]) if segment_ids is None else documents(segment_ids)
     place = positions(docs, state.memory.count) % self.chunk_size
     q, k = (rotate(a, place, self.rope_base) for a in (q, k))
     step = Strength(self.num_heads, self.max_step / self.head_dim, 0.0, self.param_dtype, name="eta")(x)
@@ -112,10 +110,6 @@ class TTTLinear(InnerLearner, kw_only=True):
     out = LayerNorm(self.norm_epsilon, self.param_dtype, axis="heads", name="norm")(out) * nn.gelu(project("gate"))
     y = dense(x.shape[-1], ("heads", "embed"), name="output", **types)(out)
     return silence_padding(y, segment_ids), TTTState(learned.state, query_tail, key_tail)
-
-  def matrices(self, state: TTTState) -> dict[str, jax.Array]:
-    """By how much each inner matrix differs from what a document begins with, biases as a last row: "memory 0", ..."""
-    return {f"memory {name}": change for name, change in state.memory.weights.items()}
 
   def beginning(self) -> ttm.Slow:
     """What a document begins with."""

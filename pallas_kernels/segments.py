@@ -4,7 +4,7 @@
 there: the tokens around it are neighbours, and the first token of a call continues the state that came in.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,11 @@ def documents(segment_ids: jax.Array) -> Documents:
   return Documents(jnp.cumsum(starts, axis=1, dtype=jnp.int32), is_token)
 
 
+def undivided(batch: int, tokens: int) -> Documents:
+  """One document a row, without padding."""
+  return Documents(jnp.zeros((batch, tokens), jnp.int32), jnp.ones((batch, tokens), bool))
+
+
 def positions(docs: Documents, offset: jax.Array) -> jax.Array:
   """Index of each token within its document, int32 [B, T].
 
@@ -53,6 +58,11 @@ def positions(docs: Documents, offset: jax.Array) -> jax.Array:
   starts = jnp.diff(docs.index, axis=1, prepend=0) > 0
   first = jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
   return count - first + jnp.where(docs.index == 0, offset[:, None], 0)
+
+
+def select_rows(condition: jax.Array, yes: Any, no: Any) -> Any:
+  """Of two trees of arrays [B, ...] the rows of the one or the other, by `condition` [B]."""
+  return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
 
 
 def _previous_token(is_token: jax.Array) -> jax.Array:

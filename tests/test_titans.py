@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from memzoo.layers import Memora, TitansMemory, TTTLinear
 from memzoo.zoo.inspect import gates, inner_losses, inner_weights
+from memzoo.zoo.language_model import LanguageModel
 from memzoo.zoo.titans_blocks import MemoryAsContext, MemoryAsGate
 from tolerances import assert_close
 
@@ -14,6 +15,8 @@ SIZES = {"num_heads": 2, "head_dim": 8, "chunk_size": 4}
 
 def built(module, tokens=12, width=16):
   x = jax.random.normal(jax.random.key(0), (2, tokens, width))
+  if isinstance(module, LanguageModel):
+    x = jax.random.randint(jax.random.key(0), (2, tokens), 0, module.vocab_size, jnp.int32)
   return module, jax.jit(module.init)(jax.random.key(1), x), x
 
 
@@ -79,6 +82,18 @@ def test_what_is_heard_inside():
   assert {"theta", "keep", "eta"} <= {name.rpartition("/")[2] for name in gates(module, params, x)}
   (unread,) = inner_losses(*built(Memora(**SIZES))).values()
   assert np.all(np.isnan(unread.after))
+
+
+@pytest.mark.slow
+def test_what_is_heard_in_segments_comes_out_by_token():
+  memory = MemoryAsContext(**SIZES, segment=4)
+  module, params, tokens = built(LanguageModel(11, 16, 1, (memory,), remat="full"))
+  ids = jnp.repeat(jnp.array([1, 2], jnp.int32), jnp.array([5, 7]))[None].repeat(2, 0)
+  for hear, places in ((inner_losses, {"block 0"}), (gates, {"block 0/theta", "block 0/keep", "block 0/eta"})):
+    packed, alone = hear(module, params, tokens, ids), hear(module, params, tokens[:, 5:])
+    assert set(packed) == places
+    assert_close(jax.tree.map(lambda a: a[:, 5:], packed), alone, jnp.float32)
+    assert all(np.any(leaf[:, -1]) for leaf in jax.tree.leaves(alone))
 
 
 def test_mistakes_are_named():

@@ -23,14 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from ..layers.inner_learner import InnerLearner
 from ..layers.linear_attention import LinearAttention
 from ..layers.projections import LogDecay, LogShare, Strength
 from ..pallas_kernels import test_time_memory as ttm
 from ..pallas_kernels.precision import einsum
-from ..pallas_kernels.segments import Documents, documents
+from ..pallas_kernels.segments import Documents, documents, select_rows
 from .language_model import LanguageModel
+from .titans_blocks import MemoryAsContext
 
 
 class Curves(NamedTuple):
@@ -192,7 +194,7 @@ def _forget_between(state: Any, fresh: Any, docs: Documents, last: jax.Array) ->
   A call continues the state that comes in, so a change that falls between two calls is the caller's to see to.
   """
   first = jnp.take_along_axis(docs.index, jnp.argmax(docs.is_token, axis=1)[:, None], axis=1)[:, 0]
-  return jax.tree.map(lambda a, b: jnp.where((first == last).reshape(-1, *[1] * (a.ndim - 1)), a, b), state, fresh)
+  return select_rows(first == last, state, fresh)
 
 
 def _cut(a: jax.Array, size: int) -> jax.Array:
@@ -216,8 +218,12 @@ def curves_over_time(
   return Curves(times, norm, rank)
 
 
+def _norms(matrices):
+  return jax.tree.map(partial(jnp.linalg.norm, axis=(-2, -1)), matrices)
+
+
 def _norm_and_rank(matrices):
-  return jax.tree.map(partial(jnp.linalg.norm, axis=(-2, -1)), matrices), jax.tree.map(effective_rank, matrices)
+  return _norms(matrices), jax.tree.map(effective_rank, matrices)
 
 
 def gates(model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Array | None = None) -> dict[str, jax.Array]:
@@ -247,7 +253,7 @@ def inner_losses(
   """How wrong memories that learn at test time are about each token, before and after they write it, by place.
 
   Raises:
-    ValueError: if the model has none, or all of them lie in a scan (`MemoryAsContext`).
+    ValueError: if the model has none.
   """
   return _overhear(model, _inner_loss, params, inputs, segment_ids) or _nothing(model, "memories that learn at test time")
 
@@ -259,11 +265,7 @@ def inner_weights(
 
   Arguments and errors as of `over_time`.
   """
-  return over_time(model, params, inputs, _moved, every=every, segment_ids=segment_ids)
-
-
-def _moved(matrices):
-  return jax.tree.map(partial(jnp.linalg.norm, axis=(-2, -1)), matrices)
+  return over_time(model, params, inputs, _norms, every=every, segment_ids=segment_ids)
 
 
 def _inner_loss(module, method, args, result):
@@ -298,24 +300,38 @@ def _write(module, method, args, result):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _overhear(model, listen, params, inputs, segment_ids) -> dict[str, Any]:
-  """What `listen(module, method, args, result)` makes of the calls within one pass, by place, where it is not `None`."""
-  heard = {}
+  """What `listen(module, method, args, result)` makes of the calls within one pass, by place, where it is not `None`.
+
+  Of calls of one module the last counts: those before it are of persistent tokens.
+  """
+  segmented = {}
 
   def between(call, args, kwargs, context):
+    module, method = context.module, context.method_name
     result = call(*args, **kwargs)
-    found = listen(context.module, context.method_name, args, result)
+    if method == "__call__" and isinstance(module, MemoryAsContext):
+      segmented[module.path] = module
+    found = listen(module, method, args, result)
     if found is not None:
-      heard[_place(context.module.path)] = found
+      module.sow("intermediates", "heard", found)  # which leaves scans and checkpointed blocks, as no closure could
     return result
 
-  if isinstance(model, LanguageModel):
-    model = model.clone(remat="none")  # what is heard inside a checkpointed block could not leave it
   with nn.intercept_methods(between):
-    model.apply(params, inputs, None, segment_ids)
+    _, kept = model.apply(params, inputs, None, segment_ids, mutable="intermediates")
+  heard = {}
+  for (*path, _), found in flatten_dict(kept.get("intermediates", {})).items():
+    around = next((module for place, module in segmented.items() if place == tuple(path[: len(place)])), None)
+    heard[_place(path)] = found[-1] if around is None else _by_token(around, found[-1], inputs.shape[:2], segment_ids)
   return heard
 
 
-def _place(path: tuple[str, ...]) -> str:
+def _by_token(module: MemoryAsContext, found: Any, shape: tuple[int, int], segment_ids: jax.Array | None) -> Any:
+  """[B, T, ...] of what was heard by segments, [N, B, C, ...]."""
+  layout = module.layout(shape, None, segment_ids)
+  return jax.tree.map(lambda a: layout.tokens(jnp.swapaxes(a, 0, 1), shape[1]), found)
+
+
+def _place(path: list[str]) -> str:
   """("blocks_2", "mixer", "beta") -> "block 2/beta"."""
   return "/".join(re.sub(r"^blocks_(\d+)$", r"block \1", part) for part in path if part != "mixer")
 

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..layers.attention import Attention, CacheState, behind, rotate, softmax_attention
+from ..layers.attention import Attention, CacheState, rotate, softmax_attention
 from ..layers.memory_layer import silence_padding
 from ..layers.norms import RMSNorm, l2_normalise
 from ..layers.projections import dense
 from ..layers.titans import TitansMemory, TitansState
 from ..pallas_kernels import test_time_memory as ttm
-from ..pallas_kernels.segments import documents
+from ..pallas_kernels.segments import documents, select_rows
 from ..pallas_kernels.test_time_memory.layout import Layout, lay_out
 
 
@@ -162,20 +162,30 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
-    docs = None if segment_ids is None else documents(segment_ids)
-    layout = lay_out(*x.shape[:2], self.segment, None if fresh else state.count, docs, self.max_documents)
+    layout = self.layout(x.shape[:2], None if fresh else state.count, segment_ids)
     persistent, slow = self.persistent(x.shape[-1]), self.beginning(None, None)
 
     def step(module, state, segment):
       return module.read_segment(slow, persistent, state, *segment)
 
-    # Of a segment, the backward pass keeps what went in.
-    scan = nn.scan(nn.remat(step, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False})
+    # Of a segment, the backward pass keeps what went in. What is sown within comes out by segments.
+    scan = nn.scan(
+      nn.remat(step, prevent_cse=False),
+      variable_broadcast="params",
+      variable_axes={"intermediates": 0},
+      split_rngs={"params": False},
+    )
     segments = layout.chunks(x), *layout[:4]
     state, y = scan(self, state, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), segments))
     y = layout.tokens(jnp.swapaxes(y, 0, 1), x.shape[1])
-    state = _poisoned(layout, state)._replace(count=layout.count)
+    state = layout.poison(state)._replace(count=layout.count)
     return silence_padding(y, segment_ids), state
+
+  @nn.nowrap
+  def layout(self, shape: tuple[int, int], count: jax.Array | None, segment_ids: jax.Array | None) -> Layout:
+    """Where the tokens of an input [B, T] stand by segments; `count` as in a state, `None` for a fresh one."""
+    docs = None if segment_ids is None else documents(segment_ids)
+    return lay_out(*shape, self.segment, count, docs, self.max_documents)
 
   def read_segment(
     self,
@@ -189,7 +199,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     full: jax.Array,
   ) -> tuple[ContextState, jax.Array]:
     """A segment, or what a call has of it: x [B, C, D] to the next state and y [B, C, D]."""
-    state = _choose(fresh, self.initial_state(x.shape[0]), state)
+    state = select_rows(fresh, self.initial_state(x.shape[0]), state)
     ids = is_token.astype(jnp.int32)
     projections = self.projections()
 
@@ -202,7 +212,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     y = x + attended
     operands, tails = self.see(projections, y, (state.query_tail, state.key_tail, state.value_tail), ids)
     learned = self.learn(slow, *operands, state.memory, ids, max_documents=1)
-    context = _choose(full, learned.state.weights, state.context)
+    context = select_rows(full, learned.state.weights, state.context)
     state = ContextState(learned.state, context, context_tail, *tails, keys, values, state.count)
     return state, _product(self, y, self.read_out(y, learned.y))
 
@@ -228,10 +238,8 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     seen = jnp.arange(self.segment, dtype=jnp.int32)[None, None] <= position[..., None]
     mask = jnp.concatenate([seen, seen], axis=2)
     k, v = (a.reshape(batch, -1, *a.shape[3:]) for a in (keys, values))
-    if persistent is not None:
-      k, v = (behind(project(persistent[None]), a) for project, a in ((key, k), (value, v)))
-      mask = jnp.pad(mask, ((0, 0), (0, 0), (len(persistent), 0)), constant_values=True)
-    out = softmax_attention(q, k, v, mask).reshape(batch, tokens, -1)
+    ahead = None if persistent is None else (key(persistent[None]), value(persistent[None]))
+    out = softmax_attention(q, k, v, mask, ahead).reshape(batch, tokens, -1)
     return dense(x.shape[-1], ("heads", "embed"), name="attention_output", **self.types)(out), keys, values
 
 
@@ -242,13 +250,3 @@ def _product(module: TitansMemory, y: jax.Array, m: jax.Array) -> jax.Array:
     return nn.silu(RMSNorm(param_dtype=module.param_dtype, name=name)(a))
 
   return branch("attention_gate", y) * branch("memory_gate", m)
-
-
-def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
-  """Row by row, by `condition` [B]."""
-  return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
-
-
-def _poisoned(layout: Layout, state: Any) -> Any:
-  """nan in the floats of rows that overflow."""
-  return jax.tree.map(lambda a: layout.poison(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, state)

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from ..dispatch import Choice, choose
 from ..precision import accumulator
-from ..segments import Documents, check_segment_ids, documents
-from .chunked import Carry, chunked
+from ..segments import check_segment_ids, documents, undivided
+from .chunked import chunked
 from .layout import lay_out
 from .recurrent import recurrent
-from .spec import Gates, Loss, Memory, Retention, Slow, Spec, Weights, forward
+from .spec import Carry, Gates, Loss, Memory, Retention, Slow, Spec, Weights, forward
 
 __all__ = [
   "Gates", "Loss", "Memory", "Result", "Retention", "Slow", "Spec", "State", "explain", "read", "run", "start"
@@ -65,12 +65,7 @@ def start(spec: Spec, batch_size: int, heads: int, dtype: jnp.dtype = jnp.float3
   def zeros():
     return {name: jnp.zeros((batch_size, heads, *shape), dtype) for name, shape in spec.memory.shapes().items()}
 
-  return State(
-    zeros(),
-    zeros() if spec.accumulates else None,
-    zeros() if spec.keeps_anchor else None,
-    jnp.zeros((batch_size,), jnp.int32),
-  )
+  return State(*spec.carry(zeros(), zeros()), jnp.zeros((batch_size,), jnp.int32))
 
 
 def run(
@@ -112,12 +107,12 @@ def run(
     slow = slow._replace(momentum=jax.tree.map(jnp.zeros_like, slow.weights))
   fresh = initial_state is None
   state = start(spec, batch, heads, wide) if fresh else initial_state
-  begun = Carry(slow.weights, slow.momentum if spec.accumulates else None, slow.weights if spec.keeps_anchor else None)
+  begun = spec.carry(slow.weights, slow.momentum)
   carry = jax.tree.map(lambda start, change: start[None] + change.astype(wide), begun, Carry(*state[:3]))
   docs = None if segment_ids is None else documents(segment_ids)
   operands = spec, slow, *(x.astype(wide) for x in (q, k, v)), gates, carry
   if explain(implementation=implementation).implementation == "recurrent":
-    y, loss, carry, count = recurrent(*operands, state.count, _whole(batch, tokens) if docs is None else docs)
+    y, loss, carry, count = recurrent(*operands, state.count, undivided(batch, tokens) if docs is None else docs)
   else:
     layout = lay_out(batch, tokens, spec.chunk_size, None if fresh else state.count, docs, max_documents)
     y, loss, carry = chunked(*operands, layout)
@@ -141,11 +136,6 @@ def read(spec: Spec, slow: Slow, weights: Weights, q: jax.Array) -> jax.Array:
 def explain(*, implementation: str = "auto") -> Choice:
   """Which implementation runs, and why not the others."""
   return choose("test_time_memory", implementation, {"xla": None, "recurrent": "one dependent step a token: the oracle"})
-
-
-def _whole(batch: int, tokens: int) -> Documents:
-  """One document a row, without padding."""
-  return Documents(jnp.zeros((batch, tokens), jnp.int32), jnp.ones((batch, tokens), bool))
 
 
 def _check(spec, slow, q, k, v, gates, segment_ids, max_documents) -> None:

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..precision import matmul
+from ..segments import select_rows
 from ..triangular import unit_lower_inverse
 from .layout import Layout
-from .spec import Gates, Slow, Spec, Weights, forward, length, running_average, shortened
+from .spec import Carry, Gates, Slow, Spec, Weights, forward, length, running_average, shortened
 
 
 class Coefficients(NamedTuple):
@@ -67,14 +68,6 @@ class _Chunk(NamedTuple):
   position: jax.Array
 
 
-class Carry(NamedTuple):
-  """What lies between chunks: the weights, and where the spec has them momentum and anchor; `None` where it has not."""
-
-  weights: Weights
-  momentum: Weights | None
-  anchor: Weights | None
-
-
 def chunked(
   spec: Spec, slow: Slow, q: jax.Array, k: jax.Array, v: jax.Array, gates: Gates, carry: Carry, layout: Layout
 ) -> tuple[jax.Array, jax.Array, Carry]:
@@ -96,11 +89,7 @@ def chunked(
     return jnp.broadcast_to(x[None], (batch, *x.shape)).reshape(-1, *x.shape[1:])
 
   rows = jax.tree.map(every_row, slow)
-  start = Carry(
-    rows.weights,
-    rows.momentum if spec.accumulates else None,
-    rows.weights if spec.keeps_anchor else None,
-  )
+  start = spec.carry(rows.weights, rows.momentum)
   given, kinds = jax.tree.flatten(gates)
   operands = by_head(q, k, v, *(gate[..., None] for gate in given))
   laid_out = jax.tree.unflatten(kinds, [gate[..., 0] for gate in operands[3:]])
@@ -109,7 +98,7 @@ def chunked(
   @jax.checkpoint
   def step(carry, inputs):
     chunk, fresh, full = inputs
-    carry = _choose(fresh, start, carry)
+    carry = select_rows(fresh, start, carry)
     y, loss, after = jax.vmap(lambda *args: _chunk(spec, *args))(rows, carry, chunk)
     return _end(spec, carry, after, rows, full), (y, loss)
 
@@ -119,23 +108,18 @@ def chunked(
   out = jnp.concatenate([y, loss[..., None]], axis=-1)  # [N, B * H, C, V + 1]
   out = jnp.moveaxis(out.reshape(out.shape[0], batch, heads, *out.shape[2:]), (0, 2), (1, 3))
   out = layout.tokens(out, tokens)
-  carry = jax.tree.map(lambda x: layout.poison(x.reshape(batch, heads, *x.shape[1:])), carry)
+  carry = layout.poison(jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), carry))
   return out[..., :-1], out[..., -1], carry
-
-
-def _choose(condition: jax.Array, yes: Carry, no: Carry) -> Carry:
-  """Row by row, by `condition` [B * H]."""
-  return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
 
 
 def _end(spec: Spec, before: Carry, after: Carry, rows: Slow, full: jax.Array) -> Carry:
   """What goes on to the next chunk: where this one is full, its weights are the next anchor."""
   if spec.average:
     empty = jax.tree.map(jnp.zeros_like, rows.momentum)
-    return _choose(full, Carry(after.weights, empty, None), Carry(before.weights, after.momentum, None))
+    return select_rows(full, Carry(after.weights, empty, None), Carry(before.weights, after.momentum, None))
   if not spec.keeps_anchor:
     return after
-  anchor = _choose(full, Carry(after.weights, None, None), Carry(before.anchor, None, None)).weights
+  anchor = select_rows(full, Carry(after.weights, None, None), Carry(before.anchor, None, None)).weights
   return after._replace(anchor=anchor)
 
 

@@ -5,12 +5,12 @@ before or between its tokens. Every token of a document keeps its place in the c
 makes packing, padding and any split of the sequence change nothing.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ..segments import Documents, positions
+from ..segments import Documents, positions, select_rows, undivided
 
 
 class Layout(NamedTuple):
@@ -55,10 +55,10 @@ class Layout(NamedTuple):
     x = jnp.where(flat >= 0, jnp.take_along_axis(x, jnp.maximum(flat, 0), axis=1), jnp.zeros((), x.dtype))
     return self.poison(x)
 
-  def poison(self, x: jax.Array) -> jax.Array:
-    """x [B, ...] with nan in the rows that overflow: wrong in the open, never in silence."""
-    overflow = self.overflow.reshape(-1, *[1] * (x.ndim - 1))
-    return jnp.where(overflow, jnp.asarray(jnp.nan, x.dtype), x)
+  def poison(self, tree: Any) -> Any:
+    """Floats [B, ...] with nan in the rows that overflow: wrong in the open, never in silence. Integers as they are."""
+    floats = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    return select_rows(self.overflow, floats, tree)
 
 
 def count_chunks(tokens: int, chunk_size: int, documents: int) -> int:
@@ -83,7 +83,7 @@ def lay_out(
     return _as_they_are(batch, tokens, chunk_size)
   count = jnp.zeros((batch,), jnp.int32) if count is None else count
   if docs is None:
-    docs, max_documents = Documents(jnp.zeros((batch, tokens), jnp.int32), jnp.ones((batch, tokens), bool)), 1
+    docs, max_documents = undivided(batch, tokens), 1
   chunks, size = count_chunks(tokens, chunk_size, max_documents), min(tokens, chunk_size)
   place = positions(docs, count) % chunk_size
   begins = docs.is_token & (place == 0)

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..segments import Documents
-from .chunked import Carry
-from .spec import Gates, Slow, Spec, forward, length, running_average, shortened
+from .spec import Carry, Gates, Slow, Spec, forward, length, running_average, shortened
 
 
 def recurrent(
@@ -31,7 +30,8 @@ def recurrent(
 
     def step(memory, token):
       is_token, starts, *token = token
-      memory = jax.tree.map(lambda a, b: jnp.where(starts, a, b), _begin(spec, slow), memory)
+      begun = spec.carry(slow.weights, slow.momentum), jnp.int32(0)
+      memory = jax.tree.map(lambda a, b: jnp.where(starts, a, b), begun, memory)
       y, loss, after = _step(spec, slow, memory, *token)
       memory = jax.tree.map(lambda a, b: jnp.where(is_token, a, b), after, memory)
       return memory, (jnp.where(is_token, y, 0), jnp.where(is_token, loss, 0))
@@ -43,14 +43,6 @@ def recurrent(
   over_heads = jax.vmap(one_head, (0, 1, 1, 1, 1, 0, None, None, None), (1, 1, 0, None))
   over_rows = jax.vmap(over_heads, (None, *[0] * 8))
   return over_rows(slow, q, k, v, gates, carry, count, docs.is_token, starts)
-
-
-def _begin(spec: Spec, slow: Slow) -> tuple[Carry, jax.Array]:
-  """What a document begins with."""
-  carry = Carry(
-    slow.weights, slow.momentum if spec.accumulates else None, slow.weights if spec.keeps_anchor else None
-  )
-  return carry, jnp.int32(0)
 
 
 def _step(spec: Spec, slow: Slow, memory: Any, q: jax.Array, k: jax.Array, v: jax.Array, gates: Gates) -> Any:

@@ -57,6 +57,14 @@ class Slow(NamedTuple):
   average: jax.Array | None = None
 
 
+class Carry(NamedTuple):
+  """What lies between tokens and chunks: the weights, and where the spec has them momentum and anchor; `None` where not."""
+
+  weights: Weights
+  momentum: Weights | None
+  anchor: Weights | None
+
+
 @dataclass(frozen=True)
 class Memory:
   """A small network, f(W; x), for every head of every sequence its own.
@@ -329,6 +337,10 @@ class Spec:
   def keeps_anchor(self) -> bool:
     """Within a chunk, the anchor is something else than the weights that are carried."""
     return not self.exact and not self.average and self.chunk_size > 1
+
+  def carry(self, weights: Weights, momentum: Weights | None) -> Carry:
+    """What a document carries that begins with these."""
+    return Carry(weights, momentum if self.accumulates else None, weights if self.keeps_anchor else None)
 
   def view(self, weights: Weights) -> Weights:
     """The weights in use."""
