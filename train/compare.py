@@ -22,7 +22,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from .step import create_state, make_train_step
+from .checks import at_least
+from .step import create_state, make_train_step, score_targets
 from .tasks import TASKS, Task
 from .tasks.data import TaskData, as_batch
 
@@ -78,9 +79,7 @@ class Budget:
   test_examples: int = 256
 
   def __post_init__(self):
-    for name in ("seeds", "steps", "batch_size", "evaluate_every", "test_examples"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} is {getattr(self, name)}; want at least 1.")
+    at_least(1, self, "seeds", "steps", "batch_size", "evaluate_every", "test_examples")
     if not self.learning_rates or min(self.learning_rates) <= 0:
       raise ValueError(f"learning_rates is {self.learning_rates}; want at least one, all positive.")
 
@@ -392,10 +391,8 @@ def summed(parts: Iterable[tuple[jax.Array, jax.Array]]) -> tuple[np.ndarray, np
 def score_answers(model: nn.Module, kinds: int, params: Any, example: Any) -> tuple[jax.Array, jax.Array]:
   """By kind: right answers (or squared errors) summed over a batch of examples, and answers asked for; float32 [kinds]."""
   outputs, _ = model.apply(params, example.tokens, segment_ids=example.segment_ids)
-  if jnp.issubdtype(example.targets.dtype, jnp.floating):
-    score = jnp.square(outputs - example.targets).mean(axis=-1)
-  else:
-    score = (outputs.argmax(axis=-1) == example.targets).astype(jnp.float32)
+  losses, right = score_targets(outputs, example.targets)
+  score = losses if jnp.issubdtype(example.targets.dtype, jnp.floating) else right.astype(jnp.float32)
   weights, kind = example.weights.ravel(), example.kind.ravel()
   empty = jnp.zeros(kinds, jnp.float32)
   return empty.at[kind].add(score.ravel() * weights), empty.at[kind].add(weights)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from .checks import at_least, check_seed
 from .report import thousands
 from .sources import ByteTokenizer, Document, FileTokenizer, load_tokenizer, read_sources
 
@@ -63,17 +64,14 @@ class TextData:
   max_documents: int | None = None
 
   def __post_init__(self):
-    for name in ("sequence_length", "batch_size", "max_documents"):
-      if getattr(self, name) is not None and getattr(self, name) < 1:
-        raise ValueError(f"TextData.{name} is {getattr(self, name)}; want at least 1.")
+    at_least(1, self, "sequence_length", "batch_size", "max_documents")
     if self.weights is not None and (len(self.weights) != self._count_sources() or min(self.weights) <= 0):
       raise ValueError(
         f"TextData.weights is {self.weights} for {self._count_sources()} sources; want a positive number for each."
       )
     if not 0 < self.validation_fraction < 1:
       raise ValueError(f"TextData.validation_fraction is {self.validation_fraction}; want a share between 0 and 1.")
-    if not 0 <= self.seed < 2**32:
-      raise ValueError(f"TextData.seed is {self.seed}; want 0 or more, and less than 2**32.")
+    check_seed(self)
 
   def _count_sources(self) -> int:
     return 1 if isinstance(self.sources, str) else len(self.sources)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .checks import at_least
+
 # Parameters that act as gates, offsets or scales whatever their shape: pulling them to zero changes what they mean.
 UNDECAYED_NAMES = frozenset({"A_log", "dt_bias", "bias", "scale"})
 
@@ -39,16 +41,13 @@ class Optimizer:
   accumulate_steps: int = 1
 
   def __post_init__(self):
-    for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
-      if not getattr(self, name) >= 0:
-        raise ValueError(f"Optimizer.{name} is {getattr(self, name)}; want 0 or more.")
+    at_least(0, self, "learning_rate", "warmup_steps", "weight_decay", "clip_norm")
     if not 0 <= self.final_fraction <= 1:
       raise ValueError(f"Optimizer.final_fraction is {self.final_fraction}; want a share between 0 and 1.")
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f"Optimizer.{name} is {getattr(self, name)}; want 0 or more, and less than 1.")
-    if self.accumulate_steps < 1:
-      raise ValueError(f"Optimizer.accumulate_steps is {self.accumulate_steps}; want at least 1.")
+    at_least(1, self, "accumulate_steps")
 
   def schedule(self, steps: int):
     """The learning rate as a function of the number of updates made, for a run of `steps` batches."""

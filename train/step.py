@@ -193,13 +193,17 @@ def sum_scores(
   """As `sum_loss`, with the number of targets that are the likeliest prediction between; vectors are never right."""
   rngs = None if key is None else {"dropout": key}
   logits, _ = model.apply(params, batch["tokens"], segment_ids=batch["segment_ids"], rngs=rngs)
-  targets, weights = batch["targets"], batch["weights"]
+  losses, right = score_targets(logits, batch["targets"])
+  weights = batch["weights"]
+  return (losses * weights).sum(), (right & (weights > 0)).sum(dtype=jnp.float32), weights.sum()
+
+
+def score_targets(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Of each target [B, T], the loss and whether it is the likeliest prediction; of vectors the squared error, and never."""
   if jnp.issubdtype(targets.dtype, jnp.floating):
-    errors = jnp.square(logits - targets).mean(axis=-1)
-    return (errors * weights).sum(), jnp.zeros((), jnp.float32), weights.sum()
-  nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-  right = (logits.argmax(axis=-1) == targets) & (weights > 0)
-  return (nats * weights).sum(), right.sum(dtype=jnp.float32), weights.sum()
+    return jnp.square(outputs - targets).mean(axis=-1), jnp.zeros(targets.shape[:-1], bool)
+  losses = optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), targets)
+  return losses, outputs.argmax(axis=-1) == targets
 
 
 def parameter_groups(params: Any) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from .checks import at_least, check_seed
+
 
 @dataclass(frozen=True)
 class Trainer:
@@ -40,16 +42,11 @@ class Trainer:
   seed: int = 0
 
   def __post_init__(self):
-    for name in ("steps", "log_every", "checkpoints_kept", "nonfinite_limit"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"Trainer.{name} is {getattr(self, name)}; want at least 1.")
-    for name in ("evaluate_every", "evaluation_batches", "final_evaluation_batches", "checkpoint_every"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"Trainer.{name} is {getattr(self, name)}; want 0 or more.")
+    at_least(1, self, "steps", "log_every", "checkpoints_kept", "nonfinite_limit")
+    at_least(0, self, "evaluate_every", "evaluation_batches", "final_evaluation_batches", "checkpoint_every")
     if self.sample_tokens < 0 or (self.sample_tokens and not self.sample_prompt):
       raise ValueError(
         f"Trainer.sample_tokens is {self.sample_tokens} with the sample_prompt {self.sample_prompt!r}; want 0 or more, "
         "and a prompt of at least a character unless it is 0."
       )
-    if not 0 <= self.seed < 2**32:
-      raise ValueError(f"Trainer.seed is {self.seed}; want 0 or more, and less than 2**32.")
+    check_seed(self)

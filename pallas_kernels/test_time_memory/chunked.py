@@ -19,13 +19,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..precision import matmul
 from ..segments import select_rows
 from ..triangular import unit_lower_inverse
 from .layout import Layout
 from .spec import Carry, Gates, Slow, Spec, Weights, forward, length, running_average, shortened
+
+_FORGOTTEN = -1e4
 
 
 class Coefficients(NamedTuple):
@@ -74,11 +75,10 @@ def chunked(
   """q, k, v [B, T, H, .], gates [B, T, H] and a carry [B, H, ...] to (y [B, T, H, V], loss [B, T, H], the next carry)."""
   batch, tokens, heads = q.shape[:3]
 
-  def by_head(*operands):
-    """[B, T, H, width] each, laid out all at once, -> [N, B * H, C, width] each."""
-    x = jnp.moveaxis(layout.chunks(jnp.concatenate(operands, axis=-1)), (1, 3), (0, 2))
-    x = x.reshape(x.shape[0], batch * heads, *x.shape[3:])
-    return jnp.split(x, np.cumsum([operand.shape[-1] for operand in operands])[:-1], axis=-1)
+  def by_head(x):
+    """[B, T, H, ...] -> [N, B * H, C, ...]"""
+    x = jnp.moveaxis(layout.chunks(x), (1, 3), (0, 2))
+    return x.reshape(x.shape[0], batch * heads, *x.shape[3:])
 
   def by_row(x):
     """[B, N, ...] -> [N, B * H, ...]"""
@@ -90,10 +90,7 @@ def chunked(
 
   rows = jax.tree.map(every_row, slow)
   start = spec.carry(rows.weights, rows.momentum)
-  given, kinds = jax.tree.flatten(gates)
-  operands = by_head(q, k, v, *(gate[..., None] for gate in given))
-  laid_out = jax.tree.unflatten(kinds, [gate[..., 0] for gate in operands[3:]])
-  chunks = _Chunk(*operands[:3], laid_out, *map(by_row, layout[:2]))
+  chunks = _Chunk(*jax.tree.map(by_head, (q, k, v, gates)), *map(by_row, layout[:2]))
 
   @jax.checkpoint
   def step(carry, inputs):
@@ -189,8 +186,10 @@ def _products(log_gate: jax.Array | None, like: jax.Array) -> jax.Array:
   row, column = jnp.arange(size)[:, None], jnp.arange(size)[None]
   if log_gate is None:
     return (row >= column).astype(like.dtype)
-  sums = jnp.cumsum(jnp.where(row > column, log_gate[:, None], 0), axis=0)
-  return jnp.where(row >= column, jnp.exp(jnp.where(row >= column, sums, 0)), 0)
+  # As a product with ones, which is faster than a cumulative sum; no infinity may be in it. exp(_FORGOTTEN) is 0.
+  after = jnp.where(row > column, jnp.maximum(log_gate, _FORGOTTEN)[:, None], 0)
+  sums = matmul((row >= column).astype(like.dtype), after)
+  return jnp.where(row >= column, jnp.exp(sums), 0)
 
 
 def errors(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..checks import at_least, check_seed
 from ..data import check_documents
 from .task import Example, Task
 
@@ -33,11 +34,8 @@ class TaskData:
   seed: int = 0
 
   def __post_init__(self):
-    for name in ("batch_size", "validation_batches"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"TaskData.{name} is {getattr(self, name)}; want at least 1.")
-    if not 0 <= self.seed < 2**32:
-      raise ValueError(f"TaskData.seed is {self.seed}; want 0 or more, and less than 2**32.")
+    at_least(1, self, "batch_size", "validation_batches")
+    check_seed(self)
 
   @property
   def vocab_size(self) -> int:

@@ -1,0 +1,17 @@
+"""What numbers among settings must be, asked and said in one way."""
+
+from typing import Any
+
+
+def at_least(least: int, settings: Any, *names: str) -> None:
+  """Raises `ValueError` for the first of these fields that is less than `least`, or not a number; `None` may stand."""
+  for name in names:
+    value = getattr(settings, name)
+    if value is not None and not value >= least:
+      raise ValueError(f"{type(settings).__name__}.{name} is {value}; want {f'at least {least}' if least else '0 or more'}.")
+
+
+def check_seed(settings: Any) -> None:
+  """Raises `ValueError` unless the field `seed` is one that random keys are made of."""
+  if not 0 <= settings.seed < 2**32:
+    raise ValueError(f"{type(settings).__name__}.seed is {settings.seed}; want 0 or more, and less than 2**32.")
