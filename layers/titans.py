@@ -7,12 +7,13 @@ learned inside is pure and lies in `memzoo.pallas_kernels.test_time_memory`; her
 begins with. Sources: Titans (Behrouz et al. 2025, arXiv:2501.00663), Miras (Behrouz et al. 2025, arXiv:2504.13173).
 
 The papers leave open -> we do: read before or after the own write -> after · the loss -> |e|^2, not its half nor its mean ·
-gates -> sigmoids, one a head; theta up to where a fresh memory overwrites wholly, from half of that, alpha from 0.005, eta from
-0.5 · M -> an MLP, expansion 4, without layer norm and without the residual of the authors' later papers: with it a write stores
-mostly -k, and recall of 16 pairs that is learned in 400 steps without is not begun with it · the output gate -> a sigmoid,
-for silu starts closed · heads -> as many as asked for, each a memory of its own · M_0 -> learned; the last matrix from zero,
-so that a memory that knows nothing says nothing, the others so that hidden units have variance one · persistent tokens ->
-written before every document, in a chunk of their own; no convolution reaches back to them.
+gates -> sigmoids, one a head; theta up to where a fresh memory overwrites wholly, from a half of that over the root of the
+chunk's size, alpha from 0.005, eta from 0.5 · M -> an MLP, expansion 4, without layer norm and without the residual of the
+authors' later papers: with it a write stores mostly -k, and recall of 16 pairs that is learned in 400 steps without is not
+begun with it · the output gate -> a sigmoid, for silu starts closed · heads -> as many as asked for, each a memory of its own
+· M_0 -> learned; the last matrix from zero, so that a memory that knows nothing says nothing, the others so that hidden units
+have variance one · persistent tokens -> written before every document, in a chunk of their own; no convolution reaches back
+to them.
 """
 
 import math
@@ -82,7 +83,9 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     anchor, order, read, clip: see `Spec`. `anchor="token"` makes a linear memory the same for every `chunk_size`.
     max_step: theta lies in (0, max_step). `None` for 1/2 with a linear memory, else 1 / (0.85 hidden): with unit keys, and
       hidden units as they start, both let one write at the ceiling put the error to zero.
-    step_bias, forget_bias, momentum_bias: where the logits of the gates start.
+    step_bias, forget_bias, momentum_bias: where the logits of the gates start. A `step_bias` of `None` is that of a share of
+      1 / (2 sqrt(C)): tokens of a chunk of C do not see each other's writes, and like keys, of which text is full, add up. The
+      half that a lone token bears is too much there, and 1 / 2C, which C equal keys bear, slow where all are distinct.
     persistent_tokens: learned tokens that are written before every document.
     output_gate: "sigmoid".
 
@@ -109,7 +112,7 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
   read: str = "after"
   clip: float | None = 10.0
   max_step: float | None = None
-  step_bias: float = 0.0
+  step_bias: float | None = None
   forget_bias: float = -5.3
   momentum_bias: float = 0.0
   persistent_tokens: int = 0
@@ -176,7 +179,9 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     types = {"param_dtype": self.param_dtype}
     network = self.spec.memory
     ceiling = (0.5 if network.is_linear else 1 / (0.85 * network.hidden)) if self.max_step is None else self.max_step
-    step = Strength(self.num_heads, ceiling, self.step_bias, **types, name="theta")
+    unseen = 1 if self.spec.exact else self.chunk_size
+    step_bias = -math.log(2 * math.sqrt(unseen) - 1) if self.step_bias is None else self.step_bias
+    step = Strength(self.num_heads, ceiling, step_bias, **types, name="theta")
     keep = LogShare(self.num_heads, -self.forget_bias, **types, name="keep") if self.forget else None
     momentum = LogShare(self.num_heads, self.momentum_bias, **types, name="eta") if self.momentum else None
     threshold = None
