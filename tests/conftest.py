@@ -1,6 +1,5 @@
 """Strictness for the whole suite: no implicit dtype or rank promotion, four devices, warnings are errors (pyproject)."""
 
-import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +23,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects that live, and each full collection visits them all
 
 
 @pytest.fixture(autouse=True)

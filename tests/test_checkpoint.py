@@ -1,6 +1,7 @@
 """A checkpoint gives back what was saved, on any mesh; one that is damaged is never believed."""
 
 import errno
+import gc
 import logging
 import os
 import shutil
@@ -157,6 +158,17 @@ def test_where_all_are_damaged_there_is_nothing_to_restore(run, target):
   with Checkpoints(run, say=said.append) as checkpoints:
     assert checkpoints.restore(target) is None
   assert len(said) == 3
+
+
+def test_damage_leaves_nothing_behind_that_complains_later(run, target, monkeypatch):
+  for step in (1, 2, 3):
+    flip_bits(run / "checkpoints" / str(step))
+  later = []
+  with Checkpoints(run, say=lambda line: None) as checkpoints:
+    assert checkpoints.restore(target) is None
+    monkeypatch.setattr(sys, "unraisablehook", later.append)
+    gc.collect()
+  assert later == []
 
 
 def test_a_save_cut_short_leaves_no_checkpoint(run, target):

@@ -287,13 +287,16 @@ def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
   """
   hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
   try:
-    return load(), None
-  except (MemoryError, jax.errors.JaxRuntimeError):
-    raise
-  except Exception as error:
-    damage = _in_short(error)
-    gc.collect()  # Orbax leaves the reads of the other arrays unfinished, each failing with an essay once it is collected,
-    time.sleep(0.2)  # or once it comes home
+    try:
+      return load(), None
+    except (MemoryError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:
+      damage = _in_short(error)
+    # Orbax leaves the reads of the other arrays unfinished, each failing with an essay once it is collected, or once it comes
+    # home. Now that the exception is gone, nothing holds them.
+    gc.collect()
+    time.sleep(0.2)
     return None, damage
   finally:
     sys.unraisablehook = hook
