@@ -161,13 +161,14 @@ def test_where_all_are_damaged_there_is_nothing_to_restore(run, target):
 
 
 def test_damage_leaves_nothing_behind_that_complains_later(run, target, monkeypatch):
+  later = []
+  monkeypatch.setattr(module, "_abandoned", module._Abandoned())
+  monkeypatch.setattr(sys, "unraisablehook", later.append)
   for step in (1, 2, 3):
     flip_bits(run / "checkpoints" / str(step))
-  later = []
   with Checkpoints(run, say=lambda line: None) as checkpoints:
     assert checkpoints.restore(target) is None
-    monkeypatch.setattr(sys, "unraisablehook", later.append)
-    gc.collect()
+  gc.collect()
   assert later == []
 
 
@@ -183,7 +184,7 @@ def test_a_save_cut_short_leaves_no_checkpoint(run, target):
 def filters(monkeypatch):
   """Counts what is set up against complaints: on the hook for what cannot be raised, and in asyncio's logger."""
   logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-  monkeypatch.setattr(module, "_abandoned_writes", module._AbandonedWrites())
+  monkeypatch.setattr(module, "_abandoned", module._Abandoned())
   monkeypatch.setattr(sys, "unraisablehook", hook)
   monkeypatch.setattr(logger, "filters", [])
   return lambda: (sys.unraisablehook is not hook, len(logger.filters))

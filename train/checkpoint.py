@@ -178,7 +178,7 @@ class Checkpoints:
       ) from None
 
   def __enter__(self) -> "Checkpoints":
-    _abandoned_writes.ignore()
+    _abandoned.ignore()
     return self
 
   def __exit__(self, kind: type | None, *_: Any) -> None:
@@ -194,7 +194,7 @@ class Checkpoints:
   def _leave_quietly(self) -> None:
     """Lets complaints through again; after a save that failed they stay out, for they may come home any time."""
     if not self._failed:
-      _abandoned_writes.let_through()
+      _abandoned.let_through()
       return
     warnings.filterwarnings("ignore", message="coroutine 'async_serialize.*was never awaited")
     with quiet_orbax():
@@ -294,7 +294,8 @@ def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
     except Exception as error:
       damage = _in_short(error)
     # Orbax leaves the reads of the other arrays unfinished, each failing with an essay once it is collected, or once it comes
-    # home. Now that the exception is gone, nothing holds them.
+    # home. Now that the exception is gone, nothing holds most of them; the others may come any time.
+    _abandoned.ignore()
     gc.collect()
     time.sleep(0.2)
     return None, damage
@@ -310,8 +311,8 @@ def _in_short(error: Exception) -> str:
   return f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:200]}"
 
 
-class _AbandonedWrites:
-  """Those that Orbax gives up on when one of them fails; that one is raised.
+class _Abandoned:
+  """Writes and reads that Orbax gives up on when one of them fails; that one is raised.
 
   They fail in threads of their own, from where nothing can be raised, with essays that would bury the one line.
   """
@@ -333,15 +334,15 @@ class _AbandonedWrites:
       self._undo()
 
 
-_abandoned_writes = _AbandonedWrites()
+_abandoned = _Abandoned()
 
 
 def _filter_complaints() -> Callable[[], None]:
-  """Filters what Python says of writes that were abandoned. Returns the undoing."""
+  """Filters what Python says of writes and reads that were abandoned. Returns the undoing."""
   hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
 
   def filtered(unraisable):
-    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+    if not str(unraisable.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
       hook(unraisable)
 
   def is_of_interest(record):
