@@ -39,8 +39,7 @@ def differentiated(run, wanted):
   """`run`, compiled: its (y, state) and the gradients of their `loss` by the arguments `wanted`; integers have none."""
 
   def scalar(*args):
-    y, state = run(*args)
-    out = y, visible(state)
+    out = run(*args)
     return loss(*out), out
 
   def values_and_gradients(*args):
@@ -120,9 +119,13 @@ def test_03_packed_documents_are_separate_documents(subject):
     fresh = subject.fresh(params, count - 1)
     rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state, fresh)
     y, last = subject.apply(params, x[0][np.minimum(column, len(PACKED) - 1)], rows, jnp.asarray(is_token, jnp.int32))
-    return y[where][None], jax.tree.map(lambda a: a[-1:], last)
+    return y[where][None], visible(jax.tree.map(lambda a: a[-1:], last))
 
-  assert_same(subject, subject.apply, separate, params, x, state, ids)
+  def packed(*args):
+    y, last = subject.apply(*args)
+    return y, visible(last)
+
+  assert_same(subject, packed, separate, params, x, state, ids)
 
 
 @IN_FLOAT64
@@ -173,8 +176,8 @@ def test_05_every_implementation_is_the_oracle(subject):
   assert_same(subject, subject.apply, subject.one_by_one, params, x, subject.used(params, 2))
   if any(field.name == "implementation" for field in dataclasses.fields(subject.module)):
     oracle = dataclasses.replace(subject, module=subject.module.clone(implementation="recurrent")).apply
-    x, ids = subject.inputs(1, len(BETWEEN)), jnp.asarray(BETWEEN)[None]
-    assert_same(subject, subject.apply, oracle, params, x, subject.used(params, 1), ids)
+    x, ids = subject.inputs(2, len(BETWEEN)), jnp.asarray(np.stack([BETWEEN, PACKED]))
+    assert_same(subject, subject.apply, oracle, params, x, subject.used(params, 2), ids)
 
 
 @IN_FLOAT64
@@ -195,7 +198,7 @@ def test_07_every_length(subject):
   params, x = subject.params(), subject.inputs(2, 3 * CHUNK + 5)
   fresh = subject.fresh(params, 2)
   alone, states = zip(*decoded(subject, params, x, fresh), strict=True)
-  for tokens in (1, 2, 3, CHUNK, CHUNK + 1, 3 * CHUNK + 5):
+  for tokens in (1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5):
     y, state = subject.run(params, x[:, :tokens], fresh)
     assert_close((y, visible(state)), (jnp.concatenate(alone[:tokens], axis=1), states[tokens - 1]))
 

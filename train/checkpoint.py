@@ -294,13 +294,13 @@ def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
     except Exception as error:
       damage = _in_short(error)
     # Orbax leaves the reads of the other arrays unfinished, each failing with an essay once it is collected, or once it comes
-    # home. Now that the exception is gone, nothing holds most of them; the others may come any time.
-    _abandoned.ignore()
+    # home. Now that the exception is gone, nothing holds most of them.
     gc.collect()
     time.sleep(0.2)
-    return None, damage
   finally:
     sys.unraisablehook = hook
+  _abandoned.ignore()  # for good: the others may come any time
+  return None, damage
 
 
 def _in_short(error: Exception) -> str:
@@ -342,7 +342,9 @@ def _filter_complaints() -> Callable[[], None]:
   hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
 
   def filtered(unraisable):
-    if not str(unraisable.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
+    words = str(unraisable.exc_value)
+    write = isinstance(unraisable.exc_value, RuntimeError) and words == "Event loop is closed"
+    if not (write or words.startswith("Encountered error while reading array index")):
       hook(unraisable)
 
   def is_of_interest(record):

@@ -4,10 +4,10 @@ from typing import Any
 
 
 def at_least(least: int, settings: Any, *names: str) -> None:
-  """Raises `ValueError` for the first of these fields that is less than `least`, or not a number; `None` may stand."""
+  """Raises `ValueError` for the first of these fields that is less than `least`, or not a number."""
   for name in names:
     value = getattr(settings, name)
-    if value is not None and not value >= least:
+    if not value >= least:
       raise ValueError(f"{type(settings).__name__}.{name} is {value}; want {f'at least {least}' if least else '0 or more'}.")
 
 

@@ -64,7 +64,7 @@ class TextData:
   max_documents: int | None = None
 
   def __post_init__(self):
-    at_least(1, self, "sequence_length", "batch_size", "max_documents")
+    at_least(1, self, "sequence_length", "batch_size", *([] if self.max_documents is None else ["max_documents"]))
     if self.weights is not None and (len(self.weights) != self._count_sources() or min(self.weights) <= 0):
       raise ValueError(
         f"TextData.weights is {self.weights} for {self._count_sources()} sources; want a positive number for each."
