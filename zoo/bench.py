@@ -29,7 +29,9 @@ from ..pallas_kernels import test_time_memory as ttm
 from .describe import count_flops
 from .machine import large_product, peak_bytes, seconds_per_call
 
+DIRECTIONS = ("forward", "gradient")
 LONG = (4096, 65536)  # lengths between which the time per token should not change
+HALF_AS_WIDE = "test_time_mlp"  # as a shape says, for the gradient of its oracle keeps the weights of every token
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def bench(
   operations: Sequence[str] | None = None,
   shape: Shape = Shape(),
   *,
+  directions: Sequence[str] = DIRECTIONS,
   seconds: float = 2.0,
   long: bool = False,
   say: Callable[[str], None] = lambda line: None,
@@ -110,6 +113,7 @@ def bench(
   Args:
     operations: public names; None means all of `OPERATIONS`.
     shape: of the inputs of the timings against the oracle.
+    directions: which of `DIRECTIONS` to time.
     seconds: for how long to measure each operation, in each direction.
     long: whether to measure at `LONG` lengths too.
     say: called with a line before each measurement.
@@ -123,7 +127,7 @@ def bench(
       raise ValueError(f"operations has {name!r}; want some of {', '.join(OPERATIONS)}.")
   timings, long_timings = [], []
   for name in names:
-    for direction in ("forward", "gradient"):
+    for direction in directions:
       say(f"{name}, {direction}")
       timings.append(_time(name, direction, shape, seconds))
   for name in names if long else ():
@@ -155,8 +159,9 @@ def make_inputs(operation: str, shape: Shape, seed: int = 0) -> tuple[jax.Array,
     case "erase_then_delta_rule":
       inputs = q, unit(b, t, h, k), values, strength(b, t, h), unit(b, t, h, k), strength(b, t, h), decay(b, t, h, k)
       return inputs
-    case "test_time_linear" | "test_time_mlp":  # half as wide, for the oracle's gradient keeps the weights of every token
-      k, v = k // 2, v // 2
+    case "test_time_mlp" | "test_time_linear":
+      if operation == HALF_AS_WIDE:
+        k, v = k // 2, v // 2
       gates = 0.01 * strength(b, t, h), decay(b, t, h), decay(b, t, h)
       shapes = _MEMORIES[operation](k, v).shapes().values()
       weights = (normal(h, *shape) * jnp.float32(shape[0] ** -0.5) for shape in shapes)

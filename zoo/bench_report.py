@@ -2,13 +2,14 @@
 
 import math
 import statistics
+from itertools import groupby
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.table import Table
 
-from .bench import LONG, Report, Timing
+from .bench import DIRECTIONS, HALF_AS_WIDE, LONG, Report, Timing
 
 _BASELINE = "recurrent"
 _COLOURS = {"recurrent": "#b0b0b0", "xla": "#2f6db5"}
@@ -21,9 +22,11 @@ def tables(report: Report) -> list[Table]:
 
 
 def draw(report: Report, path: Path) -> None:
-  """Bars of every timing, forward and gradient side by side, as a PNG."""
-  figure = Figure(figsize=(12, 1.5 + 0.62 * len(report.timings) / 2), layout="constrained")
-  for axes, direction in zip(figure.subplots(1, 2, sharey=True), ("forward", "gradient"), strict=True):
+  """Bars of every timing, the directions side by side, as a PNG."""
+  directions = [name for name in DIRECTIONS if any(timing.direction == name for timing in report.timings)]
+  rows = len(report.timings) / len(directions)
+  figure = Figure(figsize=(12, 1.5 + 0.62 * rows), layout="constrained")
+  for axes, direction in zip(figure.subplots(1, len(directions), sharey=True, squeeze=False)[0], directions, strict=True):
     _bars(axes, [timing for timing in report.timings if timing.direction == direction])
     axes.set_title(direction)
     axes.set_xlabel("milliseconds a call (logarithmic)")
@@ -36,8 +39,9 @@ def draw(report: Report, path: Path) -> None:
 
 def _caption(report: Report) -> str:
   shape, rate = report.shape, statistics.median(timing.matmul_rate for timing in report.timings)
+  narrow = f" ({HALF_AS_WIDE}: half of it)" if any(timing.operation == HALF_AS_WIDE for timing in report.timings) else ""
   return (
-    f"{shape.batch} x {shape.length:,} tokens, {shape.heads} heads, keys {shape.key_dim}, values {shape.value_dim}, "
+    f"{shape.batch} x {shape.length:,} tokens, {shape.heads} heads, keys {shape.key_dim}, values {shape.value_dim}{narrow}, "
     f"float32, on {report.device} ({rate / 1e9:,.0f} GFLOP/s in a large product)"
   )
 
@@ -49,20 +53,21 @@ def _timings(report: Report) -> Table:
   others = [name for name in report.timings[0].seconds if name != _BASELINE]
   for heading in ("oracle ms", *(f"{name} ms" for name in others), "speed-up", "floor ms", "floors", "compile s"):
     table.add_column(heading, justify="right")
-  for timing in report.timings:
-    fastest = min(others, key=timing.seconds.get)
-    seconds = timing.seconds[fastest]
-    table.add_row(
-      timing.operation if timing.direction == "forward" else "",
-      timing.direction,
-      _milliseconds(timing.seconds[_BASELINE]),
-      *(_milliseconds(timing.seconds[name]) for name in others),
-      f"{timing.seconds[_BASELINE] / seconds:.1f} x",
-      _milliseconds(timing.floor_seconds) if timing.floor_seconds else "",
-      f"{seconds / timing.floor_seconds:.1f}" if timing.floor_seconds else "",
-      f"{timing.compile_seconds[fastest]:.1f}",
-      end_section=timing.direction == "gradient",
-    )
+  for operation, timings in groupby(report.timings, lambda timing: timing.operation):
+    for i, timing in enumerate(timings):
+      fastest = min(others, key=timing.seconds.get)
+      seconds = timing.seconds[fastest]
+      table.add_row(
+        "" if i else operation,
+        timing.direction,
+        _milliseconds(timing.seconds[_BASELINE]),
+        *(_milliseconds(timing.seconds[name]) for name in others),
+        f"{timing.seconds[_BASELINE] / seconds:.1f} x",
+        _milliseconds(timing.floor_seconds) if timing.floor_seconds else "",
+        f"{seconds / timing.floor_seconds:.1f}" if timing.floor_seconds else "",
+        f"{timing.compile_seconds[fastest]:.1f}",
+      )
+    table.add_section()
   return table
 
 

@@ -351,6 +351,10 @@ def _numbers(option: str, text: str, kind: type) -> list:
 def bench(
   operations: Annotated[list[str] | None, typer.Argument(help="Which operations; all unless given.")] = None,
   length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 2048,
+  batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+  heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 4,
+  width: Annotated[int, typer.Option(min=2, help="Of a head's keys and values; test_time_mlp has half of it.")] = 128,
+  forward: Annotated[bool, typer.Option("--forward", help="No gradients, whose oracles take long and much memory.")] = False,
   long: Annotated[bool, typer.Option("--long", help="Also from 4,096 to 65,536 tokens: time and peak memory.")] = False,
   out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench"),
 ) -> None:
@@ -359,15 +363,19 @@ def bench(
   [bold]memzoo bench[/bold]
 
   [bold]memzoo bench gated_delta_rule --long[/bold]
+
+  [bold]memzoo bench test_time_mlp --width 512 --forward[/bold]
   """
   _start(cache=False)  # so that the compile times are true
-  from .bench import Shape
+  from .bench import DIRECTIONS, Shape
   from .bench import bench as measure
   from .bench_report import draw, tables
 
   console = _console()
   with console.status("") as status:
-    report = measure(operations or None, Shape(length=length), long=long, say=status.update)
+    shape = Shape(batch, length, heads, width, width)
+    directions = DIRECTIONS[:1] if forward else DIRECTIONS
+    report = measure(operations or None, shape, directions=directions, long=long, say=status.update)
   for table in tables(report):
     console.print(table)
   out.mkdir(parents=True, exist_ok=True)

@@ -195,11 +195,12 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     x: jax.Array,
     is_token: jax.Array,
     position: jax.Array,
-    fresh: jax.Array,
+    fresh: jax.Array | None,
     full: jax.Array,
   ) -> tuple[ContextState, jax.Array]:
     """A segment, or what a call has of it: x [B, C, D] to the next state and y [B, C, D]."""
-    state = select_rows(fresh, self.initial_state(x.shape[0]), state)
+    if fresh is not None:
+      state = select_rows(fresh, self.initial_state(x.shape[0]), state)
     ids = is_token.astype(jnp.int32)
     projections = self.projections()
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..precision import matmul
+from ..precision import matmul, scaled
 from ..segments import select_rows
 from ..triangular import unit_lower_inverse
 from .layout import Layout
@@ -75,14 +75,18 @@ def chunked(
   """q, k, v [B, T, H, .], gates [B, T, H] and a carry [B, H, ...] to (y [B, T, H, V], loss [B, T, H], the next carry)."""
   batch, tokens, heads = q.shape[:3]
 
+  def by_chunk(x):
+    """[B, N, ...] -> [N, B, ...]"""
+    return jnp.swapaxes(x, 0, 1)
+
   def by_head(x):
-    """[B, T, H, ...] -> [N, B * H, C, ...]"""
-    x = jnp.moveaxis(layout.chunks(x), (1, 3), (0, 2))
-    return x.reshape(x.shape[0], batch * heads, *x.shape[3:])
+    """[B, C, H, ...] -> [B * H, C, ...]"""
+    x = jnp.moveaxis(x, 2, 1)
+    return x.reshape(-1, *x.shape[2:])
 
   def by_row(x):
-    """[B, N, ...] -> [N, B * H, ...]"""
-    return jnp.repeat(jnp.swapaxes(x, 0, 1), heads, axis=1)
+    """[B, ...] -> [B * H, ...]"""
+    return jnp.repeat(x, heads, axis=0)
 
   def every_row(x):
     """[H, ...] -> [B * H, ...]"""
@@ -90,41 +94,48 @@ def chunked(
 
   rows = jax.tree.map(every_row, slow)
   start = spec.carry(rows.weights, rows.momentum)
-  chunks = _Chunk(*jax.tree.map(by_head, (q, k, v, gates)), *map(by_row, layout[:2]))
+  incoming = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+  if layout.full is None:  # what a chunk ends with is the next one's anchor
+    start, incoming = start._replace(anchor=None), incoming._replace(anchor=None)
 
   @jax.checkpoint
   def step(carry, inputs):
-    chunk, fresh, full = inputs
-    carry = select_rows(fresh, start, carry)
-    y, loss, after = jax.vmap(lambda *args: _chunk(spec, *args))(rows, carry, chunk)
-    return _end(spec, carry, after, rows, full), (y, loss)
+    of_tokens, of_rows = inputs
+    q, k, v, gates = jax.tree.map(by_head, of_tokens)
+    is_token, position, fresh, full, begun = jax.tree.map(by_row, of_rows)
+    chunk = _Chunk(q, k, v, gates, is_token, position)
+    carry = carry if fresh is None else select_rows(fresh, start, carry)
+    anchor = carry.weights
+    if begun is not None and incoming.anchor is not None:
+      anchor = select_rows(begun, incoming.anchor, anchor)
+    y, loss, after = jax.vmap(lambda *args: _chunk(spec, *args))(rows, carry, anchor, chunk)
+    out = jnp.concatenate([y, loss[..., None]], axis=-1).reshape(batch, heads, *y.shape[1:-1], -1)
+    return _end(spec, carry, anchor, after, is_token, full), jnp.moveaxis(out, 1, 2)
 
-  carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
-  carry, (y, loss) = jax.lax.scan(step, carry, (chunks, by_row(layout.fresh), by_row(layout.full)))
+  chunks = jax.tree.map(lambda x: by_chunk(layout.chunks(x)), (q, k, v, gates)), jax.tree.map(by_chunk, tuple(layout[:5]))
+  carry, out = jax.lax.scan(step, incoming, chunks)
+  out = layout.tokens(by_chunk(out), tokens)  # [B, T, H, V + 1]
+  if layout.full is None and spec.keeps_anchor:
+    carry = carry._replace(anchor=carry.weights)
+  carry = jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), carry)
+  return out[..., :-1], out[..., -1], layout.poison(carry)
 
-  out = jnp.concatenate([y, loss[..., None]], axis=-1)  # [N, B * H, C, V + 1]
-  out = jnp.moveaxis(out.reshape(out.shape[0], batch, heads, *out.shape[2:]), (0, 2), (1, 3))
-  out = layout.tokens(out, tokens)
-  carry = layout.poison(jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), carry))
-  return out[..., :-1], out[..., -1], carry
 
-
-def _end(spec: Spec, before: Carry, after: Carry, rows: Slow, full: jax.Array) -> Carry:
-  """What goes on to the next chunk: where this one is full, its weights are the next anchor."""
+def _end(spec: Spec, before: Carry, anchor: Weights, after: Carry, is_token: jax.Array, full: jax.Array | None) -> Carry:
+  """What goes on to the next chunk."""
   if spec.average:
-    empty = jax.tree.map(jnp.zeros_like, rows.momentum)
-    return select_rows(full, Carry(after.weights, empty, None), Carry(before.weights, after.momentum, None))
-  if not spec.keeps_anchor:
+    closed = after._replace(momentum=jax.tree.map(jnp.zeros_like, after.momentum))
+    return closed if full is None else select_rows(full, closed, after._replace(weights=anchor))
+  if before.anchor is None:
     return after
-  anchor = select_rows(full, Carry(after.weights, None, None), Carry(before.anchor, None, None)).weights
-  return after._replace(anchor=anchor)
+  still_open = select_rows(jnp.any(is_token, axis=1), anchor, before.anchor)
+  return after._replace(anchor=select_rows(full, after.weights, still_open))
 
 
-def _chunk(spec: Spec, slow: Slow, carry: Carry, chunk: _Chunk) -> tuple[jax.Array, jax.Array, Carry]:
-  """One chunk of one head, to (y [C, V], loss [C], the carry after it)."""
+def _chunk(spec: Spec, slow: Slow, carry: Carry, anchor: Weights, chunk: _Chunk) -> tuple[jax.Array, jax.Array, Carry]:
+  """One chunk of one head, to (y [C, V], loss [C], the carry after it, its anchor as before)."""
   solution = coefficients(spec, chunk.gates, chunk.is_token, chunk.position, slow.average)
   previous = None if slow.average is None else running_average(slow.average, chunk.position - 1)
-  anchor = carry.anchor if spec.keeps_anchor else carry.weights
   if spec.exact:
     x, delta, loss = _exact_errors(spec, solution, carry, chunk)
   else:
@@ -132,9 +143,9 @@ def _chunk(spec: Spec, slow: Slow, carry: Carry, chunk: _Chunk) -> tuple[jax.Arr
   seen = solution.before(spec, previous) if spec.read == "before" else solution
 
   def read(name, x_read):
-    out = seen.keep[:, None] * matmul(x_read, carry.weights[name])
+    out = scaled(matmul(x_read, carry.weights[name]), seen.keep)
     if seen.carried is not None:
-      out += seen.carried[:, None] * matmul(x_read, carry.momentum[name])
+      out += scaled(matmul(x_read, carry.momentum[name]), seen.carried)
     out -= matmul(matmul(x_read, x[name].T) * seen.writes, delta[name])
     return out / spec.retention.scale(anchor[name]) if spec.retention.kind == "norm" else out
 
@@ -145,7 +156,7 @@ def _chunk(spec: Spec, slow: Slow, carry: Carry, chunk: _Chunk) -> tuple[jax.Arr
 
   def end(keep, carried, writes, weights):
     def sum_up(name):
-      total = keep * weights[name] - matmul((x[name] * writes[:, None]).T, delta[name])
+      total = keep * weights[name] - matmul(scaled(x[name], writes).T, delta[name])
       return total if carried is None else total + carried * carry.momentum[name]
 
     return {name: sum_up(name) for name in weights}

@@ -19,8 +19,9 @@ class Layout(NamedTuple):
   Attributes:
     is_token: bool [B, N, C].
     position: int32 [B, N, C], of the token in its chunk; of an empty slot, that of the last token before it.
-    fresh: bool [B, N], the chunk begins a document that the incoming state knows nothing of.
-    full: bool [B, N], the chunk has its last token: the next begins with what this one ends with.
+    fresh: bool [B, N], the chunk begins a document that the incoming state knows nothing of; `None` where none does.
+    full: bool [B, N], the chunk has its last token: the next begins with what this one ends with. `None` where all have.
+    begun: bool [B, N], the chunk has tokens of an earlier call; `None` where there was none.
     count: int32 [B], tokens in the chunk that is open at the end.
     overflow: bool [B], rows with more documents than there are chunks for.
     source: int32 [B, N, C], column of the token; `None` where tokens lie on the grid as they are.
@@ -29,8 +30,9 @@ class Layout(NamedTuple):
 
   is_token: jax.Array
   position: jax.Array
-  fresh: jax.Array
-  full: jax.Array
+  fresh: jax.Array | None
+  full: jax.Array | None
+  begun: jax.Array | None
   count: jax.Array
   overflow: jax.Array
   source: jax.Array | None
@@ -81,6 +83,7 @@ def lay_out(
   """
   if count is None and docs is None:
     return _as_they_are(batch, tokens, chunk_size)
+  first_call = count is None
   count = jnp.zeros((batch,), jnp.int32) if count is None else count
   if docs is None:
     docs, max_documents = undivided(batch, tokens), 1
@@ -106,7 +109,8 @@ def lay_out(
   full = jnp.any(scatter(place == chunk_size - 1, False), axis=2)
   last = jnp.max(jnp.where(docs.is_token, column, -1), axis=1)
   left = (jnp.take_along_axis(place, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] + 1) % chunk_size
-  return Layout(source >= 0, position, fresh, full, jnp.where(last < 0, count, left), overflow, source, slot)
+  begun = None if first_call else position[..., 0] > 0
+  return Layout(source >= 0, position, fresh, full, begun, jnp.where(last < 0, count, left), overflow, source, slot)
 
 
 def _starts(docs: Documents) -> jax.Array:
@@ -120,11 +124,11 @@ def _as_they_are(batch: int, tokens: int, chunk_size: int) -> Layout:
   chunks = -(-tokens // size)
   column = jnp.arange(chunks * size, dtype=jnp.int32).reshape(chunks, size)
   place = jnp.minimum(column, tokens - 1) % chunk_size
-  nothing = jnp.zeros((batch, chunks), bool)
 
   def rows(x):
     return jnp.broadcast_to(x, (batch, *x.shape))
 
-  full = rows(jnp.any((column < tokens) & (column % chunk_size == chunk_size - 1), axis=1))
-  count = jnp.full((batch,), tokens % chunk_size, jnp.int32)
-  return Layout(rows(column < tokens), rows(place), nothing, full, count, nothing[:, 0], None, None)
+  left = tokens % chunk_size
+  full = rows(jnp.any((column < tokens) & (column % chunk_size == chunk_size - 1), axis=1)) if left else None
+  count = jnp.full((batch,), left, jnp.int32)
+  return Layout(rows(column < tokens), rows(place), None, full, None, count, jnp.zeros((batch,), bool), None, None)
