@@ -34,6 +34,11 @@ def test_overrides_of_a_layer_count_for_it_alone_and_scopes_for_theirs():
   assert all(entrant.experiment.model.depth == 4 for entrant in (plain, wide, other))
 
 
+def test_a_pattern_of_mixers_that_is_set_holds_but_for_its_last_place():
+  (entrant,) = enter("mqar", ["DeltaNet"], [*SMALL, "LanguageModel.mixers=[@Attention, @GatedConv, @LinearAttention]"])
+  assert [type(mixer).__name__ for mixer in entrant.experiment.model.mixers] == ["Attention", "GatedConv", "DeltaNet"]
+
+
 @pytest.mark.slow
 def test_entrants_of_equal_state_and_of_equal_parameters():
   sizes = [2**12, 2**14, 2**16]

@@ -47,6 +47,19 @@ def test_persistent_tokens_are_what_a_document_has_read_before_it_begins():
   assert not np.allclose(jax.jit(module.apply)(other, x[:, 6:])[0], alone)
 
 
+@pytest.mark.parametrize(
+  "module", [TitansMemory(**SIZES), TTTLinear(**SIZES), MemoryAsContext(**SIZES, segment=4)], ids=lambda m: type(m).__name__
+)
+def test_a_row_of_whole_chunks_is_the_same_with_ids_and_in_pieces(module):
+  module, params, x = built(module)
+  run = jax.jit(module.apply)
+  y, state = run(params, x)
+  assert_close(run(params, x, None, jnp.ones((2, 12), jnp.int32)), (y, state), jnp.float32)
+  first, state_between = run(params, x[:, :6])
+  second, state_after = run(params, x[:, 6:], state_between)
+  assert_close((jnp.concatenate([first, second], axis=1), state_after), (y, state), jnp.float32)
+
+
 def test_a_row_with_too_many_documents_is_nan_in_the_open():
   for module in (TitansMemory(**SIZES, max_documents=2), MemoryAsContext(**SIZES, segment=4, max_documents=2)):
     module, params, x = built(module)

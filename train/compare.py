@@ -81,7 +81,7 @@ class Budget:
   def __post_init__(self):
     at_least(1, self, "seeds", "steps", "batch_size", "evaluate_every", "test_examples")
     if not self.learning_rates or min(self.learning_rates) <= 0:
-      raise ValueError(f"learning_rates is {self.learning_rates}; want at least one, all positive.")
+      raise ValueError(f"Budget.learning_rates is {self.learning_rates}; want at least one, all positive.")
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def enter(
   from ..zoo.values import did_you_mean
 
   config = f"tasks/{config}" if config in TASKS else config
-  base = build(config)
+  base = build(config, [text for text in overrides if _bound(text) not in LAYERS])
   if not isinstance(base.data, TaskData):
     raise ValueError(f"{config} has no task{did_you_mean(config, TASKS)} Want one of {', '.join(TASKS)}.")
   entering = {name.rpartition("/")[2] for name in layers}

@@ -196,7 +196,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     is_token: jax.Array,
     position: jax.Array,
     fresh: jax.Array | None,
-    full: jax.Array,
+    full: jax.Array | None,
   ) -> tuple[ContextState, jax.Array]:
     """A segment, or what a call has of it: x [B, C, D] to the next state and y [B, C, D]."""
     if fresh is not None:
@@ -213,7 +213,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     y = x + attended
     operands, tails = self.see(projections, y, (state.query_tail, state.key_tail, state.value_tail), ids)
     learned = self.learn(slow, *operands, state.memory, ids, max_documents=1)
-    context = select_rows(full, learned.state.weights, state.context)
+    context = learned.state.weights if full is None else select_rows(full, learned.state.weights, state.context)
     state = ContextState(learned.state, context, context_tail, *tails, keys, values, state.count)
     return state, _product(self, y, self.read_out(y, learned.y))
 
