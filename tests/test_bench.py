@@ -62,11 +62,13 @@ def test_long_runs_report_time_per_token_and_peak_memory(monkeypatch):
   assert long.peak_bytes > 50 * 2**20, "a process with JAX in it"
 
 
-def test_an_unknown_operation_is_refused():
+def test_an_unknown_operation_or_direction_is_refused():
   with pytest.raises(ValueError, match="want some of linear_attention"):
     bench(["delta_ruel"], TINY)
   with pytest.raises(ValueError, match="want one of linear_attention"):
     make_inputs("delta_ruel", TINY)
+  with pytest.raises(ValueError, match="want some of forward, gradient"):
+    bench(["delta_rule"], TINY, directions=["backward"])
 
 
 def test_the_machine_multiplies_at_a_plausible_rate():

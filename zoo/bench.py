@@ -119,12 +119,14 @@ def bench(
     say: called with a line before each measurement.
 
   Raises:
-    ValueError: if there is no such operation.
+    ValueError: if there is no such operation or direction.
   """
   names = list(OPERATIONS) if operations is None else list(operations)
   for name in names:
     if name not in OPERATIONS:
       raise ValueError(f"operations has {name!r}; want some of {', '.join(OPERATIONS)}.")
+  if not directions or not set(directions) <= set(DIRECTIONS):
+    raise ValueError(f"directions is {directions!r}; want some of {', '.join(DIRECTIONS)}.")
   timings, long_timings = [], []
   for name in names:
     for direction in directions:
