@@ -60,6 +60,15 @@ def test_a_row_of_whole_chunks_is_the_same_with_ids_and_in_pieces(module):
   assert_close((jnp.concatenate([first, second], axis=1), state_after), (y, state), jnp.float32)
 
 
+@pytest.mark.usefixtures("float64")
+def test_a_context_of_float64_has_a_memory_of_float64():
+  module = MemoryAsContext(**SIZES, segment=4)
+  x, ids = jax.random.normal(jax.random.key(0), (1, 6, 16)), jnp.array([[1, 1, 2, 2, 2, 2]], jnp.int32)
+  with jax.numpy_dtype_promotion("standard"):  # parameters stay float32
+    y, state = module.apply(module.init(jax.random.key(1), x), x, None, ids)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves((y, state))} == {"float64", "int32"}
+
+
 def test_a_row_with_too_many_documents_is_nan_in_the_open():
   for module in (TitansMemory(**SIZES, max_documents=2), MemoryAsContext(**SIZES, segment=4, max_documents=2)):
     module, params, x = built(module)

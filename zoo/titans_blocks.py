@@ -162,6 +162,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
+    state = _at_least_as_wide(state, x.dtype)
     layout = self.layout(x.shape[:2], None if fresh else state.count, segment_ids)
     persistent, slow = self.persistent(x.shape[-1]), self.beginning(None, None)
 
@@ -200,7 +201,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
   ) -> tuple[ContextState, jax.Array]:
     """A segment, or what a call has of it: x [B, C, D] to the next state and y [B, C, D]."""
     if fresh is not None:
-      state = select_rows(fresh, self.initial_state(x.shape[0]), state)
+      state = select_rows(fresh, jax.tree.map(jnp.zeros_like, state), state)
     ids = is_token.astype(jnp.int32)
     projections = self.projections()
 
@@ -242,6 +243,15 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     ahead = None if persistent is None else (key(persistent[None]), value(persistent[None]))
     out = softmax_attention(q, k, v, mask, ahead).reshape(batch, tokens, -1)
     return dense(x.shape[-1], ("heads", "embed"), name="attention_output", **self.types)(out), keys, values
+
+
+def _at_least_as_wide(state: ContextState, dtype: jnp.dtype) -> ContextState:
+  """Its floats in `dtype`, where that is the wider: what a scan carries has one dtype from first to last."""
+
+  def widened(x):
+    return x.astype(jnp.promote_types(x.dtype, dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  return jax.tree.map(widened, state)
 
 
 def _product(module: TitansMemory, y: jax.Array, m: jax.Array) -> jax.Array:
