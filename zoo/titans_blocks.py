@@ -249,7 +249,8 @@ def _at_least_as_wide(state: ContextState, dtype: jnp.dtype) -> ContextState:
   """Its floats in `dtype`, where that is the wider: what a scan carries has one dtype from first to last."""
 
   def widened(x):
-    return x.astype(jnp.promote_types(x.dtype, dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(dtype) if is_float and x.dtype.itemsize < jnp.dtype(dtype).itemsize else x
 
   return jax.tree.map(widened, state)
 
