@@ -60,8 +60,10 @@ def positions(docs: Documents, offset: jax.Array) -> jax.Array:
   return count - first + jnp.where(docs.index == 0, offset[:, None], 0)
 
 
-def select_rows(condition: jax.Array, yes: Any, no: Any) -> Any:
-  """Of two trees of arrays [B, ...] the rows of the one or the other, by `condition` [B]."""
+def select_rows(condition: jax.Array | None, yes: Any, no: Any) -> Any:
+  """Of two trees of arrays [B, ...] the rows of the one or the other, by `condition` [B]; where that is `None`, `no`."""
+  if condition is None:
+    return no
   return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
 
 

@@ -270,7 +270,7 @@ def _turns(times: dict[str, list[float]], name: str) -> int:
 
 
 def _time_long(operation: str, shape: Shape, seconds: float) -> LongTiming:
-  per_token: dict[str, dict[int, float]] = {"forward": {}, "gradient": {}}
+  per_token: dict[str, dict[int, float]] = {direction: {} for direction in DIRECTIONS}
   for length in LONG:
     inputs = make_inputs(operation, dataclasses.replace(shape, length=length))
     for direction, found in per_token.items():

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .bench import Shape, compile_pass, make_inputs, take_turns
+from .bench import DIRECTIONS, Shape, compile_pass, make_inputs, take_turns
 
 _OPERATION = "gated_delta_rule"
 
@@ -34,7 +34,7 @@ def compare(shape: Shape, seconds: float = 10.0) -> dict[str, dict[str, list[flo
   weights = np.cos(np.arange(shape.value_dim, dtype=np.float32))
   theirs = _torch_calls([np.array(x) for x in inputs], weights)
   times = {}
-  for direction in ("forward", "gradient"):
+  for direction in DIRECTIONS:
     compiled, _ = compile_pass(_OPERATION, direction, "xla", inputs)
     ours = lambda compiled=compiled: compiled(*inputs)  # noqa: E731
     result = ours() if direction == "gradient" else ours()[:1]

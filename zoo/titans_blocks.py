@@ -197,11 +197,10 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     is_token: jax.Array,
     position: jax.Array,
     fresh: jax.Array | None,
-    full: jax.Array | None,
+    still_open: jax.Array | None,
   ) -> tuple[ContextState, jax.Array]:
     """A segment, or what a call has of it: x [B, C, D] to the next state and y [B, C, D]."""
-    if fresh is not None:
-      state = select_rows(fresh, jax.tree.map(jnp.zeros_like, state), state)
+    state = select_rows(fresh, jax.tree.map(jnp.zeros_like, state), state)
     ids = is_token.astype(jnp.int32)
     projections = self.projections()
 
@@ -214,7 +213,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     y = x + attended
     operands, tails = self.see(projections, y, (state.query_tail, state.key_tail, state.value_tail), ids)
     learned = self.learn(slow, *operands, state.memory, ids, max_documents=1)
-    context = learned.state.weights if full is None else select_rows(full, learned.state.weights, state.context)
+    context = select_rows(still_open, state.context, learned.state.weights)
     state = ContextState(learned.state, context, context_tail, *tails, keys, values, state.count)
     return state, _product(self, y, self.read_out(y, learned.y))
 
@@ -250,7 +249,7 @@ def _at_least_as_wide(state: ContextState, dtype: jnp.dtype) -> ContextState:
 
   def widened(x):
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    return x.astype(dtype) if is_float and x.dtype.itemsize < jnp.dtype(dtype).itemsize else x
+    return x.astype(dtype) if is_float and x.dtype.itemsize < dtype.itemsize else x
 
   return jax.tree.map(widened, state)
 

@@ -95,41 +95,41 @@ def chunked(
   rows = jax.tree.map(every_row, slow)
   start = spec.carry(rows.weights, rows.momentum)
   incoming = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
-  if layout.full is None:  # what a chunk ends with is the next one's anchor
+  if layout.open is None:  # what a chunk ends with is the next one's anchor
     start, incoming = start._replace(anchor=None), incoming._replace(anchor=None)
 
   @jax.checkpoint
   def step(carry, inputs):
     of_tokens, of_rows = inputs
     q, k, v, gates = jax.tree.map(by_head, of_tokens)
-    is_token, position, fresh, full, begun = jax.tree.map(by_row, of_rows)
+    is_token, position, fresh, still_open, begun = jax.tree.map(by_row, of_rows)
     chunk = _Chunk(q, k, v, gates, is_token, position)
-    carry = carry if fresh is None else select_rows(fresh, start, carry)
+    carry = select_rows(fresh, start, carry)
     anchor = carry.weights
-    if begun is not None and incoming.anchor is not None:
+    if incoming.anchor is not None:
       anchor = select_rows(begun, incoming.anchor, anchor)
     y, loss, after = jax.vmap(lambda *args: _chunk(spec, *args))(rows, carry, anchor, chunk)
     out = jnp.concatenate([y, loss[..., None]], axis=-1).reshape(batch, heads, *y.shape[1:-1], -1)
-    return _end(spec, carry, anchor, after, is_token, full), jnp.moveaxis(out, 1, 2)
+    return _end(spec, carry, anchor, after, is_token, still_open), jnp.moveaxis(out, 1, 2)
 
   chunks = jax.tree.map(lambda x: by_chunk(layout.chunks(x)), (q, k, v, gates)), jax.tree.map(by_chunk, tuple(layout[:5]))
   carry, out = jax.lax.scan(step, incoming, chunks)
   out = layout.tokens(by_chunk(out), tokens)  # [B, T, H, V + 1]
-  if layout.full is None and spec.keeps_anchor:
+  if layout.open is None and spec.keeps_anchor:
     carry = carry._replace(anchor=carry.weights)
   carry = jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), carry)
   return out[..., :-1], out[..., -1], layout.poison(carry)
 
 
-def _end(spec: Spec, before: Carry, anchor: Weights, after: Carry, is_token: jax.Array, full: jax.Array | None) -> Carry:
+def _end(spec: Spec, before: Carry, anchor: Weights, after: Carry, is_token: jax.Array, still_open: jax.Array | None) -> Carry:
   """What goes on to the next chunk."""
   if spec.average:
     closed = after._replace(momentum=jax.tree.map(jnp.zeros_like, after.momentum))
-    return closed if full is None else select_rows(full, closed, after._replace(weights=anchor))
+    return select_rows(still_open, after._replace(weights=anchor), closed)
   if before.anchor is None:
     return after
-  still_open = select_rows(jnp.any(is_token, axis=1), anchor, before.anchor)
-  return after._replace(anchor=select_rows(full, after.weights, still_open))
+  kept = select_rows(jnp.any(is_token, axis=1), anchor, before.anchor)
+  return after._replace(anchor=select_rows(still_open, kept, after.weights))
 
 
 def _chunk(spec: Spec, slow: Slow, carry: Carry, anchor: Weights, chunk: _Chunk) -> tuple[jax.Array, jax.Array, Carry]:

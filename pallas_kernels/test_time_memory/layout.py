@@ -19,11 +19,12 @@ class Layout(NamedTuple):
   Attributes:
     is_token: bool [B, N, C].
     position: int32 [B, N, C], of the token in its chunk; of an empty slot, that of the last token before it.
-    fresh: bool [B, N], the chunk begins a document that the incoming state knows nothing of; `None` where none does.
-    full: bool [B, N], the chunk has its last token: the next begins with what this one ends with. `None` where all have.
-    begun: bool [B, N], the chunk has tokens of an earlier call; `None` where there was none.
+    fresh: bool [B, N], the chunk begins a document that the incoming state knows nothing of.
+    open: bool [B, N], the chunk lacks its last token: else the next begins with what this one ends with.
+    begun: bool [B, N], the chunk has tokens of an earlier call.
     count: int32 [B], tokens in the chunk that is open at the end.
-    overflow: bool [B], rows with more documents than there are chunks for.
+    overflow: bool [B], rows with more documents than there are chunks for. Like `fresh`, `open` and `begun` it is `None`
+      where it is known beforehand to be of none.
     source: int32 [B, N, C], column of the token; `None` where tokens lie on the grid as they are.
     slot: int32 [B, T], where the token of a column went, n * C + c; likewise.
   """
@@ -31,10 +32,10 @@ class Layout(NamedTuple):
   is_token: jax.Array
   position: jax.Array
   fresh: jax.Array | None
-  full: jax.Array | None
+  open: jax.Array | None
   begun: jax.Array | None
   count: jax.Array
-  overflow: jax.Array
+  overflow: jax.Array | None
   source: jax.Array | None
   slot: jax.Array | None
 
@@ -106,11 +107,11 @@ def lay_out(
   source = scatter(column, -1)
   position = jax.lax.cummax(scatter(place, 0), axis=2)
   fresh = jnp.any(scatter(begins & (docs.index > 0) & _starts(docs), False), axis=2)
-  full = jnp.any(scatter(place == chunk_size - 1, False), axis=2)
+  still_open = ~jnp.any(scatter(place == chunk_size - 1, False), axis=2)
   last = jnp.max(jnp.where(docs.is_token, column, -1), axis=1)
   left = (jnp.take_along_axis(place, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] + 1) % chunk_size
   begun = None if first_call else position[..., 0] > 0
-  return Layout(source >= 0, position, fresh, full, begun, jnp.where(last < 0, count, left), overflow, source, slot)
+  return Layout(source >= 0, position, fresh, still_open, begun, jnp.where(last < 0, count, left), overflow, source, slot)
 
 
 def _starts(docs: Documents) -> jax.Array:
@@ -129,6 +130,6 @@ def _as_they_are(batch: int, tokens: int, chunk_size: int) -> Layout:
     return jnp.broadcast_to(x, (batch, *x.shape))
 
   left = tokens % chunk_size
-  full = rows(jnp.any((column < tokens) & (column % chunk_size == chunk_size - 1), axis=1)) if left else None
+  still_open = rows(jnp.arange(chunks) == chunks - 1) if left else None
   count = jnp.full((batch,), left, jnp.int32)
-  return Layout(rows(column < tokens), rows(place), None, full, None, count, jnp.zeros((batch,), bool), None, None)
+  return Layout(rows(column < tokens), rows(place), None, still_open, None, count, None, None, None)
