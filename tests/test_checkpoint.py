@@ -11,6 +11,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from damage import empty_every_file, flip_bits, lose_the_facts, lose_the_position, lose_the_state, truncate
 from memzoo.train import checkpoint as module
 from memzoo.train.checkpoint import Checkpoints, checksums, restore_params
 from memzoo.train.sharding import MeshShape
@@ -103,38 +104,7 @@ def test_a_state_given_away_while_it_is_being_saved_is_saved_whole(tmp_path):
   np.testing.assert_array_equal(found.state["params"]["3"], 403)
 
 
-def largest_file(folder):
-  return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def truncate(folder):
-  path = largest_file(folder)
-  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip_bits(folder):
-  """Here and there: a file may have places that nothing refers to, where a single one would do no damage."""
-  path = largest_file(folder)
-  content = bytearray(path.read_bytes())
-  content[::199] = bytes(byte ^ 16 for byte in content[::199])
-  path.write_bytes(content)
-
-
-def empty_every_file(folder):
-  for path in folder.rglob("*"):
-    if path.is_file():
-      path.write_bytes(b"")
-
-
-def lose_the_position(folder):
-  shutil.rmtree(folder / "data")
-
-
-def lose_the_state(folder):
-  shutil.rmtree(folder / "state")
-
-
-DAMAGES = (truncate, flip_bits, empty_every_file, lose_the_position, lose_the_state)
+DAMAGES = (truncate, flip_bits, empty_every_file, lose_the_position, lose_the_state, lose_the_facts)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -149,6 +119,19 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(run, target, sa
     assert said[0].startswith(f"Checkpoint 3 cannot be read and is now {run / 'unreadable' / '3'} (")
     checkpoints.save(3, restored.state, {"next_index": 3}, {})
     assert checkpoints.restore(target).data == {"next_index": 3}
+
+
+def test_a_state_that_reads_well_but_is_not_what_was_saved_is_set_aside(run, target, saved):
+  other = jax.tree.map(lambda leaf: leaf + 1, saved[1])
+  with Checkpoints(run, kept=4) as checkpoints:
+    checkpoints.save(4, other, {}, {})
+  shutil.rmtree(run / "checkpoints" / "3" / "state")
+  shutil.move(run / "checkpoints" / "4" / "state", run / "checkpoints" / "3")
+  said = []
+  with Checkpoints(run, say=said.append) as checkpoints:
+    assert checkpoints.restore(target).data == {"next_index": 2}
+  assert [line.partition(" cannot")[0] for line in said] == ["Checkpoint 4", "Checkpoint 3"]
+  assert said[1].endswith("(ValueError: an array does not match its checksum).")
 
 
 def test_where_all_are_damaged_there_is_nothing_to_restore(run, target):

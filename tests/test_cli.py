@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import flip_bits, lose_the_facts, truncate
 from memzoo.train.report import read_rows
 from memzoo.zoo import cli
 from tolerances import assert_close
@@ -216,24 +217,8 @@ def test_a_folder_that_holds_another_config_shows_the_difference(memzoo, saved):
   assert sorted(path.name for path in run.rglob("*")) == before
 
 
-def truncate(step):
-  largest = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-
-
-def flip(step):
-  largest = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-  content = bytearray(largest.read_bytes())
-  content[::199] = bytes(byte ^ 1 for byte in content[::199])  # one alone may lie where nothing refers to
-  largest.write_bytes(content)
-
-
-def remove(step):
-  (step / "facts" / "metadata").unlink()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [truncate, flip, remove])
+@pytest.mark.parametrize("damage", [truncate, flip_bits, lose_the_facts])
 def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(memzoo, saved, tmp_path, damage):
   run, train = saved
   copy = tmp_path / "run"
@@ -241,9 +226,8 @@ def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(memzoo, sav
   damage(copy / "checkpoints" / "4")
   status, out, err = memzoo("evaluate", str(copy))
   assert status == 0, err
-  if damage is remove:  # the others may have hit the optimiser's numbers alone, which nobody has asked for here
-    assert f"Checkpoint 4 of {copy} cannot be read (" in out
-    assert "step 2: " in out
+  assert f"Checkpoint 4 of {copy} cannot be read (" in out
+  assert "step 2: " in out
   status, out, err = memzoo(*train[:-1], str(copy), "--steps", "6")
   assert status == 0, err
   line, resumed, *_ = out.splitlines()
