@@ -136,7 +136,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
   to tokens up to t, and is read for M as it is after t.
 
   Attributes:
-    segment: tokens in a segment. The memory may have shorter chunks.
+    segment: tokens in a segment. The memory's chunks, counted from the document's first token, may be shorter or longer.
     rope_base: of the rotary positions, counted within the segment.
 
   Further attributes are `TitansMemory`'s; attention has as many heads, as wide. Persistent tokens are seen by attention alone.
