@@ -12,7 +12,7 @@ class InnerLearner(MemoryLayer, kw_only=True):
   """A layer over `memzoo.pallas_kernels.test_time_memory`.
 
   Attributes:
-    max_documents: that a row may hold; rows with more come out as nan. See `run`.
+    max_documents: that a row may hold; rows with more come out as nan, unless they fit all the same. See `run`.
     implementation: of the operation.
   """
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels.segments import check_segment_ids
+from ..pallas_kernels.states import check_state
 
 Dtype = Any
 
@@ -79,7 +80,7 @@ class MemoryLayer(nn.Module, kw_only=True):
     fresh = self.initial_state(x.shape[0])
     if state is None:
       return fresh
-    check_state(type(self).__name__, state, fresh)
+    check_state("state", type(self).__name__, state, fresh)
     return state
 
 
@@ -94,18 +95,3 @@ def count_key_heads(num_heads: int, num_key_heads: int | None) -> int:
   if num_heads % heads:
     raise ValueError(f"num_heads={num_heads} is not a multiple of num_key_heads={heads}.")
   return heads
-
-
-def check_state(owner: str, state: Any, expected: Any) -> None:
-  """Raises `ValueError` where `state` differs from `expected` in structure or in any shape."""
-  if jax.tree.structure(state) != jax.tree.structure(expected):
-    raise ValueError(
-      f"state is not one of {owner}'s: it has the structure {jax.tree.structure(state)}; want "
-      f"{jax.tree.structure(expected)}, as returned by a call or by initial_state(batch_size)."
-    )
-  for (path, leaf), want in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):
-    if leaf.shape != want.shape:
-      raise ValueError(
-        f"state{jax.tree_util.keystr(path)} has shape {list(leaf.shape)}; want {list(want.shape)} for {owner} with this "
-        "batch and configuration."
-      )

@@ -11,9 +11,9 @@ gates -> sigmoids, one a head; theta up to where a fresh memory overwrites wholl
 chunk's size, alpha from 0.005, eta from 0.5 · M -> an MLP, expansion 4, without layer norm and without the residual of the
 authors' later papers: with it a write stores mostly -k, and recall of 16 pairs that is learned in 400 steps without is not
 begun with it · the output gate -> a sigmoid, for silu starts closed · heads -> as many as asked for, each a memory of its own
-· M_0 -> learned; the last matrix from zero, so that a memory that knows nothing says nothing, the others so that hidden units
-have variance one · persistent tokens -> written before every document, in a chunk of their own; no convolution reaches back
-to them.
+· M_0 -> learned; all matrices so that what they put out has variance one, but the last from zero, so that a memory that knows
+nothing says nothing (before a layer norm it would not learn so, and does not start there) · persistent tokens -> written before
+every document, in a chunk of their own; no convolution reaches back to them.
 """
 
 import math
@@ -81,8 +81,9 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     momentum, forget: with eta, with alpha.
     chunk_size: tokens whose gradients are taken at the same weights. Not speed alone: another number is another model.
     anchor, order, read, clip: see `Spec`. `anchor="token"` makes a linear memory the same for every `chunk_size`.
-    max_step: theta lies in (0, max_step). `None` for 1/2 with a linear memory, else 1 / (0.85 hidden): with unit keys, and
-      hidden units as they start, both let one write at the ceiling put the error to zero.
+    max_step: theta lies in (0, max_step). `None` for 1 / 2c with a linear memory, c being `loss_scale`, and 1 / (0.85 c hidden)
+      with a network (0.71 where `gated`): with unit keys, and hidden units as they start, one write at the ceiling puts the
+      error to zero. 1 / 2c with a simplex, whose steps are of logarithms.
     step_bias, forget_bias, momentum_bias: where the logits of the gates start. A `step_bias` of `None` is that of a share of
       1 / (2 sqrt(C)): tokens of a chunk of C do not see each other's writes, and like keys, of which text is full, add up. The
       half that a lone token bears is too much there, and 1 / 2C, which C equal keys bear, slow where all are distinct.
@@ -177,8 +178,7 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     """Streams and gates, to be called within `__call__`; they may be used on more than one input."""
     streams = (self.stream(name, self.channels) for name in ("query", "key", "value"))
     types = {"param_dtype": self.param_dtype}
-    network = self.spec.memory
-    ceiling = (0.5 if network.is_linear else 1 / (0.85 * network.hidden)) if self.max_step is None else self.max_step
+    ceiling = _longest_step(self.spec) if self.max_step is None else self.max_step
     unseen = 1 if self.spec.exact else self.chunk_size
     step_bias = -math.log(2 * math.sqrt(unseen) - 1) if self.step_bias is None else self.step_bias
     step = Strength(self.num_heads, ceiling, step_bias, **types, name="theta")
@@ -186,9 +186,8 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     momentum = LogShare(self.num_heads, self.momentum_bias, **types, name="eta") if self.momentum else None
     threshold = None
     if self.spec.loss.has_threshold:
-      threshold = dense(
-        self.num_heads, ("embed", "heads"), bias=nn.initializers.zeros, name="threshold", param_dtype=self.param_dtype
-      )
+      bias = nn.initializers.constant(self.head_dim**0.5 if self.memory_norm and self.loss != "huber" else 0.0)
+      threshold = dense(self.num_heads, ("embed", "heads"), bias=bias, name="threshold", param_dtype=self.param_dtype)
 
     def gates(x):
       limit = None if threshold is None else nn.softplus(threshold(x.astype(accumulator(x))))
@@ -240,17 +239,37 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     return slow._replace(weights=learned, momentum=memory.momentum and {name: s[0] for name, s in memory.momentum.items()})
 
 
+# The mean square of what an activation makes of a variance of one.
+_POWER = {"gelu": 0.425, "silu": 0.356}
+
+
+def _hidden_power(memory: ttm.Memory) -> float:
+  """The mean square of hidden activations whose units have variance one."""
+  return _POWER["silu" if memory.gated else memory.activation]
+
+
+def _longest_step(spec: ttm.Spec) -> float:
+  """1 / (2 c |x|^2) for the x that the last matrix meets, as it starts: one write puts the error to zero.
+
+  Of a simplex a half: its steps are of logarithms, and those of weights would not be felt.
+  """
+  memory = spec.memory
+  squared = memory.hidden * _hidden_power(memory) if memory.depth > 1 or memory.gated else 1
+  return (0.5 if spec.retention.kind == "simplex" else 1 / (2 * squared)) / spec.loss.scale
+
+
 def _start(spec: ttm.Spec, name: str) -> Any:
   """Initialises what is accumulated for a matrix [H, in, out]; see the module."""
-  memory, last = spec.memory, list(spec.memory.shapes())[-1]
+  memory, names = spec.memory, list(spec.memory.shapes())
+  meets_keys, last = name in (names[:2] if memory.gated else names[:1]), name == names[-1]
 
   def init(key, shape, dtype=jnp.float32):
     weights = jax.random.normal(key, shape, dtype)
     if spec.retention.kind == "simplex":
       return weights
-    if shape[-2] != memory.key_dim:  # keys have unit length, hidden activations a variance
-      weights = weights / math.sqrt(shape[-2])
-    if name == last and not memory.norm:
+    if not meets_keys:  # keys have unit length
+      weights = weights / math.sqrt(_hidden_power(memory) * shape[-2])
+    if last and not memory.norm:
       weights = jnp.zeros_like(weights)
     return spec.retention.start(weights)
 
@@ -262,7 +281,8 @@ class Yaad(TitansMemory, kw_only=True):
 
       M_t = (1 - alpha_t) M_{t-1} - theta_t grad l      l = |e|^2 where |e| <= delta_t, else 2 delta_t sum_i |e_i|
 
-  As printed the loss jumps at the threshold; `loss="huber_norm"` is the continuous variant.
+  As printed the loss jumps at the threshold; `loss="huber_norm"` is the continuous variant. Thresholds start at sqrt(head_dim),
+  about the error of a network that says LN(..) and knows nothing: from less, no write would be any but a sign's.
 
   Attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
   """

@@ -96,11 +96,11 @@ def assert_equal(spec, args, state=None, ids=None):
 
 @IN_FLOAT64
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 17])
+@pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_the_dual_form_is_the_oracle_in_values_and_all_gradients(memory, optimiser, chunk_size):
+def test_the_dual_form_is_the_oracle_in_values_and_all_gradients(memory, optimiser, read, chunk_size):
   decay, momentum = OPTIMISERS[optimiser]
-  read = READS[(chunk_size + len(memory)) % 3]
   spec = Spec(MEMORIES[memory], chunk_size=chunk_size, momentum=momentum, read=read)
   args = problem(spec, decay=decay)
   assert_equal(spec, args, used(spec, args))
@@ -130,6 +130,17 @@ def test_documents_on_the_grid_are_the_oracle_for_every_choice(choice):
   spec = CHOICES[choice]
   args = problem(spec, decay=not spec.average)
   assert_equal(spec, args, used(spec, args), jnp.asarray(IDS))
+
+
+@IN_FLOAT64
+@pytest.mark.parametrize("tokens", [16, 17])
+@pytest.mark.parametrize("choice", ["average", "token anchor", "clipped"])
+def test_what_begins_fresh_is_the_oracle_too(choice, tokens):
+  """As in training: no state comes in, and chunks that are known to be whole are gone about in a shorter way."""
+  spec = CHOICES[choice]
+  args = problem(spec, tokens, decay=not spec.average)
+  assert_equal(spec, args)
+  assert_equal(spec, args, ids=jnp.asarray(IDS[:, :tokens]))
 
 
 @IN_FLOAT64
@@ -197,10 +208,47 @@ def test_one_chunk_of_an_empty_linear_memory_is_linear_attention():
   assert_close(run(spec, (slow, q, k, v, gates)).y, o)
 
 
+def shares(gates):
+  """f_ti, the share of a step at i that is in the weights at t, a product of [keep, eta; 0, eta] for each token in between,
+  and what is left of W_0 and of S_0: [B, T, T, H], [B, T, H] twice."""
+  keep, eta = (np.exp(np.asarray(g)) for g in (gates.log_keep, gates.log_momentum))
+  batch, tokens, heads = keep.shape
+  share, of_weights, of_momentum = np.zeros((batch, tokens, tokens, heads)), np.zeros(keep.shape), np.zeros(keep.shape)
+  for b, h in np.ndindex(batch, heads):
+    maps = [np.array([[keep[b, t, h], eta[b, t, h]], [0, eta[b, t, h]]]) for t in range(tokens)]
+    for i in range(-1, tokens):
+      through = np.eye(2) if i < 0 else np.ones((2, 1))
+      for t in range(max(i, 0), tokens):
+        through = through if t == i else maps[t] @ through
+        if i < 0:
+          of_weights[b, t, h], of_momentum[b, t, h] = through[0]
+        else:
+          share[b, t, i, h] = through[0, 0]
+  return share, of_weights, of_momentum
+
+
 @IN_FLOAT64
-@pytest.mark.parametrize("memory", MEMORIES)
+def test_with_decay_and_momentum_one_chunk_is_linear_attention_of_two_poles():
+  spec = Spec(MEMORIES["linear"], Loss(scale=0.5), chunk_size=17, momentum=True)
+  slow, q, k, v, gates = problem(spec)
+  share, of_weights, of_momentum = shares(gates)
+  empty = Slow(jax.tree.map(jnp.zeros_like, slow.weights))
+  o = np.einsum("bthk,bihk,btih,bih,bihv->bthv", q, k, share, gates.step, v)
+  assert_close(run(spec, (empty, q, k, v, gates)).y, o)
+  # Without steps it is what decay and momentum make of the beginning, in chunks of any size.
+  still = gates._replace(step=jnp.zeros_like(gates.step))
+  o = sum(
+    np.einsum("bthk,hkv,bth->bthv", q, matrices["0"], left)
+    for matrices, left in ((slow.weights, of_weights), (slow.momentum, of_momentum))
+  )
+  for chunk_size in (3, 17):
+    assert_close(run(Spec(MEMORIES["linear"], chunk_size=chunk_size, momentum=True), (slow, q, k, v, still)).y, o)
+
+
+@IN_FLOAT64
+@pytest.mark.parametrize("memory", [*MEMORIES, "simplex"])
 def test_without_steps_and_decay_it_is_the_network_that_it_began_as(memory):
-  spec = Spec(MEMORIES[memory], chunk_size=4, momentum=True)
+  spec = CHOICES["simplex"] if memory == "simplex" else Spec(MEMORIES[memory], chunk_size=4, momentum=True)
   slow, q, k, v, gates = problem(spec, decay=False)
   slow, gates = slow._replace(momentum=None), gates._replace(step=jnp.zeros_like(gates.step))
   y, state, _ = run(spec, (slow, q, k, v, gates))
@@ -311,8 +359,9 @@ def test_losses_have_the_slopes_they_are_known_for():
 
 
 @IN_FLOAT64
-def test_views_and_their_starts():
-  w = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3)))
+@pytest.mark.parametrize("shape", [(5, 3), (64, 256), (256, 64)])
+def test_views_and_their_starts(shape):
+  w = jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)))
   for q in (2.0, 2.8, 4.0):
     retention = Retention("norm", norm=q)
     assert_close(retention.view(retention.start(w)), w)
@@ -321,7 +370,7 @@ def test_views_and_their_starts():
   assert_close(Retention("norm", norm=3.0).view(7 * w), Retention("norm", norm=3.0).view(w))
   assert not np.any(Retention("norm").view(0 * w))
   simplex = Retention("simplex")
-  assert_close(simplex.view(w).sum(axis=1), jnp.full((2, 3), 5**0.5))
+  assert_close(simplex.view(w).sum(axis=1), jnp.full((2, shape[1]), shape[0] ** 0.5))
   assert_close(simplex.view(w + 3.0), simplex.view(w))
 
 
@@ -386,7 +435,7 @@ def test_deep_memories_stay_finite_over_a_long_hostile_text():
   for step in (1e-3, 0.1, 10.0):  # the last of them far beyond what converges
     gates = Gates(step * ones, -0.01 * ones, -0.1 * ones)
     assert_finite(run(spec, (slow, k, k, v, gates)))
-    if step < 0.1:
+    if step <= 0.1:
       assert_finite(values_and_gradients(spec, (slow, k, k, v, gates), None, None, "xla"))
 
 
@@ -415,10 +464,22 @@ def test_mistakes_are_named():
     r"gates.step has shape": (slow, q, k, v, gates._replace(step=gates.step[..., None])),
     r"slow.weights has shapes": (Slow({"0": slow.weights["0"]}), q, k, v, gates),
     r"slow.norm is given": (slow._replace(norm=(q, q)), q, k, v, gates),
+    r"slow.momentum has shapes": (slow._replace(momentum={"0": slow.weights["0"]}), q, k, v, gates),
   }
   for message, bad in wrong.items():
     with pytest.raises(ValueError, match=message):
       run(spec, bad)
+  for message, bad in {
+    r"initial_state.weights\['0'\] has shape \[2, 1, 3, 6\]; want \[2, 2, 3, 6\]": ttm.start(spec, BATCH, 1),
+    r"initial_state.weights\['0'\] has shape \[3, 2, 3, 6\]; want \[2, 2, 3, 6\]": ttm.start(spec, 3, HEADS),
+    r"initial_state is not one of this spec's": ttm.start(CHOICES["huber"], BATCH, HEADS),
+  }.items():
+    with pytest.raises(ValueError, match=message):
+      run(spec, args, bad)
+  normed = Spec(MEMORIES["norm"])
+  slow, *rest = problem(normed, dtype=jnp.float32)
+  with pytest.raises(ValueError, match=r"slow.norm has shapes .*want a gain and a bias of \[2, 3\]"):
+    run(normed, (slow._replace(norm=(slow.norm[0][:1], slow.norm[1])), *rest))
   with pytest.raises(ValueError, match="implementation='fast' does not exist"):
     run(spec, args, implementation="fast")
   slow = problem(CHOICES["average"], dtype=jnp.float32)[0]._replace(average=None)

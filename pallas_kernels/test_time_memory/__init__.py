@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ..dispatch import Choice, choose
 from ..precision import accumulator
 from ..segments import check_segment_ids, documents, undivided
+from ..states import check_state
 from .chunked import chunked
 from .layout import lay_out
 from .recurrent import recurrent
@@ -92,14 +93,15 @@ def run(
     initial_state: of an earlier call; fresh unless given.
     segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding.
     max_documents: that a row of `segment_ids` may hold, the one that goes on from `initial_state` included. The chunk grid
-      begins anew with each, so there must be room for that many broken chunks. A row with more comes out as nan, all of it.
+      begins anew with each, so there must be room for that many broken chunks. A row with more comes out as nan, all of it,
+      unless its chunks find room all the same: never wrong, never in part.
     implementation: "auto", "xla" or "recurrent" (the oracle, which knows no bound on documents).
 
   Raises:
-    ValueError: for shapes that do not fit the spec or each other, gates that are missing or too many, or an unknown
-      implementation.
+    ValueError: for shapes that do not fit the spec or each other, a state of another spec, gates that are missing or too
+      many, or an unknown implementation.
   """
-  _check(spec, slow, q, k, v, gates, segment_ids, max_documents)
+  _check(spec, slow, q, k, v, gates, initial_state, segment_ids, max_documents)
   batch, tokens, heads = q.shape[:3]
   wide = accumulator(q, k, v, *gates, *jax.tree.leaves(slow))
   slow, gates = jax.tree.map(lambda x: x.astype(wide), (slow, gates))
@@ -138,7 +140,7 @@ def explain(*, implementation: str = "auto") -> Choice:
   return choose("test_time_memory", implementation, {"xla": None, "recurrent": "one dependent step a token: the oracle"})
 
 
-def _check(spec, slow, q, k, v, gates, segment_ids, max_documents) -> None:
+def _check(spec, slow, q, k, v, gates, initial_state, segment_ids, max_documents) -> None:
   if q.ndim != 4 or q.shape[1] == 0 or q.shape[3] != spec.memory.key_dim:
     raise ValueError(f"q has shape {list(q.shape)}; want [batch, tokens, heads, {spec.memory.key_dim}], at least one token.")
   for name, x, last in (("k", k, spec.memory.key_dim), ("v", v, spec.memory.value_dim)):
@@ -159,12 +161,19 @@ def _check(spec, slow, q, k, v, gates, segment_ids, max_documents) -> None:
       raise ValueError(f"gates.{name} has shape {list(gate.shape)}; want {list(q.shape[:3])} (batch, tokens, heads).")
   heads = q.shape[2]
   shapes = {name: (heads, *shape) for name, shape in spec.memory.shapes().items()}
-  found = {name: w.shape for name, w in slow.weights.items()}
-  if found != shapes:
-    raise ValueError(f"slow.weights has shapes {found}; want {shapes}.")
+  for name, matrices in (("weights", slow.weights), ("momentum", slow.momentum or slow.weights)):
+    found = {key: w.shape for key, w in matrices.items()}
+    if found != shapes:
+      raise ValueError(f"slow.{name} has shapes {found}; want {shapes}.")
   if spec.memory.norm != (slow.norm is not None):
     found = "missing" if slow.norm is None else "given"
     raise ValueError(f"slow.norm is {found}; want it exactly where the memory has a norm.")
+  if slow.norm is not None and any(a.shape != (heads, spec.memory.value_dim) for a in slow.norm):
+    raise ValueError(
+      f"slow.norm has shapes {[list(a.shape) for a in slow.norm]}; want a gain and a bias of {[heads, spec.memory.value_dim]}."
+    )
+  if initial_state is not None:
+    check_state("initial_state", "this spec", initial_state, jax.eval_shape(lambda: start(spec, q.shape[0], heads)))
   if spec.average and (slow.average is None or slow.average.shape != (heads, spec.chunk_size)):
     raise ValueError(f"slow.average does not fit; want [heads, chunk_size], {[heads, spec.chunk_size]}.")
   check_segment_ids(segment_ids, q.shape[:2])

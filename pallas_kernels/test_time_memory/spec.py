@@ -22,7 +22,7 @@ Linear = Callable[[str, jax.Array], jax.Array]
 
 ACTIVATIONS = {"gelu": lambda x: jax.nn.gelu(x, approximate=True), "silu": jax.nn.silu}
 _EPSILON = 1e-6
-_SMALLEST_NORM = 0.1
+_SMALLEST = 0.1
 
 
 class Gates(NamedTuple):
@@ -237,12 +237,17 @@ class Retention:
       raise ValueError(f"norm={self.norm}; want q of at least 2.")
 
   def scale(self, a: jax.Array) -> jax.Array:
-    """|A|_q^{q-2}, what A [..., in, out] is divided by: [..., 1, 1]; of an |A|_q below 0.1, where W would burst, of that."""
+    """|A|_q^{q-2}, what A [..., in, out] is divided by: [..., 1, 1].
+
+    Where it would make W burst, of an |A|_q below that of a matrix with all entries alike and a Frobenius norm of 0.1, it
+    is of that one.
+    """
+    smallest = _SMALLEST * (a.shape[-2] * a.shape[-1]) ** (1 / self.norm - 1 / 2)
     largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
-    size = jax.lax.stop_gradient(jnp.maximum(largest, _SMALLEST_NORM))  # so that no power of an entry is out of range
+    size = jax.lax.stop_gradient(jnp.maximum(largest, smallest))  # so that no power of an entry is out of range
     power = jnp.sum(jnp.square(a / size) ** (self.norm / 2), axis=(-2, -1), keepdims=True)
     norm = size * jnp.where(power > 0, power, 1) ** (1 / self.norm)
-    return jnp.maximum(norm, _SMALLEST_NORM) ** (self.norm - 2)
+    return jnp.maximum(norm, smallest) ** (self.norm - 2)
 
   def view(self, a: jax.Array) -> jax.Array:
     """W of A [..., in, out]."""
@@ -281,8 +286,9 @@ class Spec:
       gated delta rule. Chunk anchors know no difference.
     read: "after" the token's own write, "before" it, or "chunk_start".
     clip: of the norm of a token's gradient, by the memory's output and then by each matrix; `None` for none. It keeps weights
-      and the outer gradient finite whatever is read. Off, a memory whose steps are too long diverges: of C equal unit keys, at
-      theta > 1 / (c C) for a linear one.
+      finite whatever is read. Off, a memory whose steps are too long diverges: of C equal unit keys, at theta > 1 / (c C) for
+      a linear one. The outer gradient is a product of what every chunk does to the weights, which no clip bounds: far beyond
+      such steps it overflows.
   """
 
   memory: Memory

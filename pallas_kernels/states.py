@@ -1,0 +1,27 @@
+"""What an earlier call hands on: checked in one place."""
+
+from typing import Any
+
+import jax
+
+
+def check_state(name: str, owner: str, state: Any, expected: Any) -> None:
+  """Raises `ValueError` where the argument `name` differs from what `owner` has in structure or in any shape.
+
+  Args:
+    name: of the argument.
+    owner: whose state it should be.
+    state: what was given.
+    expected: what would do: arrays, or their shapes as `jax.eval_shape` gives them.
+  """
+  if jax.tree.structure(state) != jax.tree.structure(expected):
+    raise ValueError(
+      f"{name} is not one of {owner}'s: it has the structure {jax.tree.structure(state)}; want "
+      f"{jax.tree.structure(expected)}, as an earlier call returns it, or none for a fresh one."
+    )
+  for (path, leaf), want in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):
+    if leaf.shape != want.shape:
+      raise ValueError(
+        f"{name}{jax.tree_util.keystr(path)} has shape {list(leaf.shape)}; want {list(want.shape)} for {owner} with this "
+        "batch and configuration."
+      )
