@@ -81,8 +81,8 @@ class Attention(MemoryLayer):
   def initial_state(self, batch_size: int) -> CacheState:
     """An empty cache."""
     shape = (batch_size, self.slots, self.key_heads, self.head_dim)
-    cache = jnp.zeros(shape, self.activation_dtype())
-    return CacheState(cache, cache, jnp.zeros((batch_size,), jnp.int32))
+    keys, values = (jnp.zeros(shape, self.activation_dtype()) for _ in range(2))
+    return CacheState(keys, values, jnp.zeros((batch_size,), jnp.int32))
 
   @nn.compact
   def __call__(
@@ -197,9 +197,11 @@ def softmax_attention(
   if ahead is not None:
     k, v = (_behind(first, a) for first, a in zip(ahead, (k, v), strict=True))
     mask = jnp.pad(mask, ((0, 0), (0, 0), (ahead[0].shape[1], 0)), constant_values=True)
-  # Its softmax is float32 even for float64, and for narrow inputs it mixes dtypes, which strict promotion forbids.
+  # Its softmax is float32 even for float64, for narrow inputs it mixes dtypes, which strict promotion forbids, and a CPU has
+  # not the product of float16 that it wants.
   strict = jax.config.jax_numpy_dtype_promotion.value == "strict"
-  if q.dtype == jnp.float64 or (strict and q.dtype != jnp.float32):
+  lacking = q.dtype == jnp.float16 and jax.default_backend() == "cpu"
+  if q.dtype == jnp.float64 or lacking or (strict and q.dtype != jnp.float32):
     return reference_attention(q, k, v, mask)
   return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 

@@ -1,17 +1,4 @@
-"""The contract that every memory layer obeys.
-
-    y, state = layer.apply(params, x, state=None, segment_ids=None)        x, y: [B, T, D]
-
-* `state` is a NamedTuple pytree with a leading batch axis on every leaf. Its shapes never change. `None` means a fresh
-  memory; what comes back is complete, and feeding it to the next call continues the sequence exactly. Generation is the
-  same call with T = 1.
-* `segment_ids` int32 `[B, T]`: equal neighbours belong to one document; a change forgets everything; 0 is padding, which
-  leaves the state untouched and yields zeros. The first token of a call continues the state that came in.
-* Memories are float32 whatever `dtype` is (float64 where the inputs are), caches of activations have the activations'
-  dtype.
-
-`tests/test_laws.py` holds every layer of the registry to it.
-"""
+"""The contract that every memory layer obeys: `MemoryLayer`. `tests/test_laws.py` holds every layer of the registry to it."""
 
 from typing import Any
 
@@ -24,15 +11,45 @@ from ..pallas_kernels.states import check_state
 
 Dtype = Any
 
+# What fields of these names must at least be, in whatever layer.
+_LEAST = {
+  "num_heads": 1,
+  "num_key_heads": 1,
+  "head_dim": 1,
+  "key_dim": 1,
+  "value_dim": 1,
+  "channels": 1,
+  "conv_width": 1,
+  "rope_base": 1,
+  "persistent_tokens": 0,
+  "max_step": 0,
+}
+
 
 class MemoryLayer(nn.Module, kw_only=True):
-  """Base of all memory layers: argument checks and the accounting that follows from the state alone.
+  """A memory layer, a pure function of parameters, input and state:
 
+      y, state = layer.apply(params, x, state=None, segment_ids=None)
+
+  Args:
+    x: [B, T, D], floats.
+    state: a NamedTuple of arrays with a leading batch axis, of shapes that never change; `None` for a fresh memory.
+    segment_ids: int32 [B, T]. Equal neighbours belong to one document; a change forgets everything; 0 is padding, which
+      leaves the state untouched and yields zeros. The first token of a call continues the state that came in.
+
+  Returns:
+    y [B, T, D], and the state after the last token. Fed to the next call it continues the sequence exactly, whatever the
+    split; generation is the same call with T = 1.
+
+  Memories are float32 whatever `dtype` is (float64 where the inputs are), caches of activations have the activations' dtype.
   A layer defines `__call__` and `initial_state`; both may be called on an unbound module through `apply`.
 
   Attributes:
-    dtype: of the activations; `None` takes the input's.
+    dtype: of the activations; `None` for the wider of the input's and the parameters'.
     param_dtype: of the parameters.
+
+  Raises:
+    ValueError: in words that say what would do; see `begin`.
   """
 
   dtype: Dtype | None = None
@@ -66,22 +83,26 @@ class MemoryLayer(nn.Module, kw_only=True):
     return jnp.dtype(self.param_dtype) if x is None else x.dtype
 
   def begin(self, x: jax.Array, state: Any | None, segment_ids: jax.Array | None) -> Any:
-    """Checks the arguments of a call and returns the state to start from.
+    """Checks sizes and the arguments of a call, and returns the state to start from, on the device.
 
     Raises:
-      ValueError: if `x` is not [batch, tokens, width] of floats, `segment_ids` does not match it, or `state` is not one
-        of this layer's for this batch.
+      ValueError: if a size is too small, `x` is not [batch, tokens, width] of floats, `segment_ids` does not match it, or
+        `state` is not one of this layer's for this batch.
     """
+    for name, least in _LEAST.items():
+      value = getattr(self, name, None)
+      if value is not None and value < least:
+        raise ValueError(f"{type(self).__name__}.{name}={value}; want at least {least}.")
     if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f"x is {x.dtype}{list(x.shape)}; want floats of shape [batch, tokens, width].")
-    if x.shape[1] == 0:
-      raise ValueError(f"x has shape {list(x.shape)}, no tokens; want at least one.")
+    if 0 in x.shape[:2]:
+      raise ValueError(f"x has shape {list(x.shape)}, no {'tokens' if x.shape[0] else 'rows'}; want at least one.")
     check_segment_ids(segment_ids, x.shape[:2])
     fresh = self.initial_state(x.shape[0])
     if state is None:
       return fresh
     check_state("state", type(self).__name__, state, fresh)
-    return state
+    return jax.tree.map(jnp.asarray, state)
 
 
 def silence_padding(y: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -13,7 +13,9 @@ authors' later papers: with it a write stores mostly -k, and recall of 16 pairs 
 begun with it · the output gate -> a sigmoid, for silu starts closed · heads -> as many as asked for, each a memory of its own
 · M_0 -> learned; all matrices so that what they put out has variance one, but the last from zero, so that a memory that knows
 nothing says nothing (before a layer norm it would not learn so, and does not start there) · persistent tokens -> written before
-every document, in a chunk of their own; no convolution reaches back to them.
+every document, in a chunk of their own; no convolution reaches back to them · how long a write may be -> each matrix's
+gradient up to 10. It is 2 |h| |e| for the last, so with 256 hidden units errors beyond a half are written no more strongly
+than that, and training that makes values longer meets it.
 """
 
 import math
@@ -83,7 +85,7 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     anchor, order, read, clip: see `Spec`. `anchor="token"` makes a linear memory the same for every `chunk_size`.
     max_step: theta lies in (0, max_step). `None` for 1 / 2c with a linear memory, c being `loss_scale`, and 1 / (0.85 c hidden)
       with a network (0.71 where `gated`): with unit keys, and hidden units as they start, one write at the ceiling puts the
-      error to zero. 1 / 2c with a simplex, whose steps are of logarithms.
+      error to zero, unless `clip` cuts it short. 1 / 2c with a simplex, whose steps are of logarithms.
     step_bias, forget_bias, momentum_bias: where the logits of the gates start. A `step_bias` of `None` is that of a share of
       1 / (2 sqrt(C)): tokens of a chunk of C do not see each other's writes, and like keys, of which text is full, add up. The
       half that a lone token bears is too much there, and 1 / 2C, which C equal keys bear, slow where all are distinct.
@@ -150,8 +152,7 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
   def initial_state(self, batch_size: int) -> TitansState:
     """Nothing learned yet, no tokens before."""
     memory = ttm.start(self.spec, batch_size, self.num_heads, accumulator(self.activation_dtype()))
-    tail = self.tail(batch_size, self.channels)
-    return TitansState(memory, tail, tail, tail)
+    return TitansState(memory, *(self.tail(batch_size, self.channels) for _ in range(3)))
 
   @nn.compact
   def __call__(

@@ -6,7 +6,11 @@ for the tokens i = 1..C of a chunk, gradients at the weights W_0 that it began w
 Source: Sun et al. 2024 (arXiv:2407.04620), in the form of the authors' code: one projection for queries and keys with two
 convolutions after it, rotary positions counted within the chunk, a layer norm over all heads and a GELU gate on the way out.
 
-Differs from that code: convolutions have no bias; there is none before the block; the state may be of any length, where
+The paper leaves open -> we do: what becomes of an average below zero -> it is zero, as in the code · lambda -> learned for each
+place in the chunk and head, from zero · where chunks begin -> anew with every document, the convolutions and positions too ·
+the step's ceiling, which the authors warm up -> constant, under the learned gate.
+
+Differs from their code: convolutions have no bias; there is none before the block; the state may be of any length, where
 theirs wants whole chunks or a single token.
 """
 
@@ -44,6 +48,8 @@ class TTTState(NamedTuple):
 class TTTLinear(InnerLearner, kw_only=True):
   """TTT-Linear (Sun et al. 2024, arXiv:2407.04620): y = q + LN(q W + b), W and b trained on k + LN(k W + b) -> v.
 
+      W_i = W_0 - (1/i + lambda_i)+ sum_{j<=i} eta_j grad 1/2 |k_j + LN(k_j W_0 + b_0) - v_j|^2      i = 1..C of a chunk
+
   Attributes:
     num_heads: memories side by side, H.
     head_dim: width of a head, d; even.
@@ -76,9 +82,9 @@ class TTTLinear(InnerLearner, kw_only=True):
 
   def initial_state(self, batch_size: int) -> TTTState:
     """Nothing learned yet, no tokens before."""
-    dtype = self.activation_dtype()
-    tail = jnp.zeros((batch_size, self.conv_width - 1, self.num_heads * self.head_dim), dtype)
-    return TTTState(ttm.start(self.spec, batch_size, self.num_heads, accumulator(dtype)), tail, tail)
+    dtype, shape = self.activation_dtype(), (batch_size, self.conv_width - 1, self.num_heads * self.head_dim)
+    tails = (jnp.zeros(shape, dtype) for _ in range(2))
+    return TTTState(ttm.start(self.spec, batch_size, self.num_heads, accumulator(dtype)), *tails)
 
   @nn.compact
   def __call__(

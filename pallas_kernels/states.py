@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def check_state(name: str, owner: str, state: Any, expected: Any) -> None:
-  """Raises `ValueError` where the argument `name` differs from what `owner` has in structure or in any shape.
+  """Raises `ValueError` where the argument `name` differs from what `owner` has in structure, a shape, or floats for integers.
 
   Args:
     name: of the argument.
@@ -25,3 +26,5 @@ def check_state(name: str, owner: str, state: Any, expected: Any) -> None:
         f"{name}{jax.tree_util.keystr(path)} has shape {list(leaf.shape)}; want {list(want.shape)} for {owner} with this "
         "batch and configuration."
       )
+    if jnp.issubdtype(leaf.dtype, jnp.floating) != jnp.issubdtype(want.dtype, jnp.floating):
+      raise ValueError(f"{name}{jax.tree_util.keystr(path)} is {leaf.dtype}; want {want.dtype}, as an earlier call returns it.")

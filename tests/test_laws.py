@@ -290,6 +290,8 @@ def test_12_the_state_survives_a_checkpoint(subject, tmp_path):
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   x = subject.inputs(2, 3)
   assert_close(subject.run(params, x, restored), subject.run(params, x, state))
+  on_the_host = jax.device_get(restored)  # as NumPy's arrays, and not compiled
+  assert_close(subject.apply(params, x, on_the_host), subject.run(params, x, state))
 
 
 @IN_FLOAT64
@@ -309,6 +311,8 @@ def test_13_mistakes_are_named(subject):
     subject.apply(params, x, subject.fresh(params, 3))
   with pytest.raises(ValueError, match=r"state is .*want"):
     subject.apply(params, x, (jnp.zeros((2, 3)),) * 9)
+  with pytest.raises(ValueError, match=r"state.* is int32; want float64"):
+    subject.apply(params, x, jax.tree.map(lambda a: a.astype(jnp.int32), subject.fresh(params, 2)))
 
 
 @IN_FLOAT64
@@ -319,6 +323,8 @@ def test_14_the_state_does_not_grow(subject):
   for tokens in (1, 17):
     _, state = subject.run(params, subject.inputs(2, tokens), fresh)
     assert shapes(state) == shapes(fresh)
+  places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(fresh) if leaf.size]
+  assert len(places) == len(set(places))  # each may be given away, as a loop that generates will do
   bytes_held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   assert subject.module.state_bytes(2, 17) == subject.module.state_bytes(2, 1_000_000) == bytes_held
 

@@ -401,6 +401,14 @@ def test_a_row_with_more_documents_than_there_is_room_for_is_nan_and_no_other():
 
 
 @IN_FLOAT64
+def test_a_row_begun_in_chunks_of_another_size_is_nan():
+  long, short = (Spec(MEMORIES["mlp"], chunk_size=size) for size in (8, 4))
+  args = problem(long, 7)
+  y, state, _ = run(short, args, run(long, args).state)
+  assert all(np.all(np.isnan(a)) for a in (y, state.weights["0"]))
+
+
+@IN_FLOAT64
 def test_nothing_but_padding_changes_nothing():
   spec = CHOICES["clipped"]
   args = problem(spec)
@@ -464,6 +472,7 @@ def test_mistakes_are_named():
     r"gates.step has shape": (slow, q, k, v, gates._replace(step=gates.step[..., None])),
     r"slow.weights has shapes": (Slow({"0": slow.weights["0"]}), q, k, v, gates),
     r"slow.norm is given": (slow._replace(norm=(q, q)), q, k, v, gates),
+    r"k is int32; want floats": (slow, q, k.astype(jnp.int32), v, gates),
     r"slow.momentum has shapes": (slow._replace(momentum={"0": slow.weights["0"]}), q, k, v, gates),
   }
   for message, bad in wrong.items():
@@ -476,6 +485,10 @@ def test_mistakes_are_named():
   }.items():
     with pytest.raises(ValueError, match=message):
       run(spec, args, bad)
+  with pytest.raises(ValueError, match=r"weights is not one of this spec's"):
+    ttm.read(spec, slow, ttm.start(spec, BATCH, HEADS), q)
+  with pytest.raises(ValueError, match=r"initial_state.count is float32; want int32"):
+    run(spec, args, jax.tree.map(lambda a: a.astype(jnp.float32), ttm.start(spec, BATCH, HEADS)))
   normed = Spec(MEMORIES["norm"])
   slow, *rest = problem(normed, dtype=jnp.float32)
   with pytest.raises(ValueError, match=r"slow.norm has shapes .*want a gain and a bias of \[2, 3\]"):
@@ -495,7 +508,10 @@ def test_mistakes_are_named():
     (lambda: Memory(3, 3, activation="relu"), "activation='relu'; want one of"),
     (lambda: Memory(3, 3, expansion=0.1), "expansion=0.1"),
     (lambda: Loss("cubic"), "loss='cubic'; want one of"),
-    (lambda: Loss(scale=0), "scale=0"),
+    (lambda: Loss(scale=0), "loss's scale=0"),
+    (lambda: Loss("power", power=0.5), "loss's power=0.5"),
+    (lambda: Memory(0, 3), "key_dim=0, value_dim=3"),
+    (lambda: Spec(MEMORIES["mlp"], "squared"), "loss='squared'; want a Loss"),
     (lambda: Retention("half"), "retention='half'"),
     (lambda: Retention("norm", norm=1), "norm=1"),
     (lambda: Spec(MEMORIES["mlp"], chunk_size=0), "chunk_size=0"),

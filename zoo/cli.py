@@ -225,7 +225,7 @@ def tokenizer(
 def describe(
   config: _Config,
   overrides: _Set = None,
-  length: Annotated[int | None, typer.Option(help="Tokens; TextData.sequence_length unless given.")] = None,
+  length: Annotated[int | None, typer.Option(min=1, help="Tokens; TextData.sequence_length unless given.")] = None,
   peak: Annotated[bool, typer.Option("--peak", help="Compile a step, and predict its memory at the peak.")] = False,
 ) -> None:
   """Show what a config makes: parameters, bytes of memory and work, block by block. Nothing is allocated.

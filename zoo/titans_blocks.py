@@ -151,8 +151,10 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     if self.segment < 1:
       raise ValueError(f"segment={self.segment}; want at least one token.")
     memory, *tails = super().initial_state(batch_size)
-    cache = jnp.zeros((batch_size, 2, self.segment, self.num_heads, self.head_dim), self.activation_dtype())
-    return ContextState(memory, memory.weights, tails[0], *tails, cache, cache, jnp.zeros((batch_size,), jnp.int32))
+    context, context_tail = jax.tree.map(jnp.zeros_like, (memory.weights, tails[0]))
+    shape = batch_size, 2, self.segment, self.num_heads, self.head_dim
+    keys, values = (jnp.zeros(shape, self.activation_dtype()) for _ in range(2))
+    return ContextState(memory, context, context_tail, *tails, keys, values, jnp.zeros((batch_size,), jnp.int32))
 
   @nn.compact
   def __call__(

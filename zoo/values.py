@@ -12,6 +12,7 @@ from flax import linen as nn
 _WORDS = {int: "an integer", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
 _UNIONS = (typing.Union, types.UnionType)
 _SEQUENCES = (tuple, list, Sequence)
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 class Mismatch(Exception):
@@ -59,20 +60,16 @@ def convert(value: Any, annotation: Any, make: Callable[[Any], Any] | None = Non
 
 
 def to_dtype(value: Any) -> Any:
-  """The floating JAX type of that name: "bfloat16" gives `jnp.bfloat16`. None stays None.
+  """The JAX type of that name, of `FLOATS`: "bfloat16" gives `jnp.bfloat16`. None stays None.
 
   Raises:
-    Mismatch: if there is none.
+    Mismatch: if it is none of them.
   """
   if value is None:
     return None
-  found = getattr(jnp, value, None) if isinstance(value, str) else None
-  try:
-    if found is not None and jnp.issubdtype(found, jnp.floating):
-      return found
-  except TypeError:
-    pass  # a name of jax.numpy that is no type
-  raise Mismatch('want the name of a floating type, such as "float32" or "bfloat16"')
+  if value in FLOATS:
+    return getattr(jnp, value)
+  raise Mismatch(f"want the name of a floating type: {', '.join(FLOATS)}")
 
 
 def in_words(annotation: Any) -> str:

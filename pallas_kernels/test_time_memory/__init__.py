@@ -66,7 +66,8 @@ def start(spec: Spec, batch_size: int, heads: int, dtype: jnp.dtype = jnp.float3
   def zeros():
     return {name: jnp.zeros((batch_size, heads, *shape), dtype) for name, shape in spec.memory.shapes().items()}
 
-  return State(*spec.carry(zeros(), zeros()), jnp.zeros((batch_size,), jnp.int32))
+  weights, momentum, anchor = spec.carry(zeros(), zeros())
+  return State(weights, momentum, anchor and zeros(), jnp.zeros((batch_size,), jnp.int32))
 
 
 def run(
@@ -124,7 +125,20 @@ def run(
 
 
 def read(spec: Spec, slow: Slow, weights: Weights, q: jax.Array) -> jax.Array:
-  """What memories answer to q [B, T, H, K] without being written to, [B, T, H, V]; `weights` as in a state."""
+  """What memories answer without being written to, [B, T, H, V] in q's dtype.
+
+  Args:
+    spec: what kind of memory.
+    slow: what every document begins with.
+    weights: `State.weights`.
+    q: [B, T, H, K].
+
+  Raises:
+    ValueError: for shapes that do not fit the spec or each other.
+  """
+  _check_tokens(spec, q=q)
+  _check_slow(spec, slow, q.shape[2])
+  check_state("weights", "this spec", weights, jax.eval_shape(lambda: start(spec, q.shape[0], q.shape[2]).weights))
   wide = accumulator(q, *jax.tree.leaves(slow))
 
   def one_head(slow, weights, q):
@@ -141,11 +155,30 @@ def explain(*, implementation: str = "auto") -> Choice:
 
 
 def _check(spec, slow, q, k, v, gates, initial_state, segment_ids, max_documents) -> None:
-  if q.ndim != 4 or q.shape[1] == 0 or q.shape[3] != spec.memory.key_dim:
-    raise ValueError(f"q has shape {list(q.shape)}; want [batch, tokens, heads, {spec.memory.key_dim}], at least one token.")
-  for name, x, last in (("k", k, spec.memory.key_dim), ("v", v, spec.memory.value_dim)):
-    if x.shape != (*q.shape[:3], last):
-      raise ValueError(f"{name} has shape {list(x.shape)}; want {[*q.shape[:3], last]}.")
+  _check_tokens(spec, q=q, k=k, v=v)
+  _check_gates(spec, gates, q.shape[:3])
+  _check_slow(spec, slow, q.shape[2])
+  if initial_state is not None:
+    check_state("initial_state", "this spec", initial_state, jax.eval_shape(lambda: start(spec, q.shape[0], q.shape[2])))
+  check_segment_ids(segment_ids, q.shape[:2])
+  if max_documents < 1:
+    raise ValueError(f"max_documents={max_documents}; want at least one.")
+
+
+def _check_tokens(spec: Spec, q: jax.Array, **others: jax.Array) -> None:
+  """Checks q [B, T, H, K], and others to be like it, of the memory's widths."""
+  memory = spec.memory
+  if q.ndim != 4 or q.shape[1] == 0 or q.shape[3] != memory.key_dim:
+    raise ValueError(f"q has shape {list(q.shape)}; want [batch, tokens, heads, {memory.key_dim}], at least one token.")
+  for name, x in {"q": q, **others}.items():
+    shape = *q.shape[:3], memory.value_dim if name == "v" else memory.key_dim
+    if x.shape != shape:
+      raise ValueError(f"{name} has shape {list(x.shape)}; want {list(shape)}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{name} is {x.dtype}; want floats.")
+
+
+def _check_gates(spec: Spec, gates: Gates, shape: tuple[int, ...]) -> None:
   wanted = {
     "step": True,
     "log_keep": None if not spec.average else False,
@@ -157,9 +190,11 @@ def _check(spec, slow, q, k, v, gates, initial_state, segment_ids, max_documents
       raise ValueError(f"gates.{name} is missing; want [batch, tokens, heads] for this spec.")
     if gate is not None and want is False:
       raise ValueError(f"gates.{name} was given; want None, for this spec has no use for it.")
-    if gate is not None and gate.shape != q.shape[:3]:
-      raise ValueError(f"gates.{name} has shape {list(gate.shape)}; want {list(q.shape[:3])} (batch, tokens, heads).")
-  heads = q.shape[2]
+    if gate is not None and jnp.shape(gate) != shape:
+      raise ValueError(f"gates.{name} has shape {list(jnp.shape(gate))}; want {list(shape)} (batch, tokens, heads).")
+
+
+def _check_slow(spec: Spec, slow: Slow, heads: int) -> None:
   shapes = {name: (heads, *shape) for name, shape in spec.memory.shapes().items()}
   for name, matrices in (("weights", slow.weights), ("momentum", slow.momentum or slow.weights)):
     found = {key: w.shape for key, w in matrices.items()}
@@ -169,13 +204,7 @@ def _check(spec, slow, q, k, v, gates, initial_state, segment_ids, max_documents
     found = "missing" if slow.norm is None else "given"
     raise ValueError(f"slow.norm is {found}; want it exactly where the memory has a norm.")
   if slow.norm is not None and any(a.shape != (heads, spec.memory.value_dim) for a in slow.norm):
-    raise ValueError(
-      f"slow.norm has shapes {[list(a.shape) for a in slow.norm]}; want a gain and a bias of {[heads, spec.memory.value_dim]}."
-    )
-  if initial_state is not None:
-    check_state("initial_state", "this spec", initial_state, jax.eval_shape(lambda: start(spec, q.shape[0], heads)))
+    found, want = [list(a.shape) for a in slow.norm], [heads, spec.memory.value_dim]
+    raise ValueError(f"slow.norm has shapes {found}; want a gain and a bias of {want}.")
   if spec.average and (slow.average is None or slow.average.shape != (heads, spec.chunk_size)):
     raise ValueError(f"slow.average does not fit; want [heads, chunk_size], {[heads, spec.chunk_size]}.")
-  check_segment_ids(segment_ids, q.shape[:2])
-  if max_documents < 1:
-    raise ValueError(f"max_documents={max_documents}; want at least one.")

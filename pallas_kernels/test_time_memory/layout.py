@@ -23,8 +23,8 @@ class Layout(NamedTuple):
     open: bool [B, N], the chunk lacks its last token: else the next begins with what this one ends with.
     begun: bool [B, N], the chunk has tokens of an earlier call.
     count: int32 [B], tokens in the chunk that is open at the end.
-    overflow: bool [B], rows with more documents than there are chunks for. Like `fresh`, `open` and `begun` it is `None`
-      where it is known beforehand to be of none.
+    overflow: bool [B], rows with more documents than there are chunks for, or begun in chunks of another size. Like `fresh`,
+      `open` and `begun` it is `None` where it is known beforehand to be of none.
     source: int32 [B, N, C], column of the token; `None` where tokens lie on the grid as they are.
     slot: int32 [B, T], where the token of a column went, n * C + c; likewise.
   """
@@ -93,7 +93,7 @@ def lay_out(
   begins = docs.is_token & (place == 0)
   chunk = jnp.cumsum(begins, axis=1, dtype=jnp.int32) - jnp.where(count == 0, 1, 0)[:, None]
   slot = chunk * size + place - jnp.where(chunk == 0, count[:, None], 0)
-  overflow = jnp.any(docs.is_token & (chunk >= chunks), axis=1)
+  overflow = jnp.any(docs.is_token & (chunk >= chunks), axis=1) | (count >= chunk_size)
   slot = jnp.where(docs.is_token & (chunk < chunks), slot, -1)
 
   row = jnp.arange(batch, dtype=jnp.int32)[:, None]

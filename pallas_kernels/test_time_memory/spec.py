@@ -94,14 +94,16 @@ class Memory:
   norm_epsilon: float = 1e-6
 
   def __post_init__(self):
+    if self.key_dim < 1 or self.value_dim < 1:
+      raise ValueError(f"key_dim={self.key_dim}, value_dim={self.value_dim}; want heads at least 1 wide.")
     if self.depth < 1:
       raise ValueError(f"depth={self.depth}; want at least one matrix.")
     if self.activation not in ACTIVATIONS:
       raise ValueError(f"activation={self.activation!r}; want one of {list(ACTIVATIONS)}.")
     if self.residual and self.key_dim != self.value_dim:
       raise ValueError(f"value_dim={self.value_dim} differs from key_dim={self.key_dim}; want them equal, or residual=False.")
-    if self.hidden < 1:
-      raise ValueError(f"expansion={self.expansion} of key_dim={self.key_dim} leaves no hidden units; want a larger one.")
+    if self.hidden < 1 and (self.depth > 1 or self.gated):
+      raise ValueError(f"expansion={self.expansion} of a width of {self.key_dim} leaves no hidden units; want a larger one.")
 
   @property
   def hidden(self) -> int:
@@ -162,8 +164,10 @@ class Loss:
   def __post_init__(self):
     if self.kind not in _LOSSES:
       raise ValueError(f"loss={self.kind!r}; want one of {list(_LOSSES)}.")
-    if self.scale <= 0 or self.power < 1:
-      raise ValueError(f"scale={self.scale}, power={self.power}; want a positive scale and a power of at least 1.")
+    if self.scale <= 0:
+      raise ValueError(f"the loss's scale={self.scale}; want a positive one.")
+    if self.power < 1:
+      raise ValueError(f"the loss's power={self.power}; want at least 1.")
 
   @property
   def has_threshold(self) -> bool:
@@ -234,7 +238,7 @@ class Retention:
     if self.kind not in ("none", "norm", "simplex"):
       raise ValueError(f"retention={self.kind!r}; want 'none', 'norm' or 'simplex'.")
     if self.kind == "norm" and not self.norm >= 2:
-      raise ValueError(f"norm={self.norm}; want q of at least 2.")
+      raise ValueError(f"the retention's norm={self.norm}; want q of at least 2.")
 
   def scale(self, a: jax.Array) -> jax.Array:
     """|A|_q^{q-2}, what A [..., in, out] is divided by: [..., 1, 1].
@@ -303,6 +307,9 @@ class Spec:
   clip: float | None = None
 
   def __post_init__(self):
+    for name, kind in (("memory", Memory), ("loss", Loss), ("retention", Retention)):
+      if not isinstance(getattr(self, name), kind):
+        raise ValueError(f"{name}={getattr(self, name)!r}; want a {kind.__name__}.")
     if self.chunk_size < 1:
       raise ValueError(f"chunk_size={self.chunk_size}; want at least one token.")
     for name, known in (
@@ -325,7 +332,7 @@ class Spec:
     if self.average and self.momentum:
       raise ValueError("average and momentum exclude each other; want one of them.")
     if self.retention.kind == "simplex" and self.read != "chunk_start":
-      raise ValueError(f"read={self.read!r} of a simplex, which is not linear in its writes; want 'chunk_start'.")
+      raise ValueError(f"read={self.read!r} with retention='simplex', which is not linear in its writes; want 'chunk_start'.")
     if self.clip is not None and self.clip <= 0:
       raise ValueError(f"clip={self.clip}; want a positive norm, or None.")
 
