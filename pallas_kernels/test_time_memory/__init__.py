@@ -91,7 +91,7 @@ def run(
     q, k: [B, T, H, K].
     v: [B, T, H, V].
     gates: [B, T, H] each; those that the spec's optimiser and loss ask for.
-    initial_state: of an earlier call; fresh unless given.
+    initial_state: of an earlier call; fresh unless given. Rows in the middle of a chunk longer than `spec` has come out as nan.
     segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding.
     max_documents: that a row of `segment_ids` may hold, the one that goes on from `initial_state` included. The chunk grid
       begins anew with each, so there must be room for that many broken chunks. A row with more comes out as nan, all of it,
