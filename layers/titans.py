@@ -12,7 +12,7 @@ chunk's size, alpha from 0.005, eta from 0.5 · M -> an MLP, expansion 4, withou
 authors' later papers: with it a write stores mostly -k, and recall of 16 pairs that is learned in 400 steps without is not
 begun with it · the output gate -> a sigmoid, for silu starts closed · heads -> as many as asked for, each a memory of its own
 · M_0 -> learned; all matrices so that what they put out has variance one, but the last from zero, so that a memory that knows
-nothing says nothing (before a layer norm it would not learn so, and does not start there) · persistent tokens -> written before
+nothing says nothing; not of Moneta, which divides by its norm · persistent tokens -> written before
 every document, in a chunk of their own; no convolution reaches back to them · how long a write may be -> each matrix's
 gradient up to 10. It is 2 |h| |e| for the last, so with 256 hidden units errors beyond a half are written no more strongly
 than that, and training that makes values longer meets it.
@@ -187,7 +187,8 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     momentum = LogShare(self.num_heads, self.momentum_bias, **types, name="eta") if self.momentum else None
     threshold = None
     if self.spec.loss.has_threshold:
-      bias = nn.initializers.constant(self.head_dim**0.5 if self.memory_norm and self.loss != "huber" else 0.0)
+      rare = 2 * (1 if self.loss == "huber" else self.head_dim**0.5)
+      bias = nn.initializers.constant(rare + math.log(-math.expm1(-rare)))  # which softplus takes to `rare`
       threshold = dense(self.num_heads, ("embed", "heads"), bias=bias, name="threshold", param_dtype=self.param_dtype)
 
     def gates(x):
@@ -265,13 +266,11 @@ def _start(spec: ttm.Spec, name: str) -> Any:
   meets_keys, last = name in (names[:2] if memory.gated else names[:1]), name == names[-1]
 
   def init(key, shape, dtype=jnp.float32):
+    if last and spec.retention.kind != "norm":
+      return jnp.zeros(shape, dtype)
     weights = jax.random.normal(key, shape, dtype)
-    if spec.retention.kind == "simplex":
-      return weights
-    if not meets_keys:  # keys have unit length
+    if not meets_keys and spec.retention.kind != "simplex":  # keys have unit length
       weights = weights / math.sqrt(_hidden_power(memory) * shape[-2])
-    if last and not memory.norm:
-      weights = jnp.zeros_like(weights)
     return spec.retention.start(weights)
 
   return init
@@ -282,8 +281,9 @@ class Yaad(TitansMemory, kw_only=True):
 
       M_t = (1 - alpha_t) M_{t-1} - theta_t grad l      l = |e|^2 where |e| <= delta_t, else 2 delta_t sum_i |e_i|
 
-  As printed the loss jumps at the threshold; `loss="huber_norm"` is the continuous variant. Thresholds start at sqrt(head_dim),
-  about the error of a network that says LN(..) and knows nothing: from less, no write would be any but a sign's.
+  As printed the loss jumps at the threshold; `loss="huber_norm"` is the continuous variant. Thresholds start at
+  2 sqrt(head_dim), twice the length of what a layer norm puts out: from half of that, with signs for many writes, recall is
+  hardly learned.
 
   Attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
   """
