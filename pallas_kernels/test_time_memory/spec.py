@@ -22,7 +22,7 @@ Linear = Callable[[str, jax.Array], jax.Array]
 
 ACTIVATIONS = {"gelu": lambda x: jax.nn.gelu(x, approximate=True), "silu": jax.nn.silu}
 _EPSILON = 1e-6
-_SMALLEST = 0.1
+_SMALLEST = 0.3
 
 
 class Gates(NamedTuple):
@@ -243,7 +243,7 @@ class Retention:
   def scale(self, a: jax.Array) -> jax.Array:
     """|A|_q^{q-2}, what A [..., in, out] is divided by: [..., 1, 1].
 
-    Where it would make W burst, of an |A|_q below that of a matrix with all entries alike and a Frobenius norm of 0.1, it
+    Where it would make W burst, of an |A|_q below that of a matrix with all entries alike and a Frobenius norm of 0.3, it
     is of that one.
     """
     smallest = _SMALLEST * (a.shape[-2] * a.shape[-1]) ** (1 / self.norm - 1 / 2)
@@ -262,7 +262,10 @@ class Retention:
     return a
 
   def start(self, w: jax.Array) -> jax.Array:
-    """A whose view is W [..., in, out], or has W's direction where every view has one norm (q = 3); of "simplex", W."""
+    """A whose view is W [..., in, out], or has W's direction where every view has one norm (q = 3); of "simplex", W.
+
+    For q between 3 and 4 that A may be smaller than what `scale` lets divide, and its view shorter than W.
+    """
     if self.kind != "norm" or self.norm == 3:
       return w
     return w * self.scale(w) ** (-1 / (self.norm - 3))
