@@ -12,10 +12,10 @@ chunk's size, alpha from 0.005, eta from 0.5 · M -> an MLP, expansion 4, withou
 authors' later papers: with it a write stores mostly -k, and recall of 16 pairs that is learned in 400 steps without is not
 begun with it · the output gate -> a sigmoid, for silu starts closed · heads -> as many as asked for, each a memory of its own
 · M_0 -> learned; all matrices so that what they put out has variance one, but the last from zero, so that a memory that knows
-nothing says nothing; not of Moneta, which divides by its norm · persistent tokens -> written before
-every document, in a chunk of their own; no convolution reaches back to them · how long a write may be -> each matrix's
-gradient up to 10. It is 2 |h| |e| for the last, so with 256 hidden units errors beyond a half are written no more strongly
-than that, and training that makes values longer meets it.
+nothing says nothing; not of Moneta, which divides by its norm · persistent tokens -> written before every document, in a chunk
+of their own; no convolution reaches back to them · how long a write may be -> each matrix's gradient up to 10. It is 2 |h| |e|
+for the last, so with 256 hidden units errors beyond a half are written no more strongly than that, and training that makes
+values longer meets it.
 """
 
 import math
