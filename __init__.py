@@ -10,7 +10,7 @@ Three floors, each importing only from those below: `zoo` and `train`, `layers`,
 __version__ = "0.1.0"
 
 _LAZY = {
-  "build": "memzoo.zoo.config",
+  "build": "memzoo.train.config",
   "LanguageModel": "memzoo.zoo.language_model",
   "generate": "memzoo.zoo.generate",
   "describe": "memzoo.zoo.describe",

@@ -7,6 +7,7 @@ from .gated_conv import GatedConv
 from .linear_attention import LinearAttention
 from .memory_layer import MemoryLayer
 from .titans import Memora, Moneta, TitansMemory, Yaad
+from .titans_wirings import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from .ttt import TTTMLP, TTTLinear
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
   "KimiDeltaAttention",
   "LinearAttention",
   "Memora",
+  "MemoryAsContext",
+  "MemoryAsGate",
+  "MemoryAsLayer",
   "MemoryLayer",
   "Moneta",
   "TTTLinear",

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..pallas_kernels.precision import accumulator, einsum
-from ..pallas_kernels.segments import Documents, documents, positions, undivided
+from ..pallas_kernels.documents import Documents, documents, positions, undivided
+from ..pallas_kernels.numerics import accumulator, einsum
 from .memory_layer import MemoryLayer, count_key_heads, silence_padding
 from .norms import RMSNorm
 from .projections import dense

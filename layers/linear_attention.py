@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels import delta_rule
-from ..pallas_kernels.precision import accumulator
+from ..pallas_kernels.numerics import accumulator
 from .memory_layer import count_key_heads, silence_padding
 from .norms import l2_normalise
 from .projected_memory import ProjectedMemory

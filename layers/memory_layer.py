@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..pallas_kernels.segments import check_segment_ids
+from ..pallas_kernels.documents import check_segment_ids
 from ..pallas_kernels.states import check_state
 
 Dtype = Any

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..pallas_kernels.precision import accumulator
+from ..pallas_kernels.numerics import accumulator
 from .axes import named
 
 

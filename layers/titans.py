@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels import test_time_memory as ttm
-from ..pallas_kernels.precision import accumulator
+from ..pallas_kernels.numerics import accumulator
 from .axes import named
 from .inner_learner import InnerLearner
 from .memory_layer import silence_padding

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels import test_time_memory as ttm
-from ..pallas_kernels.precision import accumulator
-from ..pallas_kernels.segments import documents, positions, undivided
+from ..pallas_kernels.documents import documents, positions, undivided
+from ..pallas_kernels.numerics import accumulator
 from .attention import rotate
 from .axes import named
 from .inner_learner import InnerLearner

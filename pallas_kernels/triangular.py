@@ -12,7 +12,7 @@ cancel only at the end (relative error 1e18 in float32 for 64 equal keys).
 import jax
 import jax.numpy as jnp
 
-from .precision import matmul
+from .numerics import matmul
 
 _BASE = 8
 

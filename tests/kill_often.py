@@ -31,7 +31,7 @@ SETTINGS = {
 
 def command(text: str, run: Path, steps: int) -> list[str]:
   settings = [f"--set={name}={value}" for name, value in SETTINGS.items()]
-  train = [sys.executable, "-m", "memzoo.zoo.cli", "train", "quickstart", *settings, f"--set=TextData.sources={text}"]
+  train = [sys.executable, "-m", "memzoo.train.cli", "train", "quickstart", *settings, f"--set=TextData.sources={text}"]
   return [*train, "--out", str(run), "--steps", str(steps)]
 
 

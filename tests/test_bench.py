@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memzoo.zoo import bench as module
-from memzoo.zoo.bench import OPERATIONS, Shape, bench, make_inputs
-from memzoo.zoo.bench_report import draw, tables
-from memzoo.zoo.machine import matmul_rate, peak_bytes, seconds_per_call, whose_peak
+from memzoo.pallas_kernels import bench as module
+from memzoo.pallas_kernels.bench import OPERATIONS, Shape, bench, make_inputs
+from memzoo.pallas_kernels.measure import matmul_rate, peak_bytes, seconds_per_call, whose_peak
+from memzoo.train.bench_report import draw, tables
 
 TINY = Shape(batch=1, length=32, heads=2, key_dim=8, value_dim=8)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from damage import flip_bits, lose_the_facts, truncate
+from memzoo.train import cli
 from memzoo.train.report import read_rows
-from memzoo.zoo import cli
 from tolerances import assert_close
 
 TINY = [
@@ -144,7 +144,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(memzoo):
 
 
 def test_list_names_every_layer_with_its_equation_and_every_config(memzoo):
-  from memzoo.zoo.config import shipped
+  from memzoo.train.config import shipped
   from memzoo.zoo.registry import LAYERS
 
   status, out, _ = memzoo("list")
@@ -202,7 +202,7 @@ def saved(tmp_path_factory):
   folder = tmp_path_factory.mktemp("saved")
   sources = corpus(folder, b"the memory writes what the gate lets through. " * 100)
   train = ["train", "quickstart", *TINY, sources, "--set=Trainer.checkpoint_every=2", "--out", str(folder / "run")]
-  code = "import sys; from memzoo.zoo.cli import main; main()"
+  code = "import sys; from memzoo.train.cli import main; main()"
   subprocess.run([sys.executable, "-c", code, *train, "--steps", "4"], check=True, capture_output=True)
   return folder / "run", train
 
@@ -279,7 +279,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
   sources = corpus(tmp_path, b"the memory writes what the gate lets through. " * 100)
   run = tmp_path / "run"
   code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
-  code += "from memzoo.zoo.cli import main; main()"
+  code += "from memzoo.train.cli import main; main()"
 
   def train(limit, steps):
     command = [sys.executable, "-c", code, str(limit), "train", "quickstart", *TINY, sources, "--set=LanguageModel.width=64"]
@@ -330,7 +330,7 @@ def test_a_tokenizer_is_learned_and_brings_all_text_back(memzoo, tmp_path):
 
 
 def test_help_is_quick_and_loads_no_jax():
-  code = "import sys, memzoo.zoo.cli; print({'jax', 'flax', 'gin', 'matplotlib'} & sys.modules.keys())"
+  code = "import sys, memzoo.train.cli; print({'jax', 'flax', 'gin', 'matplotlib'} & sys.modules.keys())"
   assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -5,12 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from memzoo.train import cli
 from memzoo.train import compare as module
 from memzoo.train.compare import Budget, compare, enter
 from memzoo.train.compare_report import Board, draw, markdown
+from memzoo.train.config import build
 from memzoo.train.tasks import TASKS
-from memzoo.zoo import cli
-from memzoo.zoo.config import build
 
 SMALL = ["MultiQueryRecall.tokens=64", "MultiQueryRecall.pairs=8", "MultiQueryRecall.vocabulary=32", "LanguageModel.width=16"]
 SMALL += ["GatedConv.channels=8", "size=4", "heads=1"]

@@ -12,8 +12,8 @@ import pytest
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memzoo.zoo.config import build, build_text, shipped
-from memzoo.zoo.values import Mismatch, convert, did_you_mean, in_words
+from memzoo.train.config import build, build_text, shipped
+from memzoo.train.values import Mismatch, convert, did_you_mean, in_words
 
 SMALL = """
 width = 32

@@ -318,7 +318,7 @@ def test_wrong_tokenizers_are_named(tmp_path, monkeypatch):
 
 
 def test_a_layer_made_for_fewer_documents_than_a_row_may_hold_is_refused():
-  from memzoo.zoo.config import build
+  from memzoo.train.config import build
 
   def check(experiment):
     experiment.data.check_model(experiment.model)

@@ -12,21 +12,13 @@ import pytest
 from flax import linen as nn
 from jax.experimental import pallas as pl
 from memzoo.layers import Attention, GatedDeltaNet
+from memzoo.pallas_kernels.measure import count_flops, flops_by_scope
+from memzoo.train.config import build
+from memzoo.train.experiment_report import abstract_batch, bytes_on_a_device, predicted_peak, render
 from memzoo.train.sharding import MeshShape, put_batch
 from memzoo.train.step import build_program
-from memzoo.zoo.config import build
-from memzoo.zoo.describe import (
-  abstract_batch,
-  binary,
-  bytes_on_a_device,
-  count_flops,
-  describe,
-  flops_by_scope,
-  forward_flops,
-  predicted_peak,
-  render,
-  thousands,
-)
+from memzoo.zoo.describe import describe, forward_flops
+from memzoo.zoo.formats import binary, thousands
 from memzoo.zoo.language_model import LanguageModel
 from tiny_run import tiny_experiment
 
@@ -182,7 +174,7 @@ def test_a_step_takes_about_the_memory_that_was_predicted():
 import re, sys, jax, memzoo
 from pathlib import Path
 from memzoo.train.step import build_program
-from memzoo.zoo.describe import abstract_batch, predicted_peak
+from memzoo.train.experiment_report import abstract_batch, predicted_peak
 
 def bytes_of(name):
   return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

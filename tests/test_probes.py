@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from memzoo.train.config import build
 from memzoo.train.data import TextData
 from memzoo.train.probes import _doublings, _positions, draw, needle, perplexity, probe, speed, table
-from memzoo.zoo.config import build
 from tiny_run import memory_model, write_text
 
 pytestmark = pytest.mark.slow

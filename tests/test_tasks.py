@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from memzoo.train.config import build
 from memzoo.train.evaluation import evaluate_run
+from memzoo.train.experiment_report import render
 from memzoo.train.loop import train
 from memzoo.train.report import read_rows
 from memzoo.train.tasks import TASKS, Example, Mixture, TaskData
@@ -17,8 +19,7 @@ from memzoo.train.tasks.recall import MultiQueryRecall, NoisyRecall, StaleFacts
 from memzoo.train.tasks.regression import Regression
 from memzoo.train.tasks.sets import SetDisjointness
 from memzoo.train.tasks.state_tracking import GROUPS, Swaps, WordProblem, multiplication, permutations
-from memzoo.zoo.config import build
-from memzoo.zoo.describe import describe, render
+from memzoo.zoo.describe import describe
 
 pytestmark = pytest.mark.slow
 

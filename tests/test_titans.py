@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from memzoo.layers import Memora, Moneta, TitansMemory, TTTLinear, Yaad
+from memzoo.layers.titans_wirings import MemoryAsContext, MemoryAsGate
 from memzoo.pallas_kernels import test_time_memory as ttm
 from memzoo.zoo.inspect import gates, inner_losses, inner_weights
 from memzoo.zoo.language_model import LanguageModel
-from memzoo.zoo.titans_blocks import MemoryAsContext, MemoryAsGate
 from tolerances import assert_close
 
 SIZES = {"num_heads": 2, "head_dim": 8, "chunk_size": 4}

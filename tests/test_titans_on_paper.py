@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from memzoo.layers import TTTMLP, TitansMemory
-from memzoo.zoo.titans_blocks import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from memzoo.layers.titans_wirings import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("float64")

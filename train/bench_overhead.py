@@ -17,9 +17,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ..zoo.config import build
 from . import loop
 from .checkpoint import Checkpoints
+from .config import build
 from .runtime import start_quietly
 
 

@@ -228,9 +228,9 @@ def enter(
   Raises:
     ValueError: if the config or a layer cannot be built.
   """
-  from ..zoo.config import build
   from ..zoo.registry import LAYERS
-  from ..zoo.values import did_you_mean
+  from .config import build
+  from .values import did_you_mean
 
   config = f"tasks/{config}" if config in TASKS else config
   base = build(config, [text for text in overrides if _bound(text) not in LAYERS])

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ..zoo.formats import thousands
 from .checks import at_least, check_seed
-from .report import thousands
 from .sources import ByteTokenizer, Document, FileTokenizer, load_tokenizer, read_sources
 
 if TYPE_CHECKING:

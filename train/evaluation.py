@@ -73,8 +73,8 @@ def load_run(
   Raises:
     ValueError: if `directory` is no run, or has no checkpoint that can be read.
   """
-  from ..zoo.config import build_text
   from .checkpoint import restore_params
+  from .config import build_text
 
   config = Path(directory) / "config.gin"
   if not config.is_file():

@@ -13,27 +13,28 @@ import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ..pallas_kernels.measure import matmul_rate, peak_bytes, whose_peak
+from ..zoo.describe import forward_flops
+from ..zoo.formats import thousands
+from ..zoo.generate import generate
 from .checkpoint import Checkpoints, Restored, checksums
+from .config import Experiment
 from .data import Corpus
 from .diagnosis import Spikes, first_nonfinite_module
 from .evaluation import Evaluation, evaluate, mean_loss, put_rows
 from .processes import Vote, check_equal, row_share, together
-from .report import Report, clock, plot_losses, read_rows, thousands
+from .report import Report, clock, plot_losses, read_rows
 from .run_folder import Result, check_same_run, check_writable, finished_result
 from .runtime import Stopwatch, interruptions, start_quietly
 from .sharding import layout, put_batch
 from .step import Metrics, Program, TrainState, build_program
 from .trainer import Trainer
-
-if TYPE_CHECKING:
-  from ..zoo.config import Experiment
 
 __all__ = ["NonFiniteError", "Result", "Trainer", "train"]
 
@@ -42,7 +43,7 @@ class NonFiniteError(ArithmeticError):
   """Several steps in a row had a loss or a gradient that was not finite."""
 
 
-def train(experiment: "Experiment", directory: str | Path, *, progress: bool = True) -> Result:
+def train(experiment: Experiment, directory: str | Path, *, progress: bool = True) -> Result:
   """Trains `experiment` in `directory`: starts, resumes, or finds that all is done, and says which.
 
   It leaves `config.gin`, `metrics.jsonl` (a line for every step), `tensorboard/`, `loss.png`, `sample.txt`,
@@ -108,7 +109,7 @@ class _Run:
 
   def __init__(
     self,
-    experiment: "Experiment",
+    experiment: Experiment,
     directory: Path,
     mesh: Mesh,
     program: Program,
@@ -306,8 +307,6 @@ class _Run:
   def finish(self) -> Result:
     """Evaluates, writes what is left behind, and prints a summary."""
     self.checkpoints.wait()
-    from ..zoo.machine import peak_bytes
-
     evaluation = evaluate(self.program, self.state.params, self.corpus, self.trainer.final_evaluation_batches)
     result = Result(
       directory=str(self.directory),
@@ -331,9 +330,6 @@ class _Run:
     steps, total, inside = self.step - self.first_step - 1, self.watch.total, self.watch.seconds["step"]
     if steps < 1:
       return {}
-    from ..zoo.describe import forward_flops
-    from ..zoo.machine import matmul_rate
-
     flops = 3 * forward_flops(self.experiment.model, self.data.batch_size, self.data.sequence_length) * steps / inside
     return {
       "tokens_per_second": steps * self.data.batch_size * self.data.sequence_length / total,
@@ -356,8 +352,6 @@ class _Run:
     """Writes `sample.txt`: the prompt and what the model makes of it."""
     if not self.trainer.sample_tokens or jax.process_count() > 1 or self.corpus.measure != "bits_per_byte":
       return
-    from ..zoo.generate import generate
-
     params = jax.device_put(self.state.params, jax.devices()[0])
     prompt = self.data.encode(self.trainer.sample_prompt)
     tokens = generate(
@@ -372,8 +366,6 @@ class _Run:
 
   def summarise(self, result: Result, evaluation: Evaluation) -> None:
     """Prints the last table."""
-    from ..zoo.machine import whose_peak
-
     names = ("loss.png", "sample.txt", "metrics.jsonl", "tensorboard", "checkpoints")
     left = ", ".join(name for name in names if (self.directory / name).exists())
     rows = [

@@ -95,7 +95,7 @@ def needle(model: nn.Module, params: Any, data: Any, *, factor: int = 4, example
 
 def speed(model: nn.Module, params: Any, data: Any, *, factor: int = 16) -> Probe:
   """Tokens a second of a forward pass over one sequence, a token a time as well, and bytes kept of it, over its length."""
-  from ..zoo.machine import seconds_per_call
+  from ..pallas_kernels.measure import seconds_per_call
 
   forward = jax.jit(lambda tokens: model.apply(params, tokens))
   step = jax.jit(lambda token, state: model.apply(params, token, state))

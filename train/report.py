@@ -210,15 +210,6 @@ def clock(seconds: float) -> str:
   return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def thousands(number: float) -> str:
-  """A number to three digits with k, M, G or T: 12.3k."""
-  for unit in ("", "k", "M", "G"):
-    if abs(number) < 999.5:
-      return f"{number:.3g}{unit}"
-    number /= 1000
-  return f"{number:.3g}T"
-
-
 def _mean(values: list[float]) -> float:
   """Of the finite ones."""
   finite = [value for value in values if math.isfinite(value)]

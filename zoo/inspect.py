@@ -28,11 +28,11 @@ from flax.traverse_util import flatten_dict
 from ..layers.inner_learner import InnerLearner
 from ..layers.linear_attention import LinearAttention
 from ..layers.projections import LogDecay, LogShare, Strength
+from ..layers.titans_wirings import MemoryAsContext
 from ..pallas_kernels import test_time_memory as ttm
-from ..pallas_kernels.precision import einsum
-from ..pallas_kernels.segments import Documents, documents, select_rows
+from ..pallas_kernels.documents import Documents, documents, select_rows
+from ..pallas_kernels.numerics import einsum
 from .language_model import LanguageModel
-from .titans_blocks import MemoryAsContext
 
 
 class Curves(NamedTuple):

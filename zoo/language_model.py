@@ -9,7 +9,7 @@ from flax import linen as nn
 from ..layers.axes import named
 from ..layers.norms import RMSNorm
 from ..layers.projections import INIT, dense
-from ..pallas_kernels.precision import accumulator
+from ..pallas_kernels.numerics import accumulator
 from .blocks import Block
 
 REMAT_POLICIES = {

@@ -11,13 +11,15 @@ from ..layers import (
   KimiDeltaAttention,
   LinearAttention,
   Memora,
+  MemoryAsContext,
+  MemoryAsGate,
+  MemoryAsLayer,
   MemoryLayer,
   Moneta,
   TitansMemory,
   TTTLinear,
   Yaad,
 )
-from .titans_blocks import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 
 LAYERS: dict[str, type[MemoryLayer]] = {
   "LinearAttention": LinearAttention,

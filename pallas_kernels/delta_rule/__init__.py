@@ -15,7 +15,7 @@ Common to all faces, with B batch rows, T tokens, Hk key heads, Hv = G * Hk valu
   log_decay: `None`, [B, T, Hv] or [B, T, Hv, K]; not positive. Float32 keeps what a bfloat16 sum would lose.
   scale: of the read, K ** -0.5 unless given.
   initial_state: [B, Hv, K, V], float32 (float64 where inputs are); zeros unless given.
-  segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding. See `memzoo.pallas_kernels.segments`.
+  segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding. See `memzoo.pallas_kernels.documents`.
   decay_bound: a promise that no log_decay is below this, such as -5. Speed only, for decays by channel, and wrong if broken.
   chunk_size: tokens solved at once, a power of two. Speed only.
   implementation: "auto", "recurrent" (the oracle) or "xla" (chunk-parallel); `explain` tells what "auto" means.
@@ -32,8 +32,8 @@ import jax
 import jax.numpy as jnp
 
 from ..dispatch import Choice, choose
-from ..precision import accumulator, scaled
-from ..segments import check_segment_ids, documents
+from ..documents import check_segment_ids, documents
+from ..numerics import accumulator, scaled
 from .chunked import chunked
 from .recurrent import recurrent
 

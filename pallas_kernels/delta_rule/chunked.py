@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..precision import einsum, matmul, scaled
-from ..segments import Documents
+from ..documents import Documents
+from ..numerics import einsum, matmul, scaled
 from ..triangular import unit_lower_inverse
 
 # exp() of this is 0 in every float, as is its gradient; unlike -inf, it may be multiplied by the zeros of a mask.

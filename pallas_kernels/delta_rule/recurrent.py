@@ -10,8 +10,8 @@
 import jax
 import jax.numpy as jnp
 
-from ..precision import einsum
-from ..segments import Documents
+from ..documents import Documents
+from ..numerics import einsum
 
 
 def recurrent(

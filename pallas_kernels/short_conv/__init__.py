@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..dispatch import Choice, choose
-from ..segments import check_segment_ids, documents
+from ..documents import check_segment_ids, documents
 from .recurrent import recurrent
 from .shifted import shifted
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from ..precision import accumulator
-from ..segments import Documents
+from ..documents import Documents
+from ..numerics import accumulator
 
 
 def recurrent(

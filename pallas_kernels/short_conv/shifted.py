@@ -7,8 +7,8 @@ would bring in another document.
 import jax
 import jax.numpy as jnp
 
-from ..precision import accumulator, matmul
-from ..segments import Documents
+from ..documents import Documents
+from ..numerics import accumulator, matmul
 
 
 def shifted(

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from ..dispatch import Choice, choose
-from ..precision import accumulator
-from ..segments import check_segment_ids, documents, undivided
+from ..documents import check_segment_ids, documents, undivided
+from ..numerics import accumulator
 from ..states import check_state
 from .chunked import chunked
 from .layout import lay_out

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..precision import matmul, scaled
-from ..segments import select_rows
+from ..documents import select_rows
+from ..numerics import matmul, scaled
 from ..triangular import unit_lower_inverse
 from .layout import Layout
 from .spec import Carry, Gates, Slow, Spec, Weights, forward, length, running_average, shortened

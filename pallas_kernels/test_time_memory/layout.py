@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..segments import Documents, positions, select_rows, undivided
+from ..documents import Documents, positions, select_rows, undivided
 
 
 class Layout(NamedTuple):

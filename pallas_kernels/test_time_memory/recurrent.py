@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..segments import Documents
+from ..documents import Documents
 from .spec import Carry, Gates, Slow, Spec, forward, length, running_average, shortened
 
 

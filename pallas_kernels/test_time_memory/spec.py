@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..precision import matmul
+from ..numerics import matmul
 
 Weights = dict[str, jax.Array]
 Linear = Callable[[str, jax.Array], jax.Array]

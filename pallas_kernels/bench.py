@@ -4,7 +4,7 @@ The oracle is the paper's recurrence, token by token. The floor is the time that
 alone would take at the rate of a large product (three times that for the gradient). All that is compared, the large
 product too, is measured in one process, in turns, warm, and the median is kept: a busy machine disturbs all alike.
 
-    python -m memzoo.zoo.bench --peak-memory gated_delta_rule 65536
+    python -m memzoo.pallas_kernels.bench --peak-memory gated_delta_rule 65536
 """
 
 import dataclasses
@@ -24,10 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..pallas_kernels import delta_rule, short_conv
-from ..pallas_kernels import test_time_memory as ttm
-from .describe import count_flops
-from .machine import large_product, peak_bytes, seconds_per_call
+from . import delta_rule, short_conv
+from . import test_time_memory as ttm
+from .measure import count_flops, large_product, peak_bytes, seconds_per_call, take_turns
 
 DIRECTIONS = ("forward", "gradient")
 LONG = (4096, 65536)  # lengths between which the time per token should not change
@@ -245,28 +244,6 @@ def _time(operation: str, direction: str, shape: Shape, seconds: float) -> Timin
   flops = count_flops(function(operation, "forward", "xla"), *inputs) * (1 if direction == "forward" else 3)
   compile_seconds = {name: compile_seconds for name, (_, compile_seconds) in compiled.items()}
   return Timing(operation, direction, times, compile_seconds, rate, flops / rate)
-
-
-def take_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-  """Times in seconds of every call, warm. The slow ones get fewer turns: as many as fit, three at least."""
-  times: dict[str, list[float]] = {name: [] for name in calls}
-  for call in calls.values():
-    jax.block_until_ready(call())
-  began = time.perf_counter()
-  while min(map(len, times.values())) < 3 or time.perf_counter() - began < seconds:
-    for name, call in calls.items():
-      for _ in range(_turns(times, name)):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times[name].append(time.perf_counter() - start)
-  return times
-
-
-def _turns(times: dict[str, list[float]], name: str) -> int:
-  """How often to call one before the next gets its turn: the quickest up to ten times as often as the slowest."""
-  if not all(times.values()):
-    return 1
-  return max(1, min(10, int(max(map(min, times.values())) / min(times[name]))))
 
 
 def _time_long(operation: str, shape: Shape, seconds: float) -> LongTiming:

@@ -106,12 +106,12 @@ def train(
 
   [bold]memzoo train quickstart --set TextData.sources=~/books --steps 5000 --out runs/books[/bold]
   """
-  from ..train.processes import join
+  from .processes import join
 
   join(coordinator, processes, process, detect=distributed)
   _start()
-  from ..train.loop import train as train_experiment
   from .config import build
+  from .loop import train as train_experiment
 
   experiment = build(config, [*(overrides or ()), *([f"Trainer.steps={steps}"] if steps is not None else [])])
   result = train_experiment(experiment, out or Path("runs") / experiment.name)
@@ -140,7 +140,7 @@ def evaluate(
   if task is not None:
     _probe(run, task, best)
     return
-  from ..train.evaluation import evaluate_run
+  from .evaluation import evaluate_run
 
   evaluation, step = evaluate_run(run, batches=batches, best=best)
   unit = evaluation.measure.replace("_", " ")
@@ -150,7 +150,7 @@ def evaluate(
 
 
 def _probe(run: Path, task: str, best: bool) -> None:
-  from ..train.probes import draw, probe, table
+  from .probes import draw, probe, table
 
   found, step = probe(task, run, best=best)
   _console().print(table(found))
@@ -181,8 +181,8 @@ def generate(
   _start()
   import time
 
-  from ..train.evaluation import load_run
-  from .generate import as_text, stream
+  from ..zoo.generate import as_text, stream
+  from .evaluation import load_run
 
   experiment, params, _ = load_run(run, best=best)
   options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
@@ -215,7 +215,7 @@ def tokenizer(
 
   [bold]memzoo train quickstart --set TextData.tokenizer=tokenizer.json --set LanguageModel.vocab_size=4096[/bold]
   """
-  from ..train.sources import train_tokenizer
+  from .sources import train_tokenizer
 
   count = train_tokenizer(sources, vocab_size, out, text_field)
   print(f"Wrote {out}: {count:,} tokens. Train with --set TextData.tokenizer={out} --set LanguageModel.vocab_size={count}")
@@ -237,9 +237,9 @@ def describe(
   [bold]memzoo describe quickstart --set TextData.batch_size=64 --peak[/bold]
   """
   _start()
+  from ..zoo.describe import describe as describe_model
   from .config import build
-  from .describe import describe as describe_model
-  from .describe import predicted_peak, render
+  from .experiment_report import predicted_peak, render
 
   experiment, console = build(config, overrides or ()), _console()
   predicted = None
@@ -260,10 +260,10 @@ def list_() -> None:
   from rich.table import Table
   from rich.text import Text
 
-  from ..train.tasks import TASKS
+  from ..zoo.describe import summary
+  from ..zoo.registry import LAYERS
   from .config import shipped
-  from .describe import summary
-  from .registry import LAYERS
+  from .tasks import TASKS
 
   table = Table.grid(padding=(0, 2))
   for name, layer in LAYERS.items():
@@ -307,9 +307,9 @@ def compare(
   _start()
   from rich.live import Live
 
-  from ..train.compare import Budget, enter
-  from ..train.compare import compare as run
-  from ..train.compare_report import Board, draw, markdown
+  from .compare import Budget, enter
+  from .compare import compare as run
+  from .compare_report import Board, draw, markdown
 
   rates = _numbers("--learning-rates", learning_rates, float)
   budget = Budget(tuple(rates), seeds, steps, batch_size, stop_at)
@@ -367,8 +367,8 @@ def bench(
   [bold]memzoo bench test_time_mlp --width 512 --forward[/bold]
   """
   _start(cache=False)  # so that the compile times are true
-  from .bench import DIRECTIONS, Shape
-  from .bench import bench as measure
+  from ..pallas_kernels.bench import DIRECTIONS, Shape
+  from ..pallas_kernels.bench import bench as measure
   from .bench_report import draw, tables
 
   console = _console()
@@ -388,7 +388,7 @@ def _start(cache: bool = True) -> None:
   """Brings JAX up quietly; compiled programs are kept for the next time."""
   import jax
 
-  from ..train.runtime import start_quietly
+  from .runtime import start_quietly
 
   start_quietly()
   warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..layers.attention import Attention, CacheState, rotate, softmax_attention
-from ..layers.memory_layer import silence_padding
-from ..layers.norms import RMSNorm, l2_normalise
-from ..layers.projections import dense
-from ..layers.titans import TitansMemory, TitansState
 from ..pallas_kernels import test_time_memory as ttm
-from ..pallas_kernels.segments import documents, select_rows
+from ..pallas_kernels.documents import documents, select_rows
 from ..pallas_kernels.test_time_memory.layout import Layout, lay_out
+from .attention import Attention, CacheState, rotate, softmax_attention
+from .memory_layer import silence_padding
+from .norms import RMSNorm, l2_normalise
+from .projections import dense
+from .titans import TitansMemory, TitansState
 
 
 class BesideState(NamedTuple):

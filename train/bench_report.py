@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.table import Table
 
-from .bench import DIRECTIONS, HALF_AS_WIDE, LONG, Report, Timing
+from ..pallas_kernels.bench import DIRECTIONS, HALF_AS_WIDE, LONG, Report, Timing
 
 _BASELINE = "recurrent"
 _COLOURS = {"recurrent": "#b0b0b0", "xla": "#2f6db5"}

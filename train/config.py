@@ -28,16 +28,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from gin import config_parser
 
+from ..zoo.language_model import LanguageModel, VectorModel
+from ..zoo.registry import LAYERS
+from .data import TextData
+from .optimizer import Optimizer
+from .sharding import MeshShape
+from .tasks import TASKS, TaskData
+from .trainer import Trainer
 from .values import Mismatch, convert, did_you_mean, to_dtype
 
 _PACKAGE = __package__.rpartition(".")[0]
-# Named and not imported: `train` stands beside this package, and the two meet only when an experiment is built.
-_RUN = {
-  "data": ("data", "TextData"),
-  "optimizer": ("optimizer", "Optimizer"),
-  "mesh": ("sharding", "MeshShape"),
-  "trainer": ("trainer", "Trainer"),
-}
+_RUN = {"data": "TextData", "optimizer": "Optimizer", "mesh": "MeshShape", "trainer": "Trainer"}
 _INSTEAD = {"LanguageModel": "VectorModel", "TextData": "TaskData"}  # where a configuration says anything of the second
 
 
@@ -296,7 +297,7 @@ class _Builder:
 
 def _build(bindings: _Bindings, name: str) -> Experiment:
   builder = _Builder(bindings)
-  parts = {"model": "LanguageModel"} | {part: name for part, (_, name) in _RUN.items()}
+  parts = {"model": "LanguageModel"} | _RUN
   for part, usual in parts.items():
     parts[part] = _INSTEAD[usual] if ("", _INSTEAD.get(usual)) in bindings.values else usual
   made = {part: builder.make(_Reference("", class_name), name) for part, class_name in parts.items()}
@@ -305,13 +306,9 @@ def _build(bindings: _Bindings, name: str) -> Experiment:
 
 
 def _configurables() -> dict[str, type]:
-  from .language_model import LanguageModel, VectorModel
-  from .registry import LAYERS
-
-  run = {name: getattr(import_module(f"{_PACKAGE}.train.{module}"), name) for module, name in _RUN.values()}
-  tasks = import_module(f"{_PACKAGE}.train.tasks")
+  run = {cls.__name__: cls for cls in (TextData, TaskData, Optimizer, MeshShape, Trainer)}
   models = {"LanguageModel": LanguageModel, "VectorModel": VectorModel}
-  return models | LAYERS | run | {"TaskData": tasks.TaskData} | {task.__name__: task for task in tasks.TASKS.values()}
+  return models | LAYERS | run | {task.__name__: task for task in TASKS.values()}
 
 
 def _parse(text: str, name: str) -> list[Any]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from memzoo.pallas_kernels.segments import check_segment_ids, documents, positions
+from memzoo.pallas_kernels.documents import check_segment_ids, documents, positions
 
 BATCH, TOKENS = 3, 12  # one shape, so that nothing compiles twice
 few_examples = settings(max_examples=60, deadline=None, derandomize=True)

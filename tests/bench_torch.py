@@ -1,6 +1,6 @@
 """The gated delta rule beside PyTorch's: the chunked fallback that Qwen3-Next runs where it has no kernel of its own.
 
-    python -m memzoo.zoo.bench_torch [--length 2048] [--json FILE]
+    python -m tests/bench_torch.py [--length 2048] [--json FILE]
 
 Needs `torch` and `transformers`, which memzoo itself does not. Both sides get the same float32 inputs and the same
 number of threads, take turns in one process, and must agree before they are timed. The quickest call counts, as well as
@@ -17,8 +17,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from .bench import DIRECTIONS, Shape, compile_pass, make_inputs, take_turns
+from memzoo.pallas_kernels.bench import DIRECTIONS, Shape, compile_pass, make_inputs
+from memzoo.pallas_kernels.measure import take_turns
 
 _OPERATION = "gated_delta_rule"
 

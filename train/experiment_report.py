@@ -1,0 +1,122 @@
+"""An experiment for the screen: its model, its run, and the memory that a training step will need."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from ..zoo.describe import Description, parts_table
+from ..zoo.formats import binary, thousands
+from .sharding import MeshShape
+from .step import build_program
+
+
+class Peak(NamedTuple):
+  """Bytes that each device is predicted to hold at the peak of a training step.
+
+  Attributes:
+    state: parameters, moments and counters.
+    batch: a device's share of it.
+    temporaries: all else: activations, gradients, what of the results does not take the place of the state, and code.
+    backend: that the step was compiled for.
+  """
+
+  state: int
+  batch: int
+  temporaries: int
+  backend: str
+
+  @property
+  def total(self) -> int:
+    return self.state + self.batch + self.temporaries
+
+
+def predicted_peak(experiment: Any) -> Peak:
+  """Compiles an experiment's training step for this machine, and reads off what it will need. Nothing is allocated.
+
+  What the process holds beside a step is not in it: Python, the text, the evaluation, other programs.
+
+  Raises:
+    ValueError: if the experiment cannot be run on any mesh of this machine.
+  """
+  program, _, _ = _laid_out(experiment)
+  batch = abstract_batch(experiment.data, program.batch_sharding)
+  found = program.train.lower(program.abstract_state, batch).compile().memory_analysis()
+  results = found.output_size_in_bytes - found.alias_size_in_bytes
+  whole = found.argument_size_in_bytes + results + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+  held, given = bytes_on_a_device(program.abstract_state), bytes_on_a_device(batch)
+  return Peak(held, given, whole - held - given, jax.default_backend())
+
+
+def bytes_on_a_device(tree: Any) -> int:
+  """Bytes that one device holds of `tree`: arrays, or their shapes with shardings."""
+  leaves = jax.tree.leaves(tree)
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def abstract_batch(data: Any, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
+  """A batch of a `TextData` or a `TaskData`, without its numbers."""
+  if not hasattr(data, "sources"):
+    batch = jax.eval_shape(data.load().batch_on_device, jax.ShapeDtypeStruct((), jnp.uint32))
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in batch.items()}
+  types = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
+  shape = (data.batch_size, data.sequence_length)
+  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
+
+
+def _laid_out(experiment: Any) -> tuple[Any, int, str]:
+  """A run's `Program` here, the number of its devices, and a remark: one device, where the mesh does not fit them."""
+  def on(shape: MeshShape) -> tuple[Any, int]:
+    mesh, data = shape.build(), experiment.data
+    options = {"steps": experiment.trainer.steps, "batch_size": data.batch_size, "tokens": data.one_token}
+    return build_program(experiment.model, experiment.optimizer, mesh, **options), mesh.size
+
+  try:
+    return *on(experiment.mesh), ""
+  except ValueError:
+    return *on(MeshShape(data=1)), f" alone: {experiment.mesh} does not fit the {jax.device_count()} here"
+
+
+def render(experiment: Any, description: Description, peak: Peak | None = None) -> list[Any]:
+  """An experiment for the screen: rich tables of its model's parts, and of the run that it would be."""
+  return [parts_table(experiment.name, description), _facts_table(experiment, description, peak)]
+
+
+def _facts_table(experiment: Any, description: Description, peak: Peak | None) -> Table:
+  model, data, optimizer, trainer = experiment.model, experiment.data, experiment.optimizer, experiment.trainer
+  state = ", ".join(f"{size / 1024:,.1f} KiB in {kind}" for kind, size in description.state_bytes_by_kind().items())
+  tokens = data.batch_size * data.sequence_length
+  work = 3 * description.flops * tokens * trainer.steps
+  table = Table.grid(padding=(0, 2))
+  facts = {
+    "model": f"width {model.width}, depth {model.depth}, {model.vocab_size} tokens, {jnp.dtype(model.dtype).name}",
+    "state": f"{state}, for a sequence while generating",
+    "data": f"{data.source}, {data.batch_size} x {data.sequence_length} a step",
+    "optimiser": (
+      f"AdamW, rate {optimizer.learning_rate:g} after {optimizer.warmup_steps} steps, cosine to "
+      f"{optimizer.learning_rate * optimizer.final_fraction:g}, decay {optimizer.weight_decay:g}"
+    ),
+    "memory": _memory(experiment),
+    "run": f"{trainer.steps:,} steps, {thousands(tokens * trainer.steps)} tokens, {thousands(work)}FLOPs in matrix products",
+  }
+  if peak:
+    facts["peak"] = (
+      f"{binary(peak.total)} a device in a training step, as compiled for {peak.backend}: {binary(peak.state)} of state, "
+      f"{binary(peak.batch)} of batch, {binary(peak.temporaries)} of temporaries"
+    )
+  for name, fact in facts.items():
+    table.add_row(name, fact)
+  return table
+
+
+def _memory(experiment: Any) -> str:
+  program, devices, remark = _laid_out(experiment)
+  state = program.abstract_state
+  params, optimizer = bytes_on_a_device(state.params), bytes_on_a_device(state.opt_state)
+  moments = "moments" if experiment.optimizer.accumulate_steps == 1 else "moments and accumulated gradients"
+  where = f"each of {devices} devices" if devices > 1 else f"one device{remark}"
+  return f"{binary(params)} of parameters, {binary(optimizer)} of {moments}, on {where}"
+
+
