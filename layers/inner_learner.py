@@ -30,7 +30,7 @@ class InnerLearner(MemoryLayer, kw_only=True):
 
   def learn(
     self,
-    slow: ttm.Slow,
+    initial: ttm.InitialWeights,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -42,7 +42,7 @@ class InnerLearner(MemoryLayer, kw_only=True):
     """Reads and writes every token; arguments as of `run`. `memzoo.zoo.inspect` listens here."""
     return ttm.run(
       self.spec,
-      slow,
+      initial,
       q,
       k,
       v,

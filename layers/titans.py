@@ -162,17 +162,17 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
-    y, state = self.remember(x, state, segment_ids, self.persistent(x.shape[-1]), fresh)
+    y, state = self.update_and_read(x, state, segment_ids, self.persistent(x.shape[-1]), fresh)
     return silence_padding(y, segment_ids), state
 
-  def remember(
+  def update_and_read(
     self, x: jax.Array, state: TitansState, segment_ids: jax.Array | None, persistent: jax.Array | None, fresh: bool
   ) -> tuple[jax.Array, TitansState]:
     """The whole layer, but for the checks: x [B, T, D] to (y [B, T, D], state). `fresh` says that `state` is."""
     projections = self.projections()
-    slow = self.beginning(projections, persistent)
-    operands, tails = self.see(projections, x, state[1:], segment_ids)
-    learned = self.learn(slow, *operands, None if fresh else state.memory, segment_ids)
+    initial = self.initial_weights(projections, persistent)
+    operands, tails = self.project(projections, x, state[1:], segment_ids)
+    learned = self.learn(initial, *operands, None if fresh else state.memory, segment_ids)
     return self.read_out(x, learned.y), TitansState(learned.state, *tails)
 
   def projections(self) -> Projections:
@@ -197,7 +197,7 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
 
     return Projections(*streams, gates)
 
-  def see(
+  def project(
     self, projections: Projections, x: jax.Array, tails: tuple[jax.Array, ...], segment_ids: jax.Array | None
   ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, ttm.Gates], list[jax.Array]]:
     """(q, k, v [B, T, H, d], gates) of x [B, T, D], and the next tails."""
@@ -216,7 +216,7 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     shape = self.persistent_tokens, width
     return self.param("persistent", named(INIT, None, "embed"), shape, self.param_dtype).astype(self.activation_dtype())
 
-  def beginning(self, projections: Projections, persistent: jax.Array | None) -> ttm.Slow:
+  def initial_weights(self, projections: Projections, persistent: jax.Array | None) -> ttm.InitialWeights:
     """What a document begins with: learned weights that have read the persistent tokens [N, D], if any."""
     spec = self.spec
     axes = "heads", None, None
@@ -231,14 +231,14 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
         self.param("memory_norm_scale", named(nn.initializers.ones, *axes), shape, self.param_dtype),
         self.param("memory_norm_bias", named(nn.initializers.zeros, *axes), shape, self.param_dtype),
       )
-    slow = ttm.Slow(weights, norm=norm)
+    initial = ttm.InitialWeights(weights, norm=norm)
     if persistent is None:
-      return slow
-    operands, _ = self.see(projections, persistent[None], (self.tail(1, self.channels),) * 3, None)
-    memory = ttm.run(spec, slow, *operands, implementation=self.implementation).state
+      return initial
+    operands, _ = self.project(projections, persistent[None], (self.tail(1, self.channels),) * 3, None)
+    memory = ttm.run(spec, initial, *operands, implementation=self.implementation).state
     wide = accumulator(*jax.tree.leaves(memory.weights))
-    learned = {name: w.astype(wide) + memory.weights[name][0] for name, w in slow.weights.items()}
-    return slow._replace(weights=learned, momentum=memory.momentum and {name: s[0] for name, s in memory.momentum.items()})
+    learned = {name: w.astype(wide) + memory.weights[name][0] for name, w in initial.weights.items()}
+    return initial._replace(weights=learned, momentum=memory.momentum and {name: s[0] for name, s in memory.momentum.items()})
 
 
 # The mean square of what an activation makes of a variance of one.

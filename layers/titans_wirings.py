@@ -75,7 +75,7 @@ class MemoryAsGate(TitansMemory, kw_only=True):
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
     persistent = self.persistent(x.shape[-1])
-    m, memory = self.remember(x, state.memory, segment_ids, persistent, fresh)
+    m, memory = self.update_and_read(x, state.memory, segment_ids, persistent, fresh)
     y, cache = self._attend(x, m, state.cache, segment_ids, persistent, fresh)
     return silence_padding(y, segment_ids), BesideState(memory, cache)
 
@@ -132,8 +132,8 @@ class MemoryAsContext(TitansMemory, kw_only=True):
 
       h = M_{i-1}(S W_q)    y = S + attention([P; h; S])    M_i = M_{i-1} trained on y    o = silu(norm(y)) * silu(norm(M(y)))
 
-  for the segments S of a document; attention does not reach beyond its own. Causal: token t attends to what the memory said
-  to tokens up to t, and is read for M as it is after t.
+  for the segments S of a document; attention does not reach beyond its own. Causal: token t attends to what was retrieved for
+  tokens up to t, and M is read as it is after t.
 
   Attributes:
     segment: tokens in a segment. The memory's chunks, counted from the document's first token, may be shorter or longer.
@@ -166,10 +166,10 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     x = x.astype(self.activation_dtype(x))
     state = _at_least_as_wide(state, x.dtype)
     layout = self.layout(x.shape[:2], None if fresh else state.count, segment_ids)
-    persistent, slow = self.persistent(x.shape[-1]), self.beginning(None, None)
+    persistent, initial = self.persistent(x.shape[-1]), self.initial_weights(None, None)
 
     def step(module, state, segment):
-      return module.read_segment(slow, persistent, state, *segment)
+      return module.read_segment(initial, persistent, state, *segment)
 
     # Of a segment, the backward pass keeps what went in. What is sown within comes out by segments.
     scan = nn.scan(
@@ -192,7 +192,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
 
   def read_segment(
     self,
-    slow: ttm.Slow,
+    initial: ttm.InitialWeights,
     persistent: jax.Array | None,
     state: ContextState,
     x: jax.Array,
@@ -207,19 +207,21 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     projections = self.projections()
 
     q, context_tail = projections.query(x, state.context_tail, ids)
-    said = ttm.read(self.spec, slow, state.context, l2_normalise(self.split(q)))
-    said = RMSNorm(self.norm_epsilon, self.param_dtype, axis=None, name="context_norm")(said.astype(x.dtype))
-    said = dense(x.shape[-1], ("heads", "embed"), name="context", **self.types)(said.reshape(*x.shape[:2], -1))
+    retrieved = ttm.read(self.spec, initial, state.context, l2_normalise(self.split(q)))
+    retrieved = RMSNorm(self.norm_epsilon, self.param_dtype, axis=None, name="context_norm")(retrieved.astype(x.dtype))
+    retrieved = dense(x.shape[-1], ("heads", "embed"), name="context", **self.types)(retrieved.reshape(*x.shape[:2], -1))
 
-    attended, keys, values = self._attend(x, said, persistent, state, is_token, position)
+    attended, keys, values = self._attend(x, retrieved, persistent, state, is_token, position)
     y = x + attended
-    operands, tails = self.see(projections, y, (state.query_tail, state.key_tail, state.value_tail), ids)
-    learned = self.learn(slow, *operands, state.memory, ids, max_documents=1)
+    operands, tails = self.project(projections, y, (state.query_tail, state.key_tail, state.value_tail), ids)
+    learned = self.learn(initial, *operands, state.memory, ids, max_documents=1)
     context = select_rows(still_open, state.context, learned.state.weights)
     state = ContextState(learned.state, context, context_tail, *tails, keys, values, state.count)
     return state, _product(self, y, self.read_out(y, learned.y))
 
-  def _attend(self, x, said, persistent, state: ContextState, is_token, position) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def _attend(
+    self, x, retrieved, persistent, state: ContextState, is_token, position
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention of a segment [B, C, D] to itself, to its context and to the persistent tokens; and the caches after it."""
     batch, tokens = x.shape[:2]
 
@@ -230,14 +232,14 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     query, key, value = project("query"), project("key"), project("value")
     row, slot = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.where(is_token, position, self.segment)
 
-    def write(cache, said, own):
+    def write(cache, retrieved, own):
       """The tokens of this call in their places; what is no token is dropped, one past the end."""
-      both = jnp.stack([said, own], axis=2).astype(cache.dtype)
+      both = jnp.stack([retrieved, own], axis=2).astype(cache.dtype)
       return cache.at[row, :, slot].set(both, mode="drop")
 
     q = rotate(query(x), position, self.rope_base)
-    keys = write(state.keys, *(rotate(key(a), position, self.rope_base) for a in (said, x)))
-    values = write(state.values, value(said), value(x))
+    keys = write(state.keys, *(rotate(key(a), position, self.rope_base) for a in (retrieved, x)))
+    values = write(state.values, value(retrieved), value(x))
     seen = jnp.arange(self.segment, dtype=jnp.int32)[None, None] <= position[..., None]
     mask = jnp.concatenate([seen, seen], axis=2)
     k, v = (a.reshape(batch, -1, *a.shape[3:]) for a in (keys, values))

@@ -111,13 +111,13 @@ class TTTLinear(InnerLearner, kw_only=True):
     place = positions(docs, state.memory.count) % self.chunk_size
     q, k = (rotate(a, place, self.rope_base) for a in (q, k))
     step = Strength(self.num_heads, self.max_step / self.head_dim, 0.0, self.param_dtype, name="eta")(x)
-    learned = self.learn(self.beginning(), q, k, v, ttm.Gates(step), None if fresh else state.memory, segment_ids)
+    learned = self.learn(self.initial_weights(), q, k, v, ttm.Gates(step), None if fresh else state.memory, segment_ids)
     out = learned.y.reshape(*x.shape[:2], channels)
     out = LayerNorm(self.norm_epsilon, self.param_dtype, axis="heads", name="norm")(out) * nn.gelu(project("gate"))
     y = dense(x.shape[-1], ("heads", "embed"), name="output", **types)(out)
     return silence_padding(y, segment_ids), TTTState(learned.state, query_tail, key_tail)
 
-  def beginning(self) -> ttm.Slow:
+  def initial_weights(self) -> ttm.InitialWeights:
     """What a document begins with."""
 
     def param(name: str, init: Any, *shape: int) -> jax.Array:
@@ -126,7 +126,7 @@ class TTTLinear(InnerLearner, kw_only=True):
 
     weights = {name: param(f"memory_{name}", _start, *shape) for name, shape in self.spec.memory.shapes().items()}
     norm = param("memory_norm_scale", nn.initializers.ones, self.head_dim), param("memory_norm_bias", _zeros, self.head_dim)
-    return ttm.Slow(weights, norm=norm, average=param("average", _zeros, self.chunk_size))
+    return ttm.InitialWeights(weights, norm=norm, average=param("average", _zeros, self.chunk_size))
 
 
 _zeros = nn.initializers.zeros

@@ -182,8 +182,8 @@ def _test_time_memory(q, k, v, step, log_keep, log_momentum, *weights, name: str
   """Of chunks of 64 tokens, with momentum and decay."""
   memory = _MEMORIES[name](q.shape[-1], v.shape[-1])
   spec = ttm.Spec(memory, chunk_size=64, momentum=True)
-  slow = ttm.Slow(dict(zip(memory.shapes(), weights, strict=True)))
-  return ttm.run(spec, slow, q, k, v, ttm.Gates(step, log_keep, log_momentum), implementation=implementation)[:2]
+  initial = ttm.InitialWeights(dict(zip(memory.shapes(), weights, strict=True)))
+  return ttm.run(spec, initial, q, k, v, ttm.Gates(step, log_keep, log_momentum), implementation=implementation)[:2]
 
 
 # Those with a decay for every channel are told its bound, as their layers tell them.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from memzoo.pallas_kernels import test_time_memory as ttm
-from memzoo.pallas_kernels.test_time_memory import Gates, Loss, Memory, Retention, Slow, Spec
+from memzoo.pallas_kernels.test_time_memory import Gates, InitialWeights, Loss, Memory, Retention, Spec
 from tolerances import assert_close
 
 HEADS, WIDTH, BATCH = 2, 3, 2
@@ -35,7 +35,7 @@ CHOICES = {
 
 
 def problem(spec, tokens=17, seed=0, dtype=jnp.float64, decay=True):
-  """(slow, q, k, v, gates) as the layers make them: unit keys, small steps."""
+  """(initial, q, k, v, gates) as the layers make them: unit keys, small steps."""
   rng = np.random.default_rng(seed)
 
   def normal(*shape):
@@ -53,20 +53,20 @@ def problem(spec, tokens=17, seed=0, dtype=jnp.float64, decay=True):
     jnp.log(gates[2]) if spec.momentum else None,
     gates[3] if spec.loss.has_threshold else None,
   )
-  slow = Slow(
+  initial = InitialWeights(
     weights,
     {name: 0.1 * normal(*w.shape) for name, w in weights.items()} if spec.momentum else None,
     (1 + 0.1 * normal(HEADS, WIDTH), 0.1 * normal(HEADS, WIDTH)) if spec.memory.norm else None,
     0.1 * normal(HEADS, spec.chunk_size) if spec.average else None,
   )
   q, k, v = (normal(BATCH, tokens, HEADS, WIDTH) for _ in range(3))
-  return slow, unit(q), unit(k), v, gates
+  return initial, unit(q), unit(k), v, gates
 
 
 def run(spec, args, state=None, ids=None, implementation="xla"):
-  slow, q, k, v, gates = args
+  initial, q, k, v, gates = args
   options = {"initial_state": state, "segment_ids": ids, "implementation": implementation}
-  return ttm.run(spec, slow, q, k, v, gates, **options)
+  return ttm.run(spec, initial, q, k, v, gates, **options)
 
 
 def used(spec, args, seed=9):

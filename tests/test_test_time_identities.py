@@ -7,7 +7,7 @@ import pytest
 from inner_problems import BATCH, CHOICES, HEADS, MEMORIES, WIDTH, problem, run
 from memzoo.pallas_kernels import test_time_memory as ttm
 from memzoo.pallas_kernels.delta_rule import gated_delta_rule, linear_attention
-from memzoo.pallas_kernels.test_time_memory import Loss, Retention, Slow, Spec
+from memzoo.pallas_kernels.test_time_memory import InitialWeights, Loss, Retention, Spec
 from memzoo.pallas_kernels.test_time_memory.chunked import errors
 from tolerances import assert_close
 
@@ -27,9 +27,9 @@ def linear_problem(**fields):
 @IN_FLOAT64
 def test_decay_first_without_momentum_is_the_gated_delta_rule():
   spec, args = linear_problem(anchor="token", order="decay_first", chunk_size=5)
-  slow, q, k, v, gates = args
+  initial, q, k, v, gates = args
   y, state, _ = run(spec, args)
-  first = jnp.broadcast_to(slow.weights["0"], (BATCH, HEADS, WIDTH, WIDTH))
+  first = jnp.broadcast_to(initial.weights["0"], (BATCH, HEADS, WIDTH, WIDTH))
   o, last = gated_delta_rule(q, k, v, 2 * gates.step, gates.log_keep, scale=1.0, initial_state=first)
   assert_close((y, state.weights["0"] + first), (o, last))
 
@@ -39,9 +39,9 @@ def test_decay_first_without_momentum_is_the_gated_delta_rule():
 def test_gradient_first_erases_more_than_it_writes(anchor):
   """W_t = a (I - (c theta / a) k k^T) W_{t-1} + c theta k v^T: a gated delta rule of other strengths and values."""
   spec, args = linear_problem(anchor=anchor, chunk_size=1)
-  slow, q, k, v, gates = args
+  initial, q, k, v, gates = args
   y, state, _ = run(spec, args)
-  first, keep = jnp.broadcast_to(slow.weights["0"], (BATCH, HEADS, WIDTH, WIDTH)), jnp.exp(gates.log_keep)
+  first, keep = jnp.broadcast_to(initial.weights["0"], (BATCH, HEADS, WIDTH, WIDTH)), jnp.exp(gates.log_keep)
   beta, values = 2 * gates.step / keep, v * keep[..., None]
   o, last = gated_delta_rule(q, k, values, beta, gates.log_keep, scale=1.0, initial_state=first)
   assert_close((y, state.weights["0"] + first), (o, last))
@@ -60,10 +60,10 @@ def test_with_the_token_anchor_chunks_mean_nothing():
 @IN_FLOAT64
 def test_one_chunk_of_an_empty_linear_memory_is_linear_attention():
   spec = Spec(MEMORIES["linear"], Loss(scale=0.5), chunk_size=17)
-  slow, q, k, v, gates = problem(spec, decay=False)
-  slow = Slow(jax.tree.map(jnp.zeros_like, slow.weights))
+  initial, q, k, v, gates = problem(spec, decay=False)
+  initial = InitialWeights(jax.tree.map(jnp.zeros_like, initial.weights))
   o, _ = linear_attention(q, k, gates.step[..., None] * v, scale=1.0)
-  assert_close(run(spec, (slow, q, k, v, gates)).y, o)
+  assert_close(run(spec, (initial, q, k, v, gates)).y, o)
 
 
 def shares(gates):
@@ -88,39 +88,39 @@ def shares(gates):
 @IN_FLOAT64
 def test_with_decay_and_momentum_one_chunk_is_linear_attention_of_two_poles():
   spec = Spec(MEMORIES["linear"], Loss(scale=0.5), chunk_size=17, momentum=True)
-  slow, q, k, v, gates = problem(spec)
+  initial, q, k, v, gates = problem(spec)
   share, of_weights, of_momentum = shares(gates)
-  empty = Slow(jax.tree.map(jnp.zeros_like, slow.weights))
+  empty = InitialWeights(jax.tree.map(jnp.zeros_like, initial.weights))
   o = np.einsum("bthk,bihk,btih,bih,bihv->bthv", q, k, share, gates.step, v)
   assert_close(run(spec, (empty, q, k, v, gates)).y, o)
   # Without steps it is what decay and momentum make of the beginning, in chunks of any size.
   still = gates._replace(step=jnp.zeros_like(gates.step))
   o = sum(
     np.einsum("bthk,hkv,bth->bthv", q, matrices["0"], left)
-    for matrices, left in ((slow.weights, of_weights), (slow.momentum, of_momentum))
+    for matrices, left in ((initial.weights, of_weights), (initial.momentum, of_momentum))
   )
   for chunk_size in (3, 17):
-    assert_close(run(Spec(MEMORIES["linear"], chunk_size=chunk_size, momentum=True), (slow, q, k, v, still)).y, o)
+    assert_close(run(Spec(MEMORIES["linear"], chunk_size=chunk_size, momentum=True), (initial, q, k, v, still)).y, o)
 
 
 @IN_FLOAT64
 @pytest.mark.parametrize("memory", [*MEMORIES, "simplex"])
 def test_without_steps_and_decay_it_is_the_network_that_it_began_as(memory):
   spec = CHOICES["simplex"] if memory == "simplex" else Spec(MEMORIES[memory], chunk_size=4, momentum=True)
-  slow, q, k, v, gates = problem(spec, decay=False)
-  slow, gates = slow._replace(momentum=None), gates._replace(step=jnp.zeros_like(gates.step))
-  y, state, _ = run(spec, (slow, q, k, v, gates))
-  assert_close(y, ttm.read(spec, slow, state.weights, q))
+  initial, q, k, v, gates = problem(spec, decay=False)
+  initial, gates = initial._replace(momentum=None), gates._replace(step=jnp.zeros_like(gates.step))
+  y, state, _ = run(spec, (initial, q, k, v, gates))
+  assert_close(y, ttm.read(spec, initial, state.weights, q))
   assert not any(np.any(x) for x in jax.tree.leaves(state[:3]))
 
 
 @IN_FLOAT64
 def test_the_order_within_a_chunk_means_nothing_without_decay_and_momentum():
   spec = Spec(MEMORIES["mlp"], chunk_size=17, read="chunk_start")
-  slow, *tokens = problem(spec, decay=False)
+  initial, *tokens = problem(spec, decay=False)
   order = np.random.default_rng(0).permutation(17)
-  shuffled = run(spec, (slow, *jax.tree.map(lambda x: x[:, order], tokens)))
-  plain = run(spec, (slow, *tokens))
+  shuffled = run(spec, (initial, *jax.tree.map(lambda x: x[:, order], tokens)))
+  plain = run(spec, (initial, *tokens))
   assert_close((shuffled.y, shuffled.state), (plain.y[:, order], plain.state))
 
 
@@ -131,9 +131,9 @@ def test_the_order_within_a_chunk_means_nothing_without_decay_and_momentum():
 @pytest.mark.parametrize("memory", ["mlp", "norm", "swiglu"])
 def test_factors_of_the_gradient_have_their_closed_form(memory):
   spec = Spec(MEMORIES[memory])
-  slow, _, k, v, _ = problem(spec)
-  w = {name: x[0] for name, x in slow.weights.items()}
-  norm, k, v = None if slow.norm is None else [a[0:1] for a in slow.norm], k[0, :, 0], v[0, :, 0]
+  initial, _, k, v, _ = problem(spec)
+  w = {name: x[0] for name, x in initial.weights.items()}
+  norm, k, v = None if initial.norm is None else [a[0:1] for a in initial.norm], k[0, :, 0], v[0, :, 0]
   x, delta, loss = errors(spec, w, norm and [a[0] for a in norm], k, v, None)
   if memory == "swiglu":
     gate, up = k @ w["gate"], k @ w["up"]
@@ -207,9 +207,9 @@ def test_views_and_their_starts(shape):
 @IN_FLOAT64
 def test_moneta_of_twos_and_yaad_of_no_threshold_are_plain_descent():
   plain = Spec(MEMORIES["norm"], chunk_size=4)
-  slow, q, k, v, gates = problem(plain)
-  expected = run(plain, (slow, q, k, v, gates))
+  initial, q, k, v, gates = problem(plain)
+  expected = run(plain, (initial, q, k, v, gates))
   norm = Spec(MEMORIES["norm"], retention=Retention("norm", norm=2.0), chunk_size=4)
-  assert_close(run(norm, (slow, q, k, v, gates)), expected)
+  assert_close(run(norm, (initial, q, k, v, gates)), expected)
   mixture = Spec(MEMORIES["norm"], Loss("mixture"), chunk_size=4)
-  assert_close(run(mixture, (slow, q, k, v, gates._replace(threshold=jnp.full_like(gates.step, 1e9)))), expected)
+  assert_close(run(mixture, (initial, q, k, v, gates._replace(threshold=jnp.full_like(gates.step, 1e9)))), expected)

@@ -18,7 +18,7 @@ from inner_problems import (
   values_and_gradients,
 )
 from memzoo.pallas_kernels import test_time_memory as ttm
-from memzoo.pallas_kernels.test_time_memory import Gates, Loss, Memory, Retention, Slow, Spec
+from memzoo.pallas_kernels.test_time_memory import Gates, InitialWeights, Loss, Memory, Retention, Spec
 from tolerances import assert_close, assert_finite
 
 pytestmark = pytest.mark.slow
@@ -82,11 +82,12 @@ def test_any_split_is_one_pass(choice):
 def test_causality_and_independence_of_rows_and_heads(read):
   spec = Spec(MEMORIES["mlp"], chunk_size=4, momentum=True, read=read)
   args = problem(spec)
-  slow, q, k, v, gates = args
+  initial, q, k, v, gates = args
   y = run(spec, args).y
   other = problem(spec, seed=1)[1:]
   for t, row, head in ((0, 0, 0), (6, 1, 1), (16, 0, 1)):
-    changed = run(spec, (slow, *jax.tree.map(lambda a, b, at=(row, t, head): a.at[at].set(b[at]), (q, k, v, gates), other))).y
+    tokens = jax.tree.map(lambda a, b, at=(row, t, head): a.at[at].set(b[at]), (q, k, v, gates), other)
+    changed = run(spec, (initial, *tokens)).y
     assert_close(changed[row, :t], y[row, :t])
     assert_close(changed[1 - row], y[1 - row])
     assert_close(changed[:, :, 1 - head], y[:, :, 1 - head])
@@ -108,13 +109,13 @@ def test_gates_may_be_shut_and_wide_open(value):
 @IN_FLOAT64
 def test_a_row_with_more_documents_than_there_is_room_for_is_nan_and_no_other():
   spec = Spec(MEMORIES["mlp"], chunk_size=16)
-  slow, q, k, v, gates = problem(spec)
+  initial, q, k, v, gates = problem(spec)
   ids = jnp.asarray(np.stack([np.arange(1, 18), np.ones(17)]).astype(np.int32))
-  y, state, loss = ttm.run(spec, slow, q, k, v, gates, segment_ids=ids, max_documents=2)
+  y, state, loss = ttm.run(spec, initial, q, k, v, gates, segment_ids=ids, max_documents=2)
   assert all(np.all(np.isnan(a[0])) for a in (y, loss, state.weights["0"]))
   assert_finite((y[1], loss[1], jax.tree.map(lambda x: x[1], state)))
-  enough = ttm.run(spec, slow, q, k, v, gates, segment_ids=ids, max_documents=17)
-  assert_close(enough, run(spec, (slow, q, k, v, gates), ids=ids, implementation="recurrent"))
+  enough = ttm.run(spec, initial, q, k, v, gates, segment_ids=ids, max_documents=17)
+  assert_close(enough, run(spec, (initial, q, k, v, gates), ids=ids, implementation="recurrent"))
 
 
 @IN_FLOAT64
@@ -140,10 +141,10 @@ def test_equal_keys_converge_below_the_bound_of_the_step_and_diverge_above():
   chunk, chunks = 16, 40
   spec = Spec(Memory(4, 4, depth=1, residual=False), chunk_size=chunk)
   k = jnp.broadcast_to(jnp.asarray([1.0, 0, 0, 0], jnp.float32), (1, chunk * chunks, 1, 4))
-  v, slow = jnp.ones_like(k), Slow({"0": jnp.zeros((1, 4, 4))})
+  v, initial = jnp.ones_like(k), InitialWeights({"0": jnp.zeros((1, 4, 4))})
   for share in (0.95, 1.05):
     step = jnp.full(k.shape[:3], share / chunk, jnp.float32)
-    loss = run(spec, (slow, k, k, v, Gates(step))).loss[0, ::chunk, 0]
+    loss = run(spec, (initial, k, k, v, Gates(step))).loss[0, ::chunk, 0]
     ratio = abs(1 - 2 * share)
     assert_close(loss, 4 * ratio ** (2 * jnp.arange(chunks, dtype=jnp.float32)), jnp.float32)
     assert (loss[-1] < loss[0]) == (share < 1)
@@ -152,45 +153,45 @@ def test_equal_keys_converge_below_the_bound_of_the_step_and_diverge_above():
 def test_deep_memories_stay_finite_over_a_long_hostile_text():
   spec = Spec(Memory(8, 8, depth=4), chunk_size=64, momentum=True, clip=1.0)
   key = jax.random.key(0)
-  slow = Slow({n: jax.random.normal(key, (1, *s)) * s[0] ** -0.5 for n, s in spec.memory.shapes().items()})
+  initial = InitialWeights({n: jax.random.normal(key, (1, *s)) * s[0] ** -0.5 for n, s in spec.memory.shapes().items()})
   noise = 0.01 * jax.random.normal(key, (1, 4096, 1, 8))
   k = jnp.ones((1, 4096, 1, 8)) / 8**0.5 + noise
   v = 100 * jnp.sign(noise)
   ones = jnp.ones((1, 4096, 1))
   for step in (1e-3, 0.1, 10.0):  # the last of them far beyond what converges
     gates = Gates(step * ones, -0.01 * ones, -0.1 * ones)
-    assert_finite(run(spec, (slow, k, k, v, gates)))
+    assert_finite(run(spec, (initial, k, k, v, gates)))
     if step <= 0.1:
-      assert_finite(values_and_gradients(spec, (slow, k, k, v, gates), None, None, "xla"))
+      assert_finite(values_and_gradients(spec, (initial, k, k, v, gates), None, None, "xla"))
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_bfloat16_goes_in_and_float32_is_kept(memory):
   spec = Spec(MEMORIES[memory], chunk_size=4, momentum=True)
-  slow, q, k, v, gates = problem(spec, dtype=jnp.float32)
+  initial, q, k, v, gates = problem(spec, dtype=jnp.float32)
   narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-  result = run(spec, (slow, *narrow, gates))
+  result = run(spec, (initial, *narrow, gates))
   assert result.y.dtype == jnp.bfloat16
   assert {x.dtype.name for x in jax.tree.leaves((result.state, result.loss))} == {"float32", "int32"}
-  wide = run(spec, (slow, *(x.astype(jnp.float32) for x in narrow), gates))
+  wide = run(spec, (initial, *(x.astype(jnp.float32) for x in narrow), gates))
   assert_close(result.y, wide.y, jnp.bfloat16)
   assert_close(result.state, wide.state, jnp.float32)
 
 
 def test_mistakes_are_named():
   spec = Spec(MEMORIES["mlp"], chunk_size=4, momentum=True)
-  args = slow, q, k, v, gates = problem(spec, dtype=jnp.float32)
+  args = initial, q, k, v, gates = problem(spec, dtype=jnp.float32)
   wrong = {
-    r"q has shape \[2, 17, 2\]; want": (slow, q[..., 0], k, v, gates),
-    r"q has shape \[2, 0, 2, 3\]; want .* at least one token": (slow, q[:, :0], k[:, :0], v[:, :0], gates),
-    r"k has shape \[2, 9, 2, 3\]; want \[2, 17, 2, 3\]": (slow, q, k[:, :9], v, gates),
-    r"gates.log_momentum is missing": (slow, q, k, v, gates._replace(log_momentum=None)),
-    r"gates.threshold was given; want None": (slow, q, k, v, gates._replace(threshold=gates.step)),
-    r"gates.step has shape": (slow, q, k, v, gates._replace(step=gates.step[..., None])),
-    r"slow.weights has shapes": (Slow({"0": slow.weights["0"]}), q, k, v, gates),
-    r"slow.norm is given": (slow._replace(norm=(q, q)), q, k, v, gates),
-    r"k is int32; want floats": (slow, q, k.astype(jnp.int32), v, gates),
-    r"slow.momentum has shapes": (slow._replace(momentum={"0": slow.weights["0"]}), q, k, v, gates),
+    r"q has shape \[2, 17, 2\]; want": (initial, q[..., 0], k, v, gates),
+    r"q has shape \[2, 0, 2, 3\]; want .* at least one token": (initial, q[:, :0], k[:, :0], v[:, :0], gates),
+    r"k has shape \[2, 9, 2, 3\]; want \[2, 17, 2, 3\]": (initial, q, k[:, :9], v, gates),
+    r"gates.log_momentum is missing": (initial, q, k, v, gates._replace(log_momentum=None)),
+    r"gates.threshold was given; want None": (initial, q, k, v, gates._replace(threshold=gates.step)),
+    r"gates.step has shape": (initial, q, k, v, gates._replace(step=gates.step[..., None])),
+    r"initial.weights has shapes": (InitialWeights({"0": initial.weights["0"]}), q, k, v, gates),
+    r"initial.norm is given": (initial._replace(norm=(q, q)), q, k, v, gates),
+    r"k is int32; want floats": (initial, q, k.astype(jnp.int32), v, gates),
+    r"initial.momentum has shapes": (initial._replace(momentum={"0": initial.weights["0"]}), q, k, v, gates),
   }
   for message, bad in wrong.items():
     with pytest.raises(ValueError, match=message):
@@ -203,18 +204,18 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=message):
       run(spec, args, bad)
   with pytest.raises(ValueError, match=r"weights is not one of this spec's"):
-    ttm.read(spec, slow, ttm.start(spec, BATCH, HEADS), q)
+    ttm.read(spec, initial, ttm.start(spec, BATCH, HEADS), q)
   with pytest.raises(ValueError, match=r"initial_state.count is float32; want int32"):
     run(spec, args, jax.tree.map(lambda a: a.astype(jnp.float32), ttm.start(spec, BATCH, HEADS)))
   normed = Spec(MEMORIES["norm"])
-  slow, *rest = problem(normed, dtype=jnp.float32)
-  with pytest.raises(ValueError, match=r"slow.norm has shapes .*want a gain and a bias of \[2, 3\]"):
-    run(normed, (slow._replace(norm=(slow.norm[0][:1], slow.norm[1])), *rest))
+  initial, *rest = problem(normed, dtype=jnp.float32)
+  with pytest.raises(ValueError, match=r"initial.norm has shapes .*want a gain and a bias of \[2, 3\]"):
+    run(normed, (initial._replace(norm=(initial.norm[0][:1], initial.norm[1])), *rest))
   with pytest.raises(ValueError, match="implementation='fast' does not exist"):
     run(spec, args, implementation="fast")
-  slow = problem(CHOICES["average"], dtype=jnp.float32)[0]._replace(average=None)
-  with pytest.raises(ValueError, match=r"slow.average does not fit; want .*\[2, 4\]"):
-    run(CHOICES["average"], (slow, q, k, v, Gates(gates.step)))
+  initial = problem(CHOICES["average"], dtype=jnp.float32)[0]._replace(average=None)
+  with pytest.raises(ValueError, match=r"initial.average does not fit; want .*\[2, 4\]"):
+    run(CHOICES["average"], (initial, q, k, v, Gates(gates.step)))
 
 
 @pytest.mark.parametrize(

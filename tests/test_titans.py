@@ -42,7 +42,7 @@ def test_one_write_at_the_longest_step_puts_the_error_to_about_zero(network):
 
 
 def what_is_learned(module, params, x):
-  """The arguments of the operation within a layer: slow weights, q, k, v and gates."""
+  """The arguments of the operation within a layer: initial weights, q, k, v and gates."""
   heard = []
 
   def listen(call, args, options, context):
@@ -58,23 +58,23 @@ def what_is_learned(module, params, x):
 def test_at_the_longest_step_a_fresh_memory_tells_pairs_apart(layer):
   """What it begins with, and how far a step may go, fit each other."""
   module, params, x = built(layer(num_heads=2, head_dim=64, step_bias=20.0), tokens=1)
-  slow, *_, gates = what_is_learned(module, params, x)
+  initial, *_, gates = what_is_learned(module, params, x)
   pairs, passes = 16, 16
   key, value = jax.random.normal(jax.random.key(0), (2, 1, pairs, 2, 64))
   key = key / jnp.linalg.norm(key, axis=-1, keepdims=True)
   k, v = (jnp.tile(a, (1, passes, 1, 1)) for a in (key, value))
   keeping = gates._replace(log_keep=jnp.zeros_like(gates.log_keep))
   gates = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], k.shape[:3]), keeping)
-  state = ttm.run(module.spec, slow, k, k, v, gates).state
-  said = ttm.read(module.spec, slow, state.weights, key)
-  apart = jnp.linalg.norm(said[:, :, None] - value[:, None], axis=-1)
+  state = ttm.run(module.spec, initial, k, k, v, gates).state
+  retrieved = ttm.read(module.spec, initial, state.weights, key)
+  apart = jnp.linalg.norm(retrieved[:, :, None] - value[:, None], axis=-1)
   assert np.mean(apart.argmin(axis=2) == np.arange(pairs)[None, :, None]) > 0.9
 
 
 def test_a_fresh_memory_takes_no_error_for_an_outlier():
   module, params, x = built(Yaad(num_heads=2, head_dim=64), tokens=40)
-  slow, _, k, v, gates = what_is_learned(module, params, x)
-  error = jnp.linalg.norm(ttm.read(module.spec, slow, ttm.start(module.spec, 2, 2).weights, k) - v, axis=-1)
+  initial, _, k, v, gates = what_is_learned(module, params, x)
+  error = jnp.linalg.norm(ttm.read(module.spec, initial, ttm.start(module.spec, 2, 2).weights, k) - v, axis=-1)
   assert np.all(error < gates.threshold)
 
 

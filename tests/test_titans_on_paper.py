@@ -119,12 +119,12 @@ class Memory:
     """Writes the tokens of x [T, D] from `begin` on and says what is read after each, [T - begin, H, d]."""
     q, k, v = self.streams(x)
     theta, keep, eta = (self.gate(name, x) for name in ("theta", "keep", "eta"))
-    said = []
+    retrieved = []
     for t in range(begin, len(x)):
       for h, network in enumerate(self.networks):
         network.write(k[t, h], v[t, h], 0.3 * theta[t, h], keep[t, h], eta[t, h])
-      said.append(self.read(q[t]))
-    return np.array(said)
+      retrieved.append(self.read(q[t]))
+    return np.array(retrieved)
 
   def read_in(self, persistent):
     """What every document begins with: the persistent tokens, in a chunk of their own."""
@@ -132,9 +132,9 @@ class Memory:
     for network in self.networks:
       network.begin_chunk()
 
-  def out(self, x, said):
-    said = rms_norm(said, self.p["norm"]["scale"], 1e-5).reshape(len(x), -1)
-    return said * sigmoid(x @ self.p["gate"]["full"]["kernel"]) @ self.p["output"]["kernel"]
+  def out(self, x, retrieved):
+    retrieved = rms_norm(retrieved, self.p["norm"]["scale"], 1e-5).reshape(len(x), -1)
+    return retrieved * sigmoid(x @ self.p["gate"]["full"]["kernel"]) @ self.p["output"]["kernel"]
 
 
 def titans(p, x):
@@ -171,7 +171,7 @@ def layer(p, x):
 
 def context(p, x):
   """Segment by segment. Convolutions reach back into earlier ones, hence the whole of y, and the queries of all of x."""
-  memory, y, said, out = Memory(p), np.zeros((0, MODEL)), np.zeros((0, HEADS, WIDTH)), np.zeros((0, MODEL))
+  memory, y, retrieved, out = Memory(p), np.zeros((0, MODEL)), np.zeros((0, HEADS, WIDTH)), np.zeros((0, MODEL))
   asked = memory.streams(x)[0]
   for begin in range(0, len(x), SEGMENT):
     s = x[begin : begin + SEGMENT]
@@ -189,8 +189,8 @@ def context(p, x):
         attended[t, i] = softmax_over(pairs, rotated(q[t, i], t))
     y = np.concatenate([y, s + attended.reshape(len(s), -1) @ p["attention_output"]["kernel"]])
     # The memory learns what came of it and is read after each token; the two are multiplied.
-    said = np.concatenate([said, memory.learn(y, begin)])
-    out = np.concatenate([out, product(p, y, memory.out(y, said))[begin:]])
+    retrieved = np.concatenate([retrieved, memory.learn(y, begin)])
+    out = np.concatenate([out, product(p, y, memory.out(y, retrieved))[begin:]])
   return out
 
 

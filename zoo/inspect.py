@@ -271,12 +271,12 @@ def inner_weights(
 def _inner_loss(module, method, args, result):
   if method != "learn" or not isinstance(module, InnerLearner):
     return None
-  slow, _, k, v, gates, state, segment_ids = args
+  initial, _, k, v, gates, state, segment_ids = args
   if module.spec.retention.kind == "simplex":
     return InnerLoss(result.loss, jnp.full_like(result.loss, jnp.nan))
   spec = dataclasses.replace(module.spec, read="after")
   options = {"initial_state": state, "segment_ids": segment_ids, "max_documents": module.max_documents}
-  y = ttm.run(spec, slow, k, k, v, gates, **options).y  # what each token's key finds once it is written
+  y = ttm.run(spec, initial, k, k, v, gates, **options).y  # what each token's key finds once it is written
   after = spec.loss(*(a.astype(result.loss.dtype) for a in (y, v)), gates.threshold)
   return InnerLoss(result.loss, after if segment_ids is None else jnp.where(segment_ids[..., None] != 0, after, 0))
 

@@ -22,10 +22,21 @@ from ..states import check_state
 from .chunked import chunked
 from .layout import lay_out
 from .recurrent import recurrent
-from .spec import Carry, Gates, Loss, Memory, Retention, Slow, Spec, Weights, forward
+from .spec import Carry, Gates, InitialWeights, Loss, Memory, Retention, Spec, Weights, forward
 
 __all__ = [
-  "Gates", "Loss", "Memory", "Result", "Retention", "Slow", "Spec", "State", "explain", "read", "run", "start"
+  "Gates",
+  "InitialWeights",
+  "Loss",
+  "Memory",
+  "Result",
+  "Retention",
+  "Spec",
+  "State",
+  "explain",
+  "read",
+  "run",
+  "start"
 ]  # fmt: skip
 
 
@@ -72,7 +83,7 @@ def start(spec: Spec, batch_size: int, heads: int, dtype: jnp.dtype = jnp.float3
 
 def run(
   spec: Spec,
-  slow: Slow,
+  initial: InitialWeights,
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
@@ -87,7 +98,7 @@ def run(
 
   Args:
     spec: what kind of memory.
-    slow: what every document begins with.
+    initial: what every document begins with.
     q, k: [B, T, H, K].
     v: [B, T, H, V].
     gates: [B, T, H] each; those that the spec's optimiser and loss ask for.
@@ -102,18 +113,18 @@ def run(
     ValueError: for shapes that do not fit the spec or each other, a state of another spec, gates that are missing or too
       many, or an unknown implementation.
   """
-  _check(spec, slow, q, k, v, gates, initial_state, segment_ids, max_documents)
+  _check(spec, initial, q, k, v, gates, initial_state, segment_ids, max_documents)
   batch, tokens, heads = q.shape[:3]
-  wide = accumulator(q, k, v, *gates, *jax.tree.leaves(slow))
-  slow, gates = jax.tree.map(lambda x: x.astype(wide), (slow, gates))
-  if spec.accumulates and slow.momentum is None:
-    slow = slow._replace(momentum=jax.tree.map(jnp.zeros_like, slow.weights))
+  wide = accumulator(q, k, v, *gates, *jax.tree.leaves(initial))
+  initial, gates = jax.tree.map(lambda x: x.astype(wide), (initial, gates))
+  if spec.accumulates and initial.momentum is None:
+    initial = initial._replace(momentum=jax.tree.map(jnp.zeros_like, initial.weights))
   fresh = initial_state is None
   state = start(spec, batch, heads, wide) if fresh else initial_state
-  begun = spec.carry(slow.weights, slow.momentum)
+  begun = spec.carry(initial.weights, initial.momentum)
   carry = jax.tree.map(lambda start, change: start[None] + change.astype(wide), begun, Carry(*state[:3]))
   docs = None if segment_ids is None else documents(segment_ids)
-  operands = spec, slow, *(x.astype(wide) for x in (q, k, v)), gates, carry
+  operands = spec, initial, *(x.astype(wide) for x in (q, k, v)), gates, carry
   if explain(implementation=implementation).implementation == "recurrent":
     y, loss, carry, count = recurrent(*operands, state.count, undivided(batch, tokens) if docs is None else docs)
   else:
@@ -124,12 +135,12 @@ def run(
   return Result(y.astype(v.dtype), State(*change, count), loss)
 
 
-def read(spec: Spec, slow: Slow, weights: Weights, q: jax.Array) -> jax.Array:
+def read(spec: Spec, initial: InitialWeights, weights: Weights, q: jax.Array) -> jax.Array:
   """What memories answer without being written to, [B, T, H, V] in q's dtype.
 
   Args:
     spec: what kind of memory.
-    slow: what every document begins with.
+    initial: what every document begins with.
     weights: `State.weights`.
     q: [B, T, H, K].
 
@@ -137,16 +148,16 @@ def read(spec: Spec, slow: Slow, weights: Weights, q: jax.Array) -> jax.Array:
     ValueError: for shapes that do not fit the spec or each other.
   """
   _check_tokens(spec, q=q)
-  _check_slow(spec, slow, q.shape[2])
+  _check_initial(spec, initial, q.shape[2])
   check_state("weights", "this spec", weights, jax.eval_shape(lambda: start(spec, q.shape[0], q.shape[2]).weights))
-  wide = accumulator(q, *jax.tree.leaves(slow))
+  wide = accumulator(q, *jax.tree.leaves(initial))
 
-  def one_head(slow, weights, q):
-    used = spec.view({name: slow.weights[name].astype(wide) + weights[name].astype(wide) for name in weights})
-    return forward(spec, used, slow.norm, q.astype(wide))
+  def one_head(initial, weights, q):
+    used = spec.view({name: initial.weights[name].astype(wide) + weights[name].astype(wide) for name in weights})
+    return forward(spec, used, initial.norm, q.astype(wide))
 
   rows = jax.vmap(jax.vmap(one_head, (0, 0, 1), 1), (None, 0, 0))
-  return rows(Slow(slow.weights, norm=slow.norm), weights, q).astype(q.dtype)
+  return rows(InitialWeights(initial.weights, norm=initial.norm), weights, q).astype(q.dtype)
 
 
 def explain(*, implementation: str = "auto") -> Choice:
@@ -154,10 +165,10 @@ def explain(*, implementation: str = "auto") -> Choice:
   return choose("test_time_memory", implementation, {"xla": None, "recurrent": "one dependent step a token: the oracle"})
 
 
-def _check(spec, slow, q, k, v, gates, initial_state, segment_ids, max_documents) -> None:
+def _check(spec, initial, q, k, v, gates, initial_state, segment_ids, max_documents) -> None:
   _check_tokens(spec, q=q, k=k, v=v)
   _check_gates(spec, gates, q.shape[:3])
-  _check_slow(spec, slow, q.shape[2])
+  _check_initial(spec, initial, q.shape[2])
   if initial_state is not None:
     check_state("initial_state", "this spec", initial_state, jax.eval_shape(lambda: start(spec, q.shape[0], q.shape[2])))
   check_segment_ids(segment_ids, q.shape[:2])
@@ -194,17 +205,17 @@ def _check_gates(spec: Spec, gates: Gates, shape: tuple[int, ...]) -> None:
       raise ValueError(f"gates.{name} has shape {list(jnp.shape(gate))}; want {list(shape)} (batch, tokens, heads).")
 
 
-def _check_slow(spec: Spec, slow: Slow, heads: int) -> None:
+def _check_initial(spec: Spec, initial: InitialWeights, heads: int) -> None:
   shapes = {name: (heads, *shape) for name, shape in spec.memory.shapes().items()}
-  for name, matrices in (("weights", slow.weights), ("momentum", slow.momentum or slow.weights)):
+  for name, matrices in (("weights", initial.weights), ("momentum", initial.momentum or initial.weights)):
     found = {key: w.shape for key, w in matrices.items()}
     if found != shapes:
-      raise ValueError(f"slow.{name} has shapes {found}; want {shapes}.")
-  if spec.memory.norm != (slow.norm is not None):
-    found = "missing" if slow.norm is None else "given"
-    raise ValueError(f"slow.norm is {found}; want it exactly where the memory has a norm.")
-  if slow.norm is not None and any(a.shape != (heads, spec.memory.value_dim) for a in slow.norm):
-    found, want = [list(a.shape) for a in slow.norm], [heads, spec.memory.value_dim]
-    raise ValueError(f"slow.norm has shapes {found}; want a gain and a bias of {want}.")
-  if spec.average and (slow.average is None or slow.average.shape != (heads, spec.chunk_size)):
-    raise ValueError(f"slow.average does not fit; want [heads, chunk_size], {[heads, spec.chunk_size]}.")
+      raise ValueError(f"initial.{name} has shapes {found}; want {shapes}.")
+  if spec.memory.norm != (initial.norm is not None):
+    found = "missing" if initial.norm is None else "given"
+    raise ValueError(f"initial.norm is {found}; want it exactly where the memory has a norm.")
+  if initial.norm is not None and any(a.shape != (heads, spec.memory.value_dim) for a in initial.norm):
+    found, want = [list(a.shape) for a in initial.norm], [heads, spec.memory.value_dim]
+    raise ValueError(f"initial.norm has shapes {found}; want a gain and a bias of {want}.")
+  if spec.average and (initial.average is None or initial.average.shape != (heads, spec.chunk_size)):
+    raise ValueError(f"initial.average does not fit; want [heads, chunk_size], {[heads, spec.chunk_size]}.")

@@ -24,7 +24,7 @@ from ..documents import select_rows
 from ..numerics import matmul, scaled
 from ..triangular import unit_lower_inverse
 from .layout import Layout
-from .spec import Carry, Gates, Slow, Spec, Weights, forward, length, running_average, shortened
+from .spec import Carry, Gates, InitialWeights, Spec, Weights, forward, length, running_average, shortened
 
 _FORGOTTEN = -1e4
 
@@ -70,7 +70,7 @@ class _Chunk(NamedTuple):
 
 
 def chunked(
-  spec: Spec, slow: Slow, q: jax.Array, k: jax.Array, v: jax.Array, gates: Gates, carry: Carry, layout: Layout
+  spec: Spec, initial: InitialWeights, q: jax.Array, k: jax.Array, v: jax.Array, gates: Gates, carry: Carry, layout: Layout
 ) -> tuple[jax.Array, jax.Array, Carry]:
   """q, k, v [B, T, H, .], gates [B, T, H] and a carry [B, H, ...] to (y [B, T, H, V], loss [B, T, H], the next carry)."""
   batch, tokens, heads = q.shape[:3]
@@ -92,7 +92,7 @@ def chunked(
     """[H, ...] -> [B * H, ...]"""
     return jnp.broadcast_to(x[None], (batch, *x.shape)).reshape(-1, *x.shape[1:])
 
-  rows = jax.tree.map(every_row, slow)
+  rows = jax.tree.map(every_row, initial)
   start = spec.carry(rows.weights, rows.momentum)
   incoming = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
   if layout.open is None:  # what a chunk ends with is the next one's anchor
@@ -132,14 +132,16 @@ def _end(spec: Spec, before: Carry, anchor: Weights, after: Carry, is_token: jax
   return after._replace(anchor=select_rows(still_open, kept, after.weights))
 
 
-def _chunk(spec: Spec, slow: Slow, carry: Carry, anchor: Weights, chunk: _Chunk) -> tuple[jax.Array, jax.Array, Carry]:
+def _chunk(
+  spec: Spec, initial: InitialWeights, carry: Carry, anchor: Weights, chunk: _Chunk
+) -> tuple[jax.Array, jax.Array, Carry]:
   """One chunk of one head, to (y [C, V], loss [C], the carry after it, its anchor as before)."""
-  solution = coefficients(spec, chunk.gates, chunk.is_token, chunk.position, slow.average)
-  previous = None if slow.average is None else running_average(slow.average, chunk.position - 1)
+  solution = coefficients(spec, chunk.gates, chunk.is_token, chunk.position, initial.average)
+  previous = None if initial.average is None else running_average(initial.average, chunk.position - 1)
   if spec.exact:
     x, delta, loss = _exact_errors(spec, solution, carry, chunk)
   else:
-    x, delta, loss = errors(spec, spec.view(anchor), slow.norm, chunk.k, chunk.v, chunk.gates.threshold)
+    x, delta, loss = errors(spec, spec.view(anchor), initial.norm, chunk.k, chunk.v, chunk.gates.threshold)
   seen = solution.before(spec, previous) if spec.read == "before" else solution
 
   def read(name, x_read):
@@ -150,9 +152,9 @@ def _chunk(spec: Spec, slow: Slow, carry: Carry, anchor: Weights, chunk: _Chunk)
     return out / spec.retention.scale(anchor[name]) if spec.retention.kind == "norm" else out
 
   if spec.read == "chunk_start":
-    y = forward(spec, spec.view(anchor), slow.norm, chunk.q)
+    y = forward(spec, spec.view(anchor), initial.norm, chunk.q)
   else:
-    y = spec.memory.apply(read, slow.norm, chunk.q)
+    y = spec.memory.apply(read, initial.norm, chunk.q)
 
   def end(keep, carried, writes, weights):
     def sum_up(name):

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from ..documents import Documents
-from .spec import Carry, Gates, Slow, Spec, forward, length, running_average, shortened
+from .spec import Carry, Gates, InitialWeights, Spec, forward, length, running_average, shortened
 
 
 def recurrent(
   spec: Spec,
-  slow: Slow,
+  initial: InitialWeights,
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
@@ -25,14 +25,14 @@ def recurrent(
 ) -> tuple[jax.Array, jax.Array, Carry, jax.Array]:
   """q, k, v [B, T, H, .], gates [B, T, H], a carry [B, H, ...] and its count [B]; to (y, loss, carry, count)."""
 
-  def one_head(slow, q, k, v, gates, carry, count, is_token, starts):
+  def one_head(initial, q, k, v, gates, carry, count, is_token, starts):
     """One head of one row: q, k [T, K], v [T, V], the rest [T]."""
 
     def step(memory, token):
       is_token, starts, *token = token
-      begun = spec.carry(slow.weights, slow.momentum), jnp.int32(0)
+      begun = spec.carry(initial.weights, initial.momentum), jnp.int32(0)
       memory = jax.tree.map(lambda a, b: jnp.where(starts, a, b), begun, memory)
-      y, loss, after = _step(spec, slow, memory, *token)
+      y, loss, after = _step(spec, initial, memory, *token)
       memory = jax.tree.map(lambda a, b: jnp.where(is_token, a, b), after, memory)
       return memory, (jnp.where(is_token, y, 0), jnp.where(is_token, loss, 0))
 
@@ -42,10 +42,10 @@ def recurrent(
   starts = docs.is_token & (jnp.diff(docs.index, axis=1, prepend=0) > 0)
   over_heads = jax.vmap(one_head, (0, 1, 1, 1, 1, 0, None, None, None), (1, 1, 0, None))
   over_rows = jax.vmap(over_heads, (None, *[0] * 8))
-  return over_rows(slow, q, k, v, gates, carry, count, docs.is_token, starts)
+  return over_rows(initial, q, k, v, gates, carry, count, docs.is_token, starts)
 
 
-def _step(spec: Spec, slow: Slow, memory: Any, q: jax.Array, k: jax.Array, v: jax.Array, gates: Gates) -> Any:
+def _step(spec: Spec, initial: InitialWeights, memory: Any, q: jax.Array, k: jax.Array, v: jax.Array, gates: Gates) -> Any:
   """One token of one head: its output, its loss, and the memory after it."""
   carry, count = memory
   keep = 1.0 if gates.log_keep is None else jnp.exp(gates.log_keep)
@@ -53,12 +53,12 @@ def _step(spec: Spec, slow: Slow, memory: Any, q: jax.Array, k: jax.Array, v: ja
   if spec.order == "decay_first":
     anchor = jax.tree.map(lambda w: keep * w, anchor)
 
-  out, pull_back = jax.vjp(lambda weights: forward(spec, weights, slow.norm, k), spec.view(anchor))
+  out, pull_back = jax.vjp(lambda weights: forward(spec, weights, initial.norm, k), spec.view(anchor))
   loss, psi = jax.value_and_grad(lambda out: spec.loss(out, v, gates.threshold))(out)
   (gradient,) = pull_back(_clip(spec.clip, psi))
   gradient = jax.tree.map(lambda g: gates.step * _clip(spec.clip, g), gradient)
   if spec.average:
-    share = [running_average(slow.average, place) for place in (count - 1, count)]
+    share = [running_average(initial.average, place) for place in (count - 1, count)]
     momentum = jax.tree.map(lambda s, g: s - g, carry.momentum, gradient)
     before, after = (
       jax.tree.map(lambda w, s, r=r: w + r * s, carry.weights, sums)
@@ -71,18 +71,18 @@ def _step(spec: Spec, slow: Slow, memory: Any, q: jax.Array, k: jax.Array, v: ja
     before = carry.weights
     after = jax.tree.map(lambda w, s: keep * w + s, before, momentum if spec.momentum else update)
 
-  y = _read(spec, slow, {"after": after, "before": before, "chunk_start": anchor}[spec.read], anchor, q)
+  y = _read(spec, initial, {"after": after, "before": before, "chunk_start": anchor}[spec.read], anchor, q)
   full = count == spec.chunk_size - 1
   return y, loss, (_next(spec, carry, after, momentum, full), jnp.where(full, 0, count + 1))
 
 
-def _read(spec: Spec, slow: Slow, weights: Any, anchor: Any, q: jax.Array) -> jax.Array:
+def _read(spec: Spec, initial: InitialWeights, weights: Any, anchor: Any, q: jax.Array) -> jax.Array:
   """f(view of the weights; q). Within a chunk a norm is divided by as it was at the anchor."""
   if spec.retention.kind == "norm":
     weights = jax.tree.map(lambda a, at: a / spec.retention.scale(at), weights, anchor)
   else:
     weights = spec.view(weights)
-  return forward(spec, weights, slow.norm, q)
+  return forward(spec, weights, initial.norm, q)
 
 
 def _next(spec: Spec, carry: Carry, weights: Any, momentum: Any, full: jax.Array) -> Carry:

@@ -41,7 +41,7 @@ class Gates(NamedTuple):
   threshold: jax.Array | None = None
 
 
-class Slow(NamedTuple):
+class InitialWeights(NamedTuple):
   """What the outer loop learns, and every document begins with.
 
   Attributes:
@@ -368,10 +368,10 @@ def forward(spec: Spec, weights: Weights, norm: Any, x: jax.Array) -> jax.Array:
   return spec.memory.apply(lambda name, x: matmul(x, weights[name]), norm, x)
 
 
-def running_average(slow_average: jax.Array, position: jax.Array) -> jax.Array:
-  """max(0, 1/i + lambda_i) at the token of `position` i - 1 of its chunk; `slow_average` [C]. At position -1, of no use, 0."""
+def running_average(learned_average: jax.Array, position: jax.Array) -> jax.Array:
+  """max(0, 1/i + lambda_i) at the token of `position` i - 1 of its chunk; `learned_average` [C]. 0 at position -1."""
   at = jnp.maximum(position, 0)
-  share = jnp.maximum(0, 1 / (at + 1).astype(slow_average.dtype) + slow_average[at])
+  share = jnp.maximum(0, 1 / (at + 1).astype(learned_average.dtype) + learned_average[at])
   return jnp.where(position >= 0, share, 0)
 
 
