@@ -100,16 +100,16 @@ class Attention(MemoryLayer):
     keys = self._heads("key", self.key_heads, self.qk_norm)
     values = self._heads("value", self.key_heads)
     q, k, v = queries(x), keys(x), values(x)
-    ahead = None if prefix is None else tuple(project(prefix[None].astype(x.dtype)) for project in (keys, values))
+    prefix_kv = None if prefix is None else tuple(project(prefix[None].astype(x.dtype)) for project in (keys, values))
     docs = undivided(*x.shape[:2]) if segment_ids is None else documents(segment_ids)
     position = positions(docs, state.length)
     if self.rope_base is not None:
       q, k = (rotate(a, position, self.rope_base) for a in (q, k))
 
-    out = self._attend(q, k, v, None if fresh else state, docs, position, ahead)
+    out = self._attend(q, k, v, None if fresh else state, docs, position, prefix_kv)
     out = out.reshape(*out.shape[:2], -1)
     y = dense(x.shape[-1], ("heads", "embed"), name="output", dtype=self.dtype, param_dtype=self.param_dtype)(out)
-    return silence_padding(y, segment_ids), self._remember(state, k, v, docs, position)
+    return silence_padding(y, segment_ids), self._write_cache(state, k, v, docs, position)
 
   def _heads(self, name: str, heads: int, normed: bool = False) -> Callable[[jax.Array], jax.Array]:
     """The map from x [B, T, D] to [B, T, heads, d]."""
@@ -118,8 +118,8 @@ class Attention(MemoryLayer):
     norm = RMSNorm(param_dtype=self.param_dtype, axis=None, name=f"{name}_norm") if normed else lambda x: x
     return lambda x: norm(project(x).reshape(*x.shape[:2], heads, self.head_dim))
 
-  def _attend(self, q, k, v, state, docs: Documents, position, ahead) -> jax.Array:
-    """Attention of new tokens to new tokens, to what is `ahead` and, unless `state` is `None`, to the cache; [B, T, H, d]."""
+  def _attend(self, q, k, v, state, docs: Documents, position, prefix_kv) -> jax.Array:
+    """Attention [B, T, H, d] of the new tokens to themselves, to `prefix_kv` and, unless `state` is `None`, to the cache."""
     tokens = q.shape[1]
     if tokens > self.slots:  # blocks count columns, windows count tokens: padding must not lie between
       order = jnp.argsort(~docs.is_token, axis=1, stable=True)
@@ -127,20 +127,20 @@ class Attention(MemoryLayer):
       q, k, v = (jnp.take_along_axis(a, order[..., None, None], axis=1) for a in (q, k, v))
       docs, position = jax.tree.map(lambda a: jnp.take_along_axis(a, order, axis=1), (docs, position))
 
-    here = _Tokens(docs.index, position)
-    seen = _Tokens(jnp.where(docs.is_token, docs.index, -1), position)
+    query_tokens = _Tokens(docs.index, position)
+    key_tokens = _Tokens(jnp.where(docs.is_token, docs.index, -1), position)
     if state is not None:
       k, v = jnp.concatenate([state.keys, k], axis=1), jnp.concatenate([state.values, v], axis=1)
-      seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self._cached(state.length), seen)
+      key_tokens = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self._cached(state.length), key_tokens)
     if tokens <= self.slots:
-      return _windowed(q, k, v, here, seen, self.slots, ahead)
+      return _windowed(q, k, v, query_tokens, key_tokens, self.slots, prefix_kv)
     if state is None:
       before = [(0, 0), (self.slots, 0)]
       k, v = (jnp.pad(a, [*before, (0, 0), (0, 0)]) for a in (k, v))
-      seen = jax.tree.map(lambda a: jnp.pad(a, before, constant_values=-1), seen)
-    return jnp.take_along_axis(self._blocked(q, k, v, here, seen, ahead), back[..., None, None], axis=1)
+      key_tokens = jax.tree.map(lambda a: jnp.pad(a, before, constant_values=-1), key_tokens)
+    return jnp.take_along_axis(self._blocked(q, k, v, query_tokens, key_tokens, prefix_kv), back[..., None, None], axis=1)
 
-  def _blocked(self, q, k, v, here: _Tokens, seen: _Tokens, ahead) -> jax.Array:
+  def _blocked(self, q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, prefix_kv) -> jax.Array:
     """`_windowed`, for queries T and keys slots + T, in blocks of `slots` queries against two blocks of keys."""
     batch, tokens = q.shape[:2]
     size = self.slots
@@ -153,9 +153,9 @@ class Attention(MemoryLayer):
       a = blocks(a, fill)
       return _merge(jnp.concatenate([a[:, :-1], a[:, 1:]], axis=2))
 
-    here = jax.tree.map(lambda a: _merge(blocks(a)), here)
-    seen = jax.tree.map(lambda a: pairs(a, fill=-1), seen)
-    out = _windowed(_merge(blocks(q)), pairs(k), pairs(v), here, seen, size, ahead)
+    query_tokens = jax.tree.map(lambda a: _merge(blocks(a)), query_tokens)
+    key_tokens = jax.tree.map(lambda a: pairs(a, fill=-1), key_tokens)
+    out = _windowed(_merge(blocks(q)), pairs(k), pairs(v), query_tokens, key_tokens, size, prefix_kv)
     return out.reshape(batch, -1, *out.shape[2:])[:, :tokens]
 
   def _cached(self, length: jax.Array) -> _Tokens:
@@ -165,7 +165,7 @@ class Attention(MemoryLayer):
     position = last - (last - slot) % self.slots
     return _Tokens(jnp.where(position >= 0, 0, -1), position)
 
-  def _remember(self, state: CacheState, k, v, docs: Documents, position) -> CacheState:
+  def _write_cache(self, state: CacheState, k, v, docs: Documents, position) -> CacheState:
     """The cache after these tokens: of the last document, the last `slots`."""
     ours = docs.is_token & (docs.index == docs.index[:, -1:])
     carried = jnp.where(docs.index[:, -1] == 0, state.length, 0)
@@ -180,23 +180,23 @@ class Attention(MemoryLayer):
     return CacheState(write(state.keys, k), write(state.values, v), length)
 
 
-def _windowed(q, k, v, here: _Tokens, seen: _Tokens, window: int, ahead: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+def _windowed(q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, window: int, prefix_kv) -> jax.Array:
   """Attention of q [B, T, H, d] to those of k, v [B, S, Hk, d] in the same document, not later, in the window."""
-  back = here.position[:, :, None] - seen.position[:, None, :]
-  mask = (here.document[:, :, None] == seen.document[:, None, :]) & (back >= 0) & (back < window)
-  return softmax_attention(q, k, v, mask, ahead)
+  back = query_tokens.position[:, :, None] - key_tokens.position[:, None, :]
+  mask = (query_tokens.document[:, :, None] == key_tokens.document[:, None, :]) & (back >= 0) & (back < window)
+  return softmax_attention(q, k, v, mask, prefix_kv)
 
 
 def softmax_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, ahead: tuple[jax.Array, jax.Array] | None = None
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, prefix_kv: tuple[jax.Array, jax.Array] | None = None
 ) -> jax.Array:
   """softmax(q k^T d^{-1/2}) v where `mask` [B, T, S] allows, by `jax.nn.dot_product_attention`.
 
-  `ahead` are keys and values [1, N, Hk, d] that stand before those of every row and that every query sees.
+  `prefix_kv` are keys and values [1, N, Hk, d] that stand before those of every row and that every query sees.
   """
-  if ahead is not None:
-    k, v = (_behind(first, a) for first, a in zip(ahead, (k, v), strict=True))
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (ahead[0].shape[1], 0)), constant_values=True)
+  if prefix_kv is not None:
+    k, v = (_prepend(first, a) for first, a in zip(prefix_kv, (k, v), strict=True))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (prefix_kv[0].shape[1], 0)), constant_values=True)
   # Its softmax is float32 even for float64, for narrow inputs it mixes dtypes, which strict promotion forbids, and a CPU has
   # not the product of float16 that it wants.
   strict = jax.config.jax_numpy_dtype_promotion.value == "strict"
@@ -206,7 +206,7 @@ def softmax_attention(
   return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
 
-def _behind(first: jax.Array, x: jax.Array) -> jax.Array:
+def _prepend(first: jax.Array, x: jax.Array) -> jax.Array:
   """x [B, S, ...] behind the same [1, N, ...] in every row."""
   return jnp.concatenate([jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], *first.shape[1:])), x], axis=1)
 

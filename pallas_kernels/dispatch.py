@@ -14,22 +14,22 @@ class Choice(NamedTuple):
     return "\n".join([self.implementation, *(f"  not {name}: {why}" for name, why in self.passed_over.items())])
 
 
-def choose(operation: str, asked: str, candidates: Mapping[str, str | None]) -> Choice:
-  """Picks the implementation that was asked for, or with "auto" the first candidate that nothing speaks against.
+def choose(operation: str, requested: str, candidates: Mapping[str, str | None]) -> Choice:
+  """Picks the implementation asked for, or with "auto" the first candidate that nothing speaks against.
 
   Args:
     operation: name for the error message.
-    asked: "auto" or the name of a candidate.
+    requested: "auto" or the name of a candidate.
     candidates: implementations in order of preference; what speaks against each as a default, or `None`.
 
   Raises:
-    ValueError: if `asked` is neither.
+    ValueError: if `requested` is neither.
   """
-  if asked != "auto" and asked not in candidates:
-    raise ValueError(f"implementation={asked!r} does not exist for {operation}; want one of {['auto', *candidates]}.")
-  chosen = next(name for name, against in candidates.items() if against is None) if asked == "auto" else asked
+  if requested != "auto" and requested not in candidates:
+    raise ValueError(f"implementation={requested!r} does not exist for {operation}; want one of {['auto', *candidates]}.")
+  chosen = next(name for name, against in candidates.items() if against is None) if requested == "auto" else requested
   others = {
-    name: (f"implementation={asked!r} was asked for" if asked != "auto" else against or f"{chosen} comes first")
+    name: (f"implementation={requested!r} was asked for" if requested != "auto" else against or f"{chosen} comes first")
     for name, against in candidates.items()
     if name != chosen
   }

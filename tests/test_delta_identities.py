@@ -4,51 +4,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from delta_faces import Face, both, differ, per_token, run, same, transition, without
+from delta_variants import Variant, both, differ, per_token, run, same, transition, without
 from memzoo.pallas_kernels import delta_rule as ops
 from tolerances import assert_close
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float64")]
 
-LINEAR, LINEAR_SCALAR, LINEAR_CHANNEL = (Face(ops.linear_attention, decay) for decay in ("none", "scalar", "channel"))
-DELTA, GATED = Face(ops.delta_rule), Face(ops.gated_delta_rule, "scalar")
-KIMI, GATED_BY_CHANNEL = Face(ops.kimi_delta_rule, "channel"), Face(ops.gated_delta_rule, "channel")
-GATED_PRODUCT = Face(ops.delta_product, "scalar", 2)
-ERASE_SCALAR, ERASE = (Face(ops.erase_then_delta_rule, decay) for decay in ("scalar", "channel"))
+LINEAR, LINEAR_SCALAR, LINEAR_CHANNEL = (Variant(ops.linear_attention, decay) for decay in ("none", "scalar", "channel"))
+DELTA, GATED = Variant(ops.delta_rule), Variant(ops.gated_delta_rule, "scalar")
+KIMI, GATED_BY_CHANNEL = Variant(ops.kimi_delta_rule, "channel"), Variant(ops.gated_delta_rule, "channel")
+GATED_PRODUCT = Variant(ops.delta_product, "scalar", 2)
+ERASE_SCALAR, ERASE = (Variant(ops.erase_then_delta_rule, decay) for decay in ("scalar", "channel"))
 MANY = (LINEAR_SCALAR, GATED, KIMI, GATED_PRODUCT, ERASE)
 FORGETTING = (LINEAR_CHANNEL, *MANY)
 TOKENS = 21
 
 
-@pytest.mark.parametrize("face", [GATED_PRODUCT, ERASE], ids=str)
+@pytest.mark.parametrize("variant", [GATED_PRODUCT, ERASE], ids=str)
 @pytest.mark.parametrize("pieces", [(13, 8), (1, 1, 16, 3)], ids=str)
-def test_any_split_is_one_pass(face, pieces):
-  args = face.inputs(TOKENS)
+def test_any_split_is_one_pass(variant, pieces):
+  args = variant.inputs(TOKENS)
   parts, state = [], args["initial_state"]
   cuts = np.cumsum(pieces)[:-1]
   tokens = {name: jnp.split(x, cuts, axis=1) for name, x in without(args, "initial_state").items()}
   for i in range(len(pieces)):
-    out, state = run(face, {name: x[i] for name, x in tokens.items()} | {"initial_state": state})
+    out, state = run(variant, {name: x[i] for name, x in tokens.items()} | {"initial_state": state})
     parts.append(out)
-  assert_close((jnp.concatenate(parts, axis=1), state), run(face, args))
+  assert_close((jnp.concatenate(parts, axis=1), state), run(variant, args))
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("face", [GATED_PRODUCT, ERASE], ids=str)
-def test_packed_documents_are_separate_documents(face):
-  args, lengths = face.inputs(TOKENS, batch=1), (1, 3, 2, 9, 6)
+@pytest.mark.parametrize("variant", [GATED_PRODUCT, ERASE], ids=str)
+def test_packed_documents_are_separate_documents(variant):
+  args, lengths = variant.inputs(TOKENS, batch=1), (1, 3, 2, 9, 6)
   ids = jnp.asarray(np.repeat(np.arange(1, 6, dtype=np.int32), lengths))[None]
   weight = jnp.asarray(np.random.default_rng(1).normal(size=(1, TOKENS, 2, 3)))
 
   def packed(args):
-    return face.function(**args, segment_ids=ids, chunk_size=8, implementation="xla")
+    return variant.function(**args, segment_ids=ids, chunk_size=8, implementation="xla")
 
   def separate(args):
     outs = []
     for i, start in enumerate(np.cumsum((0, *lengths[:-1]))):
       piece = {name: x[:, start : start + lengths[i]] for name, x in without(args, "initial_state").items()}
       state = args["initial_state"] if i == 0 else jnp.zeros_like(args["initial_state"])
-      out, state = face.function(**piece, initial_state=state, implementation="recurrent")
+      out, state = variant.function(**piece, initial_state=state, implementation="recurrent")
       outs.append(out)
     return jnp.concatenate(outs, axis=1), state
 
@@ -63,60 +63,60 @@ def test_packed_documents_are_separate_documents(face):
   assert_close(gradients, expected_gradients, gradients=True)
 
 
-@pytest.mark.parametrize("face", [GATED_PRODUCT, ERASE], ids=str)
-def test_padding_is_not_there(face):
-  args = face.inputs(TOKENS)
+@pytest.mark.parametrize("variant", [GATED_PRODUCT, ERASE], ids=str)
+def test_padding_is_not_there(variant):
+  args = variant.inputs(TOKENS)
   ids = np.array([0, 0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 2, 0, 2, 3, 3, 3, 0, 0], np.int32)
   kept = np.flatnonzero(ids)
   fewer = {name: x if name == "initial_state" else x[:, kept] for name, x in args.items()}
   rows = jnp.asarray(np.stack([ids, ids]))
-  out, state = run(face, args, segment_ids=rows)
-  assert_close((out[:, kept], state), run(face, fewer, segment_ids=rows[:, kept]))
+  out, state = run(variant, args, segment_ids=rows)
+  assert_close((out[:, kept], state), run(variant, fewer, segment_ids=rows[:, kept]))
 
 
-@pytest.mark.parametrize("face", FORGETTING, ids=str)
-def test_a_decay_of_50_starts_afresh(face):
-  args, at = face.inputs(TOKENS), 11
+@pytest.mark.parametrize("variant", FORGETTING, ids=str)
+def test_a_decay_of_50_starts_afresh(variant):
+  args, at = variant.inputs(TOKENS), 11
   args["log_decay"] = args["log_decay"].at[:, at].set(-50)
-  out, state = run(face, args)
+  out, state = run(variant, args)
   fresh = {name: x[:, at:] for name, x in without(args, "initial_state").items()}
-  assert_close((out[:, at:], state), run(face, fresh))
+  assert_close((out[:, at:], state), run(variant, fresh))
 
 
-@pytest.mark.parametrize("face", MANY, ids=str)
-def test_outputs_are_linear_in_values_and_state(face):
-  args, other = face.inputs(TOKENS), face.inputs(TOKENS, seed=1)
+@pytest.mark.parametrize("variant", MANY, ids=str)
+def test_outputs_are_linear_in_values_and_state(variant):
+  args, other = variant.inputs(TOKENS), variant.inputs(TOKENS, seed=1)
   more = args | {name: other[name] for name in ("v", "initial_state")}
   mixed = args | {name: 3 * args[name] - 2 * other[name] for name in ("v", "initial_state")}
-  expected = jax.tree.map(lambda a, b: 3 * a - 2 * b, run(face, args), run(face, more))
-  assert_close(run(face, mixed), expected)
+  expected = jax.tree.map(lambda a, b: 3 * a - 2 * b, run(variant, args), run(variant, more))
+  assert_close(run(variant, mixed), expected)
 
 
 ADDRESSES = ("q", "k", "erase_key")
 
 
-@pytest.mark.parametrize("face", [DELTA, GATED, GATED_PRODUCT, ERASE_SCALAR, KIMI], ids=str)
-def test_a_rotation_of_the_keys_space_is_seen_only_by_channel_decays(face):
-  args = face.inputs(TOKENS)
+@pytest.mark.parametrize("variant", [DELTA, GATED, GATED_PRODUCT, ERASE_SCALAR, KIMI], ids=str)
+def test_a_rotation_of_the_keys_space_is_seen_only_by_channel_decays(variant):
+  args = variant.inputs(TOKENS)
   rotation = jnp.asarray(np.linalg.qr(np.random.default_rng(2).normal(size=(5, 5)))[0])
   turned = {name: x @ rotation.T if name in ADDRESSES else x for name, x in args.items()}
   turned["initial_state"] = rotation @ args["initial_state"]
-  out, state = run(face, turned)
-  expected, expected_state = run(face, args)
-  if face.decay == "channel":
+  out, state = run(variant, turned)
+  expected, expected_state = run(variant, args)
+  if variant.decay == "channel":
     assert differ(out, expected)
   else:
     assert_close((out, state), (expected, rotation @ expected_state))
 
 
-@pytest.mark.parametrize("face", [KIMI, ERASE], ids=str)
-def test_the_order_and_signs_of_key_channels_do_not_matter(face):
-  args, order, signs = face.inputs(TOKENS), np.array([3, 0, 4, 1, 2]), np.array([1.0, -1, -1, 1, -1])
+@pytest.mark.parametrize("variant", [KIMI, ERASE], ids=str)
+def test_the_order_and_signs_of_key_channels_do_not_matter(variant):
+  args, order, signs = variant.inputs(TOKENS), np.array([3, 0, 4, 1, 2]), np.array([1.0, -1, -1, 1, -1])
   moved = {name: _scaled(x, signs, -1)[..., order] if name in ADDRESSES else x for name, x in args.items()}
   moved["log_decay"] = args["log_decay"][..., order]
   moved["initial_state"] = _scaled(args["initial_state"], signs, -2)[..., order, :]
-  out, state = run(face, args)
-  assert_close(run(face, moved), (out, _scaled(state, signs, -2)[..., order, :]))
+  out, state = run(variant, args)
+  assert_close(run(variant, moved), (out, _scaled(state, signs, -2)[..., order, :]))
 
 
 def _scaled(x, factors, axis):
@@ -196,26 +196,26 @@ def test_strength_2_reflects():
 # Gated.
 
 
-@pytest.mark.parametrize("face", [GATED, GATED_BY_CHANNEL], ids=str)
-def test_no_decay_is_the_delta_rule(face):
-  args = face.inputs(TOKENS)
+@pytest.mark.parametrize("variant", [GATED, GATED_BY_CHANNEL], ids=str)
+def test_no_decay_is_the_delta_rule(variant):
+  args = variant.inputs(TOKENS)
   args["log_decay"] = jnp.zeros_like(args["log_decay"])
-  same(both(face, args), both(DELTA, without(args, "log_decay")))
+  same(both(variant, args), both(DELTA, without(args, "log_decay")))
 
 
-@pytest.mark.parametrize("face", [GATED, KIMI], ids=str)
-def test_strength_0_is_decay_alone(face):
-  args = face.inputs(TOKENS)
+@pytest.mark.parametrize("variant", [GATED, KIMI], ids=str)
+def test_strength_0_is_decay_alone(variant):
+  args = variant.inputs(TOKENS)
   args["beta"] = per_token(0, args)
   kept = np.exp(np.sum(args["log_decay"], axis=1))
-  assert_close(run(face, args)[1], args["initial_state"] * (kept[..., None] if kept.ndim == 3 else kept[..., None, None]))
+  assert_close(run(variant, args)[1], args["initial_state"] * (kept[..., None] if kept.ndim == 3 else kept[..., None, None]))
 
 
-@pytest.mark.parametrize("face", [GATED, KIMI], ids=str)
-def test_total_decay_knows_only_the_current_token(face):
-  args = face.inputs(TOKENS)
+@pytest.mark.parametrize("variant", [GATED, KIMI], ids=str)
+def test_total_decay_knows_only_the_current_token(variant):
+  args = variant.inputs(TOKENS)
   args["log_decay"] = jnp.full_like(args["log_decay"], -jnp.inf)
-  out, state = run(face, args)
+  out, state = run(variant, args)
   written = jnp.einsum("btk,bthv->bthkv", args["k"][:, :, 0], args["beta"][..., None] * args["v"])
   assert_close(state, written[:, -1])
   assert_close(out, jnp.einsum("bthkv,btk->bthv", written, args["q"][:, :, 0]) * 5**-0.5)
@@ -229,7 +229,7 @@ def test_one_decay_for_all_channels_is_the_gated_delta_rule():
   same(actual, expected)
 
 
-def test_the_gated_face_with_channels_is_the_kimi_face():
+def test_gated_delta_rule_with_channel_decays_is_kimi_delta_rule():
   args = KIMI.inputs(TOKENS)
   same(both(GATED_BY_CHANNEL, args), both(KIMI, args))
 
@@ -246,13 +246,13 @@ def test_constant_gates_of_gated_delta_net_2_are_the_kimi_rule():
   assert_close(run(KIMI, args)[1][0, 0], state)
 
 
-@pytest.mark.parametrize("face", [KIMI, ERASE], ids=str)
-def test_a_channel_that_forgets_everything_holds_nothing(face):
-  args = face.inputs(TOKENS)
+@pytest.mark.parametrize("variant", [KIMI, ERASE], ids=str)
+def test_a_channel_that_forgets_everything_holds_nothing(variant):
+  args = variant.inputs(TOKENS)
   args["log_decay"] = args["log_decay"].at[:, -1, :, 2].set(-jnp.inf)
   args["beta"] = args["beta"].at[:, -1].set(0)
-  if face.erases:
+  if variant.erases:
     args["erase_strength"] = args["erase_strength"].at[:, -1].set(0)
-  _, state = run(face, args)
+  _, state = run(variant, args)
   assert not np.any(np.asarray(state[:, :, 2]))
   assert np.all(np.asarray(state[:, :, [0, 1, 3, 4]]))

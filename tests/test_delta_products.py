@@ -1,45 +1,45 @@
-"""What the equations of several micro-steps a token imply, of the chunked form in float64: products, and erase-then-write."""
+"""What the equations of several updates a token imply, of the chunked form in float64: products, and erase-then-write."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from delta_faces import Face, both, by_hand, differ, per_token, run, same, transition, without
+from delta_variants import Variant, both, by_hand, differ, per_token, run, same, transition, without
 from memzoo.pallas_kernels import delta_rule as ops
 from tolerances import assert_close
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float64")]
 
-DELTA, GATED = Face(ops.delta_rule), Face(ops.gated_delta_rule, "scalar")
-KIMI = Face(ops.kimi_delta_rule, "channel")
-SINGLE, GATED_SINGLE = (Face(ops.delta_product, decay, 1) for decay in ("none", "scalar"))
-PRODUCT, GATED_PRODUCT = (Face(ops.delta_product, decay, 2) for decay in ("none", "scalar"))
-THREE = Face(ops.delta_product, "scalar", 3)
-ERASE_UNGATED, ERASE_SCALAR, ERASE = (Face(ops.erase_then_delta_rule, decay) for decay in ("none", "scalar", "channel"))
+DELTA, GATED = Variant(ops.delta_rule), Variant(ops.gated_delta_rule, "scalar")
+KIMI = Variant(ops.kimi_delta_rule, "channel")
+SINGLE, GATED_SINGLE = (Variant(ops.delta_product, decay, 1) for decay in ("none", "scalar"))
+PRODUCT, GATED_PRODUCT = (Variant(ops.delta_product, decay, 2) for decay in ("none", "scalar"))
+THREE = Variant(ops.delta_product, "scalar", 3)
+ERASE_UNGATED, ERASE_SCALAR, ERASE = (Variant(ops.erase_then_delta_rule, decay) for decay in ("none", "scalar", "channel"))
 TOKENS = 21
 
 
-@pytest.mark.parametrize(("product", "face"), [(SINGLE, DELTA), (GATED_SINGLE, GATED)], ids=str)
-def test_one_micro_step_is_the_delta_rule(product, face):
-  args = face.inputs(TOKENS)
+@pytest.mark.parametrize(("product", "variant"), [(SINGLE, DELTA), (GATED_SINGLE, GATED)], ids=str)
+def test_one_update_a_token_is_the_delta_rule(product, variant):
+  args = variant.inputs(TOKENS)
   inner = {name: args[name][:, :, None] for name in ("k", "v", "beta")}
   out, gradients = both(product, args | inner)
-  same((out, gradients | {name: gradients[name][:, :, 0] for name in inner}), both(face, args))
+  same((out, gradients | {name: gradients[name][:, :, 0] for name in inner}), both(variant, args))
 
 
 @pytest.mark.parametrize("absent", [0, 1])
-def test_a_micro_step_of_strength_0_is_not_there(absent):
+def test_an_update_of_strength_0_is_not_there(absent):
   args = GATED_PRODUCT.inputs(TOKENS)
   args["beta"] = args["beta"].at[:, :, absent].set(0)
   single = args | {name: args[name][:, :, 1 - absent] for name in ("k", "v", "beta")}
   assert_close(run(GATED_PRODUCT, args), run(GATED, single))
 
 
-@pytest.mark.parametrize("face", [PRODUCT, GATED_PRODUCT, THREE, ERASE_UNGATED, ERASE_SCALAR, ERASE], ids=str)
-def test_no_transition_expands(face):
+@pytest.mark.parametrize("variant", [PRODUCT, GATED_PRODUCT, THREE, ERASE_UNGATED, ERASE_SCALAR, ERASE], ids=str)
+def test_no_transition_expands(variant):
   """For strengths up to 2, unit keys and decays: neither a token's nor that of several."""
-  args = face.inputs(1, batch=64)
+  args = variant.inputs(1, batch=64)
   for some in (args, {name: x.reshape(8, 8, *x.shape[2:]) if name != "initial_state" else x[:8] for name, x in args.items()}):
-    norms = np.linalg.norm(transition(face, some), 2, axis=(2, 3))
+    norms = np.linalg.norm(transition(variant, some), 2, axis=(2, 3))
     assert_close(np.maximum(norms, 1), np.ones_like(norms))
     assert np.any(norms > 0.1)
 
@@ -56,7 +56,7 @@ def test_two_reflections_are_a_rotation_by_twice_the_angle():
   assert_close(transition(PRODUCT, args)[0, 0], expected)
 
 
-def test_the_order_of_micro_steps_matters_unless_their_keys_are_orthogonal():
+def test_the_order_of_updates_matters_unless_their_keys_are_orthogonal():
   args = PRODUCT.inputs(TOKENS)
   first, second = np.asarray(args["k"][:, :, 0]), np.asarray(args["k"][:, :, 1])
   second = second - np.sum(first * second, axis=-1, keepdims=True) * first
@@ -73,11 +73,11 @@ def test_the_order_of_micro_steps_matters_unless_their_keys_are_orthogonal():
 # Erase, then write.
 
 
-@pytest.mark.parametrize(("face", "plain"), [(ERASE, KIMI), (ERASE_SCALAR, GATED), (ERASE_UNGATED, DELTA)], ids=str)
-def test_erasing_nothing_is_the_rule_without_an_erase(face, plain):
-  args = face.inputs(TOKENS)
+@pytest.mark.parametrize(("variant", "plain"), [(ERASE, KIMI), (ERASE_SCALAR, GATED), (ERASE_UNGATED, DELTA)], ids=str)
+def test_erasing_nothing_is_the_rule_without_an_erase(variant, plain):
+  args = variant.inputs(TOKENS)
   args["erase_strength"] = per_token(0, args)
-  same(both(face, args), both(plain, without(args, "erase_key", "erase_strength")))
+  same(both(variant, args), both(plain, without(args, "erase_key", "erase_strength")))
 
 
 def test_erasing_where_it_writes_is_one_stronger_erase():
@@ -113,10 +113,10 @@ def as_product(args, erase_first=True):
   return without(args, "erase_key", "erase_strength") | stacked
 
 
-@pytest.mark.parametrize(("face", "product"), [(ERASE_SCALAR, GATED_PRODUCT), (ERASE_UNGATED, PRODUCT)], ids=str)
-def test_erase_then_write_is_a_product_whose_first_value_is_zero(face, product):
-  args = face.inputs(TOKENS)
-  (out, gradients), (expected, expected_gradients) = both(product, as_product(args)), both(face, args)
+@pytest.mark.parametrize(("variant", "product"), [(ERASE_SCALAR, GATED_PRODUCT), (ERASE_UNGATED, PRODUCT)], ids=str)
+def test_erase_then_write_is_a_product_whose_first_value_is_zero(variant, product):
+  args = variant.inputs(TOKENS)
+  (out, gradients), (expected, expected_gradients) = both(product, as_product(args)), both(variant, args)
   names = {"k": ("erase_key", "k"), "beta": ("erase_strength", "beta")}
   split = {name: gradients[of][:, :, m] for of, pair in names.items() for m, name in enumerate(pair)}
   same((out, gradients | split | {"v": gradients["v"][:, :, 1]}), (expected, expected_gradients))

@@ -1,4 +1,4 @@
-"""The delta rule: chunks equal the recurrence equals the papers' matrices, in every precision, face and corner."""
+"""The delta rule: chunks equal the recurrence equals the papers' matrices, in every precision, variant and corner."""
 
 import functools
 
@@ -6,22 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from delta_faces import FACES, Face, by_hand, values, values_and_gradients
+from delta_variants import VARIANTS, Variant, by_hand, values, values_and_gradients
 from memzoo.pallas_kernels import delta_rule as ops
 from tolerances import assert_close
 
 IN_FLOAT64 = pytest.mark.usefixtures("float64")
-every_face = pytest.mark.parametrize("face", FACES, ids=str)
-# One face for each way through the chunked form: erasing or not, each kind of decay, one micro-step or several.
+every_variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+# One variant for each way through the chunked form: erasing or not, each kind of decay, one update or several.
 DISTINCT = (
-  Face(ops.linear_attention, "channel"),
-  Face(ops.delta_rule),
-  Face(ops.gated_delta_rule, "scalar"),
-  Face(ops.kimi_delta_rule, "channel"),
-  Face(ops.delta_product, "scalar", 3),
-  Face(ops.erase_then_delta_rule, "channel"),
+  Variant(ops.linear_attention, "channel"),
+  Variant(ops.delta_rule),
+  Variant(ops.gated_delta_rule, "scalar"),
+  Variant(ops.kimi_delta_rule, "channel"),
+  Variant(ops.delta_product, "scalar", 3),
+  Variant(ops.erase_then_delta_rule, "channel"),
 )
-distinct_faces = pytest.mark.parametrize("face", DISTINCT, ids=str)
+distinct_variants = pytest.mark.parametrize("variant", DISTINCT, ids=str)
 
 # Two rows of 75 tokens: documents of 1 to 3 tokens and longer than a chunk, off every chunk grid; padding left, right and
 # between, inside a document too; a document number that comes back.
@@ -33,66 +33,66 @@ TOKENS = SEGMENTS.shape[1]
 
 
 @functools.cache
-def oracle(face: Face, segmented: bool):
+def oracle(variant: Variant, segmented: bool):
   ids = jnp.asarray(SEGMENTS) if segmented else None
-  return values_and_gradients(face, face.inputs(TOKENS), ids, implementation="recurrent")
+  return values_and_gradients(variant, variant.inputs(TOKENS), ids, implementation="recurrent")
 
 
-def equals_oracle(face, chunk_size, segmented):
+def equals_oracle(variant, chunk_size, segmented):
   ids = jnp.asarray(SEGMENTS) if segmented else None
-  args = face.inputs(TOKENS)
-  out, gradients = values_and_gradients(face, args, ids, implementation="xla", chunk_size=chunk_size)
-  expected, expected_gradients = oracle(face, segmented)
+  args = variant.inputs(TOKENS)
+  out, gradients = values_and_gradients(variant, args, ids, implementation="xla", chunk_size=chunk_size)
+  expected, expected_gradients = oracle(variant, segmented)
   assert_close(out, expected)
   assert gradients.keys() == args.keys()
   assert_close(gradients, expected_gradients, gradients=True)
 
 
 @IN_FLOAT64
-@pytest.mark.parametrize("face", [
-  pytest.param(f, marks=pytest.mark.compat if f in DISTINCT else pytest.mark.slow, id=str(f)) for f in FACES
+@pytest.mark.parametrize("variant", [
+  pytest.param(f, marks=pytest.mark.compat if f in DISTINCT else pytest.mark.slow, id=str(f)) for f in VARIANTS
 ])
-def test_chunks_are_the_recurrence_in_values_and_every_gradient(face):
-  equals_oracle(face, 16, segmented=True)
+def test_chunks_are_the_recurrence_in_values_and_every_gradient(variant):
+  equals_oracle(variant, 16, segmented=True)
 
 
 @IN_FLOAT64
 @pytest.mark.slow
-@distinct_faces
+@distinct_variants
 @pytest.mark.parametrize(
   ("chunk_size", "segmented"), [(1, True), (8, True), (32, True), (64, True), (8, False), (64, False), (128, False)]
 )
-def test_chunks_of_any_size_are_the_recurrence(face, chunk_size, segmented):
-  equals_oracle(face, chunk_size, segmented)
+def test_chunks_of_any_size_are_the_recurrence(variant, chunk_size, segmented):
+  equals_oracle(variant, chunk_size, segmented)
 
 
 @pytest.mark.slow
 @IN_FLOAT64
-@distinct_faces
+@distinct_variants
 @pytest.mark.parametrize("block", [2, 64])
-def test_chunks_in_blocks_are_the_recurrence(face, block, monkeypatch):
+def test_chunks_in_blocks_are_the_recurrence(variant, block, monkeypatch):
   """As on a GPU or TPU: several chunks prepared at once, and the last block filled up."""
   monkeypatch.setattr(ops, "chunked", functools.partial(ops.chunked, block=block))
-  equals_oracle(face, 16, segmented=True)
+  equals_oracle(variant, 16, segmented=True)
 
 
 @IN_FLOAT64
 @pytest.mark.parametrize("tokens", [16, 3])
 def test_without_a_state_documents_or_a_chunk_size(tokens):
   """The plainest call, on the chunk grid and shorter than a chunk."""
-  face = DISTINCT[3]
-  args = face.inputs(tokens, batch=1)
+  variant = DISTINCT[3]
+  args = variant.inputs(tokens, batch=1)
   del args["initial_state"]
-  actual, expected = (values_and_gradients(face, args, implementation=name) for name in ("xla", "recurrent"))
+  actual, expected = (values_and_gradients(variant, args, implementation=name) for name in ("xla", "recurrent"))
   assert_close(actual[0], expected[0])
   assert_close(actual[1], expected[1], gradients=True)
 
 
 @IN_FLOAT64
-@every_face
-def test_the_recurrence_is_the_papers_product_of_matrices(face):
-  args = face.inputs(9, key_heads=2, heads=4)
-  assert_close(values(face, args, implementation="recurrent"), by_hand(**args))
+@every_variants
+def test_the_recurrence_is_the_papers_product_of_matrices(variant):
+  args = variant.inputs(9, key_heads=2, heads=4)
+  assert_close(values(variant, args, implementation="recurrent"), by_hand(**args))
 
 
 @IN_FLOAT64
@@ -104,17 +104,17 @@ def test_the_read_is_scaled(scale):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("face", "implementation"), [*((face, "xla") for face in DISTINCT), (DISTINCT[-1], "recurrent")], ids=str
+  ("variant", "implementation"), [*((variant, "xla") for variant in DISTINCT), (DISTINCT[-1], "recurrent")], ids=str
 )
-def test_bfloat16_inputs_keep_a_float32_state(face, implementation):
-  args = face.inputs(70, dtype=jnp.float32, key_dim=32, value_dim=24, cosine=0.9)
+def test_bfloat16_inputs_keep_a_float32_state(variant, implementation):
+  args = variant.inputs(70, dtype=jnp.float32, key_dim=32, value_dim=24, cosine=0.9)
   state = args.pop("initial_state")
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), args)
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
-  out, final = values(face, narrow | {"initial_state": state}, implementation=implementation)
+  out, final = values(variant, narrow | {"initial_state": state}, implementation=implementation)
   assert out.dtype == jnp.bfloat16
   assert final.dtype == jnp.float32
-  expected = values(face, wide | {"initial_state": state}, implementation="recurrent")
+  expected = values(variant, wide | {"initial_state": state}, implementation="recurrent")
   assert_close((out.astype(jnp.float32), final), expected, jnp.bfloat16)
 
 
@@ -149,68 +149,68 @@ def hostile(kind: str, args: dict) -> dict:
   return {name: jnp.asarray(x, jnp.float32) for name, x in args.items()}
 
 
-ANY_FACE = ("trained", "cosine 0.99", "equal keys", "strong", "zero keys", "zeros", "large")
+ANY_VARIANT = ("trained", "cosine 0.99", "equal keys", "strong", "zero keys", "zeros", "large")
 WITH_DECAY = ("no decay", "to -50", "-50", "-200", "-inf", "-inf everywhere")
 
 
 @pytest.mark.slow
 @IN_FLOAT64
 @pytest.mark.parametrize(
-  ("face", "kind"), [(f, kind) for f in DISTINCT for kind in ANY_FACE + WITH_DECAY * (f.decay != "none")], ids=str
+  ("variant", "kind"), [(f, kind) for f in DISTINCT for kind in ANY_VARIANT + WITH_DECAY * (f.decay != "none")], ids=str
 )
-def test_float32_chunks_are_the_float64_recurrence_however_hostile_the_inputs(face, kind):
-  args = hostile(kind, face.inputs(70, dtype=jnp.float32, key_dim=16, value_dim=12, cosine=0.9))
-  out, gradients = values_and_gradients(face, args, implementation="xla")
+def test_float32_chunks_are_the_float64_recurrence_however_hostile_the_inputs(variant, kind):
+  args = hostile(kind, variant.inputs(70, dtype=jnp.float32, key_dim=16, value_dim=12, cosine=0.9))
+  out, gradients = values_and_gradients(variant, args, implementation="xla")
   assert {x.dtype for x in jax.tree.leaves((out, gradients))} == {jnp.dtype(jnp.float32)}
   wide = jax.tree.map(lambda x: x.astype(jnp.float64), args)
-  expected, expected_gradients = values_and_gradients(face, wide, implementation="recurrent")
+  expected, expected_gradients = values_and_gradients(variant, wide, implementation="recurrent")
   assert_close(out, expected, jnp.float32)
   assert_close(gradients, expected_gradients, jnp.float32, gradients=True)
 
 
-BY_CHANNEL = [face for face in DISTINCT if face.decay == "channel"]
+BY_CHANNEL = [variant for variant in DISTINCT if variant.decay == "channel"]
 
 
 @pytest.mark.slow
 @IN_FLOAT64
-@pytest.mark.parametrize("face", BY_CHANNEL, ids=str)
+@pytest.mark.parametrize("variant", BY_CHANNEL, ids=str)
 @pytest.mark.parametrize("chunk_size", [1, 8, 16, 64])
-def test_a_bound_on_the_decays_changes_nothing(face, chunk_size):
+def test_a_bound_on_the_decays_changes_nothing(variant, chunk_size):
   ids = jnp.asarray(SEGMENTS)
-  found = values_and_gradients(face, face.inputs(TOKENS), ids, implementation="xla", chunk_size=chunk_size, decay_bound=-5.0)
-  out, gradients = found
-  expected, expected_gradients = oracle(face, segmented=True)
+  options = {"implementation": "xla", "chunk_size": chunk_size, "decay_bound": -5.0}
+  out, gradients = values_and_gradients(variant, variant.inputs(TOKENS), ids, **options)
+  expected, expected_gradients = oracle(variant, segmented=True)
   assert_close(out, expected)
   assert_close(gradients, expected_gradients, gradients=True)
 
 
 @pytest.mark.slow
 @IN_FLOAT64
-@pytest.mark.parametrize("face", BY_CHANNEL, ids=str)
+@pytest.mark.parametrize("variant", BY_CHANNEL, ids=str)
 @pytest.mark.parametrize("kind", ["trained", "cosine 0.99", "equal keys", "no decay", "at the bound", "zero keys"])
-def test_float32_at_the_bound_is_the_float64_recurrence(face, kind):
-  args = hostile(kind, face.inputs(70, dtype=jnp.float32, key_dim=16, value_dim=12, cosine=0.9))
+def test_float32_at_the_bound_is_the_float64_recurrence(variant, kind):
+  args = hostile(kind, variant.inputs(70, dtype=jnp.float32, key_dim=16, value_dim=12, cosine=0.9))
   if kind == "at the bound":  # runs of the strongest decay, and of next to none
     strong = (jnp.arange(args["log_decay"].size) // 48 % 2 == 0).reshape(args["log_decay"].shape)
     args["log_decay"] = jnp.where(strong, -5.0, -1e-3).astype(jnp.float32)
-  out, gradients = values_and_gradients(face, args, implementation="xla", decay_bound=-5.0)
+  out, gradients = values_and_gradients(variant, args, implementation="xla", decay_bound=-5.0)
   wide = jax.tree.map(lambda x: x.astype(jnp.float64), args)
-  expected, expected_gradients = values_and_gradients(face, wide, implementation="recurrent")
+  expected, expected_gradients = values_and_gradients(variant, wide, implementation="recurrent")
   assert_close(out, expected, jnp.float32)
   assert_close(gradients, expected_gradients, jnp.float32, gradients=True)
 
 
 @IN_FLOAT64
 @pytest.mark.slow
-@pytest.mark.parametrize("face", [face for face in DISTINCT if face.decay != "none"], ids=str)
-def test_long_inputs_that_forget_hard_are_right(face):
-  args = face.inputs(4096, dtype=jnp.float32, batch=1, key_dim=8, value_dim=8, cosine=0.9)
+@pytest.mark.parametrize("variant", [variant for variant in DISTINCT if variant.decay != "none"], ids=str)
+def test_long_inputs_that_forget_hard_are_right(variant):
+  args = variant.inputs(4096, dtype=jnp.float32, batch=1, key_dim=8, value_dim=8, cosine=0.9)
   rng = np.random.default_rng(3)
   decay = rng.uniform(-5, 0, args["log_decay"].shape)
   args["log_decay"] = jnp.asarray(np.where(rng.uniform(size=decay.shape) < 0.05, -200, decay), jnp.float32)
-  out, gradients = values_and_gradients(face, args, implementation="xla", chunk_size=64)
+  out, gradients = values_and_gradients(variant, args, implementation="xla", chunk_size=64)
   wide = jax.tree.map(lambda x: x.astype(jnp.float64), args)
-  expected, expected_gradients = values_and_gradients(face, wide, implementation="recurrent")
+  expected, expected_gradients = values_and_gradients(variant, wide, implementation="recurrent")
   assert_close(out, expected, jnp.float32)
   assert_close(gradients, expected_gradients, jnp.float32, gradients=True)
 
@@ -218,9 +218,9 @@ def test_long_inputs_that_forget_hard_are_right(face):
 @pytest.mark.slow
 @IN_FLOAT64
 @pytest.mark.parametrize("implementation", ["xla", "recurrent"])
-@pytest.mark.parametrize("face", DISTINCT[2:], ids=str)
-def test_what_padding_holds_does_not_matter(face, implementation):
-  ids, args = jnp.asarray(SEGMENTS), face.inputs(TOKENS)
+@pytest.mark.parametrize("variant", DISTINCT[2:], ids=str)
+def test_what_padding_holds_does_not_matter(variant, implementation):
+  ids, args = jnp.asarray(SEGMENTS), variant.inputs(TOKENS)
 
   def spoil(name, x):
     padding = np.expand_dims(SEGMENTS == 0, tuple(range(2, x.ndim)))
@@ -228,7 +228,7 @@ def test_what_padding_holds_does_not_matter(face, implementation):
 
   spoilt = {name: spoil(name, x) for name, x in args.items()}
   options = {"implementation": implementation, "chunk_size": 16}
-  actual, expected = (values_and_gradients(face, x, ids, **options) for x in (spoilt, args))
+  actual, expected = (values_and_gradients(variant, x, ids, **options) for x in (spoilt, args))
   assert_close(actual, expected, gradients=True)
   assert not np.any(np.asarray(actual[0][0])[SEGMENTS == 0])
 
@@ -236,12 +236,12 @@ def test_what_padding_holds_does_not_matter(face, implementation):
 @pytest.mark.slow
 @IN_FLOAT64
 def test_the_gradient_of_the_gradient_is_the_recurrences():
-  face = DISTINCT[-1]
-  args, direction = (face.inputs(3, batch=1, key_dim=3, value_dim=2, seed=seed) for seed in (0, 1))
+  variant = DISTINCT[-1]
+  args, direction = (variant.inputs(3, batch=1, key_dim=3, value_dim=2, seed=seed) for seed in (0, 1))
 
   def second(args, implementation):
     def loss(args):
-      out, state = face.function(**args, implementation=implementation, chunk_size=2)
+      out, state = variant.function(**args, implementation=implementation, chunk_size=2)
       return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.square(state))
 
     def slope(args):
@@ -256,15 +256,15 @@ def test_the_gradient_of_the_gradient_is_the_recurrences():
 @pytest.mark.slow
 @IN_FLOAT64
 def test_transformations_compose():
-  face = DISTINCT[2]
-  rows = [face.inputs(6, batch=1, seed=seed) for seed in range(3)]
+  variant = DISTINCT[2]
+  rows = [variant.inputs(6, batch=1, seed=seed) for seed in range(3)]
   together = jax.tree.map(lambda *x: jnp.stack(x), *rows)
-  vmapped = jax.vmap(lambda args: values_and_gradients(face, args, implementation="xla", chunk_size=4))(together)
-  each = [values_and_gradients(face, args, implementation="xla", chunk_size=4) for args in rows]
+  vmapped = jax.vmap(lambda args: values_and_gradients(variant, args, implementation="xla", chunk_size=4))(together)
+  each = [values_and_gradients(variant, args, implementation="xla", chunk_size=4) for args in rows]
   assert_close(vmapped, jax.tree.map(lambda *x: jnp.stack(x), *each), gradients=True)
 
   def loss(args, wrap):
-    out, state = wrap(lambda args: face.function(**args, implementation="xla", chunk_size=4))(args)
+    out, state = wrap(lambda args: variant.function(**args, implementation="xla", chunk_size=4))(args)
     return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(state))
 
   remat, expected = (jax.jit(jax.grad(loss), static_argnums=1)(rows[0], wrap) for wrap in (jax.checkpoint, jax.jit))
@@ -272,23 +272,23 @@ def test_transformations_compose():
 
 
 def test_equal_shapes_compile_once():
-  face = DISTINCT[2]
-  run = jax.jit(lambda args, ids: face.function(**args, segment_ids=ids))
+  variant = DISTINCT[2]
+  run = jax.jit(lambda args, ids: variant.function(**args, segment_ids=ids))
   for seed, ids in enumerate(SEGMENTS):
-    run(face.inputs(75, dtype=jnp.float32, batch=1, seed=seed), jnp.asarray(ids)[None])
+    run(variant.inputs(75, dtype=jnp.float32, batch=1, seed=seed), jnp.asarray(ids)[None])
   assert run._cache_size() == 1
 
 
 @IN_FLOAT64
-@pytest.mark.parametrize("face", [DISTINCT[2], DISTINCT[-1]], ids=str)
-def test_a_single_token_is_the_recurrence(face):
-  args = face.inputs(1)
+@pytest.mark.parametrize("variant", [DISTINCT[2], DISTINCT[-1]], ids=str)
+def test_a_single_token_is_the_recurrence(variant):
+  args = variant.inputs(1)
 
   def program(implementation):
-    return str(jax.make_jaxpr(lambda args: face.function(**args, implementation=implementation))(args))
+    return str(jax.make_jaxpr(lambda args: variant.function(**args, implementation=implementation))(args))
 
   assert program("auto") == program("recurrent") != program("xla")
-  actual, expected = (values_and_gradients(face, args, implementation=name) for name in ("xla", "recurrent"))
+  actual, expected = (values_and_gradients(variant, args, implementation=name) for name in ("xla", "recurrent"))
   assert_close(actual, expected, gradients=True)
 
 
@@ -350,8 +350,8 @@ MISTAKES = [
 @pytest.mark.parametrize(("name", "wrong", "message"), MISTAKES, ids=[f"{m[0]}-{'-'.join(m[1])}" for m in MISTAKES])
 def test_mistakes_are_named(name, wrong, message):
   function = getattr(ops, name)
-  face = Face(function, "channel" if name == "kimi_delta_rule" else "none", 2 if name == "delta_product" else 0)
-  args = face.inputs(9, dtype=jnp.float32)
+  variant = Variant(function, "channel" if name == "kimi_delta_rule" else "none", 2 if name == "delta_product" else 0)
+  args = variant.inputs(9, dtype=jnp.float32)
   jax.eval_shape(lambda: function(**args))
   with pytest.raises(ValueError, match=message):
     function(**args | wrong)

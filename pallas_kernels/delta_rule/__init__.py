@@ -1,13 +1,13 @@
-"""The delta-rule family: one operation behind six faces.
+"""The delta-rule family: one operation behind six variants.
 
     S <- Diag(exp g_t) S;   r times:  S <- S - k (a^T S) + k z^T;   o_t = S^T (scale q_t)
 
-One log-decay a token (none, one for the head, or one a channel), then r rank-1 micro-steps, each erasing along a covector
+One log-decay a token (none, one for the head, or one a channel), then r rank-1 updates, each erasing along a covector
 `a` and writing `z` along `k`. Specs: linear attention (Katharopoulos et al. 2020), DeltaNet (Yang et al. 2024,
 arXiv:2406.06484), Gated DeltaNet (arXiv:2412.06464), Kimi Delta Attention (arXiv:2510.26692), DeltaProduct
 (arXiv:2502.10297), Erase-then-Delta Attention (arXiv:2606.26560).
 
-Common to all faces, with B batch rows, T tokens, Hk key heads, Hv = G * Hk value heads (value head h uses key head h // G):
+Common to all variants, with B batch rows, T tokens, Hk key heads, Hv = G * Hk value heads (value head h uses key head h // G):
 
   q, k: [B, T, Hk, K]. Normalise keys to unit length: the rule contracts for 0 <= beta |k|^2 <= 2.
   v: [B, T, Hv, V].
@@ -69,7 +69,7 @@ def linear_attention(
   """
   _check_tokens(q, k, v)
   operands = q, k, v
-  return _run(_write, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  return _run(_additive_update, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def delta_rule(
@@ -91,7 +91,7 @@ def delta_rule(
   _check_tokens(q, k, v)
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
   operands = q, k, v, beta
-  return _run(_correct_once, operands, None, scale, initial_state, segment_ids, None, chunk_size, implementation)
+  return _run(_delta_update, operands, None, scale, initial_state, segment_ids, None, chunk_size, implementation)
 
 
 def gated_delta_rule(
@@ -115,7 +115,7 @@ def gated_delta_rule(
   _check_tokens(q, k, v)
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
   operands = q, k, v, beta
-  return _run(_correct_once, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  return _run(_delta_update, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def kimi_delta_rule(
@@ -140,7 +140,7 @@ def kimi_delta_rule(
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
   _check("log_decay", log_decay, (*v.shape[:3], k.shape[-1]), "batch, tokens, value heads, key width")
   operands = q, k, v, beta
-  return _run(_correct_once, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  return _run(_delta_update, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def delta_product(
@@ -173,7 +173,7 @@ def delta_product(
   _check_tokens(q, k[:, :, 0], v[:, :, 0])
   _check("beta", beta, v.shape[:4], "batch, tokens, r, value heads")
   operands = q, k, v, beta
-  return _run(_correct, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  return _run(_delta_updates, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
 
 
 def erase_then_delta_rule(
@@ -204,7 +204,8 @@ def erase_then_delta_rule(
   _check("erase_key", erase_key, k.shape, "batch, tokens, key heads, key width")
   _check("erase_strength", erase_strength, v.shape[:3], "batch, tokens, value heads")
   operands = q, k, v, beta, erase_key, erase_strength
-  return _run(_erase_first, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  options = scale, initial_state, segment_ids, decay_bound, chunk_size, implementation
+  return _run(_erase_and_delta_updates, operands, log_decay, *options)
 
 
 def explain(tokens: int, *, implementation: str = "auto") -> Choice:
@@ -220,47 +221,47 @@ def explain(tokens: int, *, implementation: str = "auto") -> Choice:
   )
 
 
-class _Face(NamedTuple):
+class Variant(NamedTuple):
   """From the operands of a public function, [B, T, ...], to `recurrent`'s q, k, a, z.
 
   `chunked` calls it a few tokens at a time, so that nothing it makes is as long as the sequence.
 
   Attributes:
-    micro_steps: from the operands to q [B, T, Hk, K], write vectors k [B, T, r, Hk or Hv, K], erase covectors a
+    rank_one_updates: from the operands to q [B, T, Hk, K], write vectors k [B, T, r, Hk or Hv, K], erase covectors a
       [B, T, r, Hv, K] or None, and values z [B, T, r, Hv, V].
     scale: of the read.
     dtype: of the arithmetic.
   """
 
-  micro_steps: Callable
+  rank_one_updates: Callable
   scale: float
   dtype: jnp.dtype
 
   def __call__(self, *operands: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    q, k, a, z = self.micro_steps(*operands)
+    q, k, a, z = self.rank_one_updates(*operands)
     heads = z.shape[3]
     q = _repeat_heads(q, heads, axis=2).astype(self.dtype) * jnp.asarray(self.scale, self.dtype)
     k, a, z = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 3), (_repeat_heads(k, heads, axis=3), a, z))
     return q, k, a, z
 
 
-def _write(q, k, v):
+def _additive_update(q, k, v):
   return q, k[:, :, None], None, v[:, :, None]
 
 
-def _correct_once(q, k, v, beta):
-  return _correct(q, k[:, :, None], v[:, :, None], beta[:, :, None])
+def _delta_update(q, k, v, beta):
+  return _delta_updates(q, k[:, :, None], v[:, :, None], beta[:, :, None])
 
 
-def _correct(q, k, v, beta):
+def _delta_updates(q, k, v, beta):
   k = _repeat_heads(k, v.shape[3], axis=3)
   return q, k, scaled(k, beta), scaled(v, beta)
 
 
-def _erase_first(q, k, v, beta, erase_key, erase_strength):
+def _erase_and_delta_updates(q, k, v, beta, erase_key, erase_strength):
   wide = accumulator(beta, erase_strength)
   strengths = jnp.stack([erase_strength.astype(wide), beta.astype(wide)], axis=2)
-  return _correct(q, jnp.stack([erase_key, k], axis=2), jnp.stack([jnp.zeros_like(v), v], axis=2), strengths)
+  return _delta_updates(q, jnp.stack([erase_key, k], axis=2), jnp.stack([jnp.zeros_like(v), v], axis=2), strengths)
 
 
 def _repeat_heads(x: jax.Array, heads: int, axis: int) -> jax.Array:
@@ -268,7 +269,7 @@ def _repeat_heads(x: jax.Array, heads: int, axis: int) -> jax.Array:
 
 
 def _run(
-  micro_steps: Callable,
+  rank_one_updates: Callable,
   operands: tuple[jax.Array, ...],
   log_decay: jax.Array | None,
   scale: float | None,
@@ -290,22 +291,22 @@ def _run(
     initial_state = jnp.zeros((batch, heads, width, value_width), dtype)
   _check("initial_state", initial_state, (batch, heads, width, value_width), "batch, value heads, key width, value width")
 
-  face = _Face(micro_steps, width**-0.5 if scale is None else float(scale), dtype)
+  variant = Variant(rank_one_updates, width**-0.5 if scale is None else float(scale), dtype)
   docs = None if segment_ids is None else documents(segment_ids)
   initial_state = initial_state.astype(dtype)
   if explain(tokens, implementation=implementation).implementation == "recurrent":
-    out, state = recurrent(*face(*operands), log_decay, initial_state, docs)
+    out, state = recurrent(*variant(*operands), log_decay, initial_state, docs)
   else:
     size = _chunk_size(chunk_size, tokens)
-    out, state = chunked(face, operands, log_decay, initial_state, docs, chunk_size=size, decay_bound=decay_bound)
+    out, state = chunked(variant, operands, log_decay, initial_state, docs, chunk_size=size, decay_bound=decay_bound)
   return out.astype(v.dtype), state
 
 
-def _chunk_size(asked: int | None, tokens: int) -> int:
-  """The chunk asked for, or the one measured best; never more than the tokens there are, rounded up."""
-  if asked is not None and (asked < 1 or asked & (asked - 1)):
-    raise ValueError(f"chunk_size={asked}; want a power of two, such as 16, 32 or 64.")
-  return min(asked or _CHUNK_SIZE, 1 << (tokens - 1).bit_length())
+def _chunk_size(requested: int | None, tokens: int) -> int:
+  """The chunk requested for, or the one measured best; never more than the tokens there are, rounded up."""
+  if requested is not None and (requested < 1 or requested & (requested - 1)):
+    raise ValueError(f"chunk_size={requested}; want a power of two, such as 16, 32 or 64.")
+  return min(requested or _CHUNK_SIZE, 1 << (tokens - 1).bit_length())
 
 
 def _check(name: str, x: jax.Array, shape: tuple[int, ...], axes: str) -> None:

@@ -3,7 +3,7 @@
 With rows i = (t, m), token-major, G the cumulative log-decay of the chunk and E_ij = exp(G_i - G_j),
 
     A_ij = sum_d a_id k_jd E_ijd      j before i, strictly            P_tj = sum_d q_td k_jd E_tjd      own token included
-    (I + A) U = Z - (a e^G) S         every micro-step's correction, solved at once
+    (I + A) U = Z - (a e^G) S         every update's correction, solved at once
     O  = (q e^G) S + P U              S <- Diag(e^{G_C}) S + (k e^{G_C - G})^T U
 
 Pairs of tokens are decayed by sums of the log-decays between them, never by a quotient of cumulative products: no exponent
@@ -34,9 +34,9 @@ from ..numerics import einsum, matmul, scaled
 from ..triangular import unit_lower_inverse
 
 # exp() of this is 0 in every float, as is its gradient; unlike -inf, it may be multiplied by the zeros of a mask.
-_FORGET = -1e4
+_MIN_LOG_DECAY = -1e4
 # Of a factor; two of them multiply to e^80 at most, far from overflow in float32.
-_LARGEST_EXPONENT = 40.0
+_MAX_EXPONENT = 40.0
 # Chunks whose state-free part is computed at once where memory is wide and cores are many.
 _BLOCK = 64
 
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
   """What is known before the arrays are.
 
   Attributes:
-    expand: from a face's operands [B, T, ...] to `recurrent`'s (q, k, a, z).
+    expand: from a variant's operands [B, T, ...] to `recurrent`'s (q, k, a, z).
     chunk_size: C, a power of two.
     block: chunks in a block.
     decay_bound: a promise that no log-decay is less, which makes per-channel decays cheaper; or None.
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
 
 class Chunks(NamedTuple):
-  """What each chunk does to the state. Leaves lead with [n, M], M = B * H; R = C * r micro-steps, token-major.
+  """What each chunk does to the state. Leaves lead with [n, M], M = B * H; R = C * r updates, token-major.
 
   Attributes:
     reads: q e^G, [C, K].
@@ -135,16 +135,16 @@ def _forward(plan, docs, inputs, initial_state):
 
   def block(carry, i):
     state, out = carry
-    chunks = _prepare(plan, initial_state.dtype, _entry(docs, i, length), *_take((docs, *inputs), i, length))
+    chunks = _prepare(plan, initial_state.dtype, _entry_document(docs, i, length), *_slice_block((docs, *inputs), i, length))
     inverse = _inverse(chunks.overlaps)
     state, (found, *kept) = jax.lax.scan(chunk, state, (chunks, inverse))
-    return (state, _put(out, _from_chunks(found, batch, heads), i)), (*kept, inverse)
+    return (state, _set_block(out, _from_chunks(found, batch, heads), i)), (*kept, inverse)
 
   def chunk(state, xs):
     chunk, inverse = xs
     u = chunk.values if inverse is None else matmul(inverse, chunk.values - matmul(chunk.erases, state))
     out = matmul(chunk.reads, state) + matmul(chunk.scores, u)
-    return chunk.keep[..., None] * state + matmul(_t(chunk.writes), u), (out, state, u)
+    return chunk.keep[..., None] * state + matmul(_transpose(chunk.writes), u), (out, state, u)
 
   entry = initial_state.reshape(-1, *initial_state.shape[2:])
   out = jnp.empty((batch, blocks * length, heads, value_width), initial_state.dtype)
@@ -160,29 +160,29 @@ def _backward(plan, residuals, cotangents):
   def block(carry, xs):
     d_state, d_inputs = carry
     i, states, us, inverse = xs
-    docs_here, inputs_here, d_out_here = _take((docs, inputs, d_out), i, length)
-    prepare = partial(_prepare, plan, d_final.dtype, _entry(docs, i, length), docs_here)
+    docs_here, inputs_here, d_out_here = _slice_block((docs, inputs, d_out), i, length)
+    prepare = partial(_prepare, plan, d_final.dtype, _entry_document(docs, i, length), docs_here)
     chunks, pull_back = jax.vjp(prepare, *inputs_here)
     d_out_here = _split(_to_chunks(d_out_here, plan.chunk_size), plan.block)
     d_state, d_chunks = jax.lax.scan(chunk, d_state, (chunks, inverse, states, us, d_out_here), reverse=True)
-    return (d_state, jax.tree.map(partial(_put, i=i), d_inputs, pull_back(d_chunks))), None
+    return (d_state, jax.tree.map(partial(_set_block, i=i), d_inputs, pull_back(d_chunks))), None
 
   def chunk(d_state, xs):
     chunk, inverse, state, u, d_out = xs
-    du = matmul(_t(chunk.scores), d_out) + matmul(chunk.writes, d_state)
-    dr = du if inverse is None else matmul(_t(inverse), du)
+    du = matmul(_transpose(chunk.scores), d_out) + matmul(chunk.writes, d_state)
+    dr = du if inverse is None else matmul(_transpose(inverse), du)
     d_keep = einsum("mkv,mkv->mk", state, d_state)
     d_chunk = Chunks(
-      reads=matmul(d_out, _t(state)),
-      erases=None if inverse is None else -matmul(dr, _t(state)),
-      writes=matmul(u, _t(d_state)),
+      reads=matmul(d_out, _transpose(state)),
+      erases=None if inverse is None else -matmul(dr, _transpose(state)),
+      writes=matmul(u, _transpose(d_state)),
       values=dr,
-      scores=matmul(d_out, _t(u)),
-      overlaps=None if inverse is None else -matmul(dr, _t(u)),
+      scores=matmul(d_out, _transpose(u)),
+      overlaps=None if inverse is None else -matmul(dr, _transpose(u)),
       keep=d_keep if chunk.keep.shape == d_keep.shape else jnp.sum(d_keep, axis=-1, keepdims=True),
     )
-    d_state = chunk.keep[..., None] * d_state + matmul(_t(chunk.reads), d_out)
-    return d_state if inverse is None else d_state - matmul(_t(chunk.erases), dr), d_chunk
+    d_state = chunk.keep[..., None] * d_state + matmul(_transpose(chunk.reads), d_out)
+    return d_state if inverse is None else d_state - matmul(_transpose(chunk.erases), dr), d_chunk
 
   d_exit = d_final.reshape(-1, *d_final.shape[2:])
   carry = d_exit, jax.tree.map(jnp.empty_like, inputs)
@@ -207,7 +207,7 @@ def _blocks(plan: Plan, inputs: Any) -> tuple[int, int]:
   return length, jax.tree.leaves(inputs)[0].shape[1] // length
 
 
-def _entry(docs: Documents | None, i: jax.Array, length: int) -> jax.Array | None:
+def _entry_document(docs: Documents | None, i: jax.Array, length: int) -> jax.Array | None:
   """Which document the state at the entry of block i belongs to, int32 [B]."""
   if docs is None:
     return None
@@ -215,12 +215,12 @@ def _entry(docs: Documents | None, i: jax.Array, length: int) -> jax.Array | Non
   return jnp.where(i == 0, 0, last)
 
 
-def _take(tree: Any, i: jax.Array, length: int) -> Any:
+def _slice_block(tree: Any, i: jax.Array, length: int) -> Any:
   """Block i of arrays [B, T, ...]."""
   return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=1), tree)
 
 
-def _put(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
+def _set_block(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
   """x [B, T, ...] with its block i [B, L, ...] replaced."""
   return jax.lax.dynamic_update_slice_in_dim(x, block, i * block.shape[1], axis=1)
 
@@ -245,13 +245,13 @@ def _prepare(
   """
   chunk_size = plan.chunk_size
   if docs is not None:  # padding does nothing, whatever it holds
-    operands, log_decay = jax.tree.map(partial(_only_tokens, docs.is_token), (operands, log_decay))
+    operands, log_decay = jax.tree.map(partial(_zero_padding, docs.is_token), (operands, log_decay))
   q, k, a, z = plan.expand(*operands)
   heads = q.shape[2]
   if log_decay is None:
     log_decay = jnp.zeros((1, chunk_size, 1, 1), dtype)
   q, k, a, z, log_decay = jax.tree.map(lambda x: _to_chunks(x.astype(dtype), chunk_size), (q, k, a, z, log_decay))
-  log_decay = jnp.maximum(log_decay, _FORGET)
+  log_decay = jnp.maximum(log_decay, _MIN_LOG_DECAY)
   r = k.shape[2]
   seen, before = (jnp.asarray(mask)[None] for mask in _causal(chunk_size, r))
   entering, leaving = jnp.exp(_sum_up_to(log_decay)), jnp.exp(_sum_after(log_decay))
@@ -282,7 +282,7 @@ def _prepare(
 
 
 def _causal(chunk_size: int, r: int) -> tuple[np.ndarray, np.ndarray]:
-  """Which micro-steps (s, n) a read at t sees, [C, 1, C, r], and which are before a micro-step (t, m), [C, r, C, r]."""
+  """Which updates (s, n) a read at t sees, [C, 1, C, r], and which are before a update (t, m), [C, r, C, r]."""
   read, step = np.arange(chunk_size) * r + r - 1, np.arange(chunk_size * r)
   seen, before = step <= read[:, None], step < step[:, None]
   return seen.reshape(chunk_size, 1, chunk_size, r), before.reshape(chunk_size, r, chunk_size, r)
@@ -306,7 +306,7 @@ def _decayed_products(x: jax.Array, k: jax.Array, log_decay: jax.Array, decay_bo
   c, p, width = x.shape[1:]
   r = k.shape[2]
   span = c
-  while span > 1 and (decay_bound is None or span // 2 * -decay_bound > _LARGEST_EXPONENT):
+  while span > 1 and (decay_bound is None or span // 2 * -decay_bound > _MAX_EXPONENT):
     span //= 2
   since_middle = _sum_since_middle(log_decay.reshape(-1, span, width))[:, :, None]
   out = _products(
@@ -371,7 +371,7 @@ def _decayed(x: jax.Array, decay: jax.Array) -> jax.Array:
   return scaled(x, jnp.broadcast_to(decay[..., 0], x.shape[:-1]))
 
 
-def _only_tokens(is_token: jax.Array, x: jax.Array) -> jax.Array:
+def _zero_padding(is_token: jax.Array, x: jax.Array) -> jax.Array:
   """x [B, T, ...] with zeros for padding."""
   return jnp.where(jnp.expand_dims(is_token, range(2, x.ndim)), x, 0)
 
@@ -381,7 +381,7 @@ def _merge(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def _t(x: jax.Array) -> jax.Array:
+def _transpose(x: jax.Array) -> jax.Array:
   return jnp.swapaxes(x, -1, -2)
 
 

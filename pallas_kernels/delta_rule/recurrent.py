@@ -30,7 +30,7 @@ def recurrent(
     k: write vectors [B, T, H, r, K].
     a: erase covectors [B, T, H, r, K]; `None` erases nothing.
     z: values to commit [B, T, H, r, V].
-    log_decay: `None`, [B, T, H] or [B, T, H, K], applied once a token, before the first micro-step.
+    log_decay: `None`, [B, T, H] or [B, T, H, K], applied once a token, before the first update.
     initial_state: [B, H, K, V], whose dtype the arithmetic has.
     docs: where documents start and padding is; `None` for one document without padding.
 

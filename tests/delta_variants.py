@@ -1,4 +1,4 @@
-"""The faces of the delta rule with every kind of decay, inputs like a trained model's, and the papers' equations by hand."""
+"""The variants of the delta rule with every kind of decay, inputs like a trained model's, and the papers' equations by hand."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,21 +12,21 @@ from tolerances import assert_close
 
 
 @dataclasses.dataclass(frozen=True)
-class Face:
+class Variant:
   """A public function and the arguments that it is tried with.
 
   Attributes:
-    function: the face.
+    function: the variant.
     decay: "none", "scalar" or "channel".
-    micro_steps: r where keys have an axis for it, 0 where they have not.
+    updates: r where keys have an axis for it, 0 where they have not.
   """
 
   function: Callable
   decay: str = "none"
-  micro_steps: int = 0
+  updates: int = 0
 
   def __str__(self) -> str:
-    return f"{self.function.__name__}{self.micro_steps or ''}-{self.decay}"
+    return f"{self.function.__name__}{self.updates or ''}-{self.decay}"
 
   @property
   def erases(self) -> bool:
@@ -35,7 +35,7 @@ class Face:
   def inputs(self, tokens, *, dtype=jnp.float64, batch=2, key_heads=1, heads=2, key_dim=5, value_dim=3, cosine=0.5, seed=0):
     """Keyword arguments: unit keys with a mean cosine of `cosine`, strengths up to 2, decays from gentle to e^-5."""
     rng = np.random.default_rng(seed)
-    steps = (self.micro_steps,) if self.micro_steps else ()
+    steps = (self.updates,) if self.updates else ()
     common = rng.normal(size=key_dim)
 
     def unit(*steps):
@@ -56,33 +56,33 @@ class Face:
     return {name: jnp.asarray(x, dtype) for name, x in args.items()}
 
 
-FACES = (
-  *(Face(ops.linear_attention, decay) for decay in ("none", "scalar", "channel")),
-  Face(ops.delta_rule),
-  Face(ops.gated_delta_rule, "scalar"),
-  Face(ops.kimi_delta_rule, "channel"),
-  *(Face(ops.delta_product, decay, r) for r in (1, 2, 3) for decay in ("none", "scalar")),
-  *(Face(ops.erase_then_delta_rule, decay) for decay in ("none", "scalar", "channel")),
+VARIANTS = (
+  *(Variant(ops.linear_attention, decay) for decay in ("none", "scalar", "channel")),
+  Variant(ops.delta_rule),
+  Variant(ops.gated_delta_rule, "scalar"),
+  Variant(ops.kimi_delta_rule, "channel"),
+  *(Variant(ops.delta_product, decay, r) for r in (1, 2, 3) for decay in ("none", "scalar")),
+  *(Variant(ops.erase_then_delta_rule, decay) for decay in ("none", "scalar", "channel")),
 )
 
 
-@partial(jax.jit, static_argnames=("face", "scale", "chunk_size", "decay_bound", "implementation"))
-def values(face: Face, args, segment_ids=None, **options):
+@partial(jax.jit, static_argnames=("variant", "scale", "chunk_size", "decay_bound", "implementation"))
+def values(variant: Variant, args, segment_ids=None, **options):
   """Output and final state."""
-  return face.function(**args, segment_ids=segment_ids, **options)
+  return variant.function(**args, segment_ids=segment_ids, **options)
 
 
-def values_and_gradients(face: Face, args, segment_ids=None, **options):
+def values_and_gradients(variant: Variant, args, segment_ids=None, **options):
   """Output and final state, and the gradients of every argument for cotangents of both."""
-  shapes = jax.eval_shape(lambda: face.function(**args))
+  shapes = jax.eval_shape(lambda: variant.function(**args))
   rng = np.random.default_rng(99)
   cotangents = tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in shapes)
-  return _values_and_gradients(face, args, cotangents, segment_ids, **options)
+  return _values_and_gradients(variant, args, cotangents, segment_ids, **options)
 
 
-@partial(jax.jit, static_argnames=("face", "scale", "chunk_size", "decay_bound", "implementation"))
-def _values_and_gradients(face, args, cotangents, segment_ids, **options):
-  out, pull_back = jax.vjp(lambda args: face.function(**args, segment_ids=segment_ids, **options), args)
+@partial(jax.jit, static_argnames=("variant", "scale", "chunk_size", "decay_bound", "implementation"))
+def _values_and_gradients(variant, args, cotangents, segment_ids, **options):
+  out, pull_back = jax.vjp(lambda args: variant.function(**args, segment_ids=segment_ids, **options), args)
   return out, pull_back(cotangents)[0]
 
 
@@ -113,12 +113,12 @@ def by_hand(q, k, v, beta=None, erase_key=None, erase_strength=None, log_decay=N
   return out, final
 
 
-def run(face, args, **options):
-  return values(face, args, implementation="xla", **{"chunk_size": 8} | options)
+def run(variant, args, **options):
+  return values(variant, args, implementation="xla", **{"chunk_size": 8} | options)
 
 
-def both(face, args):
-  return values_and_gradients(face, args, implementation="xla", chunk_size=8)
+def both(variant, args):
+  return values_and_gradients(variant, args, implementation="xla", chunk_size=8)
 
 
 def without(args, *names):
@@ -141,8 +141,8 @@ def per_token(x, args):
   return jnp.full(args["v"].shape[:2] + args["v"].shape[-2:-1], x, jnp.float64)
 
 
-def transition(face, args):
+def transition(variant, args):
   """What the tokens of `args` multiply the state by, [B, H, K, K]."""
   batch, heads, width = args["initial_state"].shape[:3]
   identity = jnp.asarray(np.broadcast_to(np.eye(width), (batch, heads, width, width)))
-  return run(face, args | {"v": jnp.zeros((*args["v"].shape[:-1], width)), "initial_state": identity})[1]
+  return run(variant, args | {"v": jnp.zeros((*args["v"].shape[:-1], width)), "initial_state": identity})[1]
