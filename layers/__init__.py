@@ -1,11 +1,13 @@
 """Memory layers: pure functions of (params, x, state), each a thin Flax module over an operation with an oracle."""
 
 from .attention import Attention
+from .context import Context, ContextLayer
 from .delta_net import DeltaNet, DeltaProduct, GatedDeltaNet, KimiDeltaAttention
 from .erase_then_delta import EraseThenDelta
 from .gated_conv import GatedConv
 from .linear_attention import LinearAttention
 from .memory_layer import MemoryLayer
+from .swiglu import SwiGLU
 from .titans import Memora, Moneta, TitansMemory, Yaad
 from .titans_wirings import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from .ttt import TTTMLP, TTTLinear
@@ -13,6 +15,8 @@ from .ttt import TTTMLP, TTTLinear
 __all__ = [
   "TTTMLP",
   "Attention",
+  "Context",
+  "ContextLayer",
   "DeltaNet",
   "DeltaProduct",
   "EraseThenDelta",
@@ -26,6 +30,7 @@ __all__ = [
   "MemoryAsLayer",
   "MemoryLayer",
   "Moneta",
+  "SwiGLU",
   "TTTLinear",
   "TitansMemory",
   "Yaad",

@@ -1,6 +1,6 @@
 """The contract that every memory layer obeys: `MemoryLayer`. `tests/test_laws.py` holds every layer of the registry to it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,10 @@ class MemoryLayer(nn.Module, kw_only=True):
   Raises:
     ValueError: in words that say what would do; see `begin`.
   """
+
+  # Whether the output already contains the input (and the norms that the layer needs). A stack then passes its residual
+  # stream to the layer as it is, and adds nothing to what comes back.
+  adds_input: ClassVar[bool] = False
 
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32

@@ -104,7 +104,7 @@ def subjects(dtype=jnp.float64, width: int = WIDTH, **fields: Any) -> list[Subje
   types = {"dtype": dtype, "param_dtype": dtype}
   layers = [Subject(name, layer(name, **types, **fields), width) for name in LAYERS]
   mixers = layer("EraseThenDelta", **fields), layer("Attention", **fields)
-  return [*layers, Subject("LanguageModel", LanguageModel(11, width, 3, mixers, **types), width)]
+  return [*layers, Subject("LanguageModel", LanguageModel(vocab_size=11, width=width, depth=3, mixers=mixers, **types), width)]
 
 
 def cases(*args: Any, **fields: Any) -> list[Any]:

@@ -42,7 +42,7 @@ SMALL = {"num_heads": 2, "key_dim": 4, "value_dim": 4}
 def hybrid():
   """A model whose second block has no matrices, its variables and tokens for it."""
   mixers = EraseThenDelta(**SMALL), Attention(num_heads=2, head_dim=4, window=5), GatedDeltaNet(**SMALL)
-  model = LanguageModel(11, 8, 3, mixers)
+  model = LanguageModel(vocab_size=11, width=8, depth=3, mixers=mixers)
   tokens = jax.random.randint(jax.random.key(0), (2, TOKENS), 0, 11, jnp.int32)
   params = jax.jit(model.init)(jax.random.key(1), tokens[:, :2])
   return model, jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p, params), tokens
@@ -79,7 +79,12 @@ def test_every_linear_attention_names_its_matrix_by_batch_and_head(name):
 
 
 def test_a_model_names_the_matrices_by_block():
-  model = LanguageModel(11, 8, 3, (EraseThenDelta(**SMALL), Attention(num_heads=2, head_dim=4), GatedDeltaNet(**SMALL)))
+  model = LanguageModel(
+    vocab_size=11,
+    width=8,
+    depth=3,
+    mixers=(EraseThenDelta(**SMALL), Attention(num_heads=2, head_dim=4), GatedDeltaNet(**SMALL)),
+  )
   assert set(memories(model, model.initial_state(2))) == {"block 0/memory", "block 2/memory"}
 
 

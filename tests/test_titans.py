@@ -1,11 +1,14 @@
 """Titans and its kin as layers: what they begin with, what a write does, what looks into them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 from memzoo.layers import Memora, Moneta, TitansMemory, TTTLinear, Yaad
+from memzoo.layers.titans import Gating, Loss, Network, Update
 from memzoo.layers.titans_wirings import MemoryAsContext, MemoryAsGate
 from memzoo.pallas_kernels import test_time_memory as ttm
 from memzoo.zoo.inspect import gates, inner_losses, inner_weights
@@ -30,15 +33,19 @@ def test_a_fresh_memory_says_nothing_and_its_state_is_zero():
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(module.apply(params, 2, method="initial_state")))
 
 
-NETWORKS = [{"depth": 1}, {"depth": 1, "loss_scale": 0.5}, {}, {"depth": 3, "expansion": 1}, {"depth": 4}, {"gated": True}]
+NETWORKS = [
+  (Network(depth=1), Loss()), (Network(depth=1), Loss(scale=0.5)), (Network(), Loss()), (Network(depth=3, expansion=1), Loss()),
+  (Network(depth=4), Loss()), (Network(gated=True), Loss()),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("network", NETWORKS, ids=str)
-def test_one_write_at_the_longest_step_puts_the_error_to_about_zero(network):
-  wide = {"num_heads": 8, "head_dim": 64, "chunk_size": 1, "momentum": False, "forget": False, "clip": None}
-  module, params, x = built(TitansMemory(**wide, **network, step_bias=20.0), tokens=1)
+@pytest.mark.parametrize(("network", "loss"), NETWORKS, ids=str)
+def test_one_write_at_the_longest_step_puts_the_error_to_about_zero(network, loss):
+  still = {"gates": Gating(momentum=False, forget=False, step_bias=20.0), "update": Update(clip=None)}
+  module = TitansMemory(num_heads=8, head_dim=64, chunk_size=1, network=network, loss=loss, **still)
+  module, params, x = built(module, tokens=1)
   (found,) = inner_losses(module, params, x).values()
-  assert np.median(found.after / found.before) < (1e-6 if network.get("depth") == 1 else 0.2)
+  assert np.median(found.after / found.before) < (1e-6 if network.depth == 1 else 0.2)
 
 
 def what_is_learned(module, params, x):
@@ -57,7 +64,8 @@ def what_is_learned(module, params, x):
 @pytest.mark.parametrize("layer", [TitansMemory, Yaad, Moneta, Memora])
 def test_at_the_longest_step_a_fresh_memory_tells_pairs_apart(layer):
   """What it begins with, and how far a step may go, fit each other."""
-  module, params, x = built(layer(num_heads=2, head_dim=64, step_bias=20.0), tokens=1)
+  gates = dataclasses.replace(layer.gates, step_bias=20.0)
+  module, params, x = built(layer(num_heads=2, head_dim=64, gates=gates), tokens=1)
   initial, *_, gates = what_is_learned(module, params, x)
   pairs, passes = 16, 16
   key, value = jax.random.normal(jax.random.key(0), (2, 1, pairs, 2, 64))
@@ -122,7 +130,7 @@ def test_a_row_with_too_many_documents_is_nan_in_the_open():
 @pytest.mark.slow
 def test_attention_of_a_gate_and_of_a_context_has_the_reach_it_says():
   """How far a token is felt through attention alone: with steps of length zero the memory keeps nothing."""
-  still = {"max_step": 0.0, "forget": False, "momentum": False, "conv_width": 1, "persistent_tokens": 0}
+  still = {"gates": Gating(momentum=False, forget=False, max_step=0.0), "conv_width": 1, "persistent_tokens": 0}
   gate, context = MemoryAsGate(**SIZES, **still, window=3), MemoryAsContext(**SIZES, **still, segment=4)
   for module, felt in ((gate, [5, 6, 7]), (context, [5, 6, 7])):
     module, params, x = built(module)
@@ -150,7 +158,7 @@ def test_what_is_heard_inside():
 @pytest.mark.slow
 def test_what_is_heard_in_segments_comes_out_by_token():
   memory = MemoryAsContext(**SIZES, segment=4)
-  module, params, tokens = built(LanguageModel(11, 16, 1, (memory,), remat="full"))
+  module, params, tokens = built(LanguageModel(vocab_size=11, width=16, depth=1, mixers=(memory,), remat="full"))
   ids = jnp.repeat(jnp.array([1, 2], jnp.int32), jnp.array([5, 7]))[None].repeat(2, 0)
   for hear, places in ((inner_losses, {"block 0"}), (gates, {"block 0/theta", "block 0/keep", "block 0/eta"})):
     packed, alone = hear(module, params, tokens, ids), hear(module, params, tokens[:, 5:])
@@ -163,10 +171,10 @@ def test_mistakes_are_named():
   x = jnp.zeros((1, 3, 16))
   for module, message in (
     (TTTLinear(num_heads=2, head_dim=5), "head_dim=5 is odd"),
-    (MemoryAsContext(**SIZES, segment=0), "segment=0; want at least one token"),
-    (TitansMemory(**SIZES, anchor="token"), "anchor='token' is of linear memories"),
-    (TitansMemory(**SIZES, loss="cubic"), "loss='cubic'; want one of"),
-    (TitansMemory(**SIZES, output_gate="relu"), "output_gate='relu'; want one of"),
+    (MemoryAsContext(**SIZES, segment=0), "segment=0; expected at least one token"),
+    (TitansMemory(**SIZES, update=Update(anchor="token", clip=None)), "anchor='token' is for linear memories"),
+    (TitansMemory(**SIZES, network=Network(depth=0)), "depth=0; expected at least one matrix"),
+    (TitansMemory(**SIZES, output_gate="relu"), "output_gate='relu'; (want|expected) one of"),
   ):
     with pytest.raises(ValueError, match=message):
       module.init(jax.random.key(0), x)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..zoo.formats import thousands
+from ..zoo.stack import Stack
 from .checks import at_least, check_seed
 from .sources import ByteTokenizer, Document, FileTokenizer, load_tokenizer, read_sources
 
@@ -102,9 +103,10 @@ class TextData:
 
   def check_model(self, model: Any) -> None:
     """Raises `ValueError` if `model` knows fewer tokens than the tokenizer, or a layer fewer documents than a row may hold."""
-    if model.vocab_size < self.vocab_size:
+    known = getattr(model, "vocab_size", 0)
+    if known < self.vocab_size:
       raise ValueError(
-        f"LanguageModel.vocab_size is {model.vocab_size}; want at least {self.vocab_size}, the number of "
+        f"LanguageModel.vocab_size is {known}; want at least {self.vocab_size}, the number of "
         f"tokens of TextData.tokenizer={self.tokenizer!r}."
       )
     check_documents(model, self.max_documents or self.sequence_length, "set TextData.max_documents")
@@ -161,7 +163,7 @@ class TextData:
 
 def check_documents(model: Any, most: int, remedy: str) -> None:
   """Raises `ValueError` if a layer of `model` is made for rows of fewer documents than `most`."""
-  for mixer in getattr(model, "mixers", ()):
+  for mixer in model.sublayers() if isinstance(model, Stack) else ():
     bound = getattr(mixer, "max_documents", most)
     if bound < most:
       name = f"{type(mixer).__name__}.max_documents"

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ..zoo.describe import Description, parts_table
 from ..zoo.formats import binary, thousands
+from ..zoo.language_model import VectorModel
 from .sharding import MeshShape
 from .step import build_program
 
@@ -91,7 +92,7 @@ def _facts_table(experiment: Any, description: Description, peak: Peak | None) -
   work = 3 * description.flops * tokens * trainer.steps
   table = Table.grid(padding=(0, 2))
   facts = {
-    "model": f"width {model.width}, depth {model.depth}, {model.vocab_size} tokens, {jnp.dtype(model.dtype).name}",
+    "model": f"width {model.width}, depth {model.depth}, {_interface(model)}, {jnp.dtype(model.dtype).name}",
     "state": f"{state}, for a sequence while generating",
     "data": f"{data.source}, {data.batch_size} x {data.sequence_length} a step",
     "optimiser": (
@@ -120,3 +121,8 @@ def _memory(experiment: Any) -> str:
   return f"{binary(params)} of parameters, {binary(optimizer)} of {moments}, on {where}"
 
 
+def _interface(model: Any) -> str:
+  """What goes in and comes out of a model, in words."""
+  if isinstance(model, VectorModel):
+    return f"vectors of {model.input_dim} to vectors of {model.output_dim}"
+  return f"{model.vocab_size} tokens"

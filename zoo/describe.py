@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from rich.table import Table
 
+from ..layers.swiglu import SwiGLU
 from ..pallas_kernels.measure import count_flops, flops_by_scope
 from .formats import thousands
-from .language_model import VectorModel
 
 _BLOCK = re.compile(r"blocks_(\d+)(?:/(\w+))?")
 
@@ -79,24 +78,26 @@ def describe(model: nn.Module, length: int = 1024) -> Description:
     model: an unbound `LanguageModel`.
     length: tokens of the sequence that work and memory are counted for.
   """
+  model = model.clone(scan=False)  # the same numbers, block by block
   parameters = _count_parameters(model)
   flops = Counter()
-  for scope, count in flops_by_scope(_forward(model), _parameter_shapes(model), _tokens(model, 1, length)).items():
+  for scope, count in flops_by_scope(_forward(model), _parameter_shapes(model), model.example(1, length)).items():
     flops[_part(scope)] += count / length
   rows = [Row("embedding", "", parameters["embedding"], 0, 0, 0.0)]
   for i in range(model.depth):
-    name, mixer = f"block {i}", model.mixer(i)
-    state_bytes = mixer.state_bytes(1, length)
-    kind = type(mixer).__name__
+    name, layers = f"block {i}", model.block(i)
+    state_bytes = sum(layer.state_bytes(1, length) for layer in layers)
+    kind = " + ".join(type(layer).__name__ for layer in layers if not isinstance(layer, SwiGLU)) or "SwiGLU"
     rows.append(Row(name, kind, parameters[name], parameters[name, "mixer"], state_bytes, flops[name]))
   rows.append(Row("final norm", "", parameters["final_norm"], 0, 0, 0.0))
-  rows.append(Row("head", "tied to the embedding" if model.tie_embeddings else "", parameters["head"], 0, 0, flops[""]))
+  tied = "tied to the embedding" if getattr(model, "tie_embeddings", False) else ""
+  rows.append(Row("head", tied, parameters["head"], 0, 0, flops[""]))
   return Description(tuple(rows), length)
 
 
 def forward_flops(model: nn.Module, batch: int, length: int) -> int:
   """FLOPs of the matrix products in one forward pass over tokens [batch, length]; a multiply-add counts as two."""
-  return count_flops(_forward(model), _parameter_shapes(model), _tokens(model, batch, length))
+  return count_flops(_forward(model), _parameter_shapes(model), model.example(batch, length))
 
 
 def _part(scope: str) -> str:
@@ -109,14 +110,8 @@ def _forward(model: nn.Module) -> Callable[..., Any]:
   return lambda params, tokens: model.apply(params, tokens)[0]
 
 
-def _tokens(model: nn.Module, batch: int, length: int) -> jax.ShapeDtypeStruct:
-  if isinstance(model, VectorModel):
-    return jax.ShapeDtypeStruct((batch, length, model.input_dim), jnp.float32)
-  return jax.ShapeDtypeStruct((batch, length), jnp.int32)
-
-
 def _parameter_shapes(model: nn.Module) -> Any:
-  return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), _tokens(model, 1, 1)))
+  return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), model.example(1, 1)))
 
 
 def _count_parameters(model: nn.Module) -> Counter:
@@ -127,7 +122,7 @@ def _count_parameters(model: nn.Module) -> Counter:
     block = _BLOCK.fullmatch(keys[0])
     name = f"block {block[1]}" if block else keys[0]
     count[name] += leaf.size
-    if block and keys[1] == "mixer":
+    if block and re.fullmatch(r"mixer(_\d+)?", keys[1]):
       count[name, "mixer"] += leaf.size
   return count
 

@@ -27,12 +27,13 @@ from flax.traverse_util import flatten_dict
 
 from ..layers.inner_learner import InnerLearner
 from ..layers.linear_attention import LinearAttention
+from ..layers.memory_layer import MemoryLayer
 from ..layers.projections import LogDecay, LogShare, Strength
 from ..layers.titans_wirings import MemoryAsContext
 from ..pallas_kernels import test_time_memory as ttm
 from ..pallas_kernels.documents import Documents, documents, select_rows
 from ..pallas_kernels.numerics import einsum
-from .language_model import LanguageModel
+from .stack import Stack, sublayer_names, unroll_params, unroll_state
 
 
 class Curves(NamedTuple):
@@ -122,10 +123,7 @@ def memories(model: nn.Module, state: Any) -> dict[str, jax.Array]:
   Raises:
     ValueError: if there are none.
   """
-  if isinstance(model, LanguageModel):
-    layers = {f"block {i}/": (model.mixer(i), block_state) for i, block_state in enumerate(state)}
-  else:
-    layers = {"": (model, state)}
+  layers = _layers(model, state)
   found = {f"{place}{name}": matrix for place, (layer, own) in layers.items() for name, matrix in layer.matrices(own).items()}
   if not found:
     kinds = ", ".join(sorted({type(layer).__name__ for layer, _ in layers.values()}))
@@ -134,6 +132,17 @@ def memories(model: nn.Module, state: Any) -> dict[str, jax.Array]:
       "(MemoryLayer.matrices), such as DeltaNet. Attention keeps its past, not a matrix."
     )
   return found
+
+
+def _layers(model: nn.Module, state: Any) -> dict[str, tuple[nn.Module, Any]]:
+  """Every layer of `model` with its state, by place: "block 2/", or "" for a layer on its own."""
+  if not isinstance(model, Stack):
+    return {"": (model, state)}
+  found = {}
+  for i, states in enumerate(unroll_state(model, state)):
+    for name, layer, own in zip(sublayer_names(model.block(i)), model.block(i), states, strict=True):
+      found[f"block {i}/" if name == "mixer" else f"block {i}/{name}/"] = layer, own
+  return {place: (layer, own) for place, (layer, own) in found.items() if isinstance(layer, MemoryLayer)}
 
 
 def over_time(
@@ -167,6 +176,7 @@ def over_time(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _looks(model, look, every, params, inputs, segment_ids, args):
+  model, params = _unrolled(model, params)
   fresh = model.apply(params, len(inputs), method="initial_state")
   docs = None if segment_ids is None else documents(segment_ids)
 
@@ -186,6 +196,11 @@ def _looks(model, look, every, params, inputs, segment_ids, args):
     _, last = read(carry, jax.tree.map(lambda a: a[:, whole:], sequence))
     seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), seen, last)
   return seen
+
+
+def _unrolled(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
+  """A stack without `scan`, so that every block has a place of its own; any other model as it is."""
+  return unroll_params(model, params) if isinstance(model, Stack) else (model, params)
 
 
 def _forget_between(state: Any, fresh: Any, docs: Documents, last: jax.Array) -> Any:
@@ -304,6 +319,7 @@ def _overhear(model, listen, params, inputs, segment_ids) -> dict[str, Any]:
 
   Of calls of one module the last counts: those before it are of persistent tokens.
   """
+  model, params = _unrolled(model, params)
   segmented = {}
 
   def between(call, args, kwargs, context):

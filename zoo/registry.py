@@ -1,4 +1,4 @@
-"""The layers, by the names that configs and the command line know them by."""
+"""The layers, by the names that configs and the command line use."""
 
 from ..layers import (
   TTTMLP,
@@ -16,6 +16,7 @@ from ..layers import (
   MemoryAsLayer,
   MemoryLayer,
   Moneta,
+  SwiGLU,
   TitansMemory,
   TTTLinear,
   Yaad,
@@ -40,3 +41,6 @@ LAYERS: dict[str, type[MemoryLayer]] = {
   "Attention": Attention,
   "GatedConv": GatedConv,
 }
+
+# Sublayers without a memory, for the blocks of a model.
+SUBLAYERS: dict[str, type[MemoryLayer]] = {"SwiGLU": SwiGLU}

@@ -1,0 +1,58 @@
+"""The gated MLP of a transformer block: W_down (silu(W_gate x) * W_up x) (Shazeer 2020, arXiv:2002.05202)."""
+
+import jax
+from flax import linen as nn
+
+from .memory_layer import MemoryLayer, silence_padding
+from .projections import dense
+
+
+@jax.custom_vjp
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """silu(gate) * up, with a backward pass that writes both gradients to memory once.
+
+  Each gradient enters two matrix products. Without the barrier, XLA on a CPU recomputes the gradient, exponentials
+  included, inside the transposed copy that one of the products reads.
+  """
+  return nn.silu(gate) * up
+
+
+def _gated_forward(gate, up):
+  return gated(gate, up), (gate, up)
+
+
+def _gated_backward(residuals, d_out):
+  d_gate, d_up = jax.vjp(lambda gate, up: nn.silu(gate) * up, *residuals)[1](d_out)
+  return jax.lax.optimization_barrier((d_gate, d_up))
+
+
+gated.defvjp(_gated_forward, _gated_backward)
+
+
+class SwiGLU(MemoryLayer, kw_only=True):
+  """W_down (silu(W_gate x) * W_up x), token by token: a layer without memory, whose state is empty.
+
+  Attributes:
+    ratio: hidden width divided by the width of x; the hidden width is rounded up to a multiple of 32.
+  """
+
+  ratio: float = 8 / 3
+
+  def initial_state(self, batch_size: int) -> tuple[()]:
+    """No state."""
+    del batch_size
+    return ()
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, state: tuple[()] | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, tuple[()]]:
+    """x [B, T, D] to (y [B, T, D], ()); see `MemoryLayer`."""
+    self.begin(x, state, segment_ids)
+    x = x.astype(self.activation_dtype(x))
+    hidden = -(-int(x.shape[-1] * self.ratio) // 32) * 32
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    gate = dense(hidden, ("embed", "mlp"), name="gate", **types)(x)
+    up = dense(hidden, ("embed", "mlp"), name="up", **types)(x)
+    y = dense(x.shape[-1], ("mlp", "embed"), name="down", **types)(gated(gate, up))
+    return silence_padding(y, segment_ids), ()

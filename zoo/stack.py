@@ -1,0 +1,266 @@
+"""A stack of residual sublayers in a repeating pattern: the body of every model here.
+
+    x <- x + sublayer(norm(x))        for the sublayers of each block, bottom to top
+
+A sublayer is anything that keeps the contract of `memzoo.layers.MemoryLayer`. A layer that needs more than its input (the
+token ids, what lower layers stored, a way to feed later blocks) inherits from `memzoo.layers.ContextLayer`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..layers.context import Context, ContextLayer
+from ..layers.norms import RMSNorm
+from ..layers.swiglu import SwiGLU
+from ..pallas_kernels.states import check_state
+
+REMAT_POLICIES = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+PERIODS = "periods"  # the parameters of a scanned stack's repeats
+
+
+class Block(nn.Module):
+  """Pre-norm residual sublayers, one after the other.
+
+  Attributes:
+    sublayers: the layers. The parameters of a `SwiGLU` are called "mlp" and those of any other layer "mixer", with a number
+      where a block has several; its norm's "mixer_norm" and so on.
+    norm_epsilon: of the norms.
+    param_dtype: of the norms' scales.
+  """
+
+  sublayers: tuple[nn.Module, ...]
+  norm_epsilon: float = 1e-6
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, states: tuple[Any, ...] | None, segment_ids: jax.Array | None, context: Context
+  ) -> tuple[jax.Array, tuple[Any, ...], Context]:
+    """x [B, T, D], the sublayers' states and the context, to the same after this block."""
+    x, context = context.next_block(x)
+    after = []
+    for i, (name, template) in enumerate(zip(sublayer_names(self.sublayers), self.sublayers, strict=True)):
+      layer = template.clone(parent=self, name=name)
+      adds_input = getattr(layer, "adds_input", False)
+      normed = x if adds_input else RMSNorm(self.norm_epsilon, self.param_dtype, name=f"{name}_norm")(x)
+      state = None if states is None else states[i]
+      if isinstance(layer, ContextLayer):
+        y, state, context = layer.in_stack(normed, state, segment_ids, context)
+      else:
+        y, state = layer(normed, state, segment_ids)
+      x = y.astype(x.dtype) if adds_input else x + y.astype(x.dtype)
+      after.append(state)
+    return x, tuple(after), context
+
+
+def sublayer_names(sublayers: Sequence[nn.Module]) -> list[str]:
+  """Names of a block's sublayers in its parameters: "mixer", "mlp", then "mixer_1" and so on."""
+  names: list[str] = []
+  for layer in sublayers:
+    kind = "mlp" if isinstance(layer, SwiGLU) else "mixer"
+    count = sum(name.split("_")[0] == kind for name in names)
+    names.append(f"{kind}_{count}" if count else kind)
+  return names
+
+
+class _Period(nn.Module):
+  """One repeat of the pattern, as the body of a scan."""
+
+  blocks: tuple[tuple[nn.Module, ...], ...]
+  norm_epsilon: float
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, carry, states, segment_ids):
+    x, context = carry
+    after = []
+    for i, sublayers in enumerate(self.blocks):
+      block = Block(sublayers, self.norm_epsilon, self.param_dtype, name=f"blocks_{i}")
+      x, state, context = block(x, None if states is None else states[i], segment_ids, context)
+      after.append(state)
+    return (x, context), tuple(after)
+
+
+class Stack(nn.Module, kw_only=True):
+  """Residual blocks in a repeating pattern, and a norm. It keeps the contract of a layer, with a tuple of states.
+
+  Attributes:
+    mixers: the pattern, as templates: block i is made of `mixers[i % len(mixers)]`. An entry that is a layer stands for that
+      layer followed by a `SwiGLU` of `mlp_ratio`; an entry that is a sequence of layers is a block of just these sublayers.
+      `[[a, SwiGLU()], [b]]` is a pattern in which every second block has no MLP.
+    depth: number of blocks.
+    mlp_ratio: of the `SwiGLU` behind each entry that is a single layer; 0 for none.
+    norm_epsilon: of all norms of the residual stream.
+    remat: what the backward pass recomputes: "none", everything but the inputs of blocks ("full"), or everything but the
+      products of activations with weights ("dots").
+    scan: run the repeats of the pattern as one `jax.lax.scan`, so that compile time does not grow with `depth`. Parameters
+      of the repeats are then stacked on a leading axis (named "layers") under "periods", states on their second axis; see
+      `unroll_params` and `scan_params`. Blocks beyond the last whole repeat follow unrolled.
+    dtype: of activations, in every layer that does not set its own.
+    param_dtype: of parameters, likewise.
+  """
+
+  mixers: tuple[nn.Module | tuple[nn.Module, ...], ...]
+  depth: int
+  mlp_ratio: float = 8 / 3
+  norm_epsilon: float = 1e-6
+  remat: str = "none"
+  scan: bool = False
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  def block(self, index: int) -> tuple[nn.Module, ...]:
+    """The sublayers of block `index`, not bound to parameters."""
+    entry = self.mixers[index % len(self.mixers)]
+    if isinstance(entry, nn.Module):
+      entry = (entry, SwiGLU(ratio=self.mlp_ratio, parent=None)) if self.mlp_ratio else (entry,)
+    return tuple(self._with_types(template) for template in entry)
+
+  def sublayers(self) -> list[nn.Module]:
+    """All sublayers, bottom to top, not bound to parameters."""
+    return [layer for i in range(self.depth) for layer in self.block(i)]
+
+  def mixer(self, index: int) -> nn.Module:
+    """The first sublayer of block `index`, not bound to parameters."""
+    return self.block(index)[0]
+
+  def _with_types(self, template: nn.Module) -> nn.Module:
+    types = {"dtype": getattr(template, "dtype", None) or self.dtype, "param_dtype": self.param_dtype}
+    return template.clone(parent=None, name=None, **{name: value for name, value in types.items() if hasattr(template, name)})
+
+  @property
+  def repeats(self) -> int:
+    """How many whole repeats of the pattern are scanned; 0 without `scan`."""
+    return self.depth // len(self.mixers) if self.scan else 0
+
+  def initial_state(self, batch_size: int) -> tuple[tuple[Any, ...], ...]:
+    """The blocks' fresh states, each a tuple of its sublayers' states.
+
+    With `scan` the first `len(mixers)` of them hold all repeats of a block, [B, repeats, ...].
+    """
+
+    def fresh(index: int) -> tuple[Any, ...]:
+      return tuple(layer.apply({}, batch_size, method="initial_state") for layer in self.block(index))
+
+    def stacked(leaf: jax.Array) -> jax.Array:
+      return jnp.broadcast_to(jnp.expand_dims(leaf, 1), (leaf.shape[0], self.repeats, *leaf.shape[1:]))
+
+    period, rest = self._parts()
+    return (*(jax.tree.map(stacked, fresh(i)) for i in period), *(fresh(i) for i in rest))
+
+  def state_bytes(self, batch_size: int, length: int) -> int:
+    """Bytes of the states of `batch_size` sequences after `length` tokens."""
+    return sum(layer.state_bytes(batch_size, length) for layer in self.sublayers())
+
+  def _parts(self) -> tuple[range, range]:
+    """Indices of the blocks in one scanned repeat, and of the blocks that follow unrolled."""
+    size = len(self.mixers) if self.repeats else 0
+    return range(size), range(size * self.repeats, self.depth)
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, tuple[Any, ...]]:
+    """x [B, T, D] to (y [B, T, D], state); arguments as of `MemoryLayer`."""
+    self.check_state(state, x.shape[0])
+    return self.residual(x.astype(self.dtype), state, segment_ids)
+
+  @nn.nowrap
+  def residual(
+    self, x: jax.Array, state: tuple[Any, ...] | None, segment_ids: jax.Array | None, tokens: jax.Array | None = None
+  ) -> tuple[jax.Array, tuple[Any, ...]]:
+    """The blocks and the final norm: x [B, T, D] to the same, and the state. Part of a model's `__call__`."""
+    context = Context.start(self.sublayers(), x, tokens)
+    period, rest = self._parts()
+    states: tuple[Any, ...] = ()
+    if period:
+      blocks = tuple(self.block(i) for i in period)
+      scan = nn.scan(
+        self._checkpointed(_Period, prevent_cse=False),
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(1, nn.broadcast),
+        out_axes=1,
+        length=self.repeats,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+      )(blocks, self.norm_epsilon, self.param_dtype, name=PERIODS)
+      (x, context), states = scan((x, context), None if state is None else state[: len(period)], segment_ids)
+    for place, i in enumerate(rest, start=len(period)):
+      block = self._checkpointed(Block)(self.block(i), self.norm_epsilon, self.param_dtype, name=f"blocks_{i}")
+      x, after, context = block(x, None if state is None else state[place], segment_ids, context)
+      states = (*states, after)
+    return RMSNorm(self.norm_epsilon, self.param_dtype, name="final_norm")(x), states
+
+  def _checkpointed(self, module: type[nn.Module], **options: Any) -> type[nn.Module]:
+    """`module`, recomputed in the backward pass as `remat` says."""
+    if self.remat == "none":
+      return module
+    return nn.remat(module, policy=REMAT_POLICIES[self.remat], **options)
+
+  def check_state(self, state: tuple[Any, ...] | None, batch_size: int) -> None:
+    """Raises `ValueError` for settings that make no stack, or a state that is not one of its own."""
+    if self.remat not in REMAT_POLICIES:
+      raise ValueError(f"remat={self.remat!r}; want one of {list(REMAT_POLICIES)}.")
+    if self.depth < 1 or not self.mixers or () in self.mixers:
+      raise ValueError(f"depth={self.depth}, mixers={self.mixers}; want at least one block, and a layer in each.")
+    if state is None:
+      return
+    count = sum(map(len, self._parts()))
+    if not isinstance(state, tuple) or len(state) != count:
+      raise ValueError(f"state is a {type(state).__name__} of {len(state)}; want a tuple of {count}, one a block.")
+    check_state("state", type(self).__name__, state, jax.eval_shape(lambda: self.initial_state(batch_size)))
+
+
+def unroll_params(model: Stack, params: Any) -> tuple[Stack, Any]:
+  """The same model without `scan`, and its parameters: one "blocks_i" a block, without axis names.
+
+  Args:
+    model: a stack, or a model built on one. One without `scan` comes back as it is, with its parameters.
+    params: its variables, as `model.init` returns them.
+  """
+  if not model.scan:
+    return model, params
+  variables = nn.unbox(params)
+  own = dict(variables["params"])
+  for j, block in _numbered(own.pop(PERIODS, {})):
+    for repeat in range(model.repeats):
+      own[f"blocks_{repeat * len(model.mixers) + j}"] = jax.tree.map(lambda leaf, r=repeat: leaf[r], block)
+  return model.clone(scan=False), {**variables, "params": own}
+
+
+def unroll_state(model: Stack, state: tuple[Any, ...]) -> tuple[Any, ...]:
+  """The state of `model` as it is without `scan`: a tuple of the blocks' states."""
+  size = len(model.mixers) if model.repeats else 0
+  repeats = (jax.tree.map(lambda leaf, r=r: leaf[:, r], block) for r in range(model.repeats) for block in state[:size])
+  return (*repeats, *state[size:])
+
+
+def scan_params(model: Stack, params: Any) -> tuple[Stack, Any]:
+  """The inverse of `unroll_params`: the same model with `scan`, and its parameters, stacked over repeats.
+
+  Args:
+    model: a stack, or a model built on one. One with `scan` comes back as it is, with its parameters.
+    params: its variables, as `model.init` returns them.
+  """
+  if model.scan:
+    return model, params
+  scanned, variables = model.clone(scan=True), nn.unbox(params)
+  own, size = dict(variables["params"]), len(model.mixers)
+  periods = {}
+  for j in range(size if scanned.repeats else 0):
+    blocks = [own.pop(f"blocks_{repeat * size + j}") for repeat in range(scanned.repeats)]
+    periods[f"blocks_{j}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+  return scanned, {**variables, "params": own | ({PERIODS: periods} if periods else {})}
+
+
+def _numbered(blocks: dict[str, Any]) -> list[tuple[int, Any]]:
+  """(index, parameters) for each "blocks_<index>"."""
+  return [(int(name.removeprefix("blocks_")), block) for name, block in blocks.items()]
