@@ -1,25 +1,31 @@
-"""Titans: a memory that is a small network and learns at test time, and its kin.
+"""Titans and Miras: memories that are small networks, trained on every token that they read.
 
     S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2      M_t = (1 - alpha_t) M_{t-1} + S_t      o_t = M_t(q_t)
 
-q, k = L2(silu(conv(W x))), v = silu(conv(W x)); gates of each token and head; y = W_o (RMSNorm(o) * sigmoid(W_g x)). What is
-learned inside is pure and lies in `memzoo.pallas_kernels.test_time_memory`; here are projections, gates and what a document
-begins with. Sources: Titans (Behrouz et al. 2025, arXiv:2501.00663), Miras (Behrouz et al. 2025, arXiv:2504.13173).
+with q, k = L2(silu(conv(W x))), v = silu(conv(W x)), gates of each token and head, and y = W_o (RMSNorm(o) * sigmoid(W_g x)).
+The inner training is a pure function in `memzoo.pallas_kernels.test_time_memory`. This file adds projections, gates and the
+initial weights. Sources: Titans (Behrouz et al. 2025, arXiv:2501.00663), Miras (Behrouz et al. 2025, arXiv:2504.13173).
 
-The papers leave open -> we do: read before or after the own write -> after · the loss -> |e|^2, not its half nor its mean ·
-gates -> sigmoids, one a head; theta up to where a fresh memory overwrites wholly, from a half of that over the root of the
-chunk's size, alpha from 0.005, eta from 0.5 · M -> an MLP, expansion 4, without layer norm and without the residual of the
-authors' later papers: with it a write stores mostly -k, and recall of 16 pairs that is learned in 400 steps without is not
-begun with it · the output gate -> a sigmoid, for silu starts closed · heads -> as many as asked for, each a memory of its own
-· M_0 -> learned; all matrices so that what they put out has variance one, but the last from zero, so that a memory that knows
-nothing says nothing; not of Moneta, which divides by its norm · persistent tokens -> written before every document, in a chunk
-of their own; no convolution reaches back to them · how long a write may be -> each matrix's gradient up to 10. It is 2 |h| |e|
-for the last, so with 256 hidden units errors beyond a half are written no more strongly than that, and training that makes
-values longer meets it.
+The papers leave open -> we do:
+
+- read before or after the token's own write -> after
+- the loss -> |e|^2; neither half of it nor its mean
+- gates -> sigmoids, one for each head. theta: see `Gating.max_step` and `step_bias`; alpha starts at 0.005, eta at 0.5
+- M -> an MLP with expansion 4, without layer norm and residual. The authors' later papers have a residual. With it a write
+  stores mostly -k: recall of 16 pairs is learned in 400 steps without the residual, and never learned with it.
+- the output gate -> a sigmoid, because a silu starts closed
+- heads -> `num_heads`, each with a memory of its own
+- M_0 -> learned. Matrices start such that their outputs have variance one. The last matrix starts at zero, so the initial
+  output is zero; not in Moneta, which divides by the norm of its matrices.
+- persistent tokens -> written before every document, in a chunk of their own. No convolution reaches back to them.
+- the length of a write -> the gradient of each matrix is clipped to a norm of 10. For the last matrix that norm is 2 |h| |e|:
+  with 256 hidden units, errors beyond one half are clipped, also those of values that grow in training.
 """
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +33,7 @@ from flax import linen as nn
 
 from ..pallas_kernels import test_time_memory as ttm
 from ..pallas_kernels.numerics import accumulator
+from ..pallas_kernels.test_time_memory import Loss, Retention
 from .axes import named
 from .inner_learner import InnerLearner
 from .memory_layer import silence_padding
@@ -35,11 +42,81 @@ from .projected_memory import ProjectedMemory, Stream
 from .projections import INIT, LogShare, Strength, dense
 
 
+@dataclass(frozen=True)
+class Network:
+  """The network M of a memory, one for each head; see `ttm.Memory`.
+
+      depth 1:  k W            depth 2:  gelu(k W_0) W_1            gated:  (silu(k W_gate) * k W_up) W_down
+
+  Attributes:
+    depth: number of matrices; 1 is a linear memory. A gated network has three.
+    expansion: hidden width over `head_dim`.
+    gated: a SwiGLU network.
+    residual: k + M(k) instead of M(k).
+    norm: a layer norm on M(k).
+    norm_epsilon: of this layer norm. It bounds the slope of the norm where M(k) is close to zero.
+  """
+
+  depth: int = 2
+  expansion: float = 4
+  gated: bool = False
+  residual: bool = False
+  norm: bool = False
+  norm_epsilon: float = 1e-2
+
+
+@dataclass(frozen=True)
+class Update:
+  """Where the gradient of a write is taken, how long it may be, and what a read sees; see `ttm.Spec`.
+
+  Attributes:
+    anchor: "chunk": gradients are taken at the weights that the chunk began with. "token": at W_{t-1}, for linear memories
+      with the squared loss; results are then the same for every `chunk_size`.
+    order: of decay and gradient, for the token anchor: "gradient_first" or "decay_first".
+    read: "after" the token's own write, "before" it, or at the "chunk_start".
+    clip: largest norm of a token's gradient by the output, and by each matrix; `None` for no clipping.
+  """
+
+  anchor: Literal["chunk", "token"] = "chunk"
+  order: Literal["gradient_first", "decay_first"] = "gradient_first"
+  read: Literal["after", "before", "chunk_start"] = "after"
+  clip: float | None = 10.0
+
+
+@dataclass(frozen=True)
+class Gating:
+  """The gates: step size theta = max_step sigmoid(.), decay 1 - alpha = sigmoid(.), momentum eta = sigmoid(.).
+
+  Attributes:
+    momentum: whether there is momentum eta.
+    forget: whether there is decay alpha.
+    max_step: theta lies in (0, max_step). `None`: the step at which one write to a fresh memory brings the error of a unit key
+      to zero (unless `Update.clip` shortens it). That is 1 / 2c for a linear memory, c being `Loss.scale`, and about
+      1 / (0.85 c hidden) for a network (0.71 where it is gated). With "simplex" retention: 1 / 2c.
+    step_bias: initial logit of theta. `None`: theta starts at max_step / (2 sqrt(C)). The C tokens of a chunk do not see each
+      other's writes, and writes under similar keys add up: max_step / 2 overshoots, and max_step / 2C, at which C equal keys
+      are stable, is slow for distinct keys.
+    forget_bias: initial logit of alpha.
+    momentum_bias: initial logit of eta.
+  """
+
+  momentum: bool = True
+  forget: bool = True
+  max_step: float | None = None
+  step_bias: float | None = None
+  forget_bias: float = -5.3
+  momentum_bias: float = 0.0
+
+  def __post_init__(self):
+    if self.max_step is not None and self.max_step < 0:
+      raise ValueError(f"Gating.max_step={self.max_step}; expected at least 0, or None.")
+
+
 class TitansState(NamedTuple):
   """State of a `TitansMemory`.
 
   Attributes:
-    memory: by how much the inner weights, momentum and anchor differ from what a document begins with; see
+    memory: the difference of inner weights, momentum and anchor from the initial ones; see
       `memzoo.pallas_kernels.test_time_memory.State`.
     query_tail, key_tail, value_tail: the last inputs of the short convolutions, [B, conv_width - 1, channels].
   """
@@ -51,11 +128,11 @@ class TitansState(NamedTuple):
 
 
 class Projections(NamedTuple):
-  """How a `TitansMemory` sees its input.
+  """The projections of a `TitansMemory`.
 
   Attributes:
     query, key, value: streams, not yet split into heads.
-    gates: from x [B, T, D] to `Gates`.
+    gates: from x [B, T, D] to `ttm.Gates`.
   """
 
   query: Stream
@@ -65,7 +142,7 @@ class Projections(NamedTuple):
 
 
 class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
-  """The neural memory of Titans (Behrouz et al. 2025, arXiv:2501.00663): a network trained on every token it reads.
+  """The neural memory of Titans (Behrouz et al. 2025, arXiv:2501.00663): a network trained on every token that it reads.
 
       S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2      M_t = (1 - alpha_t) M_{t-1} + S_t      o_t = M_t(q_t)
 
@@ -73,76 +150,38 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
 
   Attributes:
     head_dim: width of a head's keys and values.
-    depth: matrices of the network; 1 is a linear memory.
-    expansion: hidden width over `head_dim`.
-    gated: a SwiGLU network instead.
-    residual, memory_norm, memory_norm_epsilon: x + M(x), and a layer norm on M(x), which does not magnify what is smaller than
-      the root of epsilon: a memory that has forgotten everything would be all slope.
-    loss, loss_scale, power: what a write makes smaller; see `Loss`.
-    retention, retention_norm: from what is accumulated to the weights in use; see `Retention`.
-    momentum, forget: with eta, with alpha.
-    chunk_size: tokens whose gradients are taken at the same weights. Not speed alone: another number is another model.
-    anchor, order, read, clip: see `Spec`. `anchor="token"` makes a linear memory the same for every `chunk_size`.
-    max_step: theta lies in (0, max_step). `None` for 1 / 2c with a linear memory, c being `loss_scale`, and 1 / (0.85 c hidden)
-      with a network (0.71 where `gated`): with unit keys, and hidden units as they start, one write at the ceiling puts the
-      error to zero, unless `clip` cuts it short. 1 / 2c with a simplex, whose steps are of logarithms.
-    step_bias, forget_bias, momentum_bias: where the logits of the gates start. A `step_bias` of `None` is that of a share of
-      1 / (2 sqrt(C)): tokens of a chunk of C do not see each other's writes, and like keys, of which text is full, add up. The
-      half that a lone token bears is too much there, and 1 / 2C, which C equal keys bear, slow where all are distinct.
-    persistent_tokens: learned tokens that are written before every document.
-    output_gate: "sigmoid".
+    chunk_size: tokens whose gradients are taken at the same weights. It changes results, not only speed.
+    network: M; see `Network`.
+    loss: what a write reduces; see `ttm.Loss`.
+    retention: from accumulated weights to the weights in use; see `ttm.Retention`.
+    update: where gradients are taken, what a read sees, clipping; see `Update`.
+    gates: step size, decay and momentum; see `Gating`.
+    persistent_tokens: number of learned tokens that are written before every document.
+    output_gate: "sigmoid", "silu" or "none".
 
   Further attributes are `ProjectedMemory`'s and `InnerLearner`'s.
   """
 
   head_dim: int
-  depth: int = 2
-  expansion: float = 4
-  gated: bool = False
-  residual: bool = False
-  memory_norm: bool = False
-  memory_norm_epsilon: float = 1e-2
-  loss: str = "squared"
-  loss_scale: float = 1.0
-  power: float = 3.0
-  retention: str = "none"
-  retention_norm: float = 4.0
-  momentum: bool = True
-  forget: bool = True
   chunk_size: int = 16
-  anchor: str = "chunk"
-  order: str = "gradient_first"
-  read: str = "after"
-  clip: float | None = 10.0
-  max_step: float | None = None
-  step_bias: float | None = None
-  forget_bias: float = -5.3
-  momentum_bias: float = 0.0
+  network: Network = Network()
+  loss: Loss = Loss()
+  retention: Retention = Retention()
+  update: Update = Update()
+  gates: Gating = Gating()
   persistent_tokens: int = 0
   output_gate: str = "sigmoid"
 
   @property
   def spec(self) -> ttm.Spec:
-    """The memory, as the operation knows it."""
+    """The arguments of the operation."""
     return ttm.Spec(
-      ttm.Memory(
-        self.head_dim,
-        self.head_dim,
-        depth=self.depth,
-        expansion=self.expansion,
-        gated=self.gated,
-        norm=self.memory_norm,
-        norm_epsilon=self.memory_norm_epsilon,
-        residual=self.residual,
-      ),
-      ttm.Loss(self.loss, self.loss_scale, self.power),
-      ttm.Retention(self.retention, self.retention_norm),
+      ttm.Memory(self.head_dim, self.head_dim, **dataclasses.asdict(self.network)),
+      self.loss,
+      self.retention,
       chunk_size=self.chunk_size,
-      momentum=self.momentum,
-      anchor=self.anchor,
-      order=self.order,
-      read=self.read,
-      clip=self.clip,
+      momentum=self.gates.momentum,
+      **dataclasses.asdict(self.update),
     )
 
   @property
@@ -150,7 +189,7 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     return self.num_heads * self.head_dim
 
   def initial_state(self, batch_size: int) -> TitansState:
-    """Nothing learned yet, no tokens before."""
+    """The state before the first token."""
     memory = ttm.start(self.spec, batch_size, self.num_heads, accumulator(self.activation_dtype()))
     return TitansState(memory, *(self.tail(batch_size, self.channels) for _ in range(3)))
 
@@ -168,7 +207,7 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
   def update_and_read(
     self, x: jax.Array, state: TitansState, segment_ids: jax.Array | None, persistent: jax.Array | None, fresh: bool
   ) -> tuple[jax.Array, TitansState]:
-    """The whole layer, but for the checks: x [B, T, D] to (y [B, T, D], state). `fresh` says that `state` is."""
+    """The layer without its checks: x [B, T, D] to (y [B, T, D], state). `fresh`: `state` is a fresh one."""
     projections = self.projections()
     initial = self.initial_weights(projections, persistent)
     operands, tails = self.project(projections, x, state[1:], segment_ids)
@@ -176,48 +215,51 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     return self.read_out(x, learned.y), TitansState(learned.state, *tails)
 
   def projections(self) -> Projections:
-    """Streams and gates, to be called within `__call__`; they may be used on more than one input."""
-    streams = (self.stream(name, self.channels) for name in ("query", "key", "value"))
-    types = {"param_dtype": self.param_dtype}
-    ceiling = _longest_step(self.spec) if self.max_step is None else self.max_step
-    unseen = 1 if self.spec.exact else self.chunk_size
-    step_bias = -math.log(2 * math.sqrt(unseen) - 1) if self.step_bias is None else self.step_bias
-    step = Strength(self.num_heads, ceiling, step_bias, **types, name="theta")
-    keep = LogShare(self.num_heads, -self.forget_bias, **types, name="keep") if self.forget else None
-    momentum = LogShare(self.num_heads, self.momentum_bias, **types, name="eta") if self.momentum else None
+    """The modules of streams and gates, to be called within `__call__`, on one input or several."""
+    return Projections(*(self.stream(name, self.channels) for name in ("query", "key", "value")), self._gates())
+
+  def _gates(self) -> Any:
+    """From x [B, T, D] to `ttm.Gates` of [B, T, H]."""
+    gating, types = self.gates, {"param_dtype": self.param_dtype}
+    max_step = _longest_step(self.spec) if gating.max_step is None else gating.max_step
+    unseen = 1 if self.spec.exact else self.chunk_size  # tokens whose writes do not see each other
+    step_bias = -math.log(2 * math.sqrt(unseen) - 1) if gating.step_bias is None else gating.step_bias
+    step = Strength(self.num_heads, max_step, step_bias, **types, name="theta")
+    keep = LogShare(self.num_heads, -gating.forget_bias, **types, name="keep") if gating.forget else None
+    momentum = LogShare(self.num_heads, gating.momentum_bias, **types, name="eta") if gating.momentum else None
     threshold = None
-    if self.spec.loss.has_threshold:
-      rare = 2 * (1 if self.loss == "huber" else self.head_dim**0.5)
-      bias = nn.initializers.constant(rare + math.log(-math.expm1(-rare)))  # which softplus takes to `rare`
+    if self.loss.has_threshold:
+      start = 2 * (1 if self.loss.kind == "huber" else self.head_dim**0.5)
+      bias = nn.initializers.constant(start + math.log(-math.expm1(-start)))  # softplus(bias) = start
       threshold = dense(self.num_heads, ("embed", "heads"), bias=bias, name="threshold", param_dtype=self.param_dtype)
 
     def gates(x):
       limit = None if threshold is None else nn.softplus(threshold(x.astype(accumulator(x))))
       return ttm.Gates(step(x), *(None if gate is None else gate(x) for gate in (keep, momentum)), limit)
 
-    return Projections(*streams, gates)
+    return gates
 
   def project(
     self, projections: Projections, x: jax.Array, tails: tuple[jax.Array, ...], segment_ids: jax.Array | None
   ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, ttm.Gates], list[jax.Array]]:
     """(q, k, v [B, T, H, d], gates) of x [B, T, D], and the next tails."""
-    seen = [stream(x, tail, segment_ids) for stream, tail in zip(projections[:3], tails, strict=True)]
-    q, k, v = (self.split(y) for y, _ in seen)
-    return (l2_normalise(q), l2_normalise(k), v, projections.gates(x)), [tail for _, tail in seen]
+    streams = [stream(x, tail, segment_ids) for stream, tail in zip(projections[:3], tails, strict=True)]
+    q, k, v = (self.split(y) for y, _ in streams)
+    return (l2_normalise(q), l2_normalise(k), v, projections.gates(x)), [tail for _, tail in streams]
 
   def split(self, x: jax.Array) -> jax.Array:
     """[B, T, H * d] to [B, T, H, d]."""
     return x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
 
   def persistent(self, width: int) -> jax.Array | None:
-    """The persistent tokens [N, D], `None` for none."""
+    """The persistent tokens [N, D]; `None` without any."""
     if not self.persistent_tokens:
       return None
     shape = self.persistent_tokens, width
     return self.param("persistent", named(INIT, None, "embed"), shape, self.param_dtype).astype(self.activation_dtype())
 
   def initial_weights(self, projections: Projections, persistent: jax.Array | None) -> ttm.InitialWeights:
-    """What a document begins with: learned weights that have read the persistent tokens [N, D], if any."""
+    """The weights at the start of a document: learned, and updated with the persistent tokens [N, D], if any."""
     spec = self.spec
     axes = "heads", None, None
     weights = {
@@ -241,19 +283,19 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     return initial._replace(weights=learned, momentum=memory.momentum and {name: s[0] for name, s in memory.momentum.items()})
 
 
-# The mean square of what an activation makes of a variance of one.
+# Mean square of an activation of unit normal inputs.
 _POWER = {"gelu": 0.425, "silu": 0.356}
 
 
 def _hidden_power(memory: ttm.Memory) -> float:
-  """The mean square of hidden activations whose units have variance one."""
+  """The mean square of hidden activations whose inputs have variance one."""
   return _POWER["silu" if memory.gated else memory.activation]
 
 
 def _longest_step(spec: ttm.Spec) -> float:
-  """1 / (2 c |x|^2) for the x that the last matrix meets, as it starts: one write puts the error to zero.
+  """1 / (2 c |x|^2) for the initial input x of the last matrix: one write brings the error to zero.
 
-  Of a simplex a half: its steps are of logarithms, and those of weights would not be felt.
+  With a simplex 1 / 2c, because its steps change logarithms of weights.
   """
   memory = spec.memory
   squared = memory.hidden * _hidden_power(memory) if memory.depth > 1 or memory.gated else 1
@@ -261,7 +303,7 @@ def _longest_step(spec: ttm.Spec) -> float:
 
 
 def _start(spec: ttm.Spec, name: str) -> Any:
-  """Initialises what is accumulated for a matrix [H, in, out]; see the module."""
+  """The initialiser of an accumulated matrix [H, in, out]; see the module."""
   memory, names = spec.memory, list(spec.memory.shapes())
   meets_keys, last = name in (names[:2] if memory.gated else names[:1]), name == names[-1]
 
@@ -276,22 +318,24 @@ def _start(spec: ttm.Spec, name: str) -> Any:
   return init
 
 
+_MIRAS = Network(residual=True, norm=True)  # x + LN(MLP(x))
+
+
 class Yaad(TitansMemory, kw_only=True):
-  """Yaad (Miras, arXiv:2504.13173): outliers, beyond a learned threshold, are written by the sign of their error alone.
+  """Yaad (Miras, arXiv:2504.13173): errors beyond a learned threshold count as outliers and are written by their sign.
 
       M_t = (1 - alpha_t) M_{t-1} - theta_t grad l      l = |e|^2 where |e| <= delta_t, else 2 delta_t sum_i |e_i|
 
-  As printed the loss jumps at the threshold; `loss="huber_norm"` is the continuous variant. Thresholds start at
-  2 sqrt(head_dim), twice the length of what a layer norm puts out: from half of that, with signs for many writes, recall is
-  hardly learned.
+  As printed, the loss jumps at the threshold; `Loss("huber_norm")` is the continuous variant. Thresholds start at
+  2 sqrt(head_dim), twice the length of a layer norm's output. From half of that many writes are signs, and recall is hardly
+  learned.
 
   Attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
   """
 
-  residual: bool = True
-  memory_norm: bool = True
-  momentum: bool = False
-  loss: str = "mixture"
+  network: Network = _MIRAS
+  loss: Loss = Loss("mixture")
+  gates: Gating = Gating(momentum=False)
 
 
 class Moneta(TitansMemory, kw_only=True):
@@ -299,20 +343,17 @@ class Moneta(TitansMemory, kw_only=True):
 
       A_t = (1 - alpha_t) A_{t-1} - theta_t grad sum_i |e_i|^p      M_t = A_t / |A_t|_q^{q-2}
 
-  as printed; a view of degree one in A would be the dual of the norm. Within a chunk the divisor is that of its start.
+  as printed, with p = 3 (`Loss.power`) and q = 4 (`Retention.norm`). The exact dual of the norm would have degree one in A.
+  Within a chunk the divisor is that of the chunk's start.
 
-  Attributes:
-    power, retention_norm: p = 3 and q = 4, as published.
-
-  Further attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
+  Attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
   """
 
-  residual: bool = True
-  memory_norm: bool = True
-  momentum: bool = False
-  loss: str = "power"
-  clip: float | None = 1.0
-  retention: str = "norm"
+  network: Network = _MIRAS
+  loss: Loss = Loss("power")
+  retention: Retention = Retention("norm")
+  update: Update = Update(clip=1.0)
+  gates: Gating = Gating(momentum=False)
 
 
 class Memora(TitansMemory, kw_only=True):
@@ -320,14 +361,13 @@ class Memora(TitansMemory, kw_only=True):
 
       L_t = (1 - alpha_t) L_{t-1} - theta_t grad_M |e|^2      M_t = c softmax(L_t) over the inputs of each output
 
-  Softmax does not see what is added to all of a column, so logits need no normalising between writes, nor the extra token
-  that the paper begins a chunk with. Reads see what was written before their chunk, for M is not linear in its writes.
+  A constant added to a column does not change its softmax, so logits are not normalised between writes, and the extra token
+  with which the paper begins a chunk is not needed. Reads see the writes of earlier chunks, because M is not linear in L.
 
   Attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
   """
 
-  residual: bool = True
-  memory_norm: bool = True
-  momentum: bool = False
-  retention: str = "simplex"
-  read: str = "chunk_start"
+  network: Network = _MIRAS
+  retention: Retention = Retention("simplex")
+  update: Update = Update(read="chunk_start")
+  gates: Gating = Gating(momentum=False)

@@ -1,19 +1,22 @@
-"""The three ways in which Titans puts its memory beside attention: as a context, as a gate, as a layer.
+"""Titans' three ways to combine its memory with attention: as context, as gate, as layer.
 
-    context (MAC)   segment by segment: attention over [persistent; what the memory says; segment], then the memory reads it
-    gate (MAG)      attention over a window and the memory side by side, the one times the other
+    context (MAC)   segment by segment: attention over [persistent; retrieved; segment], then the memory reads the result
+    gate (MAG)      attention over a window and the memory in parallel; the outputs are multiplied
     layer (MAL)     the memory, then attention over a window
 
-Source: Behrouz et al. 2025 (arXiv:2501.00663), section 4. Each is a memory layer like any other, with the contract of all.
+Source: Behrouz et al. 2025 (arXiv:2501.00663), section 4. Each is a memory layer with the usual contract.
 
-The paper leaves open -> we do: the product of two branches -> silu(RMSNorm(a)) * silu(RMSNorm(b)), each norm with a gain of its
-own · what the persistent tokens yield -> nothing, their rows are not kept · where they stand -> at position 0 of the rotary
-positions · MAC, as printed, is not causal, for a token attends to what the memory said to later tokens of its segment, and is
-gated by a memory that has read the whole segment -> the mask is triangular for both, and the memory is read as it is after the
-token's own write.
+The paper leaves open -> we do:
+
+- the product of two branches -> silu(RMSNorm(a)) * silu(RMSNorm(b)), each norm with its own gain
+- outputs at the persistent tokens -> dropped
+- positions of the persistent tokens -> rotary position 0
+- causality of MAC. As printed, a token attends to what was retrieved for later tokens of its segment, and its gate is a memory
+  that has read the whole segment -> the mask is triangular for both, and the memory is read after the token's own write.
+- norms and residuals of MAL -> one pre-norm for the memory and one for attention, each with its own residual
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +32,12 @@ from .projections import dense
 from .titans import TitansMemory, TitansState
 
 
-class BesideState(NamedTuple):
-  """State of a memory beside attention.
+class MemoryAttentionState(NamedTuple):
+  """State of a memory and attention.
 
   Attributes:
-    memory: of the `TitansMemory`.
-    cache: of the `Attention`.
+    memory: state of the `TitansMemory`.
+    cache: state of the `Attention`.
   """
 
   memory: TitansState
@@ -47,42 +50,44 @@ class MemoryAsGate(TitansMemory, kw_only=True):
       o = silu(norm(attention([P; x]))) * silu(norm(memory([P; x])))
 
   Attributes:
-    window: tokens that attention sees; the persistent tokens P are seen by all.
-    rope_base: of the rotary positions.
+    window: tokens that attention sees, besides the persistent tokens P.
+    rope_base: base of the rotary positions.
 
-  Further attributes are `TitansMemory`'s; attention has as many heads, as wide.
+  Further attributes are `TitansMemory`'s; attention has the same `num_heads` and `head_dim`.
   """
 
   window: int = 512
   rope_base: float = 10_000.0
   persistent_tokens: int = 4
 
-  def initial_state(self, batch_size: int) -> BesideState:
-    """Nothing learned yet, nothing seen."""
+  def initial_state(self, batch_size: int) -> MemoryAttentionState:
+    """The state before the first token."""
     cache = self._attention(parent=None).initial_state(batch_size)
-    return BesideState(super().initial_state(batch_size), cache)
+    return MemoryAttentionState(super().initial_state(batch_size), cache)
 
-  def matrices(self, state: BesideState) -> dict[str, jax.Array]:
-    """As of `TitansMemory`."""
+  def matrices(self, state: MemoryAttentionState) -> dict[str, jax.Array]:
+    """See `TitansMemory`."""
     return super().matrices(state.memory)
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, state: BesideState | None = None, segment_ids: jax.Array | None = None
-  ) -> tuple[jax.Array, BesideState]:
+    self, x: jax.Array, state: MemoryAttentionState | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, MemoryAttentionState]:
     """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
-    persistent = self.persistent(x.shape[-1])
-    m, memory = self.update_and_read(x, state.memory, segment_ids, persistent, fresh)
-    y, cache = self._attend(x, m, state.cache, segment_ids, persistent, fresh)
-    return silence_padding(y, segment_ids), BesideState(memory, cache)
+    y, memory, cache = self._combine(x, state, segment_ids, self.persistent(x.shape[-1]), fresh)
+    return silence_padding(y, segment_ids), MemoryAttentionState(memory, cache)
 
-  def _attend(self, x, m, cache, segment_ids, persistent, fresh) -> tuple[jax.Array, CacheState]:
-    """The layer's output [B, T, D] from its input and what the memory says of it; and the next cache."""
-    y, cache = self._attention(name="attention")(x, None if fresh else cache, segment_ids, persistent)
-    return _product(self, y, m), cache
+  def _combine(self, x, state, segment_ids, persistent, fresh) -> tuple[jax.Array, TitansState, CacheState]:
+    """x [B, T, D] to y [B, T, D] and the next states of memory and attention."""
+    m, memory = self.update_and_read(x, state.memory, segment_ids, persistent, fresh)
+    a, cache = self._attend(x, state.cache, segment_ids, persistent, fresh)
+    return _product(self, a, m), memory, cache
+
+  def _attend(self, x, cache, segment_ids, persistent, fresh) -> tuple[jax.Array, CacheState]:
+    return self._attention(name="attention")(x, None if fresh else cache, segment_ids, persistent)
 
   def _attention(self, **where: Any) -> Attention:
     return Attention(
@@ -93,15 +98,22 @@ class MemoryAsGate(TitansMemory, kw_only=True):
 class MemoryAsLayer(MemoryAsGate, kw_only=True):
   """MAL (Titans, arXiv:2501.00663, section 4.3): the memory first, attention over a window after it.
 
-      h = x + memory([P; x])        o = h + attention([P; norm(h)])
+      h = x + memory([P; norm(x)])        y = h + attention([P; norm(h)])
 
-  Attributes are `MemoryAsGate`'s. What comes out is o - x, for the block around adds x.
+  The output contains the input (`adds_input`), and both norms (RMSNorm with a gain) are inside: in a stack, x is the residual
+  stream itself. Attributes are `MemoryAsGate`'s.
   """
 
-  def _attend(self, x, m, cache, segment_ids, persistent, fresh) -> tuple[jax.Array, CacheState]:
-    h = RMSNorm(param_dtype=self.param_dtype, name="attention_norm")(x + m)
-    y, cache = self._attention(name="attention")(h, None if fresh else cache, segment_ids, persistent)
-    return m + y, cache
+  adds_input: ClassVar[bool] = True
+
+  def _combine(self, x, state, segment_ids, persistent, fresh) -> tuple[jax.Array, TitansState, CacheState]:
+    def norm(name: str, a: jax.Array) -> jax.Array:
+      return RMSNorm(param_dtype=self.param_dtype, name=name)(a)
+
+    m, memory = self.update_and_read(norm("memory_norm", x), state.memory, segment_ids, persistent, fresh)
+    h = x + m
+    a, cache = self._attend(norm("attention_norm", h), state.cache, segment_ids, persistent, fresh)
+    return h + a, memory, cache
 
 
 class ContextState(NamedTuple):
@@ -109,9 +121,9 @@ class ContextState(NamedTuple):
 
   Attributes:
     memory: after the last token; see `memzoo.pallas_kernels.test_time_memory.State`.
-    context: the weights that the open segment began with, likewise by how much they differ.
-    context_tail: the last inputs of the short convolution of queries to the context, [B, conv_width - 1, channels].
-    query_tail, key_tail, value_tail: of the convolutions of what attention yields.
+    context: the weights that the open segment began with, as differences from the initial ones.
+    context_tail: the last inputs of the convolution of the queries that retrieve the context, [B, conv_width - 1, channels].
+    query_tail, key_tail, value_tail: those of the memory's convolutions, whose inputs are y.
     keys, values: of the open segment and of its context, [B, 2, segment, H, d], the context first.
     count: int32 [B], tokens in the open segment.
   """
@@ -128,18 +140,19 @@ class ContextState(NamedTuple):
 
 
 class MemoryAsContext(TitansMemory, kw_only=True):
-  """MAC (Titans, arXiv:2501.00663, section 4.1): what the memory knows is laid before each segment for attention to see.
+  """MAC (Titans, arXiv:2501.00663, section 4.1): attention sees what the memory retrieves, in front of each segment.
 
       h = M_{i-1}(S W_q)    y = S + attention([P; h; S])    M_i = M_{i-1} trained on y    o = silu(norm(y)) * silu(norm(M(y)))
 
-  for the segments S of a document; attention does not reach beyond its own. Causal: token t attends to what was retrieved for
-  tokens up to t, and M is read as it is after t.
+  for the segments S of a document; attention stays within its segment. It is causal: token t attends to what was retrieved for
+  tokens up to t, and M(y) at t is read after the write of t.
 
   Attributes:
     segment: tokens in a segment. The memory's chunks, counted from the document's first token, may be shorter or longer.
-    rope_base: of the rotary positions, counted within the segment.
+    rope_base: base of the rotary positions, counted within the segment.
 
-  Further attributes are `TitansMemory`'s; attention has as many heads, as wide. Persistent tokens are seen by attention alone.
+  Further attributes are `TitansMemory`'s; attention has the same `num_heads` and `head_dim`. Only attention sees the persistent
+  tokens.
   """
 
   segment: int = 64
@@ -147,9 +160,9 @@ class MemoryAsContext(TitansMemory, kw_only=True):
   persistent_tokens: int = 4
 
   def initial_state(self, batch_size: int) -> ContextState:
-    """Nothing learned yet, nothing seen."""
+    """The state before the first token."""
     if self.segment < 1:
-      raise ValueError(f"segment={self.segment}; want at least one token.")
+      raise ValueError(f"segment={self.segment}; expected at least one token.")
     memory, *tails = super().initial_state(batch_size)
     context, context_tail = jax.tree.map(jnp.zeros_like, (memory.weights, tails[0]))
     shape = batch_size, 2, self.segment, self.num_heads, self.head_dim
@@ -171,7 +184,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     def step(module, state, segment):
       return module.read_segment(initial, persistent, state, *segment)
 
-    # Of a segment, the backward pass keeps what went in. What is sown within comes out by segments.
+    # The backward pass keeps the inputs of each segment and recomputes the rest. Sown values get a leading axis of segments.
     scan = nn.scan(
       nn.remat(step, prevent_cse=False),
       variable_broadcast="params",
@@ -186,7 +199,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
 
   @nn.nowrap
   def layout(self, shape: tuple[int, int], count: jax.Array | None, segment_ids: jax.Array | None) -> Layout:
-    """Where the tokens of an input [B, T] stand by segments; `count` as in a state, `None` for a fresh one."""
+    """The layout of an input [B, T] in segments; `count` as in a state, `None` for a fresh one."""
     docs = None if segment_ids is None else documents(segment_ids)
     return lay_out(*shape, self.segment, count, docs, self.max_documents)
 
@@ -201,7 +214,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     fresh: jax.Array | None,
     still_open: jax.Array | None,
   ) -> tuple[ContextState, jax.Array]:
-    """A segment, or what a call has of it: x [B, C, D] to the next state and y [B, C, D]."""
+    """One segment, or the part of it in this call: x [B, C, D] to the next state and y [B, C, D]."""
     state = select_rows(fresh, jax.tree.map(jnp.zeros_like, state), state)
     ids = is_token.astype(jnp.int32)
     projections = self.projections()
@@ -222,7 +235,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
   def _attend(
     self, x, retrieved, persistent, state: ContextState, is_token, position
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of a segment [B, C, D] to itself, to its context and to the persistent tokens; and the caches after it."""
+    """Attention of a segment [B, C, D] to itself, its context and the persistent tokens; and the next keys and values."""
     batch, tokens = x.shape[:2]
 
     def project(name):
@@ -232,9 +245,9 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     query, key, value = project("query"), project("key"), project("value")
     row, slot = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.where(is_token, position, self.segment)
 
-    def write(cache, retrieved, own):
-      """The tokens of this call in their places; what is no token is dropped, one past the end."""
-      both = jnp.stack([retrieved, own], axis=2).astype(cache.dtype)
+    def write(cache, context, own):
+      """Writes the tokens of this call to their slots; padding goes one past the end and is dropped."""
+      both = jnp.stack([context, own], axis=2).astype(cache.dtype)
       return cache.at[row, :, slot].set(both, mode="drop")
 
     q = rotate(query(x), position, self.rope_base)
@@ -249,7 +262,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
 
 
 def _at_least_as_wide(state: ContextState, dtype: jnp.dtype) -> ContextState:
-  """Its floats in `dtype`, where that is the wider: what a scan carries has one dtype from first to last."""
+  """The state with its floats widened to `dtype`, because the carry of a scan keeps one dtype."""
 
   def widened(x):
     is_float = jnp.issubdtype(x.dtype, jnp.floating)

@@ -182,39 +182,39 @@ def test_mistakes_are_named():
   spec = Spec(MEMORIES["mlp"], chunk_size=4, momentum=True)
   args = initial, q, k, v, gates = problem(spec, dtype=jnp.float32)
   wrong = {
-    r"q has shape \[2, 17, 2\]; want": (initial, q[..., 0], k, v, gates),
-    r"q has shape \[2, 0, 2, 3\]; want .* at least one token": (initial, q[:, :0], k[:, :0], v[:, :0], gates),
-    r"k has shape \[2, 9, 2, 3\]; want \[2, 17, 2, 3\]": (initial, q, k[:, :9], v, gates),
+    r"q has shape \[2, 17, 2\]; expected": (initial, q[..., 0], k, v, gates),
+    r"q has shape \[2, 0, 2, 3\]; expected .* at least one token": (initial, q[:, :0], k[:, :0], v[:, :0], gates),
+    r"k has shape \[2, 9, 2, 3\]; expected \[2, 17, 2, 3\]": (initial, q, k[:, :9], v, gates),
     r"gates.log_momentum is missing": (initial, q, k, v, gates._replace(log_momentum=None)),
-    r"gates.threshold was given; want None": (initial, q, k, v, gates._replace(threshold=gates.step)),
+    r"gates.threshold was given; expected None": (initial, q, k, v, gates._replace(threshold=gates.step)),
     r"gates.step has shape": (initial, q, k, v, gates._replace(step=gates.step[..., None])),
     r"initial.weights has shapes": (InitialWeights({"0": initial.weights["0"]}), q, k, v, gates),
     r"initial.norm is given": (initial._replace(norm=(q, q)), q, k, v, gates),
-    r"k is int32; want floats": (initial, q, k.astype(jnp.int32), v, gates),
+    r"k is int32; expected floats": (initial, q, k.astype(jnp.int32), v, gates),
     r"initial.momentum has shapes": (initial._replace(momentum={"0": initial.weights["0"]}), q, k, v, gates),
   }
   for message, bad in wrong.items():
     with pytest.raises(ValueError, match=message):
       run(spec, bad)
   for message, bad in {
-    r"initial_state.weights\['0'\] has shape \[2, 1, 3, 6\]; want \[2, 2, 3, 6\]": ttm.start(spec, BATCH, 1),
-    r"initial_state.weights\['0'\] has shape \[3, 2, 3, 6\]; want \[2, 2, 3, 6\]": ttm.start(spec, 3, HEADS),
+    r"initial_state.weights\['0'\] has shape \[2, 1, 3, 6\]; (want|expected) \[2, 2, 3, 6\]": ttm.start(spec, BATCH, 1),
+    r"initial_state.weights\['0'\] has shape \[3, 2, 3, 6\]; (want|expected) \[2, 2, 3, 6\]": ttm.start(spec, 3, HEADS),
     r"initial_state is not one of this spec's": ttm.start(CHOICES["huber"], BATCH, HEADS),
   }.items():
     with pytest.raises(ValueError, match=message):
       run(spec, args, bad)
   with pytest.raises(ValueError, match=r"weights is not one of this spec's"):
     ttm.read(spec, initial, ttm.start(spec, BATCH, HEADS), q)
-  with pytest.raises(ValueError, match=r"initial_state.count is float32; want int32"):
+  with pytest.raises(ValueError, match=r"initial_state.count is float32; (want|expected) int32"):
     run(spec, args, jax.tree.map(lambda a: a.astype(jnp.float32), ttm.start(spec, BATCH, HEADS)))
   normed = Spec(MEMORIES["norm"])
   initial, *rest = problem(normed, dtype=jnp.float32)
-  with pytest.raises(ValueError, match=r"initial.norm has shapes .*want a gain and a bias of \[2, 3\]"):
+  with pytest.raises(ValueError, match=r"initial.norm has shapes .*expected a gain and a bias of \[2, 3\]"):
     run(normed, (initial._replace(norm=(initial.norm[0][:1], initial.norm[1])), *rest))
   with pytest.raises(ValueError, match="implementation='fast' does not exist"):
     run(spec, args, implementation="fast")
   initial = problem(CHOICES["average"], dtype=jnp.float32)[0]._replace(average=None)
-  with pytest.raises(ValueError, match=r"initial.average does not fit; want .*\[2, 4\]"):
+  with pytest.raises(ValueError, match=r"initial.average does not fit; expected .*\[2, 4\]"):
     run(CHOICES["average"], (initial, q, k, v, Gates(gates.step)))
 
 
@@ -223,23 +223,23 @@ def test_mistakes_are_named():
   [
     (lambda: Memory(3, 4), "value_dim=4 differs"),
     (lambda: Memory(3, 3, depth=0), "depth=0"),
-    (lambda: Memory(3, 3, activation="relu"), "activation='relu'; want one of"),
+    (lambda: Memory(3, 3, activation="relu"), "activation='relu'; expected one of"),
     (lambda: Memory(3, 3, expansion=0.1), "expansion=0.1"),
-    (lambda: Loss("cubic"), "loss='cubic'; want one of"),
-    (lambda: Loss(scale=0), "loss's scale=0"),
-    (lambda: Loss("power", power=0.5), "loss's power=0.5"),
+    (lambda: Loss("cubic"), "Loss.kind='cubic'; expected one of"),
+    (lambda: Loss(scale=0), "Loss.scale=0"),
+    (lambda: Loss("power", power=0.5), "Loss.power=0.5"),
     (lambda: Memory(0, 3), "key_dim=0, value_dim=3"),
-    (lambda: Spec(MEMORIES["mlp"], "squared"), "loss='squared'; want a Loss"),
-    (lambda: Retention("half"), "retention='half'"),
-    (lambda: Retention("norm", norm=1), "norm=1"),
+    (lambda: Spec(MEMORIES["mlp"], "squared"), "loss='squared'; expected a Loss"),
+    (lambda: Retention("half"), "Retention.kind='half'"),
+    (lambda: Retention("norm", norm=1), "Retention.norm=1"),
     (lambda: Spec(MEMORIES["mlp"], chunk_size=0), "chunk_size=0"),
-    (lambda: Spec(MEMORIES["mlp"], anchor="token"), "anchor='token' is of linear memories .*chunk_size=1"),
-    (lambda: Spec(MEMORIES["mlp"], order="decay_first"), "order='decay_first' is of anchor='token'"),
-    (lambda: Spec(MEMORIES["mlp"], read="later"), "read='later'; want one of"),
+    (lambda: Spec(MEMORIES["mlp"], anchor="token"), "anchor='token' is for linear memories .*chunk_size=1"),
+    (lambda: Spec(MEMORIES["mlp"], order="decay_first"), "order='decay_first' is for anchor='token'"),
+    (lambda: Spec(MEMORIES["mlp"], read="later"), "read='later'; expected one of"),
     (lambda: Spec(MEMORIES["linear"], anchor="token", read="chunk_start"), "read='chunk_start' with anchor"),
     (lambda: Spec(MEMORIES["linear"], anchor="token", clip=1.0), "clip=1.0 with anchor"),
-    (lambda: Spec(MEMORIES["mlp"], average=True, momentum=True), "exclude each other"),
-    (lambda: Spec(MEMORIES["mlp"], retention=Retention("simplex")), "want 'chunk_start'"),
+    (lambda: Spec(MEMORIES["mlp"], average=True, momentum=True), "average=True with momentum=True"),
+    (lambda: Spec(MEMORIES["mlp"], retention=Retention("simplex")), "expected 'chunk_start'"),
     (lambda: Spec(MEMORIES["mlp"], clip=0.0), "clip=0.0"),
   ],
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from memzoo.layers import TTTMLP, TitansMemory
+from memzoo.layers.titans import Gating, Network, Update
 from memzoo.layers.titans_wirings import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from tolerances import assert_close
 
@@ -16,7 +17,10 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 HEADS, WIDTH, CHUNK, SEGMENT, WINDOW, MODEL, TOKENS = 2, 4, 3, 5, 4, 6, 13
 SIZES = {"num_heads": HEADS, "head_dim": WIDTH, "chunk_size": CHUNK, "param_dtype": "float64"}
-TITANS = SIZES | {"expansion": 2, "clip": None, "max_step": 0.3, "conv_width": 3, "persistent_tokens": 2}
+TITANS = SIZES | {
+  "network": Network(expansion=2), "update": Update(clip=None), "gates": Gating(max_step=0.3), "conv_width": 3,
+  "persistent_tokens": 2,
+}  # fmt: skip
 
 
 def sigmoid(x):
@@ -165,8 +169,9 @@ def gate(p, x):
 
 
 def layer(p, x):
-  m = titans(p, x)
-  return m + window(p["attention"], rms_norm(x + m, p["attention_norm"]["scale"]), p["persistent"])
+  """h = x + memory(norm(x)), y = h + attention(norm(h))."""
+  h = x + titans(p, rms_norm(x, p["memory_norm"]["scale"]))
+  return h + window(p["attention"], rms_norm(h, p["attention_norm"]["scale"]), p["persistent"])
 
 
 def context(p, x):

@@ -2,12 +2,12 @@
 
     S_t = eta_t S_{t-1} - theta_t grad l(f(W_anchor; k_t), v_t)      W_t = a_t W_{t-1} + S_t      y_t = f(W_t; q_t)
 
-`run` goes through a sequence, `start` gives a fresh state, `read` asks a memory without writing. What f, l, the optimiser and
-the chunks are is said by a `Spec`; Titans (arXiv:2501.00663), TTT (arXiv:2407.04620) and Miras (arXiv:2504.13173) are choices
-of these, made in `memzoo.layers.titans`.
+`run` processes a sequence, `start` makes a fresh state, `read` reads without writing. A `Spec` chooses f, l, the optimiser and
+the chunks. Titans (arXiv:2501.00663), TTT (arXiv:2407.04620) and Miras (arXiv:2504.13173) are such choices; see
+`memzoo.layers.titans` and `memzoo.layers.ttt`.
 
-Every sequence and head has weights of its own. A state holds what they differ by from what a document begins with, so that a
-fresh one is zeros whatever the parameters are, and what a document begins with is learned also where states are handed on.
+Every sequence and head has its own weights. A state holds the differences from the initial weights. A fresh state is therefore
+zero for all parameters, and the initial weights get gradients also in calls that continue a state.
 """
 
 from typing import NamedTuple
@@ -41,13 +41,12 @@ __all__ = [
 
 
 class State(NamedTuple):
-  """A memory of B sequences: by how much it differs from what a document begins with. All zeros is a fresh one.
+  """The memories of B sequences, as differences from the initial weights. A fresh state is all zeros.
 
   Attributes:
-    weights: W, by name [B, H, in, out]; of what is accumulated, where a retention says that this is not the weights in use.
-      With `average`, those of the anchor.
-    momentum: S, likewise; `None` for a spec that carries none.
-    anchor: where the open chunk's gradients are taken; `None` where that is at `weights`.
+    weights: W, by name, [B, H, in, out] each; with a retention, the accumulated A. With `average`, the anchor's.
+    momentum: S, likewise; `None` for a spec without it.
+    anchor: the weights at which the open chunk's gradients are taken; `None` if these are `weights`.
     count: int32 [B], tokens in the open chunk.
   """
 
@@ -58,12 +57,12 @@ class State(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What comes of a call.
+  """The result of a call.
 
   Attributes:
     y: [B, T, H, V], in v's dtype; zeros at padding.
     state: after the last token.
-    loss: float32 [B, T, H], each token's at its anchor, before it was written; zeros at padding.
+    loss: float32 [B, T, H], of each token at its anchor, before its write; zeros at padding.
   """
 
   y: jax.Array
@@ -94,20 +93,20 @@ def run(
   max_documents: int = 16,
   implementation: str = "auto",
 ) -> Result:
-  """Writes every token's value under its key, and reads with its query.
+  """Writes the value of every token under its key, and reads with its query.
 
   Args:
-    spec: what kind of memory.
-    initial: what every document begins with.
+    spec: the kind of memory.
+    initial: the weights at the start of every document.
     q, k: [B, T, H, K].
     v: [B, T, H, V].
-    gates: [B, T, H] each; those that the spec's optimiser and loss ask for.
-    initial_state: of an earlier call; fresh unless given. Rows in the middle of a chunk longer than `spec` has come out as nan.
+    gates: [B, T, H] each; those that the optimiser and the loss need.
+    initial_state: state of an earlier call; `None` for a fresh one. Rows whose open chunk has `chunk_size` tokens or more
+      return NaN.
     segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding.
-    max_documents: that a row of `segment_ids` may hold, the one that goes on from `initial_state` included. The chunk grid
-      begins anew with each, so there must be room for that many broken chunks. A row with more comes out as nan, all of it,
-      unless its chunks find room all the same: never wrong, never in part.
-    implementation: "auto", "xla" or "recurrent" (the oracle, which knows no bound on documents).
+    max_documents: largest number of documents in a row, including the one that continues `initial_state`. Each begins a new
+      chunk, so the number of chunks grows with it. A row with more documents returns NaN everywhere, unless its chunks fit.
+    implementation: "auto", "xla" or "recurrent" (the oracle, which has no limit on documents).
 
   Raises:
     ValueError: for shapes that do not fit the spec or each other, a state of another spec, gates that are missing or too
@@ -121,8 +120,8 @@ def run(
     initial = initial._replace(momentum=jax.tree.map(jnp.zeros_like, initial.weights))
   fresh = initial_state is None
   state = start(spec, batch, heads, wide) if fresh else initial_state
-  begun = spec.carry(initial.weights, initial.momentum)
-  carry = jax.tree.map(lambda start, change: start[None] + change.astype(wide), begun, Carry(*state[:3]))
+  start_carry = spec.carry(initial.weights, initial.momentum)
+  carry = jax.tree.map(lambda start, change: start[None] + change.astype(wide), start_carry, Carry(*state[:3]))
   docs = None if segment_ids is None else documents(segment_ids)
   operands = spec, initial, *(x.astype(wide) for x in (q, k, v)), gates, carry
   if explain(implementation=implementation).implementation == "recurrent":
@@ -131,16 +130,16 @@ def run(
     layout = lay_out(batch, tokens, spec.chunk_size, None if fresh else state.count, docs, max_documents)
     y, loss, carry = chunked(*operands, layout)
     count = layout.count
-  change = jax.tree.map(lambda start, end: end - start[None], begun, carry)
+  change = jax.tree.map(lambda start, end: end - start[None], start_carry, carry)
   return Result(y.astype(v.dtype), State(*change, count), loss)
 
 
 def read(spec: Spec, initial: InitialWeights, weights: Weights, q: jax.Array) -> jax.Array:
-  """What memories answer without being written to, [B, T, H, V] in q's dtype.
+  """Reads without writing: f(W; q), [B, T, H, V] in q's dtype.
 
   Args:
-    spec: what kind of memory.
-    initial: what every document begins with.
+    spec: the kind of memory.
+    initial: the weights at the start of every document.
     weights: `State.weights`.
     q: [B, T, H, K].
 
@@ -161,7 +160,7 @@ def read(spec: Spec, initial: InitialWeights, weights: Weights, q: jax.Array) ->
 
 
 def explain(*, implementation: str = "auto") -> Choice:
-  """Which implementation runs, and why not the others."""
+  """Returns the implementation that would run, and why the others would not."""
   return choose("test_time_memory", implementation, {"xla": None, "recurrent": "one dependent step a token: the oracle"})
 
 
@@ -173,20 +172,20 @@ def _check(spec, initial, q, k, v, gates, initial_state, segment_ids, max_docume
     check_state("initial_state", "this spec", initial_state, jax.eval_shape(lambda: start(spec, q.shape[0], q.shape[2])))
   check_segment_ids(segment_ids, q.shape[:2])
   if max_documents < 1:
-    raise ValueError(f"max_documents={max_documents}; want at least one.")
+    raise ValueError(f"max_documents={max_documents}; expected at least one.")
 
 
 def _check_tokens(spec: Spec, q: jax.Array, **others: jax.Array) -> None:
-  """Checks q [B, T, H, K], and others to be like it, of the memory's widths."""
+  """Checks q [B, T, H, K], and that the others fit it and the memory's widths."""
   memory = spec.memory
   if q.ndim != 4 or q.shape[1] == 0 or q.shape[3] != memory.key_dim:
-    raise ValueError(f"q has shape {list(q.shape)}; want [batch, tokens, heads, {memory.key_dim}], at least one token.")
+    raise ValueError(f"q has shape {list(q.shape)}; expected [batch, tokens, heads, {memory.key_dim}], at least one token.")
   for name, x in {"q": q, **others}.items():
     shape = *q.shape[:3], memory.value_dim if name == "v" else memory.key_dim
     if x.shape != shape:
-      raise ValueError(f"{name} has shape {list(x.shape)}; want {list(shape)}.")
+      raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(shape)}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise ValueError(f"{name} is {x.dtype}; want floats.")
+      raise ValueError(f"{name} is {x.dtype}; expected floats.")
 
 
 def _check_gates(spec: Spec, gates: Gates, shape: tuple[int, ...]) -> None:
@@ -198,11 +197,11 @@ def _check_gates(spec: Spec, gates: Gates, shape: tuple[int, ...]) -> None:
   }
   for (name, want), gate in zip(wanted.items(), gates, strict=True):
     if gate is None and want:
-      raise ValueError(f"gates.{name} is missing; want [batch, tokens, heads] for this spec.")
+      raise ValueError(f"gates.{name} is missing; expected [batch, tokens, heads] for this spec.")
     if gate is not None and want is False:
-      raise ValueError(f"gates.{name} was given; want None, for this spec has no use for it.")
+      raise ValueError(f"gates.{name} was given; expected None, because this spec does not use it.")
     if gate is not None and jnp.shape(gate) != shape:
-      raise ValueError(f"gates.{name} has shape {list(jnp.shape(gate))}; want {list(shape)} (batch, tokens, heads).")
+      raise ValueError(f"gates.{name} has shape {list(jnp.shape(gate))}; expected {list(shape)} (batch, tokens, heads).")
 
 
 def _check_initial(spec: Spec, initial: InitialWeights, heads: int) -> None:
@@ -210,12 +209,12 @@ def _check_initial(spec: Spec, initial: InitialWeights, heads: int) -> None:
   for name, matrices in (("weights", initial.weights), ("momentum", initial.momentum or initial.weights)):
     found = {key: w.shape for key, w in matrices.items()}
     if found != shapes:
-      raise ValueError(f"initial.{name} has shapes {found}; want {shapes}.")
+      raise ValueError(f"initial.{name} has shapes {found}; expected {shapes}.")
   if spec.memory.norm != (initial.norm is not None):
     found = "missing" if initial.norm is None else "given"
-    raise ValueError(f"initial.norm is {found}; want it exactly where the memory has a norm.")
+    raise ValueError(f"initial.norm is {found}; expected it exactly if the memory has a norm.")
   if initial.norm is not None and any(a.shape != (heads, spec.memory.value_dim) for a in initial.norm):
     found, want = [list(a.shape) for a in initial.norm], [heads, spec.memory.value_dim]
-    raise ValueError(f"initial.norm has shapes {found}; want a gain and a bias of {want}.")
+    raise ValueError(f"initial.norm has shapes {found}; expected a gain and a bias of {want}.")
   if spec.average and (initial.average is None or initial.average.shape != (heads, spec.chunk_size)):
-    raise ValueError(f"initial.average does not fit; want [heads, chunk_size], {[heads, spec.chunk_size]}.")
+    raise ValueError(f"initial.average does not fit; expected [heads, chunk_size], {[heads, spec.chunk_size]}.")

@@ -1,18 +1,18 @@
-"""The chunk-parallel form: one gradient for a whole chunk, no weights of single tokens.
+"""The chunk-parallel form. It computes the gradients of a whole chunk at once and never forms the weights of single tokens.
 
-Gradients of a chunk are taken at its anchor, so that with gates and steps they are the known inputs of a linear recurrence.
-Its solution has the same triangular coefficients for every matrix of the memory,
+Gradients of a chunk are taken at its anchor, so with gates and steps they are known inputs of a linear recurrence. Its solution
+has the same triangular coefficients for every matrix of the memory,
 
     W_t = A_t W_0 + f_t S_0 - sum_{j<=t} P_tj g_j        S_t = m_t S_0 - sum_{j<=t} R_tj g_j
     R = L_eta diag(theta)        P = L_a R        f = L_a m
 
-with (L_a)_ti = a_{i+1} ... a_t, and likewise L_eta. Every g_j is a product x_j^T delta_j of a layer's input and the cotangent
-of its output, so a read needs no W_t:
+with (L_a)_ti = a_{i+1} ... a_t, and likewise L_eta. Every g_j is an outer product x_j^T delta_j of a layer's input and the
+cotangent of its output, so a read does not need W_t:
 
     x W_t  =  A_t x W_0 + f_t x S_0 - sum_{j<=t} P_tj (x . x_j) delta_j
 
-The products of gates are sums of logarithms under a mask, never quotients, and exact where a gate is 0. A scan goes from
-chunk to chunk; the backward pass keeps what lies between chunks and computes the rest again.
+Products of gates are exponentials of masked sums of logarithms, not quotients, and exact for gates of 0. A scan runs over
+chunks; the backward pass keeps the carries between chunks and recomputes the rest.
 """
 
 from typing import NamedTuple
@@ -30,14 +30,14 @@ _FORGOTTEN = -1e4
 
 
 class Coefficients(NamedTuple):
-  """What the optimiser does within a chunk of C tokens; see the module.
+  """The coefficients of a chunk of C tokens; see the module.
 
   Attributes:
     keep: A [C].
-    carried: f [C], `None` where nothing is carried.
+    carried: f [C]; `None` without momentum.
     writes: P [C, C].
-    momentum_kept: m at the end of the chunk, a scalar; likewise `None`.
-    momentum_writes: R at the end of the chunk, [C]; likewise.
+    momentum_kept: m at the end of the chunk, a scalar, or `None`.
+    momentum_writes: the last row of R, [C], or `None`.
   """
 
   keep: jax.Array
@@ -47,8 +47,8 @@ class Coefficients(NamedTuple):
   momentum_writes: jax.Array | None
 
   def before(self, spec: Spec, average: jax.Array | None) -> "Coefficients":
-    """The same a token earlier: the weights that a token's own write has not touched."""
-    if spec.average:  # the average itself changes from token to token; `average` is that of the token before
+    """The coefficients of the weights before each token's own write."""
+    if spec.average:  # the factor differs from token to token; `average` is that of the previous token
       rows = jnp.tril(jnp.broadcast_to(self.momentum_writes[None], self.writes.shape), -1)
       return self._replace(carried=average, writes=average[:, None] * rows)
     shifted = {"keep": jnp.concatenate([jnp.ones_like(self.keep[:1]), self.keep[:-1]])}
@@ -59,7 +59,7 @@ class Coefficients(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-  """A chunk of one head: q, k [C, K], v [C, V], and of each token gates, presence and place, [C]."""
+  """A chunk of one head: q, k [C, K], v [C, V]; gates, `is_token` and `position` are [C]."""
 
   q: jax.Array
   k: jax.Array
@@ -95,22 +95,22 @@ def chunked(
   rows = jax.tree.map(every_row, initial)
   start = spec.carry(rows.weights, rows.momentum)
   incoming = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
-  if layout.open is None:  # what a chunk ends with is the next one's anchor
+  if layout.open is None:  # all chunks are whole: the weights at the end of one are the anchor of the next
     start, incoming = start._replace(anchor=None), incoming._replace(anchor=None)
 
   @jax.checkpoint
   def step(carry, inputs):
     of_tokens, of_rows = inputs
     q, k, v, gates = jax.tree.map(by_head, of_tokens)
-    is_token, position, fresh, still_open, begun = jax.tree.map(by_row, of_rows)
+    is_token, position, fresh, still_open, continues = jax.tree.map(by_row, of_rows)
     chunk = _Chunk(q, k, v, gates, is_token, position)
     carry = select_rows(fresh, start, carry)
     anchor = carry.weights
     if incoming.anchor is not None:
-      anchor = select_rows(begun, incoming.anchor, anchor)
+      anchor = select_rows(continues, incoming.anchor, anchor)
     y, loss, after = jax.vmap(lambda *args: _chunk(spec, *args))(rows, carry, anchor, chunk)
     out = jnp.concatenate([y, loss[..., None]], axis=-1).reshape(batch, heads, *y.shape[1:-1], -1)
-    return _end(spec, carry, anchor, after, is_token, still_open), jnp.moveaxis(out, 1, 2)
+    return _next_carry(spec, carry, anchor, after, is_token, still_open), jnp.moveaxis(out, 1, 2)
 
   chunks = jax.tree.map(lambda x: by_chunk(layout.chunks(x)), (q, k, v, gates)), jax.tree.map(by_chunk, tuple(layout[:5]))
   carry, out = jax.lax.scan(step, incoming, chunks)
@@ -121,8 +121,10 @@ def chunked(
   return out[..., :-1], out[..., -1], layout.poison(carry)
 
 
-def _end(spec: Spec, before: Carry, anchor: Weights, after: Carry, is_token: jax.Array, still_open: jax.Array | None) -> Carry:
-  """What goes on to the next chunk."""
+def _next_carry(
+  spec: Spec, before: Carry, anchor: Weights, after: Carry, is_token: jax.Array, still_open: jax.Array | None
+) -> Carry:
+  """The carry of the next chunk. While a chunk is open, its anchor is kept."""
   if spec.average:
     closed = after._replace(momentum=jax.tree.map(jnp.zeros_like, after.momentum))
     return select_rows(still_open, after._replace(weights=anchor), closed)
@@ -135,20 +137,20 @@ def _end(spec: Spec, before: Carry, anchor: Weights, after: Carry, is_token: jax
 def _chunk(
   spec: Spec, initial: InitialWeights, carry: Carry, anchor: Weights, chunk: _Chunk
 ) -> tuple[jax.Array, jax.Array, Carry]:
-  """One chunk of one head, to (y [C, V], loss [C], the carry after it, its anchor as before)."""
+  """One chunk of one head: (y [C, V], loss [C], the carry after it with an unchanged anchor)."""
   solution = coefficients(spec, chunk.gates, chunk.is_token, chunk.position, initial.average)
   previous = None if initial.average is None else running_average(initial.average, chunk.position - 1)
   if spec.exact:
     x, delta, loss = _exact_errors(spec, solution, carry, chunk)
   else:
     x, delta, loss = errors(spec, spec.view(anchor), initial.norm, chunk.k, chunk.v, chunk.gates.threshold)
-  seen = solution.before(spec, previous) if spec.read == "before" else solution
+  at_read = solution.before(spec, previous) if spec.read == "before" else solution
 
   def read(name, x_read):
-    out = scaled(matmul(x_read, carry.weights[name]), seen.keep)
-    if seen.carried is not None:
-      out += scaled(matmul(x_read, carry.momentum[name]), seen.carried)
-    out -= matmul(matmul(x_read, x[name].T) * seen.writes, delta[name])
+    out = scaled(matmul(x_read, carry.weights[name]), at_read.keep)
+    if at_read.carried is not None:
+      out += scaled(matmul(x_read, carry.momentum[name]), at_read.carried)
+    out -= matmul(matmul(x_read, x[name].T) * at_read.writes, delta[name])
     return out / spec.retention.scale(anchor[name]) if spec.retention.kind == "norm" else out
 
   if spec.read == "chunk_start":
@@ -174,7 +176,7 @@ def _chunk(
 def coefficients(
   spec: Spec, gates: Gates, is_token: jax.Array, position: jax.Array, average: jax.Array | None
 ) -> Coefficients:
-  """The coefficients of a chunk from its gates, presence and places, [C] each. Where no token is, nothing moves."""
+  """The coefficients of a chunk from gates, `is_token` and `position`, [C] each. Empty slots change nothing."""
   theta = jnp.where(is_token, gates.step, 0)
   ones = jnp.ones_like(theta)
   if spec.average:
@@ -199,7 +201,7 @@ def _products(log_gate: jax.Array | None, like: jax.Array) -> jax.Array:
   row, column = jnp.arange(size)[:, None], jnp.arange(size)[None]
   if log_gate is None:
     return (row >= column).astype(like.dtype)
-  # As a product with ones, which is faster than a cumulative sum; no infinity may be in it. exp(_FORGOTTEN) is 0.
+  # A product with a matrix of ones is faster than a cumulative sum, but must not contain infinities. exp(_FORGOTTEN) is 0.
   after = jnp.where(row > column, jnp.maximum(log_gate, _FORGOTTEN)[:, None], 0)
   sums = matmul((row >= column).astype(like.dtype), after)
   return jnp.where(row >= column, jnp.exp(sums), 0)
@@ -215,21 +217,21 @@ def errors(
 ) -> tuple[Weights, Weights, jax.Array]:
   """Gradients of the tokens' losses at `weights`, as factors: x [C, in] and delta [C, out] of each matrix, and loss [C].
 
-  Something is added to the output of each matrix, nothing; the gradient by that is delta.
+  delta is the gradient by zeros that are added to the output of each matrix.
   """
   shapes = spec.memory.shapes()
 
-  def run(nothing):
+  def run(zeros):
     x = {}
 
     def linear(name, x_in):
       x[name] = x_in
-      return matmul(x_in, weights[name]) + nothing[name]
+      return matmul(x_in, weights[name]) + zeros[name]
 
     return spec.memory.apply(linear, norm, k), x
 
-  nothing = {name: jnp.zeros((*k.shape[:-1], columns), k.dtype) for name, (_, columns) in shapes.items()}
-  out, pull_back, x = jax.vjp(run, nothing, has_aux=True)
+  zeros = {name: jnp.zeros((*k.shape[:-1], columns), k.dtype) for name, (_, columns) in shapes.items()}
+  out, pull_back, x = jax.vjp(run, zeros, has_aux=True)
   loss, by_out = jax.vjp(lambda out: spec.loss(out, v, threshold), out)
   (psi,) = by_out(jnp.ones_like(loss))
   if spec.clip is None:
@@ -239,7 +241,7 @@ def errors(
 
 
 def _exact_errors(spec: Spec, solution: Coefficients, carry: Carry, chunk: _Chunk) -> tuple[Weights, Weights, jax.Array]:
-  """`errors` of a linear memory at W_{t-1}: its own earlier errors are in W_{t-1}, so they solve a triangular system.
+  """`errors` of a linear memory at W_{t-1}. W_{t-1} contains the earlier errors, so they solve a triangular system.
 
       (I + 2c (P^- * K K^T)) E = A^- * K W_0 + f^- * K S_0 - V        delta = 2c E
   """

@@ -1,8 +1,7 @@
-"""Tokens on the chunk grid: chunks restart with every document, and only tokens that are there count.
+"""Tokens on the chunk grid: chunks restart with every document, and padding does not count.
 
-The columns of a row are laid out anew as [chunks, slots], so that no chunk has tokens of two documents and none has padding
-before or between its tokens. Every token of a document keeps its place in the chunk whatever lies around it, which is what
-makes packing, padding and any split of the sequence change nothing.
+The columns of a row are rearranged as [chunks, slots]. No chunk has tokens of two documents, and none has padding before or
+between its tokens. A token's place in its chunk depends on its document alone, so packing, padding and splits change nothing.
 """
 
 from typing import Any, NamedTuple
@@ -14,33 +13,33 @@ from ..documents import Documents, positions, select_rows, undivided
 
 
 class Layout(NamedTuple):
-  """Where tokens go. N chunks of C slots a row; a slot without a token comes after those with one.
+  """The places of tokens: N chunks of C slots in each row. Empty slots come after those with tokens.
 
   Attributes:
     is_token: bool [B, N, C].
-    position: int32 [B, N, C], of the token in its chunk; of an empty slot, that of the last token before it.
-    fresh: bool [B, N], the chunk begins a document that the incoming state knows nothing of.
-    open: bool [B, N], the chunk lacks its last token: else the next begins with what this one ends with.
-    begun: bool [B, N], the chunk has tokens of an earlier call.
+    position: int32 [B, N, C], of the token in its chunk; for an empty slot, that of the last token before it.
+    fresh: bool [B, N], whether the chunk begins a document other than that of the incoming state.
+    open: bool [B, N], whether the chunk lacks its last token, so that a later call continues it.
+    continues: bool [B, N], whether the chunk has tokens of an earlier call.
     count: int32 [B], tokens in the chunk that is open at the end.
-    overflow: bool [B], rows with more documents than there are chunks for, or begun in chunks of another size. Like `fresh`,
-      `open` and `begun` it is `None` where it is known beforehand to be of none.
-    source: int32 [B, N, C], column of the token; `None` where tokens lie on the grid as they are.
-    slot: int32 [B, T], where the token of a column went, n * C + c; likewise.
+    overflow: bool [B], rows with too many documents for N chunks, or with an incoming chunk longer than `chunk_size`. `fresh`,
+      `open`, `continues` and `overflow` are `None` where they are known to be false everywhere.
+    source: int32 [B, N, C], column of the token; `None` if the tokens are already in place.
+    slot: int32 [B, T], n * C + c of each column's token, -1 for padding; `None` likewise.
   """
 
   is_token: jax.Array
   position: jax.Array
   fresh: jax.Array | None
   open: jax.Array | None
-  begun: jax.Array | None
+  continues: jax.Array | None
   count: jax.Array
   overflow: jax.Array | None
   source: jax.Array | None
   slot: jax.Array | None
 
   def chunks(self, x: jax.Array) -> jax.Array:
-    """x [B, T, ...] to [B, N, C, ...], zeros where no token is."""
+    """x [B, T, ...] to [B, N, C, ...], with zeros in empty slots."""
     batch, chunks, size = self.is_token.shape
     if self.source is None:
       x = jnp.pad(x, [(0, 0), (0, chunks * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
@@ -50,7 +49,7 @@ class Layout(NamedTuple):
     return jnp.where(flat >= 0, x, jnp.zeros((), x.dtype)).reshape(batch, chunks, size, *x.shape[2:])
 
   def tokens(self, x: jax.Array, length: int) -> jax.Array:
-    """x [B, N, C, ...] to [B, T, ...]: zeros at padding, nan in all of a row that overflows."""
+    """x [B, N, C, ...] to [B, T, ...], with zeros at padding and NaN in rows that overflow."""
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
     if self.slot is None:
       return x[:, :length]
@@ -59,13 +58,13 @@ class Layout(NamedTuple):
     return self.poison(x)
 
   def poison(self, tree: Any) -> Any:
-    """Floats [B, ...] with nan in the rows that overflow: wrong in the open, never in silence. Integers as they are."""
+    """Sets floats [B, ...] to NaN in rows that overflow, so that the error is visible. Integers stay."""
     floats = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
     return select_rows(self.overflow, floats, tree)
 
 
 def count_chunks(tokens: int, chunk_size: int, documents: int) -> int:
-  """Chunks that any row of so many tokens and documents needs, the first of which may have been begun before the call."""
+  """The number of chunks that suffices for a row of so many tokens and documents; the first chunk may continue a state."""
   waste = (documents + 1) * (chunk_size - 1)
   return min(tokens, (tokens + waste) // chunk_size)
 
@@ -73,17 +72,17 @@ def count_chunks(tokens: int, chunk_size: int, documents: int) -> int:
 def lay_out(
   batch: int, tokens: int, chunk_size: int, count: jax.Array | None, docs: Documents | None, max_documents: int
 ) -> Layout:
-  """Puts [batch, tokens] on the grid.
+  """The layout of [batch, tokens].
 
   Args:
-    batch, tokens: shape of what is laid out.
+    batch, tokens: shape of the input.
     chunk_size: tokens in a chunk.
-    count: int32 [B], tokens that the incoming document already has in its open chunk; `None` for none at all.
-    docs: documents of the rows; `None` for one each.
-    max_documents: that a row may have; the more, the more empty slots.
+    count: int32 [B], tokens in the open chunk of the incoming state; `None` for a fresh state.
+    docs: documents of the rows; `None` for one document per row.
+    max_documents: largest number of documents in a row; it determines the number of chunks.
   """
   if count is None and docs is None:
-    return _as_they_are(batch, tokens, chunk_size)
+    return _in_place(batch, tokens, chunk_size)
   first_call = count is None
   count = jnp.zeros((batch,), jnp.int32) if count is None else count
   if docs is None:
@@ -97,11 +96,11 @@ def lay_out(
   slot = jnp.where(docs.is_token & (chunk < chunks), slot, -1)
 
   row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-  there = jnp.where(slot < 0, chunks * size, slot)  # one past the end: dropped
+  target = jnp.where(slot < 0, chunks * size, slot)  # one past the end is dropped
   column = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), slot.shape)
 
   def scatter(value, empty):
-    slots = jnp.full((batch, chunks * size), empty, value.dtype).at[row, there].set(value, mode="drop")
+    slots = jnp.full((batch, chunks * size), empty, value.dtype).at[row, target].set(value, mode="drop")
     return slots.reshape(batch, chunks, size)
 
   source = scatter(column, -1)
@@ -110,17 +109,17 @@ def lay_out(
   still_open = ~jnp.any(scatter(place == chunk_size - 1, False), axis=2)
   last = jnp.max(jnp.where(docs.is_token, column, -1), axis=1)
   left = (jnp.take_along_axis(place, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] + 1) % chunk_size
-  begun = None if first_call else position[..., 0] > 0
-  return Layout(source >= 0, position, fresh, still_open, begun, jnp.where(last < 0, count, left), overflow, source, slot)
+  continues = None if first_call else position[..., 0] > 0
+  return Layout(source >= 0, position, fresh, still_open, continues, jnp.where(last < 0, count, left), overflow, source, slot)
 
 
 def _starts(docs: Documents) -> jax.Array:
-  """The first token of each document but the first, bool [B, T]."""
+  """Whether a token is the first of its document, bool [B, T]; false in the row's first document."""
   return jnp.diff(docs.index, axis=1, prepend=0) > 0
 
 
-def _as_they_are(batch: int, tokens: int, chunk_size: int) -> Layout:
-  """One whole document a row, from its first token."""
+def _in_place(batch: int, tokens: int, chunk_size: int) -> Layout:
+  """The layout of one whole document per row, from its first token: nothing moves."""
   size = min(tokens, chunk_size)
   chunks = -(-tokens // size)
   column = jnp.arange(chunks * size, dtype=jnp.int32).reshape(chunks, size)

@@ -1,4 +1,4 @@
-"""The oracle: every token's own gradient, by autodiff, one token after the other.
+"""The oracle: the gradient of each token by autodiff, one token after the other.
 
     S_t = eta_t S_{t-1} - theta_t grad l(f(W_anchor; k_t), v_t)      W_t = a_t W_{t-1} + S_t      y_t = f(W_t; q_t)
 """
@@ -30,8 +30,8 @@ def recurrent(
 
     def step(memory, token):
       is_token, starts, *token = token
-      begun = spec.carry(initial.weights, initial.momentum), jnp.int32(0)
-      memory = jax.tree.map(lambda a, b: jnp.where(starts, a, b), begun, memory)
+      fresh = spec.carry(initial.weights, initial.momentum), jnp.int32(0)
+      memory = jax.tree.map(lambda a, b: jnp.where(starts, a, b), fresh, memory)
       y, loss, after = _step(spec, initial, memory, *token)
       memory = jax.tree.map(lambda a, b: jnp.where(is_token, a, b), after, memory)
       return memory, (jnp.where(is_token, y, 0), jnp.where(is_token, loss, 0))
@@ -77,7 +77,7 @@ def _step(spec: Spec, initial: InitialWeights, memory: Any, q: jax.Array, k: jax
 
 
 def _read(spec: Spec, initial: InitialWeights, weights: Any, anchor: Any, q: jax.Array) -> jax.Array:
-  """f(view of the weights; q). Within a chunk a norm is divided by as it was at the anchor."""
+  """f(view of the weights; q). The divisor of a "norm" retention is that of the anchor."""
   if spec.retention.kind == "norm":
     weights = jax.tree.map(lambda a, at: a / spec.retention.scale(at), weights, anchor)
   else:
@@ -95,5 +95,5 @@ def _next(spec: Spec, carry: Carry, weights: Any, momentum: Any, full: jax.Array
 
 
 def _clip(limit: float | None, x: jax.Array) -> jax.Array:
-  """An array of any shape, no longer than the limit."""
+  """x, of any shape, scaled to a Euclidean norm of at most `limit`."""
   return x if limit is None else shortened(x.reshape(-1), length(x.reshape(-1)), limit).reshape(x.shape)
