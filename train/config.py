@@ -5,16 +5,22 @@
     EraseThenDelta.num_heads = 4
     local/Attention.window = 128
 
-gin's own parser reads the file. What it says is kept in a value of ours and not in gin's process-wide configuration,
-so nothing is left behind and any number of experiments can be built side by side. As in gin, later lines win, a scoped
-reference (`@local/Attention`) sees the unscoped bindings first and then its scope's, and `%name` stands for the value
-of `name = ...`. A layer of your own needs no registration: `import my_package.my_layers`, then
+gin's own parser reads the file. The bindings are kept in an object of this module and not in gin's process-wide
+configuration, so nothing is left behind and any number of experiments can be built side by side. As in gin, later lines win,
+a scoped reference (`@local/Attention`) takes the unscoped bindings first and then its scope's, and `%name` stands for the
+value of `name = ...`. A layer of your own needs no registration: `import my_package.my_layers`, then
 `@my_package.my_layers.MyLayer`.
 
-Every value is checked against the annotated type of its field, whether or not the experiment ends up using it.
+Some fields of layers are option groups, frozen dataclasses such as `Loss` of `TitansMemory`. They are bound like a layer,
+`Loss.kind = "huber"`, and replace fields of the layer's own default. In full: a group that no reference is bound to
+(`TitansMemory.loss = @other/Loss`) takes the bindings of `Loss` in the scope of its layer, and in the scope
+`TitansMemory/loss` below it.
+
+Every value is checked against the annotated type of its field, whether or not the experiment uses it.
 """
 
 import dataclasses
+import functools
 import io
 import tokenize
 import typing
@@ -29,7 +35,8 @@ from flax import linen as nn
 from gin import config_parser
 
 from ..zoo.language_model import LanguageModel, VectorModel
-from ..zoo.registry import LAYERS
+from ..zoo.registry import LAYERS, SUBLAYERS
+from . import old_configs
 from .data import TextData
 from .optimizer import Optimizer
 from .sharding import MeshShape
@@ -159,6 +166,7 @@ class _Bindings:
   macros: dict[str, _Binding] = field(default_factory=dict)
   modules: list[str] = field(default_factory=list)
   must_be_used: dict[tuple[str, str], str] = field(default_factory=dict)
+  old: dict[tuple[str, str], dict[str, _Binding]] = field(default_factory=dict)  # of fields that earlier versions had
 
   def read(self, source: _Source, including: tuple[str, ...] = ()) -> None:
     """Takes in a file and, where it says so, the files that it includes."""
@@ -200,7 +208,7 @@ class _Bindings:
     if name in known:
       return known[name]
     found = getattr(import_module(module), attribute, None) if module in self.modules else None
-    if isinstance(found, type) and issubclass(found, nn.Module):
+    if isinstance(found, type) and (issubclass(found, nn.Module) or _is_group(found)):
       return found
     raise ValueError(f"{where}: there is nothing called {name!r}{did_you_mean(name, known)} There are {', '.join(known)}.")
 
@@ -229,10 +237,24 @@ class _Bindings:
     if not argument:
       self.macros["/".join(filter(None, (scope, name)))] = binding
       return
-    _check_field(name, self.resolve(name, where), argument, where)
+    cls = self.resolve(name, where)
+    if old_configs.is_old(cls, argument, statement.value):
+      self.old.setdefault((scope, name), {})[argument] = binding
+      return
+    _check_field(name, cls, argument, where)
     if scope:
       self.must_be_used[scope, name] = where
     self.values.setdefault((scope, name), {})[argument] = binding
+
+  def renew(self) -> None:
+    """Moves the fields of operative configs of earlier versions to where they are now; refuses such fields otherwise."""
+    for (scope, name), fields in self.old.items():
+      binding = next(iter(fields.values()))
+      moved = old_configs.renewed(name, self.resolve(name, binding.where), {f: b.where for f, b in fields.items()})
+      for argument, (group, group_name, field_name) in moved.items():
+        inner = "/".join(filter(None, (scope, _last(name), group))), group_name
+        if field_name not in self.values.get(("", group_name), {}):  # such bindings are overrides
+          self.values.setdefault(inner, {})[field_name] = fields[argument]
 
   def _import(self, statement: config_parser.ImportStatement, where: str) -> None:
     try:
@@ -261,9 +283,26 @@ class _Builder:
         f"{where}: {name}.{required.name} has no default and is not set. Set it in the configuration, as "
         f"`{name}.{required.name} = ...`, or as an override."
       )
-    self.made[reference] = cls, {f: self.bindings.without_macros(b.value, b.where) for f, b in bound.items()}
+    values = {f: self.bindings.without_macros(b.value, b.where) for f, b in bound.items()}
+    self.made[reference] = cls, values
     arguments = {f: self.convert(name, cls, f, binding) for f, binding in bound.items()}
+    for f, group in _groups(cls).items():
+      if f not in bound and (inner := self._group(group, f"{reference.scope}/{_last(name)}/{f}".lstrip("/"))):
+        values[f] = inner
+        arguments[f] = self._replace(getattr(cls, f), inner, where)
     return cls(**arguments, **({"parent": None} if issubclass(cls, nn.Module) else {}))
+
+  def _group(self, cls: type, scope: str) -> _Reference | None:
+    """The reference to an option group within a layer; `None` for a class that a configuration cannot name."""
+    name = cls.__name__ if _configurables().get(cls.__name__) is cls else f"{cls.__module__}.{cls.__name__}"
+    return _Reference(scope, name) if name in _configurables() or cls.__module__ in self.bindings.modules else None
+
+  def _replace(self, default: Any, reference: _Reference, where: str) -> Any:
+    """The option group `default` with the fields that are bound to `reference`."""
+    cls, bound = type(default), self.bindings.bound_to(reference.scope, reference.name)
+    found = dataclasses.replace(default, **{f: self.convert(reference.name, cls, f, b) for f, b in bound.items()})
+    self.made[reference] = cls, {f.name: getattr(found, f.name) for f in _fields(cls)}
+    return found
 
   def convert(self, name: str, cls: type, argument: str, binding: _Binding) -> Any:
     """The bound value as the field's type has it."""
@@ -289,13 +328,31 @@ class _Builder:
   def text(self) -> str:
     """Everything made, field by field, as gin text."""
     paragraphs = ["\n".join(f"import {module}" for module in self.bindings.modules)]
-    for reference, (cls, bound) in self.made.items():
+    for reference, (cls, bound) in self._with_short_names().items():
       values = {f.name: _literal(bound[f.name] if f.name in bound else _default(f)) for f in _fields(cls)}
       paragraphs.append("\n".join(f"{reference}.{name} = {text}" for name, text in values.items() if text is not None))
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
+  def _with_short_names(self) -> dict[_Reference, tuple[type, dict[str, Any]]]:
+    """`made`, with `@Loss` for `@TitansMemory/loss/Loss` where all that is made of `Loss` is equal."""
+    kinds: dict[str, list[tuple[_Reference, Any]]] = {}
+    for reference, made in self.made.items():
+      kinds.setdefault(reference.name, []).append((reference, made))
+    short = {
+      reference: _Reference("", name)
+      for name, found in kinds.items()
+      if _is_group(found[0][1][0]) and all(made == found[0][1] for _, made in found)
+      for reference, _ in found
+    }
+    made = {}
+    for reference, (cls, bound) in self.made.items():
+      bound = {f: short.get(v, v) if isinstance(v, _Reference) else v for f, v in bound.items()}
+      made[short.get(reference, reference)] = cls, bound
+    return made
+
 
 def _build(bindings: _Bindings, name: str) -> Experiment:
+  bindings.renew()
   builder = _Builder(bindings)
   parts = {"model": "LanguageModel"} | _RUN
   for part, usual in parts.items():
@@ -305,10 +362,34 @@ def _build(bindings: _Bindings, name: str) -> Experiment:
   return Experiment(name=name, **made, text=builder.text())
 
 
+@functools.cache
 def _configurables() -> dict[str, type]:
   run = {cls.__name__: cls for cls in (TextData, TaskData, Optimizer, MeshShape, Trainer)}
   models = {"LanguageModel": LanguageModel, "VectorModel": VectorModel}
-  return models | LAYERS | run | {task.__name__: task for task in TASKS.values()}
+  groups = {group.__name__: group for layer in LAYERS.values() for group in _groups(layer).values()}
+  return models | LAYERS | SUBLAYERS | groups | run | {task.__name__: task for task in TASKS.values()}
+
+
+def groups_of(cls: type) -> set[str]:
+  """The names of the option groups that a layer has."""
+  return {group.__name__ for group in _groups(cls).values()}
+
+
+def _groups(cls: type) -> dict[str, type]:
+  """The fields of a layer that are option groups, and their classes."""
+  types = _types(cls) if issubclass(cls, nn.Module) else {}
+  return {f.name: types[f.name] for f in _fields(cls) if _is_group(types.get(f.name)) and not _is_required(f)}
+
+
+def _is_group(cls: Any) -> bool:
+  """Whether a class is a group of options: a frozen dataclass that is no layer."""
+  is_frozen = isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+  return is_frozen and not issubclass(cls, nn.Module)
+
+
+def _last(name: str) -> str:
+  """The class in a name such as `my_layers.MyLayer`."""
+  return name.rpartition(".")[2]
 
 
 def _parse(text: str, name: str) -> list[Any]:
