@@ -1,4 +1,6 @@
-"""The short convolution: shifted copies equal the token-by-token form equals NumPy's convolution."""
+"""The short convolution: shifted copies equal the token-by-token form, and that equals NumPy's convolution."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from memzoo.pallas_kernels import short_conv as ops
 from memzoo.pallas_kernels.short_conv import short_conv
 from tolerances import assert_close
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("short_conv")]
 
 IN_FLOAT64 = pytest.mark.usefixtures("float64")
 CHANNELS = 5
@@ -24,105 +26,86 @@ def inputs(tokens, width, dtype=jnp.float64, batch=2):
   return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
 
 
+@partial(jax.jit, static_argnums=0)
 def values(implementation, args, ids=None):
-  return jax.jit(lambda args, ids: short_conv(**args, segment_ids=ids, implementation=implementation))(args, ids)
+  return short_conv(**args, segment_ids=ids, implementation=implementation)
 
 
+@partial(jax.jit, static_argnums=0)
 def values_and_gradients(implementation, args, ids=None):
-  def run(args, ids):
-    out, pull_back = jax.vjp(lambda args: short_conv(**args, segment_ids=ids, implementation=implementation), args)
-    rng = np.random.default_rng(5)
-    return out, pull_back(tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in out))[0]
-
-  return jax.jit(run)(args, ids)
+  out, pull_back = jax.vjp(lambda args: short_conv(**args, segment_ids=ids, implementation=implementation), args)
+  rng = np.random.default_rng(5)
+  return out, pull_back(tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in out))[0]
 
 
-@IN_FLOAT64
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_the_oracle_is_a_convolution(width):
-  args = inputs(9, width)
-  y, state = values("recurrent", args)
-  whole = np.concatenate([args["initial_state"], args["x"]], axis=1)
-  for b, d in np.ndindex(2, CHANNELS):
-    assert_close(y[b, :, d], np.convolve(whole[b, :, d], np.asarray(args["weight"])[::-1, d], mode="valid"))
-  np.testing.assert_array_equal(state, whole[:, 9:])
+def in_numpy(x, weight, initial_state, ids):
+  """Every document convolved on its own, without padding."""
+  y, state = np.zeros(x.shape), np.zeros(initial_state.shape)
+  for b in range(len(x)):
+    tokens = np.flatnonzero(ids[b])
+    starts = np.flatnonzero(np.diff(ids[b, tokens])) + 1
+    before = np.asarray(initial_state[b])
+    for document in np.split(tokens, starts):
+      whole = np.concatenate([before, x[b, document]])
+      for d in range(CHANNELS):
+        y[b, document, d] = np.convolve(whole[:, d], np.asarray(weight)[::-1, d], mode="valid")
+      state[b], before = whole[len(document) :], np.zeros_like(before)
+  return y, state
 
 
 @IN_FLOAT64
 @pytest.mark.compat
-@pytest.mark.parametrize("segmented", [False, True], ids=["plain", "documents"])
-@pytest.mark.parametrize("tokens", [1, 2, 17])
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_shifted_copies_are_the_oracle_in_values_and_every_gradient(width, tokens, segmented):
-  args = inputs(tokens, width)
-  ids = jnp.asarray(IDS[:, -tokens:]) if segmented else None
-  actual, expected = (values_and_gradients(name, args, ids) for name in ("xla", "recurrent"))
+@pytest.mark.parametrize(
+  ("width", "tokens", "packed"),
+  [(1, 17, True), (2, 17, True), (4, 17, True), (4, 2, True), (1, 17, False), (4, 17, False), (4, 2, False)],
+)
+def test_shifted_copies_are_the_recurrence_and_numpy_in_values_and_every_gradient(width, tokens, packed):
+  """With padding that holds large numbers, documents shorter than the filter, and calls shorter than it."""
+  args, ids = inputs(tokens, width), IDS[:, -tokens:] if packed else np.ones((2, tokens), np.int32)
+  args["x"] = jnp.where(jnp.asarray(ids == 0)[..., None], 1e6, args["x"])
+  actual, expected = (values_and_gradients(name, args, jnp.asarray(ids) if packed else None) for name in ("xla", "recurrent"))
+  assert_close(expected[0], in_numpy(**args, ids=ids))
   assert_close(actual[0], expected[0])
   assert_close(actual[1], expected[1], gradients=True)
+  assert not np.any(np.asarray(actual[0][0])[ids == 0])
 
 
 @IN_FLOAT64
-@pytest.mark.parametrize("implementation", ["xla", "recurrent"])
-def test_packed_documents_are_separate_documents(implementation):
-  args, lengths = inputs(14, 4, batch=1), (2, 1, 3, 8)
-  ids = jnp.asarray(np.repeat(np.arange(1, 5, dtype=np.int32), lengths))[None]
-  y, state = values(implementation, args, ids)
-  for i, end in enumerate(np.cumsum(lengths)):
-    before = args["initial_state"] if i == 0 else jnp.zeros_like(args["initial_state"])
-    alone, last = values(implementation, args | {"x": args["x"][:, end - lengths[i] : end], "initial_state": before})
-    assert_close(y[:, end - lengths[i] : end], alone)
-  assert_close(state, last)
-
-
-@IN_FLOAT64
-@pytest.mark.parametrize("implementation", ["xla", "recurrent"])
-def test_padding_is_not_there(implementation):
+@pytest.mark.parametrize("cut", range(1, 13))
+def test_any_split_is_one_pass(cut):
+  """Each of the two calls has the other's tokens as padding, so that one program serves them all."""
   args = inputs(17, 4)
-  for row in range(2):
-    kept, one = np.flatnonzero(IDS[row]), {name: x if name == "weight" else x[row : row + 1] for name, x in args.items()}
-    spoilt = one | {"x": jnp.where(jnp.asarray(IDS[row] == 0)[None, :, None], 1e6, one["x"])}
-    y, state = values(implementation, spoilt, jnp.asarray(IDS[row])[None])
-    expected = values(implementation, one | {"x": one["x"][:, kept]}, jnp.asarray(IDS[row, kept])[None])
-    assert_close((y[:, kept], state), expected)
-    assert not np.any(np.asarray(y)[:, IDS[row] == 0])
-
-
-@IN_FLOAT64
-@pytest.mark.parametrize("ids", [None, IDS], ids=["plain", "documents"])
-@pytest.mark.parametrize("implementation", ["xla", "recurrent"])
-@pytest.mark.parametrize("pieces", [(9, 8), (1, 2, 1, 13)], ids=str)
-def test_any_split_is_one_pass(implementation, pieces, ids):
-  if ids is not None:  # neighbours tell documents apart, and a call does not see the one before it: cut inside documents
-    ids = np.concatenate([np.full((2, 13), 1, np.int32), IDS[:, -4:]], axis=1)
-  args = inputs(17, 4)
-  parts, state, start = [], args["initial_state"], 0
-  for piece in pieces:
-    now = slice(start, start + piece)
-    y, state = values(
-      implementation, args | {"x": args["x"][:, now], "initial_state": state}, None if ids is None else jnp.asarray(ids[:, now])
-    )
-    parts.append(y)
-    start += piece
-  expected = values(implementation, args, None if ids is None else jnp.asarray(ids))
-  assert_close((jnp.concatenate(parts, axis=1), state), expected)
+  ids = np.concatenate([np.full((2, 13), 1, np.int32), IDS[:, -4:]], axis=1)
+  early = jnp.arange(17)[None] < cut
+  first, state = values("xla", args, jnp.where(early, ids, 0))
+  second, state = values("xla", args | {"initial_state": state}, jnp.where(early, 0, ids))
+  assert_close((first + second, state), values("xla", args, jnp.asarray(ids)))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "recurrent"])
-@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
-def test_bfloat16_sums_are_float32(implementation, param_dtype):
-  """256 + 1 + 1 - 256 is 2 in float32, and nothing like it in bfloat16, where 256 + 1 = 256."""
-  x = jnp.asarray([256.0, 1, 1, -256], jnp.bfloat16)[None, :, None]
-  weight = jnp.ones((4, 1), param_dtype)
-  y, state = jax.jit(lambda x: short_conv(x, weight, implementation=implementation))(x)
-  assert y.dtype == state.dtype == jnp.bfloat16
-  assert float(y[0, -1, 0]) == 2
+def test_bfloat16_sums_are_float32(implementation):
+  """256 + 1 + 1 - 256 is 2 in float32, and 0 in bfloat16, where 256 + 1 = 256."""
   args = inputs(17, 4, jnp.bfloat16)
+  x = args["x"].at[:, -4:].set(jnp.asarray([256.0, 1, 1, -256], jnp.bfloat16)[None, :, None])
+  ones = args | {"x": x, "weight": jnp.ones_like(args["weight"])}
+  ids = jnp.ones((2, 17), jnp.int32)
+  y, state = values(implementation, ones, ids)
+  assert y.dtype == state.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(y[:, -1].astype(jnp.float32), 2)
+  narrow = values(implementation, args, jnp.asarray(IDS))
   wide = jax.tree.map(lambda a: a.astype(jnp.float32), args)
-  narrow = values(implementation, args | {"weight": args["weight"].astype(param_dtype)}, jnp.asarray(IDS))
-  expected = values("recurrent", wide, jnp.asarray(IDS))
-  assert_close(jax.tree.map(lambda a: a.astype(jnp.float32), narrow), expected, jnp.bfloat16)
+  exact = values("recurrent", wide, jnp.asarray(IDS))
+  assert_close(jax.tree.map(lambda a: a.astype(jnp.float32), narrow), exact, jnp.bfloat16)
   # One rounding of the whole sum, and nothing else.
   np.testing.assert_array_equal(narrow[0], values(implementation, wide, jnp.asarray(IDS))[0].astype(jnp.bfloat16))
+
+
+def test_float32_weights_keep_bfloat16_activations():
+  args = inputs(17, 4, jnp.bfloat16)
+  for implementation in ("xla", "recurrent"):
+    mixed = args | {"weight": args["weight"].astype(jnp.float32)}
+    shapes = jax.eval_shape(lambda mixed, name=implementation: short_conv(**mixed, implementation=name), mixed)
+    assert {x.dtype for x in shapes} == {jnp.dtype(jnp.bfloat16)}
 
 
 @IN_FLOAT64
@@ -133,11 +116,11 @@ def test_no_state_is_a_state_of_zeros():
   assert_close(values("xla", args), values("xla", zeros))
 
 
-def test_explain_says_which_and_why_not_the_others():
-  auto, asked = ops.explain(), ops.explain(implementation="recurrent")
-  assert (auto.implementation, asked.implementation) == ("xla", "recurrent")
+def test_explain_says_which_implementation_runs_and_why_the_others_do_not():
+  auto, requested = ops.explain(), ops.explain(implementation="recurrent")
+  assert (auto.implementation, requested.implementation) == ("xla", "recurrent")
   assert "oracle" in auto.passed_over["recurrent"]
-  assert "was asked for" in asked.passed_over["xla"]
+  assert "was asked for" in requested.passed_over["xla"]
   args = inputs(6, 3, jnp.float32)
 
   def program(name):
@@ -153,12 +136,12 @@ def floats(*shape):
 @pytest.mark.parametrize(
   ("wrong", "message"),
   [
-    ({"x": floats(9, 5)}, r"x has shape \[9, 5\]; want \[batch, tokens, channels\]"),
-    ({"x": floats(2, 0, 5)}, r"x has shape \[2, 0, 5\]; want .* at least one token"),
-    ({"weight": floats(4)}, r"weight has shape \[4\]; want \[width, 5\]"),
-    ({"weight": floats(4, 6)}, r"weight has shape \[4, 6\]; want \[width, 5\]"),
-    ({"weight": floats(0, 5), "initial_state": None}, r"weight has shape \[0, 5\]; want"),
-    ({"initial_state": floats(2, 4, 5)}, r"initial_state has shape \[2, 4, 5\]; want \[2, 3, 5\]"),
+    ({"x": floats(9, 5)}, r"x has shape \[9, 5\]; expected \[batch, tokens, channels\]"),
+    ({"x": floats(2, 0, 5)}, r"x has shape \[2, 0, 5\]; expected .* at least one token"),
+    ({"weight": floats(4)}, r"weight has shape \[4\]; expected \[width, 5\]"),
+    ({"weight": floats(4, 6)}, r"weight has shape \[4, 6\]; expected \[width, 5\]"),
+    ({"weight": floats(0, 5), "initial_state": None}, r"weight has shape \[0, 5\]; expected"),
+    ({"initial_state": floats(2, 4, 5)}, r"initial_state has shape \[2, 4, 5\]; expected \[2, 3, 5\]"),
     ({"segment_ids": jnp.ones((2, 8), jnp.int32)}, r"segment_ids is int32\[2, 8\]; want integers .*\[2, 9\]"),
     ({"implementation": "pallas"}, r"implementation='pallas' does not exist for short_conv; want .*'xla'"),
   ],

@@ -1,4 +1,4 @@
-"""The short convolution token by token, with the last W - 1 inputs as its state. The other form must equal this one."""
+"""The oracle of the short convolution: token by token, with the last W - 1 inputs as the state."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from ..numerics import accumulator
 def recurrent(
   x: jax.Array, weight: jax.Array, initial_state: jax.Array, docs: Documents | None
 ) -> tuple[jax.Array, jax.Array]:
-  """x [B, T, D], weight [W, D], initial_state [B, W - 1, D]; returns y [B, T, D] and the final state."""
+  """Maps x [B, T, D], weight [W, D] and initial_state [B, W - 1, D] to y [B, T, D] and the final state."""
   starts = None if docs is None else jnp.diff(docs.index, axis=1, prepend=0) > 0
   is_token = None if docs is None else docs.is_token
 

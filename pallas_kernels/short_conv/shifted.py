@@ -1,7 +1,7 @@
-"""The short convolution as W shifted copies of its input, added up.
+"""The short convolution as a weighted sum of W shifted copies of its input.
 
-Padding is squeezed out first, so that a token's neighbours are the tokens before it; a shifted copy is masked where it
-would bring in another document.
+Padding is moved to the end first, so that the columns before a token hold the tokens before it. A shifted copy is masked where
+it holds tokens of another document.
 """
 
 import jax
@@ -14,7 +14,7 @@ from ..numerics import accumulator, matmul
 def shifted(
   x: jax.Array, weight: jax.Array, initial_state: jax.Array, docs: Documents | None
 ) -> tuple[jax.Array, jax.Array]:
-  """As `recurrent`, with the same arguments and results."""
+  """The same function as `recurrent`: same arguments, same results."""
   if docs is None:
     inputs = jnp.concatenate([initial_state, x], axis=1)
     return _convolve(inputs, weight, None).astype(x.dtype), inputs[:, x.shape[1] :]
@@ -33,7 +33,7 @@ def shifted(
 
 
 def _convolve(inputs: jax.Array, weight: jax.Array, index: jax.Array | None) -> jax.Array:
-  """y_t from `inputs` [B, W - 1 + T, D]; tokens of another document than t's (by `index`) count as zeros."""
+  """Computes y [B, T, D] from `inputs` [B, W - 1 + T, D]; in y_t, tokens whose `index` differs from t's count as zeros."""
   width = weight.shape[0]
   tokens = inputs.shape[1] - width + 1
   wide = accumulator(inputs)
@@ -50,9 +50,9 @@ def _convolve(inputs: jax.Array, weight: jax.Array, index: jax.Array | None) -> 
 
 @jax.custom_vjp
 def _by_channel(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """x [B, T, D] times weight [D], whose gradient by the weight is a product with ones.
+  """x [B, T, D] times weight [D]. The gradient by the weight is a matrix product with ones.
 
-  The sum over tokens that broadcasting would leave takes XLA on a CPU many times as long.
+  JAX's own gradient would be a sum over tokens, for which XLA on a CPU takes many times as long.
   """
   return x * weight[None, None]
 
@@ -71,5 +71,5 @@ _by_channel.defvjp(_by_channel_forward, _by_channel_backward)
 
 
 def _take(x: jax.Array, columns: jax.Array) -> jax.Array:
-  """Row-wise gather of `columns` [B, M] from x [B, T] or [B, T, D]."""
+  """Gathers, row by row, `columns` [B, M] from x [B, T] or [B, T, D]."""
   return jnp.take_along_axis(x, columns if x.ndim == 2 else columns[..., None], axis=1)
