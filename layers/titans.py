@@ -58,7 +58,7 @@ class Network:
   """
 
   depth: int = 2
-  expansion: float = 4
+  expansion: float = 4.0
   gated: bool = False
   residual: bool = False
   norm: bool = False

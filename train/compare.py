@@ -220,7 +220,7 @@ def enter(
     config: of the task: its name, such as "mqar" for the shipped "tasks/mqar", or any config whose data is a `TaskData`.
       Each layer takes the last place in the pattern of its model's mixers.
     layers: names of layers, or scoped ones ("reflecting/DeltaNet") whose bindings `overrides` give.
-    overrides: further bindings. One of a layer counts for that layer alone.
+    overrides: further bindings. One of a layer, or of its options (`linear/Network.depth=1`), counts for that layer alone.
     state_bytes: each layer enters once at each of these sizes of its model's state, as near as its width (or, for
       attention, its window) comes.
     parameters: of every model, as near as its width comes; what the config says unless given.
@@ -229,22 +229,29 @@ def enter(
     ValueError: if the config or a layer cannot be built.
   """
   from ..zoo.registry import LAYERS
-  from .config import build
+  from .config import build, groups_of
   from .values import did_you_mean
 
   config = f"tasks/{config}" if config in TASKS else config
-  base = build(config, [text for text in overrides if _bound(text) not in LAYERS])
+  groups = {group for layer in LAYERS.values() for group in groups_of(layer)}
+  base = build(config, [text for text in overrides if _bound(text) not in LAYERS.keys() | groups])
   if not isinstance(base.data, TaskData):
     raise ValueError(f"{config} has no task{did_you_mean(config, TASKS)} Want one of {', '.join(TASKS)}.")
   entering = {name.rpartition("/")[2] for name in layers}
+  grouped = {group for name in entering & LAYERS.keys() for group in groups_of(LAYERS[name])}
   unknown = next((name for name in layers if name.rpartition("/")[2] not in LAYERS), None)
   if unknown is not None or not layers:
     raise ValueError(f"--layers names {unknown!r}{did_you_mean(unknown or '', LAYERS)} Want some of {', '.join(LAYERS)}.")
 
+  def counts(text: str, layer: str) -> bool:
+    """Whether an override is for `layer`: it is not about another entrant, nor in a scope other than the layer's."""
+    (scope, _, name), bound, target = layer.rpartition("/"), _bound(text), text.partition(".")[0].strip()
+    if (bound in entering and bound != name) or (bound in grouped and bound not in groups_of(LAYERS[name])):
+      return False
+    return "/" not in target or target == layer or (bound in groups and target.rpartition("/")[0] == scope)
+
   def build_one(layer: str, more: Sequence[str]) -> Any:
-    name = layer.rpartition("/")[2]
-    own = [text for text in overrides if (bound := _bound(text)) not in LAYERS or bound == name or bound not in entering]
-    own = [text for text in own if "/" not in (scope := text.partition(".")[0]) or scope == layer]
+    own = [text for text in overrides if counts(text, layer)]
     pattern = ", ".join([f"@{type(mixer).__name__}" for mixer in base.model.mixers[:-1]] + [f"@{layer}"])
     experiment = build(config, [*own, f"{type(base.model).__name__}.mixers=[{pattern}]", *more])
     return _fitted(experiment)

@@ -285,11 +285,12 @@ class _Builder:
       )
     values = {f: self.bindings.without_macros(b.value, b.where) for f, b in bound.items()}
     self.made[reference] = cls, values
-    arguments = {f: self.convert(name, cls, f, binding) for f, binding in bound.items()}
-    for f, group in _groups(cls).items():
-      if f not in bound and (inner := self._group(group, f"{reference.scope}/{_last(name)}/{f}".lstrip("/"))):
-        values[f] = inner
-        arguments[f] = self._replace(getattr(cls, f), inner, where)
+    arguments, groups = {}, _groups(cls)
+    for f in (f.name for f in _fields(cls)):
+      if f in bound:
+        arguments[f] = self.convert(name, cls, f, bound[f])
+      elif f in groups and (inner := self._group(groups[f], f"{reference.scope}/{_last(name)}/{f}".lstrip("/"))):
+        values[f], arguments[f] = inner, self._replace(getattr(cls, f), inner)
     return cls(**arguments, **({"parent": None} if issubclass(cls, nn.Module) else {}))
 
   def _group(self, cls: type, scope: str) -> _Reference | None:
@@ -297,10 +298,14 @@ class _Builder:
     name = cls.__name__ if _configurables().get(cls.__name__) is cls else f"{cls.__module__}.{cls.__name__}"
     return _Reference(scope, name) if name in _configurables() or cls.__module__ in self.bindings.modules else None
 
-  def _replace(self, default: Any, reference: _Reference, where: str) -> Any:
+  def _replace(self, default: Any, reference: _Reference) -> Any:
     """The option group `default` with the fields that are bound to `reference`."""
     cls, bound = type(default), self.bindings.bound_to(reference.scope, reference.name)
-    found = dataclasses.replace(default, **{f: self.convert(reference.name, cls, f, b) for f, b in bound.items()})
+    options = {f: self.convert(reference.name, cls, f, b) for f, b in bound.items()}
+    try:
+      found = dataclasses.replace(default, **options)
+    except ValueError as error:
+      raise ValueError(f"{', '.join(b.where for b in bound.values())}: {error}") from None
     self.made[reference] = cls, {f.name: getattr(found, f.name) for f in _fields(cls)}
     return found
 

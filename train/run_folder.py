@@ -1,4 +1,4 @@
-"""What the folder of a run says about it: which run it is, and whether it has been finished."""
+"""The folder of a run: which run it holds, and its result."""
 
 import json
 import tempfile
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Result:
-  """What a run came to.
+  """The result of a run.
 
   Attributes:
     directory: of the run.
@@ -49,16 +49,30 @@ def check_same_run(directory: Path, text: str) -> None:
   path = directory / "config.gin"
   if not path.exists() or not any((directory / "checkpoints").glob("[0-9]*")):
     return
-  there, here = _bindings(path.read_text()), _bindings(text)
-  differences = [
-    f"{name} = {there.get(name, 'unset')} there, {here.get(name, 'unset')} here"
-    for name in sorted(there.keys() | here.keys())
-    if there.get(name) != here.get(name) and not _may_change(name)
-  ]
-  if differences:
+  there = path.read_text()
+  if _differences(there, text) and (differences := _differences(_renewed(there, path), text)):
     raise ValueError(
       f"{directory} holds a run with another config: {'; '.join(differences)}. Want the same, or a new directory."
     )
+
+
+def _renewed(text: str, path: Path) -> str:
+  """The operative config in `text` as this version writes it: an earlier one had other fields. As it is, if it is none."""
+  from .config import build_text
+
+  if "LanguageModel." not in text and "VectorModel." not in text:
+    return text
+  return build_text(text, str(path)).text
+
+
+def _differences(there: str, here: str) -> list[str]:
+  """What differs between two operative configs, of what decides the steps of a run."""
+  old, new = _bindings(there), _bindings(here)
+  return [
+    f"{name} = {old.get(name, 'unset')} there, {new.get(name, 'unset')} here"
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name) and not _may_change(name)
+  ]
 
 
 def check_writable(directory: Path) -> None:

@@ -1,0 +1,92 @@
+"""Fields that earlier versions of the package had, and where they are now.
+
+An operative config (`config.gin` of a run) sets every field. Therefore, where a config sets all the old fields of a class, an
+earlier version wrote it, and its values move to where they are now. Where it sets only some of them, it was written by hand,
+and is refused with the new name.
+"""
+
+from typing import Any, NamedTuple
+
+from ..layers.titans import TitansMemory
+from ..layers.titans_wirings import MemoryAsLayer
+from ..zoo.language_model import VectorModel
+
+
+class Place(NamedTuple):
+  """Where a value is now: in the option group of class `name` at a layer's field `field`, as `option`."""
+
+  field: str
+  name: str
+  option: str
+
+
+_TITANS = {
+  "depth": Place("network", "Network", "depth"),
+  "expansion": Place("network", "Network", "expansion"),
+  "gated": Place("network", "Network", "gated"),
+  "residual": Place("network", "Network", "residual"),
+  "memory_norm": Place("network", "Network", "norm"),
+  "memory_norm_epsilon": Place("network", "Network", "norm_epsilon"),
+  "loss": Place("loss", "Loss", "kind"),
+  "loss_scale": Place("loss", "Loss", "scale"),
+  "power": Place("loss", "Loss", "power"),
+  "retention": Place("retention", "Retention", "kind"),
+  "retention_norm": Place("retention", "Retention", "norm"),
+  "anchor": Place("update", "Update", "anchor"),
+  "order": Place("update", "Update", "order"),
+  "read": Place("update", "Update", "read"),
+  "clip": Place("update", "Update", "clip"),
+  "momentum": Place("gates", "Gating", "momentum"),
+  "forget": Place("gates", "Gating", "forget"),
+  "max_step": Place("gates", "Gating", "max_step"),
+  "step_bias": Place("gates", "Gating", "step_bias"),
+  "forget_bias": Place("gates", "Gating", "forget_bias"),
+  "momentum_bias": Place("gates", "Gating", "momentum_bias"),
+}
+
+# Old fields of a class and its subclasses. `None`: the field has no successor, and its value is dropped.
+_OLD: dict[type, dict[str, Place | None]] = {
+  TitansMemory: _TITANS,
+  VectorModel: {"vocab_size": None, "tie_embeddings": None},
+}
+
+# Classes whose old runs cannot go on, and why.
+_ENDED = {MemoryAsLayer: "has another norm now, so the parameters of this run do not fit"}
+
+
+def is_old(cls: type, field: str, value: Any) -> bool:
+  """Whether a binding of `field` of `cls` is one of an earlier version. `loss` and `retention` were strings."""
+  return field in _old(cls) and (field not in cls.__dataclass_fields__ or isinstance(value, str))
+
+
+def renewed(name: str, cls: type, where: dict[str, str]) -> dict[str, Place]:
+  """The new places of the old fields of `cls` that a config sets.
+
+  Args:
+    name: of the class, as the config has it.
+    cls: the class.
+    where: the place in the config of each of the old fields that it sets.
+
+  Raises:
+    ValueError: if the config was written by hand, or by a version whose runs cannot go on.
+  """
+  old = _old(cls)
+  if where.keys() != old.keys():
+    field, place = next(iter(where.items()))
+    raise ValueError(f"{place}: {name}.{field} {_instead(old[field])}.")
+  for ended, reason in _ENDED.items():
+    if issubclass(cls, ended):
+      raise ValueError(
+        f"{next(iter(where.values()))}: {name} {reason}. Train it anew, or go on with the version of memzoo that began it."
+      )
+  return {field: place for field, place in old.items() if place is not None}
+
+
+def _old(cls: type) -> dict[str, Place | None]:
+  return {field: place for base, fields in _OLD.items() if issubclass(cls, base) for field, place in fields.items()}
+
+
+def _instead(place: Place | None) -> str:
+  if place is None:
+    return "does not exist any more; leave it out"
+  return f"is {place.name}.{place.option} now (in Python {place.field}={place.name}({place.option}=...))"
