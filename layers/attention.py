@@ -1,11 +1,11 @@
-"""Causal softmax attention with a bounded cache: the baseline, and the partner of a memory in hybrid models.
+"""Causal softmax attention with a bounded cache: the baseline, and the local part of hybrid models.
 
     o_t = sum_s softmax_s(q_t . k_s d^{-1/2}) v_s          over the last `window` tokens s <= t of t's document
 
-Queries and keys carry rotary positions (Su et al. 2021, arXiv:2104.09864), counted from the start of the document; several
+Queries and keys carry rotary positions (Su et al. 2021, arXiv:2104.09864), counted from the start of the document. Several
 query heads may share a key head (Ainslie et al. 2023, arXiv:2305.13245). The attention itself is
-`jax.nn.dot_product_attention`; longer inputs than the window are cut into blocks of a window, each attending to itself and
-to the block before, O(T window).
+`jax.nn.dot_product_attention`. Inputs longer than the window are cut into blocks of `window` tokens; each block attends to
+itself and to the block before, so the cost is O(T window).
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from .projections import dense
 
 
 class CacheState(NamedTuple):
-  """A ring of the last keys and values; the token at position p of its document lies in slot p modulo the slots.
+  """A ring of the last keys and values. Slot p % slots holds the token at position p of the current document.
 
   Attributes:
     keys: rotated, [B, slots, Hk, d].
     values: [B, slots, Hk, d].
-    length: int32 [B], tokens that the current document has so far.
+    length: int32 [B], number of tokens of the current document so far.
   """
 
   keys: jax.Array
@@ -37,7 +37,7 @@ class CacheState(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-  """Where tokens stand: document and position in it, int32 [B, T]. The document of what nobody may see is -1."""
+  """Document of each token and position in it, int32 [B, T]. The document of padding and of empty slots is -1."""
 
   document: jax.Array
   position: jax.Array
@@ -49,13 +49,13 @@ class Attention(MemoryLayer):
       o_t = sum_s softmax_s(q_t . k_s d^{-1/2}) v_s
 
   Attributes:
-    num_heads: query heads, H.
-    head_dim: width of a head, d; even where there are positions.
-    num_key_heads: key heads, a divisor of `num_heads`; as many unless given.
-    window: tokens that each token sees, its own included; `None` for `max_length`.
-    max_length: longest sequence without a window. What lies further back is out of sight, in parallel as in decoding.
-    rope_base: of the rotary frequencies; `None` for no positions.
-    qk_norm: RMSNorm of queries and keys.
+    num_heads: number of query heads, H.
+    head_dim: width of a head, d; even unless `rope_base` is `None`.
+    num_key_heads: number of key and value heads, a divisor of `num_heads`; `None` for `num_heads`.
+    window: number of tokens that each token attends to, itself included; `None` for `max_length`.
+    max_length: the window if `window` is `None`. Tokens further back are not attended to, in parallel and in decoding alike.
+    rope_base: base of the rotary frequencies; `None` for no rotary positions.
+    qk_norm: whether queries and keys are normalised (RMSNorm).
   """
 
   num_heads: int
@@ -72,10 +72,10 @@ class Attention(MemoryLayer):
 
   @property
   def slots(self) -> int:
-    """Tokens that the cache holds, and that a token sees."""
+    """Number of slots of the cache, which is the number of tokens that each token attends to."""
     slots = self.max_length if self.window is None else self.window
     if slots < 1:
-      raise ValueError(f"window={self.window}, max_length={self.max_length}; want at least one token.")
+      raise ValueError(f"window={self.window}, max_length={self.max_length}; expected at least one token.")
     return slots
 
   def initial_state(self, batch_size: int) -> CacheState:
@@ -92,7 +92,7 @@ class Attention(MemoryLayer):
     segment_ids: jax.Array | None = None,
     prefix: jax.Array | None = None,
   ) -> tuple[jax.Array, CacheState]:
-    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`. Every token also sees `prefix` [N, D], at position 0."""
+    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`. All tokens also attend to `prefix` [N, D], at position 0."""
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
@@ -121,7 +121,7 @@ class Attention(MemoryLayer):
   def _attend(self, q, k, v, state, docs: Documents, position, prefix_kv) -> jax.Array:
     """Attention [B, T, H, d] of the new tokens to themselves, to `prefix_kv` and, unless `state` is `None`, to the cache."""
     tokens = q.shape[1]
-    if tokens > self.slots:  # blocks count columns, windows count tokens: padding must not lie between
+    if tokens > self.slots:  # move padding to the end: blocks count columns, the window counts tokens
       order = jnp.argsort(~docs.is_token, axis=1, stable=True)
       back = jnp.argsort(order, axis=1)
       q, k, v = (jnp.take_along_axis(a, order[..., None, None], axis=1) for a in (q, k, v))
@@ -141,7 +141,7 @@ class Attention(MemoryLayer):
     return jnp.take_along_axis(self._blocked(q, k, v, query_tokens, key_tokens, prefix_kv), back[..., None, None], axis=1)
 
   def _blocked(self, q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, prefix_kv) -> jax.Array:
-    """`_windowed`, for queries T and keys slots + T, in blocks of `slots` queries against two blocks of keys."""
+    """`_windowed` for T queries and slots + T keys, in blocks of `slots` queries, each against two blocks of keys."""
     batch, tokens = q.shape[:2]
     size = self.slots
 
@@ -159,19 +159,19 @@ class Attention(MemoryLayer):
     return out.reshape(batch, -1, *out.shape[2:])[:, :tokens]
 
   def _cached(self, length: jax.Array) -> _Tokens:
-    """What the slots of the cache hold: of document 0, the last token whose position is the slot modulo the slots."""
+    """The tokens in the slots of the cache: slot s holds the last position p < `length` with p % slots = s, of document 0."""
     slot = jnp.arange(self.slots, dtype=jnp.int32)[None]
     last = length[:, None] - 1
     position = last - (last - slot) % self.slots
     return _Tokens(jnp.where(position >= 0, 0, -1), position)
 
   def _write_cache(self, state: CacheState, k, v, docs: Documents, position) -> CacheState:
-    """The cache after these tokens: of the last document, the last `slots`."""
+    """Returns the cache after these tokens: the last `slots` tokens of the last document."""
     ours = docs.is_token & (docs.index == docs.index[:, -1:])
     carried = jnp.where(docs.index[:, -1] == 0, state.length, 0)
     length = carried + jnp.sum(ours, axis=1, dtype=jnp.int32)
     kept = ours & (position >= length[:, None] - self.slots)
-    slot = jnp.where(kept, position % self.slots, self.slots)  # one past the end: dropped
+    slot = jnp.where(kept, position % self.slots, self.slots)  # out of bounds, and therefore dropped
     row = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
 
     def write(cache, new):
@@ -181,38 +181,38 @@ class Attention(MemoryLayer):
 
 
 def _windowed(q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, window: int, prefix_kv) -> jax.Array:
-  """Attention of q [B, T, H, d] to those of k, v [B, S, Hk, d] in the same document, not later, in the window."""
-  back = query_tokens.position[:, :, None] - key_tokens.position[:, None, :]
-  mask = (query_tokens.document[:, :, None] == key_tokens.document[:, None, :]) & (back >= 0) & (back < window)
+  """Attention of q [B, T, H, d] to k, v [B, S, Hk, d], masked to the same document and the last `window` positions."""
+  distance = query_tokens.position[:, :, None] - key_tokens.position[:, None, :]
+  mask = (query_tokens.document[:, :, None] == key_tokens.document[:, None, :]) & (distance >= 0) & (distance < window)
   return softmax_attention(q, k, v, mask, prefix_kv)
 
 
 def softmax_attention(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, prefix_kv: tuple[jax.Array, jax.Array] | None = None
 ) -> jax.Array:
-  """softmax(q k^T d^{-1/2}) v where `mask` [B, T, S] allows, by `jax.nn.dot_product_attention`.
+  """softmax(q k^T d^{-1/2}) v over the keys that `mask` [B, T, S] allows, by `jax.nn.dot_product_attention`.
 
-  `prefix_kv` are keys and values [1, N, Hk, d] that stand before those of every row and that every query sees.
+  All queries of all rows also attend to `prefix_kv`, keys and values [1, N, Hk, d].
   """
   if prefix_kv is not None:
     k, v = (_prepend(first, a) for first, a in zip(prefix_kv, (k, v), strict=True))
     mask = jnp.pad(mask, ((0, 0), (0, 0), (prefix_kv[0].shape[1], 0)), constant_values=True)
-  # Its softmax is float32 even for float64, for narrow inputs it mixes dtypes, which strict promotion forbids, and a CPU has
-  # not the product of float16 that it wants.
+  # `jax.nn.dot_product_attention` computes its softmax in float32 even for float64, mixes dtypes for narrow inputs (a mistake
+  # under strict promotion), and uses a float16 product that CPUs lack.
   strict = jax.config.jax_numpy_dtype_promotion.value == "strict"
-  lacking = q.dtype == jnp.float16 and jax.default_backend() == "cpu"
-  if q.dtype == jnp.float64 or lacking or (strict and q.dtype != jnp.float32):
+  unsupported = q.dtype == jnp.float16 and jax.default_backend() == "cpu"
+  if q.dtype == jnp.float64 or unsupported or (strict and q.dtype != jnp.float32):
     return reference_attention(q, k, v, mask)
   return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
 
 def _prepend(first: jax.Array, x: jax.Array) -> jax.Array:
-  """x [B, S, ...] behind the same [1, N, ...] in every row."""
+  """Prepends `first` [1, N, ...] to every row of x [B, S, ...]."""
   return jnp.concatenate([jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], *first.shape[1:])), x], axis=1)
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-  """The oracle of `softmax_attention`, in the inputs' own precision: q [B, T, H, d], k and v [B, S, Hk, d]."""
+  """The oracle of `softmax_attention`, in the precision of the inputs: q [B, T, H, d], k and v [B, S, Hk, d]."""
   k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
   logits = einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
   weights = jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min), axis=-1)
@@ -223,7 +223,7 @@ def rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
   """Rotates the pairs (x_i, x_{i + d/2}) of x [B, T, H, d] by position * base^(-2i/d)."""
   half, odd = divmod(x.shape[-1], 2)
   if odd:
-    raise ValueError(f"head_dim={x.shape[-1]} is odd; want an even width, for positions rotate pairs.")
+    raise ValueError(f"head_dim={x.shape[-1]} is odd; expected an even width, because rotary positions rotate pairs.")
   wide = accumulator(x)
   frequency = base ** -(jnp.arange(half, dtype=wide) / half)
   angle = position[..., None, None].astype(wide) * frequency[None, None, None]
