@@ -1,8 +1,9 @@
-"""The variants of the delta rule with every kind of decay, inputs like a trained model's, and the papers' equations by hand."""
+"""Variants of the delta rule for the tests: inputs like those of a trained model, gradients, and the equation in NumPy."""
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,12 @@ from tolerances import assert_close
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """A public function and the arguments that it is tried with.
+  """A public function and the kind of its arguments.
 
   Attributes:
-    function: the variant.
+    function: the public function.
     decay: "none", "scalar" or "channel".
-    updates: r where keys have an axis for it, 0 where they have not.
+    updates: r, the updates per token, if keys have an axis for them, else 0.
   """
 
   function: Callable
@@ -56,38 +57,45 @@ class Variant:
     return {name: jnp.asarray(x, dtype) for name, x in args.items()}
 
 
-VARIANTS = (
-  *(Variant(ops.linear_attention, decay) for decay in ("none", "scalar", "channel")),
-  Variant(ops.delta_rule),
-  Variant(ops.gated_delta_rule, "scalar"),
-  Variant(ops.kimi_delta_rule, "channel"),
-  *(Variant(ops.delta_product, decay, r) for r in (1, 2, 3) for decay in ("none", "scalar")),
-  *(Variant(ops.erase_then_delta_rule, decay) for decay in ("none", "scalar", "channel")),
-)
+STATIC = ("variant", "scale", "chunk_size", "block", "decay_bound", "implementation")
 
 
-@partial(jax.jit, static_argnames=("variant", "scale", "chunk_size", "decay_bound", "implementation"))
+@partial(jax.jit, static_argnames=STATIC)
 def values(variant: Variant, args, segment_ids=None, **options):
   """Output and final state."""
   return variant.function(**args, segment_ids=segment_ids, **options)
 
 
-def values_and_gradients(variant: Variant, args, segment_ids=None, **options):
-  """Output and final state, and the gradients of every argument for cotangents of both."""
-  shapes = jax.eval_shape(lambda: variant.function(**args))
+def cotangents(args):
+  """Cotangents of the output and the final state."""
+  (batch, tokens), (heads, value_dim) = args["v"].shape[:2], args["v"].shape[-2:]
   rng = np.random.default_rng(99)
-  cotangents = tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in shapes)
-  return _values_and_gradients(variant, args, cotangents, segment_ids, **options)
+  out = rng.normal(size=(batch, tokens, heads, value_dim))
+  state = rng.normal(size=(batch, heads, args["q"].shape[-1], value_dim))
+  return tuple(jnp.asarray(x, args["v"].dtype) for x in (out, state))
 
 
-@partial(jax.jit, static_argnames=("variant", "scale", "chunk_size", "decay_bound", "implementation"))
-def _values_and_gradients(variant, args, cotangents, segment_ids, **options):
-  out, pull_back = jax.vjp(lambda args: variant.function(**args, segment_ids=segment_ids, **options), args)
+def values_and_gradients(variant: Variant, args, segment_ids=None, **options):
+  """Output and final state, and the gradients of every argument for cotangents of both. `block` is the chunked form's."""
+  return _values_and_gradients(variant, args, cotangents(args), segment_ids, **options)
+
+
+@partial(jax.jit, static_argnames=STATIC)
+def _values_and_gradients(variant, args, cotangents, segment_ids, block=None, **options):
+  with mock.patch.object(ops, "chunked", partial(ops.chunked, block=block)):
+    out, pull_back = jax.vjp(lambda args: variant.function(**args, segment_ids=segment_ids, **options), args)
   return out, pull_back(cotangents)[0]
 
 
-def by_hand(q, k, v, beta=None, erase_key=None, erase_strength=None, log_decay=None, initial_state=None, scale=None):
-  """The rule as products of matrices, in NumPy: S_t = (I - beta k k^T) (I - gamma e e^T) Diag(exp g) S_{t-1} + beta k v^T."""
+def by_hand(
+  q, k, v, beta=None, erase_key=None, erase_strength=None, log_decay=None, initial_state=None, segment_ids=None, scale=None
+):
+  """The rule as products of matrices, in NumPy: S_t = (I - beta k k^T) (I - gamma e e^T) Diag(exp g) S_{t-1} + beta k v^T.
+
+  Padding is skipped, and the state is set to zero where the segment id changes.
+  """
+  q, k, v, beta = (None if x is None else np.asarray(x) for x in (q, k, v, beta))
+  erase_key, erase_strength, log_decay = (None if x is None else np.asarray(x) for x in (erase_key, erase_strength, log_decay))
   if k.ndim == 4:
     k, v, beta = (None if x is None else x[:, :, None] for x in (k, v, beta))
   batch, tokens, steps, heads, value_dim = v.shape
@@ -96,28 +104,42 @@ def by_hand(q, k, v, beta=None, erase_key=None, erase_strength=None, log_decay=N
   out, final = np.zeros((batch, tokens, heads, value_dim)), np.zeros((batch, heads, key_dim, value_dim))
   for b, h in np.ndindex(batch, heads):
     state = final[b, h] if initial_state is None else np.asarray(initial_state[b, h])
+    document = None
     for t in range(tokens):
+      segment = 1 if segment_ids is None else segment_ids[b, t]
+      if segment == 0:
+        continue
+      state = state if document in (None, segment) else np.zeros_like(state)
+      document = segment
       if log_decay is not None:
         state = np.diag(np.exp(np.broadcast_to(log_decay[b, t, h], key_dim))) @ state
       if erase_key is not None:
-        e = np.asarray(erase_key[b, t, h // group])
+        e = erase_key[b, t, h // group]
         state = (np.eye(key_dim) - float(erase_strength[b, t, h]) * np.outer(e, e)) @ state
       for m in range(steps):
-        write = np.asarray(k[b, t, m, h // group])
+        write = k[b, t, m, h // group]
         strength = 1.0 if beta is None else float(beta[b, t, m, h])
         if beta is not None:
           state = (np.eye(key_dim) - strength * np.outer(write, write)) @ state
         state = state + strength * np.outer(write, v[b, t, m, h])
-      out[b, t, h] = scale * state.T @ np.asarray(q[b, t, h // group])
+      out[b, t, h] = scale * state.T @ q[b, t, h // group]
     final[b, h] = state
   return out, final
 
 
-def run(variant, args, **options):
-  return values(variant, args, implementation="xla", **{"chunk_size": 8} | options)
+# The equations' consequences are tried on inputs of one shape, whose key and value widths are equal, so that each variant needs
+# one program of values and at most one of gradients.
 
 
-def both(variant, args):
+def inputs(variant, seed=0):
+  return variant.inputs(21, value_dim=5, seed=seed)
+
+
+def run(variant, args):
+  return values(variant, args, implementation="xla", chunk_size=8)
+
+
+def run_with_gradients(variant, args):
   return values_and_gradients(variant, args, implementation="xla", chunk_size=8)
 
 
@@ -125,7 +147,18 @@ def without(args, *names):
   return {name: x for name, x in args.items() if name not in names}
 
 
-def same(actual, expected):
+def empty(args):
+  """The same arguments, with an empty memory."""
+  return args | {"initial_state": jnp.zeros_like(args["initial_state"])}
+
+
+def only_token(args, t=0):
+  """The same arguments, but no other token than t decays, erases or writes."""
+  gates = [name for name in ("beta", "erase_strength", "log_decay") if name in args]
+  return args | {name: jnp.zeros_like(args[name]).at[:, t].set(args[name][:, t]) for name in gates}
+
+
+def assert_same(actual, expected):
   """Equal values, and equal gradients of the arguments that both have."""
   assert_close(actual[0], expected[0])
   shared = actual[1].keys() & expected[1].keys()
@@ -142,7 +175,7 @@ def per_token(x, args):
 
 
 def transition(variant, args):
-  """What the tokens of `args` multiply the state by, [B, H, K, K]."""
-  batch, heads, width = args["initial_state"].shape[:3]
-  identity = jnp.asarray(np.broadcast_to(np.eye(width), (batch, heads, width, width)))
-  return run(variant, args | {"v": jnp.zeros((*args["v"].shape[:-1], width)), "initial_state": identity})[1]
+  """The matrices that the state is multiplied by over all tokens, [B, H, K, K]."""
+  state = args["initial_state"]
+  identity = jnp.asarray(np.broadcast_to(np.eye(state.shape[-1]), state.shape))
+  return run(variant, args | {"v": jnp.zeros_like(args["v"]), "initial_state": identity})[1]

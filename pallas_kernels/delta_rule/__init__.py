@@ -1,32 +1,30 @@
-"""The delta-rule family: one operation behind six variants.
+"""The delta-rule family: one operation behind six public functions.
 
     S <- Diag(exp g_t) S;   r times:  S <- S - k (a^T S) + k z^T;   o_t = S^T (scale q_t)
 
-One log-decay a token (none, one for the head, or one a channel), then r rank-1 updates, each erasing along a covector
-`a` and writing `z` along `k`. Specs: linear attention (Katharopoulos et al. 2020), DeltaNet (Yang et al. 2024,
-arXiv:2406.06484), Gated DeltaNet (arXiv:2412.06464), Kimi Delta Attention (arXiv:2510.26692), DeltaProduct
-(arXiv:2502.10297), Erase-then-Delta Attention (arXiv:2606.26560).
+Each token decays the state once (by nothing, by one factor per head, or by one per channel) and then makes r rank-1 updates.
+An update removes what the state holds along the covector `a` and writes the value `z` along `k`. Sources: linear attention
+(Katharopoulos et al. 2020), DeltaNet (Yang et al. 2024, arXiv:2406.06484), Gated DeltaNet (arXiv:2412.06464), Kimi Delta
+Attention (arXiv:2510.26692), DeltaProduct (arXiv:2502.10297), Erase-then-Delta Attention (arXiv:2606.26560).
 
-Common to all variants, with B batch rows, T tokens, Hk key heads, Hv = G * Hk value heads (value head h uses key head h // G):
+Arguments of all functions, for B batch rows, T tokens, Hk key heads and Hv = G * Hk value heads (value head h uses key head
+h // G):
 
   q, k: [B, T, Hk, K]. Normalise keys to unit length: the rule contracts for 0 <= beta |k|^2 <= 2.
   v: [B, T, Hv, V].
-  beta: [B, T, Hv], the write strength; up to 2.
-  log_decay: `None`, [B, T, Hv] or [B, T, Hv, K]; not positive. Float32 keeps what a bfloat16 sum would lose.
-  scale: of the read, K ** -0.5 unless given.
-  initial_state: [B, Hv, K, V], float32 (float64 where inputs are); zeros unless given.
-  segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding. See `memzoo.pallas_kernels.documents`.
-  decay_bound: a promise that no log_decay is below this, such as -5. Speed only, for decays by channel, and wrong if broken.
-  chunk_size: tokens solved at once, a power of two. Speed only.
-  implementation: "auto", "recurrent" (the oracle) or "xla" (chunk-parallel); `explain` tells what "auto" means.
+  beta: [B, T, Hv], the write strength; at most 2.
+  log_decay: `None`, [B, T, Hv] or [B, T, Hv, K]; at most 0. Pass float32: bfloat16 loses digits when decays are summed.
+  **options: see `Options`.
 
-  Returns the output [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V], both differentiable in every input.
+All functions return the output [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V]. Both are differentiable in
+every input.
 
-  Raises `ValueError` for shapes that do not fit together, an unknown implementation or a bad chunk size.
+All functions raise `ValueError` for shapes that do not fit together, an unknown implementation or a bad chunk size, and
+`TypeError` for an unknown option.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +36,7 @@ from .chunked import chunked
 from .recurrent import recurrent
 
 __all__ = [
+  "Options",
   "delta_product",
   "delta_rule",
   "erase_then_delta_rule",
@@ -50,130 +49,94 @@ __all__ = [
 _CHUNK_SIZE = 32
 
 
-def linear_attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  log_decay: jax.Array | None = None,
-  *,
-  scale: float | None = None,
-  initial_state: jax.Array | None = None,
-  segment_ids: jax.Array | None = None,
-  decay_bound: float | None = None,
-  chunk_size: int | None = None,
-  implementation: str = "auto",
-) -> tuple[jax.Array, jax.Array]:
-  """Linear attention, S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T: what every delta rule is without its erase.
+class Options(TypedDict, total=False):
+  """Keyword arguments that all functions of this module take.
 
-  With `log_decay` it is RetNet, GLA or Mamba-2's SSD, by where the decay comes from. See the module for arguments.
+  Keys:
+    scale: factor of the read; K ** -0.5 by default.
+    initial_state: [B, Hv, K, V], float32 (float64 where inputs are); zeros by default.
+    segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding. See `memzoo.pallas_kernels.documents`.
+    decay_bound: a lower bound of every log_decay, such as -5. It makes per-channel decays faster and has no other effect. The
+      results are wrong where a log_decay is lower.
+    chunk_size: tokens per chunk, a power of two. It affects speed only; 32 by default.
+    implementation: "auto" (default), "recurrent" (the oracle) or "xla" (chunk-parallel). `explain` says what "auto" chooses.
+  """
+
+  scale: float | None
+  initial_state: jax.Array | None
+  segment_ids: jax.Array | None
+  decay_bound: float | None
+  chunk_size: int | None
+  implementation: str
+
+
+def linear_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None = None, **options: Unpack[Options]
+) -> tuple[jax.Array, jax.Array]:
+  """Linear attention, S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T: a delta rule without the erase.
+
+  With `log_decay` this is RetNet, GLA or Mamba-2's SSD, depending on how the decay is made. Arguments: see the module.
   """
   _check_tokens(q, k, v)
-  operands = q, k, v
-  return _run(_additive_update, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  return _run("linear_attention", _additive_update, (q, k, v), log_decay, **options)
 
 
 def delta_rule(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  beta: jax.Array,
-  *,
-  scale: float | None = None,
-  initial_state: jax.Array | None = None,
-  segment_ids: jax.Array | None = None,
-  chunk_size: int | None = None,
-  implementation: str = "auto",
+  q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, **options: Unpack[Options]
 ) -> tuple[jax.Array, jax.Array]:
   """The delta rule, S_t = (I - beta k k^T) S_{t-1} + beta k v^T (Yang et al. 2024, arXiv:2406.06484).
 
-  See the module for arguments.
+  Arguments: see the module.
   """
   _check_tokens(q, k, v)
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
-  operands = q, k, v, beta
-  return _run(_delta_update, operands, None, scale, initial_state, segment_ids, None, chunk_size, implementation)
+  return _run("delta_rule", _delta_update, (q, k, v, beta), None, **options)
 
 
 def gated_delta_rule(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  beta: jax.Array,
-  log_decay: jax.Array | None = None,
-  *,
-  scale: float | None = None,
-  initial_state: jax.Array | None = None,
-  segment_ids: jax.Array | None = None,
-  decay_bound: float | None = None,
-  chunk_size: int | None = None,
-  implementation: str = "auto",
+  q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None = None, **options: Unpack[Options]
 ) -> tuple[jax.Array, jax.Array]:
   """The gated delta rule, S_t = (I - beta k k^T) Diag(exp g) S_{t-1} + beta k v^T (arXiv:2412.06464).
 
-  See the module for arguments.
+  Arguments: see the module.
   """
   _check_tokens(q, k, v)
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
-  operands = q, k, v, beta
-  return _run(_delta_update, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  return _run("gated_delta_rule", _delta_update, (q, k, v, beta), log_decay, **options)
 
 
 def kimi_delta_rule(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  beta: jax.Array,
-  log_decay: jax.Array,
-  *,
-  scale: float | None = None,
-  initial_state: jax.Array | None = None,
-  segment_ids: jax.Array | None = None,
-  decay_bound: float | None = None,
-  chunk_size: int | None = None,
-  implementation: str = "auto",
+  q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array, **options: Unpack[Options]
 ) -> tuple[jax.Array, jax.Array]:
   """The gated delta rule with a decay for every channel, `log_decay` [B, T, Hv, K] (Kimi Linear, arXiv:2510.26692).
 
-  See the module for arguments.
+  Arguments: see the module.
   """
   _check_tokens(q, k, v)
   _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
   _check("log_decay", log_decay, (*v.shape[:3], k.shape[-1]), "batch, tokens, value heads, key width")
-  operands = q, k, v, beta
-  return _run(_delta_update, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  return _run("kimi_delta_rule", _delta_update, (q, k, v, beta), log_decay, **options)
 
 
 def delta_product(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  beta: jax.Array,
-  log_decay: jax.Array | None = None,
-  *,
-  scale: float | None = None,
-  initial_state: jax.Array | None = None,
-  segment_ids: jax.Array | None = None,
-  decay_bound: float | None = None,
-  chunk_size: int | None = None,
-  implementation: str = "auto",
+  q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None = None, **options: Unpack[Options]
 ) -> tuple[jax.Array, jax.Array]:
-  """r delta rules a token, decayed once before the first and read after the last (arXiv:2502.10297).
+  """r delta-rule updates per token: the state is decayed before the first and read after the last (arXiv:2502.10297).
 
   Args:
     q: [B, T, Hk, K].
     k: [B, T, r, Hk, K].
     v: [B, T, r, Hv, V].
     beta: [B, T, r, Hv].
-    log_decay: as the module says, like all other arguments.
+    log_decay, **options: see the module.
   """
   if k.ndim != 5 or v.ndim != 5 or k.shape[2] != v.shape[2]:
     raise ValueError(
-      f"k has shape {list(k.shape)} and v {list(v.shape)}; want [batch, tokens, r, heads, width], with equal r."
+      f"k has shape {list(k.shape)} and v {list(v.shape)}; expected [batch, tokens, r, heads, width], with equal r."
     )
   _check_tokens(q, k[:, :, 0], v[:, :, 0])
   _check("beta", beta, v.shape[:4], "batch, tokens, r, value heads")
-  operands = q, k, v, beta
-  return _run(_delta_updates, operands, log_decay, scale, initial_state, segment_ids, decay_bound, chunk_size, implementation)
+  return _run("delta_product", _delta_updates, (q, k, v, beta), log_decay, **options)
 
 
 def erase_then_delta_rule(
@@ -184,18 +147,12 @@ def erase_then_delta_rule(
   erase_key: jax.Array,
   erase_strength: jax.Array,
   log_decay: jax.Array | None = None,
-  *,
-  scale: float | None = None,
-  initial_state: jax.Array | None = None,
-  segment_ids: jax.Array | None = None,
-  decay_bound: float | None = None,
-  chunk_size: int | None = None,
-  implementation: str = "auto",
+  **options: Unpack[Options],
 ) -> tuple[jax.Array, jax.Array]:
   """S_t = (I - beta k k^T)(I - gamma e e^T) Diag(exp g) S_{t-1} + beta k v^T (arXiv:2606.26560, eq. 8).
 
   Args:
-    q, k, v, beta: as the module says, like all other arguments.
+    q, k, v, beta, log_decay, **options: see the module.
     erase_key: e, [B, T, Hk, K], of unit length.
     erase_strength: gamma, [B, T, Hv].
   """
@@ -204,33 +161,32 @@ def erase_then_delta_rule(
   _check("erase_key", erase_key, k.shape, "batch, tokens, key heads, key width")
   _check("erase_strength", erase_strength, v.shape[:3], "batch, tokens, value heads")
   operands = q, k, v, beta, erase_key, erase_strength
-  options = scale, initial_state, segment_ids, decay_bound, chunk_size, implementation
-  return _run(_erase_and_delta_updates, operands, log_decay, *options)
+  return _run("erase_then_delta_rule", _erase_and_delta_updates, operands, log_decay, **options)
 
 
 def explain(tokens: int, *, implementation: str = "auto") -> Choice:
-  """Which implementation runs for calls of this many tokens, and why not the others."""
+  """Says which implementation runs for calls of `tokens` tokens, and why the others do not."""
   single = tokens == 1
   return choose(
     "delta_rule",
     implementation,
     {
-      "xla": "a chunk of a single token is the recurrence with more work around it" if single else None,
-      "recurrent": None if single else "one dependent step a token: the oracle, and the way to decode",
+      "xla": "a chunk of a single token is the recurrence with overhead" if single else None,
+      "recurrent": None if single else "one dependent step per token: the oracle, and the default for decoding",
     },
   )
 
 
 class Variant(NamedTuple):
-  """From the operands of a public function, [B, T, ...], to `recurrent`'s q, k, a, z.
+  """Maps the operands of a public function, [B, T, ...], to the arguments q, k, a, z of `recurrent`.
 
-  `chunked` calls it a few tokens at a time, so that nothing it makes is as long as the sequence.
+  `chunked` calls it on a few tokens at a time, so that no intermediate array is as long as the sequence.
 
   Attributes:
-    rank_one_updates: from the operands to q [B, T, Hk, K], write vectors k [B, T, r, Hk or Hv, K], erase covectors a
+    rank_one_updates: maps the operands to q [B, T, Hk, K], write vectors k [B, T, r, Hk or Hv, K], erase covectors a
       [B, T, r, Hv, K] or None, and values z [B, T, r, Hv, V].
-    scale: of the read.
-    dtype: of the arithmetic.
+    scale: factor of the read.
+    dtype: dtype of the arithmetic.
   """
 
   rank_one_updates: Callable
@@ -269,22 +225,32 @@ def _repeat_heads(x: jax.Array, heads: int, axis: int) -> jax.Array:
 
 
 def _run(
+  name: str,
   rank_one_updates: Callable,
   operands: tuple[jax.Array, ...],
   log_decay: jax.Array | None,
-  scale: float | None,
-  initial_state: jax.Array | None,
-  segment_ids: jax.Array | None,
-  decay_bound: float | None,
-  chunk_size: int | None,
-  implementation: str,
+  /,
+  *,
+  scale: float | None = None,
+  initial_state: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  decay_bound: float | None = None,
+  chunk_size: int | None = None,
+  implementation: str = "auto",
+  **unknown: object,
 ) -> tuple[jax.Array, jax.Array]:
-  """The general operation. The first three operands are q [B, T, Hk, K], k and v, whose last two axes are like q's."""
+  """The general operation, called by the public function `name`.
+
+  The first three operands are q [B, T, Hk, K], k and v. The last two axes of k and v are heads and width.
+  """
+  if unknown:
+    expected = ", ".join(Options.__annotations__)
+    raise TypeError(f"{name}() got an unexpected option {next(iter(unknown))!r}; expected some of {expected}.")
   q, _, v, *_ = operands
   (batch, tokens, _, width), (heads, value_width) = q.shape, v.shape[-2:]
   _check_log_decay(log_decay, (batch, tokens, heads), width)
   if decay_bound is not None and decay_bound >= 0:
-    raise ValueError(f"decay_bound={decay_bound}; want a negative number that no log_decay is below, or None.")
+    raise ValueError(f"decay_bound={decay_bound}; expected a negative number that no log_decay is below, or None.")
   check_segment_ids(segment_ids, (batch, tokens))
   dtype = accumulator(*operands, log_decay, initial_state)
   if initial_state is None:
@@ -303,34 +269,34 @@ def _run(
 
 
 def _chunk_size(requested: int | None, tokens: int) -> int:
-  """The chunk requested for, or the one measured best; never more than the tokens there are, rounded up."""
+  """The requested chunk size, or the default; at most the number of tokens, rounded up to a power of two."""
   if requested is not None and (requested < 1 or requested & (requested - 1)):
-    raise ValueError(f"chunk_size={requested}; want a power of two, such as 16, 32 or 64.")
+    raise ValueError(f"chunk_size={requested}; expected a power of two, such as 16, 32 or 64.")
   return min(requested or _CHUNK_SIZE, 1 << (tokens - 1).bit_length())
 
 
 def _check(name: str, x: jax.Array, shape: tuple[int, ...], axes: str) -> None:
   if x.shape != shape:
-    raise ValueError(f"{name} has shape {list(x.shape)}; want {list(shape)} ({axes}).")
+    raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(shape)} ({axes}).")
 
 
 def _check_tokens(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
   """Checks q, k [B, T, Hk, K] against v [B, T, Hv, V]."""
   for name, x in (("q", q), ("k", k), ("v", v)):
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
-      raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; want floats [batch, tokens, heads, width].")
+      raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; expected floats [batch, tokens, heads, width].")
   if q.shape[1] == 0:
-    raise ValueError("q has no tokens; want at least one.")
+    raise ValueError("q has no tokens; expected at least one.")
   _check("k", k, q.shape, "batch, tokens, key heads, key width, as q")
   if v.shape[:2] != q.shape[:2]:
-    raise ValueError(f"v has shape {list(v.shape)}; want {list(q.shape[:2])} (batch, tokens) first, as q.")
+    raise ValueError(f"v has shape {list(v.shape)}; expected {list(q.shape[:2])} (batch, tokens) first, as q.")
   if v.shape[2] % k.shape[2]:
-    raise ValueError(f"v has {v.shape[2]} heads; want a multiple of k's {k.shape[2]}.")
+    raise ValueError(f"v has {v.shape[2]} heads; expected a multiple of k's {k.shape[2]}.")
 
 
 def _check_log_decay(log_decay: jax.Array | None, tokens_by_heads: tuple[int, int, int], width: int) -> None:
   if log_decay is not None and log_decay.shape not in (tokens_by_heads, (*tokens_by_heads, width)):
     raise ValueError(
-      f"log_decay has shape {list(log_decay.shape)}; want {list(tokens_by_heads)} (batch, tokens, value heads), "
-      f"or one a channel, {[*tokens_by_heads, width]}."
+      f"log_decay has shape {list(log_decay.shape)}; expected {list(tokens_by_heads)} (batch, tokens, value heads), "
+      f"or one per channel, {[*tokens_by_heads, width]}."
     )

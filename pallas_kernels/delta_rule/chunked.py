@@ -1,24 +1,25 @@
-"""The delta rule a chunk of C tokens at a time: matrix products instead of T dependent steps.
+"""The delta rule in chunks of C tokens: matrix products instead of T dependent steps.
 
-With rows i = (t, m), token-major, G the cumulative log-decay of the chunk and E_ij = exp(G_i - G_j),
+With one row i = (t, m) per update, token-major, G the cumulative log-decay of the chunk and E_ij = exp(G_i - G_j),
 
-    A_ij = sum_d a_id k_jd E_ijd      j before i, strictly            P_tj = sum_d q_td k_jd E_tjd      own token included
-    (I + A) U = Z - (a e^G) S         every update's correction, solved at once
+    A_ij = sum_d a_id k_jd E_ijd      for j < i                 P_tj = sum_d q_td k_jd E_tjd      for j up to t's own updates
+    (I + A) U = Z - (a e^G) S         U: the rows that all updates of the chunk add, solved at once
     O  = (q e^G) S + P U              S <- Diag(e^{G_C}) S + (k e^{G_C - G})^T U
 
-Pairs of tokens are decayed by sums of the log-decays between them, never by a quotient of cumulative products: no exponent
-is positive, so nothing overflows and nothing cancels however hard a channel forgets. Only where the caller bounds the decays
-by channel are they split at the middle of a block, into factors of at most e^40.
+The decay between two tokens is computed from the sum of the log-decays between them, never as a quotient of cumulative
+products. No exponent is positive, so nothing overflows and nothing cancels, however strong the decays are. The one exception:
+where the caller bounds per-channel decays, they are split at the middle of a span of tokens into factors of at most e^40.
 
 The gradient is written by hand. It keeps the inputs, U, (I + A)^-1 and the states at chunk boundaries, recomputes the rest,
-and walks the chunks backwards. With D the cotangent of whatever follows it,
+and goes through the chunks in reverse. D marks the cotangent of the quantity that follows it:
 
     DU = P^T DO + (k e^{G_C - G}) DS      DR = (I + A)^-T DU      DZ = DR      DP = DO U^T      DA = -DR U^T
     D(q e^G) = DO S^T      D(a e^G) = -DR S^T      D(k e^{G_C - G}) = U DS^T
     DS <- Diag(e^{G_C}) DS + (q e^G)^T DO - (a e^G)^T DR
 
-Chunks are taken in blocks: what does not depend on the state is computed for a block's chunks at once, which a GPU or TPU
-needs to be busy, while on a CPU a block of one chunk stays in its cache and makes nothing as long as the sequence.
+Chunks are grouped in blocks: what does not depend on the state is computed for all chunks of a block at once. Large blocks
+keep a GPU or TPU busy. On a CPU a block is one chunk, which stays in the core's cache. No intermediate array is as long as
+the sequence.
 """
 
 from collections.abc import Callable
@@ -33,22 +34,22 @@ from ..documents import Documents
 from ..numerics import einsum, matmul, scaled
 from ..triangular import unit_lower_inverse
 
-# exp() of this is 0 in every float, as is its gradient; unlike -inf, it may be multiplied by the zeros of a mask.
+# exp() of this is 0 in every float, and so is its gradient. Unlike -inf, it gives 0 when multiplied by the 0 of a mask.
 _MIN_LOG_DECAY = -1e4
-# Of a factor; two of them multiply to e^80 at most, far from overflow in float32.
+# The largest exponent of one factor of a split decay. Two factors multiply to e^80 at most, far from overflow in float32.
 _MAX_EXPONENT = 40.0
-# Chunks whose state-free part is computed at once where memory is wide and cores are many.
+# Chunks in a block on GPUs and TPUs.
 _BLOCK = 64
 
 
 class Plan(NamedTuple):
-  """What is known before the arrays are.
+  """The static arguments of the chunked form.
 
   Attributes:
-    expand: from a variant's operands [B, T, ...] to `recurrent`'s (q, k, a, z).
+    expand: maps the operands [B, T, ...] of a variant to the arguments (q, k, a, z) of `recurrent`.
     chunk_size: C, a power of two.
     block: chunks in a block.
-    decay_bound: a promise that no log-decay is less, which makes per-channel decays cheaper; or None.
+    decay_bound: a lower bound of every log-decay, which makes per-channel decays cheaper; or `None`.
   """
 
   expand: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]]
@@ -58,16 +59,18 @@ class Plan(NamedTuple):
 
 
 class Chunks(NamedTuple):
-  """What each chunk does to the state. Leaves lead with [n, M], M = B * H; R = C * r updates, token-major.
+  """Everything about n chunks that does not depend on the state.
+
+  The leading axes are [n, M], M = B * H. R = C * r is the number of updates in a chunk, token-major.
 
   Attributes:
     reads: q e^G, [C, K].
-    erases: a e^G, [R, K]; `None` where nothing is erased.
+    erases: a e^G, [R, K]; `None` for a variant that does not erase.
     writes: k e^{G_C - G}, [R, K].
     values: Z, [R, V].
     scores: P, [C, R].
-    overlaps: A, [R, R]; `None` where nothing is erased.
-    keep: e^{G_C}, [K] or [1], of the state that the chunk found.
+    overlaps: A, [R, R]; `None` for a variant that does not erase.
+    keep: e^{G_C}, [K] or [1], the decay of the state over the whole chunk.
   """
 
   reads: jax.Array
@@ -91,22 +94,22 @@ def chunked(
   decay_bound: float | None = None,
   block: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """As `recurrent(*expand(*operands), log_decay, initial_state, docs)`, with the same results.
+  """Computes `recurrent(*expand(*operands), log_decay, initial_state, docs)`.
 
   Args:
     expand: hashable; see `Plan`.
     operands: arrays [B, T, ...].
     log_decay: `None`, [B, T, H] or [B, T, H, K].
-    initial_state: [B, H, K, V], whose dtype the arithmetic has.
-    docs: where documents start and padding is; `None` for one document without padding.
+    initial_state: [B, H, K, V]; its dtype is that of the arithmetic.
+    docs: document boundaries and padding; `None` for one document without padding.
     chunk_size, decay_bound: see `Plan`.
-    block: see `Plan`; `None` takes what suits the platform.
+    block: see `Plan`; `None` chooses by platform.
   """
   tokens = operands[0].shape[1]
   chunks = -(-tokens // chunk_size)
   if block is None:
     block = 1 if jax.default_backend() == "cpu" else _BLOCK
-  block = -(-chunks // -(-chunks // block))  # as even as they can be: the last one is filled up with padding
+  block = -(-chunks // -(-chunks // block))  # blocks of nearly equal size; padding completes the last one
   if log_decay is not None and log_decay.ndim == 3:
     log_decay = log_decay[..., None]
   missing = -tokens % (chunk_size * block)
@@ -116,10 +119,10 @@ def chunked(
 
 
 def _pad(x: jax.Array, missing: int) -> jax.Array:
-  """x [B, T, ...] with as many more tokens, which do nothing."""
+  """Appends `missing` tokens, which have no effect, to x [B, T, ...]."""
   if not missing:
     return x
-  # Zeros write nothing, and a document's number goes on: the state is its last token's.
+  # Zeros write nothing. The document index is repeated, for the final state belongs to the last token's document.
   mode = "edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant"
   return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
@@ -137,8 +140,8 @@ def _forward(plan, docs, inputs, initial_state):
     state, out = carry
     chunks = _prepare(plan, initial_state.dtype, _entry_document(docs, i, length), *_slice_block((docs, *inputs), i, length))
     inverse = _inverse(chunks.overlaps)
-    state, (found, *kept) = jax.lax.scan(chunk, state, (chunks, inverse))
-    return (state, _set_block(out, _from_chunks(found, batch, heads), i)), (*kept, inverse)
+    state, (block_out, *kept) = jax.lax.scan(chunk, state, (chunks, inverse))
+    return (state, _set_block(out, _from_chunks(block_out, batch, heads), i)), (*kept, inverse)
 
   def chunk(state, xs):
     chunk, inverse = xs
@@ -160,11 +163,11 @@ def _backward(plan, residuals, cotangents):
   def block(carry, xs):
     d_state, d_inputs = carry
     i, states, us, inverse = xs
-    docs_here, inputs_here, d_out_here = _slice_block((docs, inputs, d_out), i, length)
-    prepare = partial(_prepare, plan, d_final.dtype, _entry_document(docs, i, length), docs_here)
-    chunks, pull_back = jax.vjp(prepare, *inputs_here)
-    d_out_here = _split(_to_chunks(d_out_here, plan.chunk_size), plan.block)
-    d_state, d_chunks = jax.lax.scan(chunk, d_state, (chunks, inverse, states, us, d_out_here), reverse=True)
+    block_docs, block_inputs, block_d_out = _slice_block((docs, inputs, d_out), i, length)
+    prepare = partial(_prepare, plan, d_final.dtype, _entry_document(docs, i, length), block_docs)
+    chunks, pull_back = jax.vjp(prepare, *block_inputs)
+    block_d_out = _split(_to_chunks(block_d_out, plan.chunk_size), plan.block)
+    d_state, d_chunks = jax.lax.scan(chunk, d_state, (chunks, inverse, states, us, block_d_out), reverse=True)
     return (d_state, jax.tree.map(partial(_set_block, i=i), d_inputs, pull_back(d_chunks))), None
 
   def chunk(d_state, xs):
@@ -202,13 +205,13 @@ def _inverse(overlaps: jax.Array | None) -> jax.Array | None:
 
 
 def _blocks(plan: Plan, inputs: Any) -> tuple[int, int]:
-  """Tokens in a block, and the number of blocks."""
+  """Returns the number of tokens in a block and the number of blocks."""
   length = plan.chunk_size * plan.block
   return length, jax.tree.leaves(inputs)[0].shape[1] // length
 
 
 def _entry_document(docs: Documents | None, i: jax.Array, length: int) -> jax.Array | None:
-  """Which document the state at the entry of block i belongs to, int32 [B]."""
+  """Index of the document that the state at the start of block i belongs to, int32 [B]."""
   if docs is None:
     return None
   last = jnp.take(docs.index, jnp.maximum(i * length - 1, 0), axis=1)
@@ -233,18 +236,19 @@ def _prepare(
   operands: Any,
   log_decay: jax.Array | None,
 ) -> Chunks:
-  """Everything that does not depend on the state, for all chunks of a block in parallel. JAX differentiates it.
+  """Computes what does not depend on the state, for all chunks of a block in parallel. JAX differentiates this function.
 
-  Chunks, batch and heads are one leading axis here: products with many batch axes are slow on CPU, and worse.
+  Chunks, batch and heads are one leading axis here: XLA on a CPU is slow at products with several batch axes, and crashes on
+  some.
 
   Args:
-    plan: the plan.
-    dtype: of the arithmetic.
-    entry: int32 [B], the document that the state at the block's entry belongs to; `None` without `docs`.
-    docs, operands, log_decay: of the block's tokens, [B, L, ...]; log_decay [B, L, H, K or 1] or `None`.
+    plan: static arguments.
+    dtype: dtype of the arithmetic.
+    entry: int32 [B], index of the document that the state at the start of the block belongs to; `None` without `docs`.
+    docs, operands, log_decay: those of the block's L tokens, [B, L, ...]; log_decay [B, L, H, K or 1] or `None`.
   """
   chunk_size = plan.chunk_size
-  if docs is not None:  # padding does nothing, whatever it holds
+  if docs is not None:  # the inputs at padding may hold anything
     operands, log_decay = jax.tree.map(partial(_zero_padding, docs.is_token), (operands, log_decay))
   q, k, a, z = plan.expand(*operands)
   heads = q.shape[2]
@@ -253,7 +257,7 @@ def _prepare(
   q, k, a, z, log_decay = jax.tree.map(lambda x: _to_chunks(x.astype(dtype), chunk_size), (q, k, a, z, log_decay))
   log_decay = jnp.maximum(log_decay, _MIN_LOG_DECAY)
   r = k.shape[2]
-  seen, before = (jnp.asarray(mask)[None] for mask in _causal(chunk_size, r))
+  read_mask, update_mask = (jnp.asarray(mask)[None] for mask in _causal(chunk_size, r))
   entering, leaving = jnp.exp(_sum_up_to(log_decay)), jnp.exp(_sum_after(log_decay))
   keep = jnp.exp(jnp.sum(log_decay, axis=1))
   if docs is not None:
@@ -261,14 +265,14 @@ def _prepare(
     last = index[:, -1:]
     entry = jnp.concatenate([jnp.repeat(entry, heads)[:, None], last])[: len(last)]
     same = (index[:, :, None] == index[:, None, :])[:, :, None, :, None]
-    seen, before = seen & same, before & same
+    read_mask, update_mask = read_mask & same, update_mask & same
     entering = jnp.where((index == entry)[..., None], entering, 0)
     leaving = jnp.where((index == last)[..., None], leaving, 0)
     keep = jnp.where(entry == last, keep, 0)
 
   products = partial(_decayed_products, k=k, log_decay=log_decay, decay_bound=plan.decay_bound)
-  scores = jnp.where(seen, products(q[:, :, None]), 0)
-  overlaps = None if a is None else jnp.where(before, products(a), 0)
+  scores = jnp.where(read_mask, products(q[:, :, None]), 0)
+  overlaps = None if a is None else jnp.where(update_mask, products(a), 0)
   chunks = Chunks(
     reads=_decayed(q, entering),
     erases=None if a is None else _merge(_decayed(a, entering[:, :, None])),
@@ -282,18 +286,19 @@ def _prepare(
 
 
 def _causal(chunk_size: int, r: int) -> tuple[np.ndarray, np.ndarray]:
-  """Which updates (s, n) a read at t sees, [C, 1, C, r], and which are before a update (t, m), [C, r, C, r]."""
-  read, step = np.arange(chunk_size) * r + r - 1, np.arange(chunk_size * r)
-  seen, before = step <= read[:, None], step < step[:, None]
-  return seen.reshape(chunk_size, 1, chunk_size, r), before.reshape(chunk_size, r, chunk_size, r)
+  """Masks of the updates that precede each token's read, [C, 1, C, r], and each update, [C, r, C, r]."""
+  read, update = np.arange(chunk_size) * r + r - 1, np.arange(chunk_size * r)
+  read_mask, update_mask = update <= read[:, None], update < update[:, None]
+  return read_mask.reshape(chunk_size, 1, chunk_size, r), update_mask.reshape(chunk_size, r, chunk_size, r)
 
 
 def _decayed_products(x: jax.Array, k: jax.Array, log_decay: jax.Array, decay_bound: float | None) -> jax.Array:
-  """x k^T decayed in between, [L, C, p, C, r]; what it says of writes after a read is meaningless, and for the caller to mask.
+  """Products x_t k_s^T times the decay from s to t, [L, C, p, C, r]. Entries with s > t are meaningless; the caller masks them.
 
-  Decays by channel go into the factors, split at the middle of ever larger spans of tokens: the later half, decayed since
-  the middle, against the earlier half, decayed up to it. No exponent is positive. The smallest spans are single tokens; or,
-  where the decays are bounded, as many tokens as can be split at their middle both ways, in one product.
+  Per-channel decays multiply the factors. A span of tokens is split at its middle: rows of x in the later half are decayed from
+  the middle on, rows of k in the earlier half up to the middle, so no exponent is positive. Spans start at single tokens and
+  double. With `decay_bound` they start at the longest span in which both halves can be decayed relative to the middle in one
+  product, with exponents up to 40 in size.
 
   Args:
     x: [L, C, p, K].
@@ -332,17 +337,17 @@ def _products(x: jax.Array, k: jax.Array) -> jax.Array:
   return products.reshape(*x.shape[:3], *k.shape[1:3])
 
 
-# Sums of log-decays are products with zeros and ones: everything that is summed has one sign, where differences of a
-# cumulative sum would cancel.
+# Sums of log-decays are matrix products with zeros and ones. All terms have one sign, so nothing cancels, as it would in
+# differences of cumulative sums.
 
 
 def _sum_up_to(x: jax.Array) -> jax.Array:
-  """Sums of x [L, C, K] over the tokens up to and including each, [L, C, K]."""
+  """Sums of x [L, C, K] up to and including each token, [L, C, K]."""
   return _sum(np.tri(x.shape[1]), x)
 
 
 def _sum_after(x: jax.Array) -> jax.Array:
-  """Sums of x [L, C, K] over the tokens after each, [L, C, K]."""
+  """Sums of x [L, C, K] over the tokens after each token, [L, C, K]."""
   return _sum(1 - np.tri(x.shape[1]), x)
 
 
@@ -358,10 +363,10 @@ def _sum_between(x: jax.Array) -> jax.Array:
   return _sum_up_to(x * jnp.asarray(after.T, x.dtype)[None])
 
 
-def _sum(which: np.ndarray, x: jax.Array) -> jax.Array:
-  """Sums of x [L, C, K] over its tokens, each as often as `which` [R, C] says."""
-  which = jnp.asarray(which, x.dtype)[None]
-  return matmul(jnp.broadcast_to(which, (x.shape[0], *which.shape[1:])), x)
+def _sum(weights: np.ndarray, x: jax.Array) -> jax.Array:
+  """Weighted sums of x [L, C, K] over its tokens, [L, R, K], with the weights [R, C]."""
+  weights = jnp.asarray(weights, x.dtype)[None]
+  return matmul(jnp.broadcast_to(weights, (x.shape[0], *weights.shape[1:])), x)
 
 
 def _decayed(x: jax.Array, decay: jax.Array) -> jax.Array:
@@ -372,7 +377,7 @@ def _decayed(x: jax.Array, decay: jax.Array) -> jax.Array:
 
 
 def _zero_padding(is_token: jax.Array, x: jax.Array) -> jax.Array:
-  """x [B, T, ...] with zeros for padding."""
+  """Sets the padding of x [B, T, ...] to zero."""
   return jnp.where(jnp.expand_dims(is_token, range(2, x.ndim)), x, 0)
 
 

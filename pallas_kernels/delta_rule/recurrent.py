@@ -1,10 +1,10 @@
-"""The delta rule as the papers write it: token by token, nothing clever. Every other form must equal this one.
+"""The delta rule as the papers write it, token by token. This is the oracle: every other form must equal it.
 
-    S <- Diag(exp g_t) S                                            (first S <- 0 where a document starts)
+    S <- Diag(exp g_t) S                                            (where a document starts: S <- 0)
     for m = 1..r:   u = z_{t,m} - S^T a_{t,m};   S <- S + k_{t,m} u^T
     o_t = S^T q_t
 
-`S` [K, V] has key rows and value columns. Padding leaves `S` alone and reads zeros.
+`S` [K, V] has key rows and value columns. Padding leaves `S` unchanged, and its reads are zero.
 """
 
 import jax
@@ -28,11 +28,11 @@ def recurrent(
   Args:
     q: read vectors [B, T, H, K], already scaled.
     k: write vectors [B, T, H, r, K].
-    a: erase covectors [B, T, H, r, K]; `None` erases nothing.
-    z: values to commit [B, T, H, r, V].
-    log_decay: `None`, [B, T, H] or [B, T, H, K], applied once a token, before the first update.
-    initial_state: [B, H, K, V], whose dtype the arithmetic has.
-    docs: where documents start and padding is; `None` for one document without padding.
+    a: erase covectors [B, T, H, r, K]; with `None` nothing is erased.
+    z: values to write [B, T, H, r, V].
+    log_decay: `None`, [B, T, H] or [B, T, H, K]; applied once per token, before the first update.
+    initial_state: [B, H, K, V]; its dtype is that of the arithmetic.
+    docs: document boundaries and padding; `None` for one document without padding.
 
   Returns:
     Reads [B, T, H, V] in the state's dtype, and the final state [B, H, K, V].
