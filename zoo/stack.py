@@ -209,8 +209,10 @@ class Stack(nn.Module, kw_only=True):
     """Raises `ValueError` for settings that make no stack, or a state that is not one of its own."""
     if self.remat not in REMAT_POLICIES:
       raise ValueError(f"remat={self.remat!r}; want one of {list(REMAT_POLICIES)}.")
-    if self.depth < 1 or not self.mixers or () in self.mixers:
-      raise ValueError(f"depth={self.depth}, mixers={self.mixers}; want at least one block, and a layer in each.")
+    if self.depth < 1 or not self.mixers:
+      raise ValueError(f"depth={self.depth}, mixers has {len(self.mixers)} entries; want at least one block and one entry.")
+    if () in self.mixers:
+      raise ValueError(f"mixers[{self.mixers.index(())}] is (); want at least one layer in each entry.")
     if state is None:
       return
     count = sum(map(len, self._parts()))
