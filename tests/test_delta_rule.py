@@ -79,7 +79,7 @@ def test_the_recurrence_is_the_papers_product_of_matrices(variant):
 
 @IN_FLOAT64
 @pytest.mark.slow
-@cases(("variant", "chunk_size"), (KIMI, 8), (THREE, 64), (ERASE, 1), (ERASE, 64), (ERASE, 128))
+@cases(("variant", "chunk_size"), (DELTA, 128), (KIMI, 8), (THREE, 64), (ERASE, 1), (ERASE, 64))
 def test_chunks_of_any_size_are_the_recurrence(variant, chunk_size):
   equals_oracle(variant, chunk_size=chunk_size)
 
@@ -94,9 +94,9 @@ def test_blocks_of_chunks_are_the_recurrence(variant, block):
 
 @IN_FLOAT64
 @pytest.mark.slow
-@cases(("variant", "chunk_size"), (LINEAR, 16), (ERASE, 64))
-def test_a_bound_on_the_decays_changes_nothing(variant, chunk_size):
-  equals_oracle(variant, chunk_size=chunk_size, decay_bound=-5.0)
+@cases("variant", LINEAR)
+def test_a_bound_on_the_decays_changes_nothing(variant):
+  equals_oracle(variant, chunk_size=32, decay_bound=-5.0)
 
 
 @IN_FLOAT64
@@ -186,7 +186,7 @@ WITH_DECAY = ("no decay", "to -50", "-50", "-200", "-inf", "-inf everywhere")
 def in_float32_is_the_oracle(variant, args, **options):
   out, gradients = values_and_gradients(variant, args, implementation="xla", **options)
   assert {x.dtype for x in jax.tree.leaves((out, gradients))} == {jnp.dtype(jnp.float32)}
-  exact, exact_gradients = oracle(variant, args, ONE_DOCUMENT)
+  exact, exact_gradients = oracle(variant, args, np.ones(args["v"].shape[:2], np.int32))
   assert_close(out, exact, jnp.float32)
   assert_close(gradients, exact_gradients, jnp.float32, gradients=True)
 
