@@ -1,8 +1,9 @@
-"""Times every operation against its oracle and against what this machine could do at best.
+"""Times every operation against its oracle and against a lower bound for this machine.
 
-The oracle is the paper's recurrence, token by token. The floor is the time that the chunked form's matrix products
-alone would take at the rate of a large product (three times that for the gradient). All that is compared, the large
-product too, is measured in one process, in turns, warm, and the median is kept: a busy machine disturbs all alike.
+The oracle is the paper's recurrence, token by token. The lower bound ("floor") is the time that the matrix products of the
+chunked form alone would take at the rate of one large product (three times that for the gradient). Everything that is compared,
+including the large product, is measured in one process, in turns, warm; the median is reported. Other work on the machine then
+slows all of them alike.
 
     python -m memzoo.pallas_kernels.bench --peak-memory gated_delta_rule 65536
 """
@@ -29,13 +30,13 @@ from . import test_time_memory as ttm
 from .measure import count_flops, large_product, peak_bytes, seconds_per_call, take_turns
 
 DIRECTIONS = ("forward", "gradient")
-LONG = (4096, 65536)  # lengths between which the time per token should not change
-HALF_AS_WIDE = "test_time_mlp"  # as a shape says, for the gradient of its oracle keeps the weights of every token
+LONG = (4096, 65536)  # the time per token should be equal at these lengths
+HALF_AS_WIDE = "test_time_mlp"  # its heads have half the width of the shape: the gradient of its oracle keeps weights per token
 
 
 @dataclass(frozen=True)
 class Shape:
-  """Of an operation's inputs: [batch, length, heads, key_dim or value_dim], float32."""
+  """Shape of an operation's inputs: [batch, length, heads, key_dim or value_dim], float32."""
 
   batch: int = 1
   length: int = 2048
@@ -46,15 +47,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Timing:
-  """One pass of one operation. Times in seconds; None where it was not measured.
+  """Times of one operation in one direction, in seconds.
 
   Attributes:
     operation: its public name.
     direction: "forward" or "gradient" (of a weighted sum of the outputs, by every input).
     seconds: median time of a call, by implementation: "xla" and "recurrent" (the oracle).
-    compile_seconds: until the first call could start, by implementation.
-    matmul_rate: float32 FLOP/s of a large product, measured meanwhile.
-    floor_seconds: of the matrix products of "xla" at that rate.
+    compile_seconds: time to trace and compile, by implementation.
+    matmul_rate: float32 FLOP/s of a large product, measured in the same turns.
+    floor_seconds: time of the matrix products of "xla" at that rate.
   """
 
   operation: str
@@ -67,13 +68,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class LongTiming:
-  """How one operation does at `LONG` lengths.
+  """Times and memory of one operation at the lengths `LONG`.
 
   Attributes:
     operation: its public name.
-    forward_seconds, gradient_seconds: per token, by length.
-    peak_bytes: of a process that takes the gradient at the greatest length once, Python and compiler included.
-    input_bytes: those among them that the inputs take.
+    forward_seconds, gradient_seconds: seconds per token, by length.
+    peak_bytes: peak memory of a process that computes the gradient once at the greatest length, Python and compiler included.
+    input_bytes: memory of the inputs, a part of `peak_bytes`.
   """
 
   operation: str
@@ -85,7 +86,7 @@ class LongTiming:
 
 @dataclass(frozen=True)
 class Report:
-  """What a benchmark found, and on what."""
+  """Results of a benchmark, and the machine they were measured on."""
 
   device: str
   jax: str
@@ -94,7 +95,7 @@ class Report:
   long: list[LongTiming]
 
   def save(self, path: Path) -> None:
-    """Writes it as JSON."""
+    """Writes the report as JSON."""
     path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
@@ -107,25 +108,25 @@ def bench(
   long: bool = False,
   say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-  """Measures.
+  """Runs the benchmark.
 
   Args:
-    operations: public names; None means all of `OPERATIONS`.
-    shape: of the inputs of the timings against the oracle.
+    operations: public names; `None` for all `OPERATIONS`.
+    shape: shape of the inputs when timing against the oracle.
     directions: which of `DIRECTIONS` to time.
-    seconds: for how long to measure each operation, in each direction.
-    long: whether to measure at `LONG` lengths too.
-    say: called with a line before each measurement.
+    seconds: measuring time per operation and direction.
+    long: whether to measure at the lengths `LONG` too.
+    say: called with a line of progress before each measurement.
 
   Raises:
-    ValueError: if there is no such operation or direction.
+    ValueError: for an unknown operation or direction.
   """
   names = list(OPERATIONS) if operations is None else list(operations)
   for name in names:
     if name not in OPERATIONS:
-      raise ValueError(f"operations has {name!r}; want some of {', '.join(OPERATIONS)}.")
+      raise ValueError(f"operations has {name!r}; expected some of {', '.join(OPERATIONS)}.")
   if not directions or not set(directions) <= set(DIRECTIONS):
-    raise ValueError(f"directions is {directions!r}; want some of {', '.join(DIRECTIONS)}.")
+    raise ValueError(f"directions is {directions!r}; expected some of {', '.join(DIRECTIONS)}.")
   timings, long_timings = [], []
   for name in names:
     for direction in directions:
@@ -138,7 +139,7 @@ def bench(
 
 
 def make_inputs(operation: str, shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
-  """Inputs as a trained layer has them: unit keys, strengths within (0, 1), a memory of hundreds of tokens."""
+  """Inputs like those of a trained layer: unit keys, strengths in (0, 1), decays that keep hundreds of tokens."""
   b, t, h, k, v = dataclasses.astuple(shape)
   keys = iter(jax.random.split(jax.random.key(seed), 16))
   normal = lambda *dims: jax.random.normal(next(keys), dims, jnp.float32)  # noqa: E731
@@ -169,7 +170,7 @@ def make_inputs(operation: str, shape: Shape, seed: int = 0) -> tuple[jax.Array,
       return unit(b, t, h, k), unit(b, t, h, k), normal(b, t, h, v), *gates, *weights
     case "short_conv":
       return normal(b, t, h * k), normal(4, h * k)
-  raise ValueError(f"operation is {operation!r}; want one of {', '.join(OPERATIONS)}.")
+  raise ValueError(f"operation is {operation!r}; expected one of {', '.join(OPERATIONS)}.")
 
 
 _MEMORIES = {
@@ -179,14 +180,14 @@ _MEMORIES = {
 
 
 def _test_time_memory(q, k, v, step, log_keep, log_momentum, *weights, name: str, implementation: str = "auto"):
-  """Of chunks of 64 tokens, with momentum and decay."""
+  """A test-time memory with chunks of 64 tokens, momentum and decay."""
   memory = _MEMORIES[name](q.shape[-1], v.shape[-1])
   spec = ttm.Spec(memory, chunk_size=64, momentum=True)
   initial = ttm.InitialWeights(dict(zip(memory.shapes(), weights, strict=True)))
   return ttm.run(spec, initial, q, k, v, ttm.Gates(step, log_keep, log_momentum), implementation=implementation)[:2]
 
 
-# Those with a decay for every channel are told its bound, as their layers tell them.
+# Operations with per-channel decays get the bound that their layers pass.
 OPERATIONS: dict[str, Callable[..., Any]] = {
   "linear_attention": delta_rule.linear_attention,
   "delta_rule": delta_rule.delta_rule,
@@ -200,7 +201,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def peak_memory(operation: str, shape: Shape) -> int:
-  """Bytes at the peak of a fresh process that takes the gradient of `operation` once, inputs included."""
+  """Peak memory in bytes of a fresh process that computes the gradient of `operation` once, inputs included."""
   arguments = [operation, *map(str, dataclasses.astuple(shape))]
   command = [sys.executable, "-m", __name__, "--peak-memory", *arguments]
   return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -211,7 +212,7 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def function(operation: str, direction: str, implementation: str) -> Callable[..., Any]:
-  """What is timed: of the inputs, the operation, or the gradient of a weighted sum of its output by each of them."""
+  """The function that is timed: the operation, or the gradient of a weighted sum of its output by every input."""
 
   def forward(*inputs):
     return OPERATIONS[operation](*inputs, implementation=implementation)
@@ -228,7 +229,7 @@ def function(operation: str, direction: str, implementation: str) -> Callable[..
 
 
 def compile_pass(operation: str, direction: str, implementation: str, inputs: tuple) -> tuple[Callable, float]:
-  """That, compiled for these inputs, and the seconds it took."""
+  """Returns `function`, compiled for these inputs, and the seconds that this took."""
   start = time.perf_counter()
   compiled = jax.jit(function(operation, direction, implementation)).lower(*inputs).compile()
   return compiled, time.perf_counter() - start

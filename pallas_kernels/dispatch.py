@@ -1,11 +1,14 @@
-"""Which implementation of an operation runs, and why not the others. Nothing is chosen by environment or in silence."""
+"""Choice of an operation's implementation, with the reason against each of the others.
+
+No environment variable changes the choice, and nothing falls back silently.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 
 class Choice(NamedTuple):
-  """The implementation that runs, and for every other one the reason why it does not."""
+  """The implementation that runs, and for each other implementation the reason why it does not."""
 
   implementation: str
   passed_over: dict[str, str]
@@ -15,22 +18,22 @@ class Choice(NamedTuple):
 
 
 def choose(operation: str, requested: str, candidates: Mapping[str, str | None]) -> Choice:
-  """Picks the implementation asked for, or with "auto" the first candidate that nothing speaks against.
+  """Picks the requested implementation, or with "auto" the first candidate without an objection.
 
   Args:
-    operation: name for the error message.
+    operation: the operation's name, for the error message.
     requested: "auto" or the name of a candidate.
-    candidates: implementations in order of preference; what speaks against each as a default, or `None`.
+    candidates: implementations in order of preference, each with the objection to it as a default, or `None`.
 
   Raises:
-    ValueError: if `requested` is neither.
+    ValueError: if `requested` is neither "auto" nor a candidate.
   """
   if requested != "auto" and requested not in candidates:
     raise ValueError(f"implementation={requested!r} does not exist for {operation}; want one of {['auto', *candidates]}.")
-  chosen = next(name for name, against in candidates.items() if against is None) if requested == "auto" else requested
+  chosen = next(name for name, objection in candidates.items() if objection is None) if requested == "auto" else requested
   others = {
-    name: (f"implementation={requested!r} was asked for" if requested != "auto" else against or f"{chosen} comes first")
-    for name, against in candidates.items()
+    name: (f"implementation={requested!r} was asked for" if requested != "auto" else objection or f"{chosen} comes first")
+    for name, objection in candidates.items()
     if name != chosen
   }
   return Choice(chosen, others)

@@ -1,7 +1,7 @@
-"""Packed documents and padding: what `segment_ids` mean, decided in one place.
+"""Packed documents and padding: the one place that defines what `segment_ids` mean.
 
-`segment_ids` int32 [B, T]: equal neighbours belong to one document, a change starts another, 0 is padding. Padding is not
-there: the tokens around it are neighbours, and the first token of a call continues the state that came in.
+`segment_ids` is int32 [B, T]. Equal neighbours belong to one document, a change starts another document, and 0 is padding.
+Padding has no effect: the tokens on its two sides are neighbours. The first token of a call continues the incoming state.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ class Documents(NamedTuple):
   """`segment_ids` in the form that the operations use.
 
   Attributes:
-    index: int32 [B, T], never falling along T: which document of the call a token belongs to. 0 is the one that the
+    index: int32 [B, T], non-decreasing along T: the number of the document within the call. Document 0 is the one that the
       incoming state belongs to. Padding has the index of the last token before it.
     is_token: bool [B, T], false at padding.
   """
@@ -43,7 +43,7 @@ def documents(segment_ids: jax.Array) -> Documents:
 
 
 def undivided(batch: int, tokens: int) -> Documents:
-  """One document a row, without padding."""
+  """One document per row, without padding."""
   return Documents(jnp.zeros((batch, tokens), jnp.int32), jnp.ones((batch, tokens), bool))
 
 
@@ -52,7 +52,7 @@ def positions(docs: Documents, offset: jax.Array) -> jax.Array:
 
   Args:
     docs: the documents.
-    offset: int32 [B], tokens that the incoming document already has.
+    offset: int32 [B], number of tokens of document 0 in earlier calls.
   """
   count = jnp.cumsum(docs.is_token, axis=1, dtype=jnp.int32) - 1
   starts = jnp.diff(docs.index, axis=1, prepend=0) > 0
@@ -61,14 +61,14 @@ def positions(docs: Documents, offset: jax.Array) -> jax.Array:
 
 
 def select_rows(condition: jax.Array | None, yes: Any, no: Any) -> Any:
-  """Of two trees of arrays [B, ...] the rows of the one or the other, by `condition` [B]; where that is `None`, `no`."""
+  """Selects rows from two trees of arrays [B, ...] by `condition` [B]; returns `no` if the condition is `None`."""
   if condition is None:
     return no
   return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
 
 
 def _previous_token(is_token: jax.Array) -> jax.Array:
-  """Column of the last token strictly before each column, -1 where there is none."""
+  """Column of the last token strictly before each column; -1 if there is none."""
   columns = jnp.arange(is_token.shape[1], dtype=jnp.int32)
   last = jax.lax.cummax(jnp.where(is_token, columns[None], -1), axis=1)
   return jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)

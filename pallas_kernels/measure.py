@@ -1,4 +1,4 @@
-"""Measurements: FLOPs of a function, wall time of a call, this machine's matrix product rate, and peak memory."""
+"""Measurements: FLOPs of a function, wall time of a call, the machine's rate of matrix products, and peak memory."""
 
 import math
 import statistics
@@ -19,12 +19,12 @@ _LARGE_SIDE = 8192
 
 
 def seconds_per_call(call: Callable[[], object], seconds: float = 0.5, at_least: int = 3) -> float:
-  """Median wall time of `call()`, in seconds; `call` returns arrays, which are waited for.
+  """Median wall time of `call()` in seconds, until the arrays that it returns are ready.
 
   Args:
-    call: what to time; it is called once beforehand, to compile and warm up.
-    seconds: how long to keep measuring.
-    at_least: how many calls to make however long they take.
+    call: the function to time; it is called once beforehand, to compile and warm up.
+    seconds: time to keep measuring for.
+    at_least: minimum number of calls.
   """
   jax.block_until_ready(call())
   times: list[float] = []
@@ -37,9 +37,9 @@ def seconds_per_call(call: Callable[[], object], seconds: float = 0.5, at_least:
 
 
 def large_product() -> tuple[Callable[[], jax.Array], int]:
-  """A call that multiplies two large square float32 matrices on the default device, and its FLOPs.
+  """Returns a function that multiplies two large square float32 matrices on the default device, and its FLOPs.
 
-  A multiply-add counts as two. The product is asked for in full float32 precision, as the operations' products are.
+  A multiply-add counts as two. The product has full float32 precision, as in the operations.
   """
   side = _SIDES.get(jax.default_backend(), _LARGE_SIDE)
   a = jnp.ones((side, side), jnp.float32)
@@ -54,12 +54,12 @@ def matmul_rate(seconds: float = 0.5) -> float:
 
 
 def peak_bytes() -> int:
-  """Bytes at the peak until now: of the fullest of this process's devices, or of this process where they do not count."""
+  """Peak memory so far in bytes: of the fullest device of this process, or of the process if devices do not report theirs."""
   return max(_device_peaks(), default=0) or _peak_resident_bytes()
 
 
 def whose_peak() -> str:
-  """What `peak_bytes` are those of: "the fullest device" or "this process"."""
+  """Whose peak `peak_bytes` returns: "the fullest device" or "this process"."""
   return "the fullest device" if any(_device_peaks()) else "this process"
 
 
@@ -69,9 +69,9 @@ def _device_peaks() -> list[int]:
 
 
 def _peak_resident_bytes() -> int:
-  with suppress(OSError, IndexError):  # Linux: the next line's number would be that of the parent, if that is larger
+  with suppress(OSError, IndexError):  # Linux; ru_maxrss would be the parent's if that is larger
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-  import resource  # not on every system
+  import resource  # not available on every system
 
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -79,18 +79,18 @@ def _peak_resident_bytes() -> int:
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
   """FLOPs of the matrix products (`dot_general`) in `function(*args)`, counted in its jaxpr.
 
-  Bodies of `scan` count once per iteration, of `cond` as the dearest branch, of a Pallas kernel once per grid point.
-  The number of turns of a `while` is not known beforehand: its body counts once.
+  The body of a `scan` counts once per iteration, a `cond` as its most expensive branch, a Pallas kernel once per grid point.
+  The body of a `while` counts once, because the number of iterations is unknown.
 
   Args:
-    function: to be traced, not run.
+    function: it is traced, not run.
     *args: arrays or `jax.ShapeDtypeStruct`s.
   """
   return sum(flops_by_scope(function, *args).values())
 
 
 def flops_by_scope(function: Callable[..., Any], *args: Any) -> dict[str, int]:
-  """As `count_flops`, separately for each `jax.named_scope` (Flax names one after every module)."""
+  """Like `count_flops`, separately for each `jax.named_scope` (Flax opens one for every module)."""
   total: Counter[str] = Counter()
   for scope, count in _dot_flops(jax.make_jaxpr(function)(*args).jaxpr, ""):
     total[scope] += count
@@ -139,7 +139,7 @@ def _jaxprs(values: Any) -> Iterator[core.Jaxpr]:
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-  """Times in seconds of every call, warm. The slow ones get fewer turns: as many as fit, three at least."""
+  """Wall times in seconds of all calls, taken in turns after a warm-up. Each call is timed at least three times."""
   times: dict[str, list[float]] = {name: [] for name in calls}
   for call in calls.values():
     jax.block_until_ready(call())
@@ -154,7 +154,7 @@ def take_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str,
 
 
 def _turns(times: dict[str, list[float]], name: str) -> int:
-  """How often to call one before the next gets its turn: the quickest up to ten times as often as the slowest."""
+  """How often to time a call in its turn: fast calls up to ten times as often as the slowest."""
   if not all(times.values()):
     return 1
   return max(1, min(10, int(max(map(min, times.values())) / min(times[name]))))

@@ -1,7 +1,7 @@
-"""The arithmetic of every operation: what accumulates in what, and how precisely.
+"""The arithmetic of all operations: dtypes of sums and states, and the precision of products.
 
-Gates, cumulative sums, triangular inverses, inner weights and states are float32, or float64 where an input is. Float32
-operands are multiplied at full float32 precision on every platform; bfloat16 operands accumulate in float32.
+Gates, cumulative sums, triangular inverses, inner weights and states are float32, or float64 if an input is. Float32 operands
+are multiplied at full float32 precision on every platform. Products of bfloat16 operands are accumulated in float32.
 """
 
 import jax
@@ -11,7 +11,7 @@ Dtype = jnp.dtype
 
 
 def accumulator(*operands: jax.Array | Dtype | None) -> Dtype:
-  """The dtype of sums and states: float64 if any operand, or dtype, is float64, else float32. `None` is skipped."""
+  """The dtype of sums and states: float64 if any operand (an array or a dtype) is float64, else float32; `None` is skipped."""
   wide = any(x is not None and jnp.dtype(getattr(x, "dtype", x)) == jnp.float64 for x in operands)
   return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
@@ -29,8 +29,8 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 def scaled(x: jax.Array, s: jax.Array) -> jax.Array:
   """`s[..., None] * x`, in `accumulator(x, s)`.
 
-  Said as a product of vectors, its gradient by `s` is a batched inner product: on a CPU, XLA takes twenty times as long for
-  the sum over a product that broadcasting would leave.
+  It is written as an einsum so that its gradient by `s` is a batched inner product. The gradient of a broadcast product would
+  be a sum over a product, for which XLA on a CPU takes twenty times as long.
   """
   dtype = accumulator(x, s)
   return einsum("...,...k->...k", s.astype(dtype), x.astype(dtype))

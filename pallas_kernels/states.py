@@ -1,4 +1,4 @@
-"""What an earlier call hands on: checked in one place."""
+"""Validation of recurrent states."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 
 def check_state(name: str, owner: str, state: Any, expected: Any) -> None:
-  """Raises `ValueError` where the argument `name` differs from what `owner` has in structure, a shape, or floats for integers.
+  """Raises `ValueError` if `state` differs from `expected` in structure, in a shape, or in floats versus integers.
 
   Args:
-    name: of the argument.
-    owner: whose state it should be.
-    state: what was given.
-    expected: what would do: arrays, or their shapes as `jax.eval_shape` gives them.
+    name: the argument's name, for the message.
+    owner: the name of the layer or operation that the state belongs to, for the message.
+    state: the state that was given.
+    expected: a state that fits: arrays, or their shapes as `jax.eval_shape` returns them.
   """
   if jax.tree.structure(state) != jax.tree.structure(expected):
     raise ValueError(

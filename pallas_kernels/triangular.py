@@ -1,12 +1,12 @@
-"""Inverse of unit lower-triangular matrices, the solve inside every delta rule.
+"""Inverse of unit lower-triangular matrices, which the chunked delta rules need.
 
 Blocks are inverted recursively,
 
     [[I + A11, 0], [A21, I + A22]]^-1 = [[X11, 0], [-X22 A21 X11, X22]],      X = (I + A)^-1,
 
-so that every intermediate is a block of the true inverse and stays as small as it is. The product
-(I - A)(I + A^2)(I + A^4)... is cheaper to write and wrong: its powers of A grow like binomials for correlated keys and
-cancel only at the end (relative error 1e18 in float32 for 64 equal keys).
+so every intermediate is a block of the inverse and is no larger than it. The shorter formula (I - A)(I + A^2)(I + A^4)... is
+not usable: for correlated keys the powers of A grow like binomial coefficients and cancel only at the end (relative error 1e18
+in float32 for 64 equal keys).
 """
 
 import jax
