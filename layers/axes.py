@@ -1,4 +1,4 @@
-"""Logical names of parameter axes, from which `memzoo.train.sharding` lays a model out over devices."""
+"""Logical names of parameter axes. `memzoo.train.sharding` maps them to the axes of a device mesh."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,10 @@ from flax import struct
 
 @struct.dataclass
 class Named(nn.LogicallyPartitioned):
-  """A parameter with a name for each axis; `flax.linen.unbox` gives the array.
+  """A parameter with a name for each axis; `flax.linen.unbox` returns the array.
 
-  As `nn.LogicallyPartitioned`, but under `flax.nnx` the names stay what they are: there Flax takes its class for an
-  order to shard at once, and refuses to make a parameter outside a mesh.
+  It differs from `nn.LogicallyPartitioned` under `flax.nnx` only: there Flax would shard such a parameter at once, and raises
+  outside a mesh. This class keeps the names as plain metadata.
   """
 
   def to_nnx_metadata(self) -> dict[str, Any]:
@@ -24,7 +24,7 @@ class Named(nn.LogicallyPartitioned):
 
 
 def named(init: Callable[..., Any], *names: str | None) -> Callable[..., Named]:
-  """The initialiser `init`, its result's axes named."""
+  """Returns the initialiser `init` with names for the axes of its result."""
 
   def named_init(*args: Any) -> Named:
     return Named(init(*args), names=names)

@@ -2,13 +2,13 @@
 
     S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t K^{-1/2}
 
-A write first takes back what the memory already says under its key. DeltaNet has alpha = 1, Gated DeltaNet a scalar alpha
-per head, Kimi Delta Attention one per channel; DeltaProduct makes several such writes a token. Projections, convolutions,
-norms and the way out are those of `linear_attention.py`.
+A write first subtracts what a read by its key returns. DeltaNet has alpha = 1, Gated DeltaNet one alpha per head, Kimi Delta
+Attention one alpha per channel; DeltaProduct makes several such writes per token. Projections, convolutions, norm and gate are
+those of `linear_attention.py`.
 
-The papers leave open, or their code disagrees -> we do: A ~ Uniform(1, 16) at the start everywhere, for Uniform(0, 16) can
-give log 0 · no bias on beta · the read is scaled by K^{-1/2}, as in all released code · Kimi's decay bounded below by the
-form of Erase-then-Delta Attention, which keeps the meaning of A.
+The papers leave open, or their code disagrees -> we do: initial A ~ Uniform(1, 16) in all layers, because Uniform(0, 16) can
+give log 0 · no bias on beta · the read is scaled by K^{-1/2}, as in all released code · Kimi's log-decay has a lower bound, in
+the form of Erase-then-Delta Attention, which keeps the meaning of A.
 """
 
 from typing import Any
@@ -21,15 +21,15 @@ from .projections import LogDecay, Strength
 
 
 class DeltaNet(LinearAttention):
-  """DeltaNet (Yang et al. 2024, arXiv:2406.06484): overwrites what a key holds instead of adding to it.
+  """DeltaNet (Yang et al. 2024, arXiv:2406.06484): a write replaces the value stored under its key instead of adding to it.
 
       S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
 
   Attributes:
-    negative_eigenvalues: beta in (0, 2) instead of (0, 1), so that a write can reflect (Grazzi et al. 2024,
-      arXiv:2411.12537); parity and other state tracking need it.
+    negative_eigenvalues: whether beta lies in (0, 2) instead of (0, 1), so that a write can be a reflection (Grazzi et al.
+      2024, arXiv:2411.12537). State tracking, such as parity, needs it.
 
-  Further attributes are `LinearAttention`'s.
+  The other attributes are those of `LinearAttention`.
   """
 
   negative_eigenvalues: bool = False
@@ -38,7 +38,7 @@ class DeltaNet(LinearAttention):
     return delta_rule.delta_rule(q, k, v, self.strength(x), **options)
 
   def strength(self, x: jax.Array, writes: int = 1) -> jax.Array:
-    """beta, [B, T, writes * H]."""
+    """The write strengths beta, [B, T, writes * H]."""
     maximum = 2.0 if self.negative_eigenvalues else 1.0
     return Strength(writes * self.num_heads, maximum, param_dtype=self.param_dtype, name="beta")(x)
 
@@ -49,9 +49,9 @@ class GatedDeltaNet(DeltaNet):
       S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
 
   Attributes:
-    output_gate: "silu", as in the paper.
+    output_gate: "silu" by default, as in the paper.
 
-  Further attributes are `DeltaNet`'s.
+  The other attributes are those of `DeltaNet`.
   """
 
   output_gate: str = "silu"
@@ -67,11 +67,11 @@ class KimiDeltaAttention(DeltaNet):
       S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T
 
   Attributes:
-    output_gate, gate_rank: "sigmoid", of rank `key_dim` unless given, as in the paper.
-    decay_rank: of the map to the decays; `key_dim` unless given.
-    decay_lower_bound: of the log-decay; `None` for none.
+    output_gate, gate_rank: "sigmoid" by default, with rank `key_dim` if `gate_rank` is `None`, as in the paper.
+    decay_rank: rank of the map from x to the decays; `None` for `key_dim`.
+    decay_lower_bound: lower bound of the log-decay; `None` for no bound.
 
-  Further attributes are `DeltaNet`'s.
+  The other attributes are those of `DeltaNet`.
   """
 
   output_gate: str = "sigmoid"
@@ -89,17 +89,17 @@ class KimiDeltaAttention(DeltaNet):
 
 
 class DeltaProduct(DeltaNet):
-  """DeltaProduct (Siems et al. 2025, arXiv:2502.10297): several delta rules a token, so that a token can rotate.
+  """DeltaProduct (Siems et al. 2025, arXiv:2502.10297): several delta-rule writes per token, whose product can be a rotation.
 
       S_t = alpha_t S_{t-1};   for j = 1..n:   S_t <- (I - beta_j k_j k_j^T) S_t + beta_j k_j v_j^T
 
   Attributes:
-    num_writes: delta rules a token, each with its own key, value and strength.
-    forget_gate: decay per head before the first of them ("gated" DeltaProduct).
-    negative_eigenvalues: on, as in the paper; without it no number of writes can track a group.
-    output_gate: "silu", as in the paper.
+    num_writes: number of writes per token, each with its own key, value and strength.
+    forget_gate: whether each head decays before the first write ("gated" DeltaProduct).
+    negative_eigenvalues: `True` by default, as in the paper. Without it no number of writes can track a group.
+    output_gate: "silu" by default, as in the paper.
 
-  Further attributes are `DeltaNet`'s.
+  The other attributes are those of `DeltaNet`.
   """
 
   num_writes: int = 2

@@ -1,12 +1,13 @@
-"""Erase-then-Delta Attention: forget under one address, then write under another.
+"""Erase-then-Delta Attention: each token erases along one key and then writes along another.
 
     S_t = (I - beta_t k_t k_t^T)(I - gamma_t e_t e_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T      o_t = S_t^T q_t K^{-1/2}
 
-Decay, then erase, then write; the order is part of the rule. Source: Li et al. 2026 (arXiv:2606.26560), eq. 8. Projections,
-convolutions, norms and the way out are those of `linear_attention.py`.
+The order is part of the rule: decay, then erase, then write. Source: Li et al. 2026 (arXiv:2606.26560), eq. 8. Projections,
+convolutions, norm and gate are those of `linear_attention.py`.
 
-The paper leaves open -> we do: start of gamma -> sigmoid(-3), about 0.05, for a gate that starts at a half erases a random
-direction with every token · convolution on e -> none, nor silu · output gate -> sigmoid, full rank · A ~ Uniform(1, 16).
+The paper leaves open -> we do: initial gamma -> sigmoid(-3), about 0.05, because a gate that starts at 0.5 erases a random
+direction at every token · convolution and activation of e -> none · output gate -> sigmoid, full rank · initial A -> Uniform(1,
+16).
 """
 
 from typing import Any
@@ -20,17 +21,17 @@ from .projections import LogDecay, LowRank, Strength
 
 
 class EraseThenDelta(DeltaNet):
-  """Erase-then-Delta Attention (Li et al. 2026, arXiv:2606.26560): forgets under one address, then writes under another.
+  """Erase-then-Delta Attention (Li et al. 2026, arXiv:2606.26560): erases along one key, then writes along another.
 
       S_t = (I - beta_t k_t k_t^T)(I - gamma_t e_t e_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T
 
   Attributes:
-    output_gate: "sigmoid".
-    rank_per_head: of the maps to the decays (times value heads) and to the erase address (times key heads).
-    decay_lower_bound: of the log-decay; `None` for none.
-    erase_bias: start of gamma's logit.
+    output_gate: "sigmoid" by default.
+    rank_per_head: rank of the maps from x to the decays, per value head, and to the erase keys, per key head.
+    decay_lower_bound: lower bound of the log-decay; `None` for no bound.
+    erase_bias: initial bias of the logit of gamma.
 
-  Further attributes are `DeltaNet`'s.
+  The other attributes are those of `DeltaNet`.
   """
 
   output_gate: str = "sigmoid"

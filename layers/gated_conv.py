@@ -1,10 +1,10 @@
-"""A gated short convolution: the last few tokens and no more. What stands under a memory that must pair neighbours.
+"""A gated short convolution, which mixes the last few tokens. Below a memory layer it lets keys and values combine neighbours.
 
     y_t = W_o ( conv(W_v x)_t * W_g x_t )          conv: each channel over its own last `conv_width` tokens
 
 Source: BaseConv (Arora et al. 2023, arXiv:2312.04927, section 4), which has neither W_v nor W_o.
 
-The paper leaves open -> we do: where the width comes from -> `channels`, so that the state knows its size.
+The paper leaves open -> we do: width of the convolution -> the field `channels`, so that the state has a known size.
 """
 
 from typing import Any, NamedTuple
@@ -19,37 +19,37 @@ from .projections import conv_weight, dense
 
 
 class ConvState(NamedTuple):
-  """The last inputs of the convolution.
+  """State of `GatedConv`.
 
   Attributes:
-    tail: [B, conv_width - 1, channels], in the activations' dtype.
+    tail: the last conv_width - 1 inputs of the convolution, [B, conv_width - 1, channels], in the dtype of the activations.
   """
 
   tail: jax.Array
 
 
 class GatedConv(MemoryLayer):
-  """Gated short convolution (Arora et al. 2023, arXiv:2312.04927): remembers the last few tokens.
+  """Gated short convolution (Arora et al. 2023, arXiv:2312.04927) over the last `conv_width` tokens.
 
       y_t = W_o (conv(W_v x)_t * W_g x_t)
 
   Attributes:
-    channels: that are convolved.
-    conv_width: tokens that an output sees, its own included.
+    channels: number of channels that are convolved.
+    conv_width: number of tokens that each output depends on, the current one included.
   """
 
   channels: int
   conv_width: int = 4
 
   def initial_state(self, batch_size: int) -> ConvState:
-    """No tokens before."""
+    """Zeros as the earlier inputs."""
     return ConvState(jnp.zeros((batch_size, self.conv_width - 1, self.channels), self.activation_dtype()))
 
   @nn.compact
   def __call__(
     self, x: jax.Array, state: ConvState | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, ConvState]:
-    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    """Maps x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
     types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}

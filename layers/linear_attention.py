@@ -1,13 +1,13 @@
-"""Linear attention as a layer, and the frame that every delta-rule layer fills in.
+"""Linear attention as a layer, and the base class of all delta-rule layers.
 
     q = L2(silu(conv(W_q x)))    k = L2(silu(conv(W_k x)))    v = silu(conv(W_v x))
     S_t = S_{t-1} + k_t v_t^T    o_t = S_t^T q_t K^{-1/2}     y = W_o (RMSNorm(o) * gate)
 
-Source: Katharopoulos et al. 2020 (arXiv:2006.16236) for the memory; the block around it is that of DeltaNet (Yang et al.
-2024, arXiv:2406.06484), so that layers of this family differ in their memory alone.
+Source: Katharopoulos et al. 2020 (arXiv:2006.16236) for the memory. The projections, convolutions, norm and gate around it are
+those of DeltaNet (Yang et al. 2024, arXiv:2406.06484), so that the layers of this family differ only in their memory.
 
-Differs from the papers: the feature map is silu, then unit length ("elu" is the map of Katharopoulos et al.); no normaliser,
-but RMSNorm over each head's output.
+Differences from the papers: the feature map is silu followed by L2 normalisation ("elu" is the map of Katharopoulos et al.).
+There is no normaliser but an RMSNorm over each head's output.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ class MatrixState(NamedTuple):
 
   Attributes:
     memory: S, float32 [B, H, K, V], key rows and value columns.
-    query_tail, key_tail, value_tail: the last inputs of the short convolutions, [B, conv_width - 1, channels].
+    query_tail, key_tail, value_tail: the last conv_width - 1 inputs of the short convolutions, [B, conv_width - 1, channels].
   """
 
   memory: jax.Array
@@ -40,18 +40,18 @@ class MatrixState(NamedTuple):
 
 
 class LinearAttention(ProjectedMemory, kw_only=True):
-  """Linear attention (Katharopoulos et al. 2020, arXiv:2006.16236): adds every value under its key and never forgets.
+  """Linear attention (Katharopoulos et al. 2020, arXiv:2006.16236): a sum of all key-value outer products, without decay.
 
       S_t = S_{t-1} + k_t v_t^T
 
   Attributes:
-    key_dim: key width of a head, K.
-    value_dim: value width of a head, V.
-    num_key_heads: key heads, a divisor of `num_heads`; as many unless given.
-    feature_map: of queries and keys, before they are brought to unit length: "silu", or "elu" for elu + 1, which is positive.
-    chunk_size, implementation: of the operation; see `memzoo.pallas_kernels.delta_rule`. Speed only.
+    key_dim: width of a head's keys and queries, K.
+    value_dim: width of a head's values, V.
+    num_key_heads: number of query and key heads, a divisor of `num_heads`; `None` for `num_heads`.
+    feature_map: function applied to queries and keys before L2 normalisation: "silu", or "elu" for elu + 1, which is positive.
+    chunk_size, implementation: options of the operation, which affect speed only; see `memzoo.pallas_kernels.delta_rule`.
 
-  Further attributes are `ProjectedMemory`'s; `num_heads` counts value heads.
+  The other attributes are those of `ProjectedMemory`; `num_heads` is the number of value heads.
   """
 
   key_dim: int
@@ -62,13 +62,16 @@ class LinearAttention(ProjectedMemory, kw_only=True):
   implementation: str = "auto"
 
   def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
-    """The memory: q, k [B, T, Hk, K] and v [B, T, H, V], in `options` the operation's, to (o [B, T, H, V], S)."""
+    """Runs the memory: maps q, k [B, T, Hk, K] and v [B, T, H, V] to (o [B, T, H, V], S). Subclasses override this.
+
+    `options` are those of the operation, such as `initial_state`; subclasses make their gates from `x`.
+    """
     del x
     return delta_rule.linear_attention(q, k, v, **options)
 
   @property
   def writes(self) -> int:
-    """Keys and values a token."""
+    """Number of keys and values that each token writes."""
     return 1
 
   @property
@@ -76,26 +79,26 @@ class LinearAttention(ProjectedMemory, kw_only=True):
     return count_key_heads(self.num_heads, self.num_key_heads)
 
   def initial_state(self, batch_size: int) -> MatrixState:
-    """An empty memory and no tokens before."""
+    """A memory of zeros, and zeros as the earlier inputs of the convolutions."""
     shape = batch_size, self.num_heads, self.key_dim, self.value_dim
     keys, values = self.key_heads * self.key_dim, self.num_heads * self.value_dim
     tails = (self.tail(batch_size, channels) for channels in (keys, self.writes * keys, self.writes * values))
     return MatrixState(jnp.zeros(shape, accumulator(self.activation_dtype())), *tails)
 
   def matrices(self, state: MatrixState) -> dict[str, jax.Array]:
-    """S, as "memory"."""
+    """Returns S under the name "memory"."""
     return {"memory": state.memory}
 
   @nn.compact
   def __call__(
     self, x: jax.Array, state: MatrixState | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, MatrixState]:
-    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    """Maps x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
     keys, values = self.key_heads * self.key_dim, self.num_heads * self.value_dim
     if self.feature_map not in FEATURES:
-      raise ValueError(f"feature_map={self.feature_map!r}; want one of {list(FEATURES)}.")
+      raise ValueError(f"feature_map={self.feature_map!r}; expected one of {list(FEATURES)}.")
     feature_map = FEATURES[self.feature_map]
     q, query_tail = self.stream("query", keys, feature_map)(x, state.query_tail, segment_ids)
     k, key_tail = self.stream("key", self.writes * keys, feature_map)(x, state.key_tail, segment_ids)

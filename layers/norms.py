@@ -1,4 +1,4 @@
-"""Normalisations. All of them compute in float32 (float64 where the input is) and return the input's dtype."""
+"""Normalisations. They compute in float32 (float64 where the input is) and return the dtype of the input."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .axes import named
 
 
 def l2_normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-  """x / sqrt(sum_i x_i^2 + epsilon) over the last axis: finite, with finite gradients, for x = 0."""
+  """x / sqrt(sum_i x_i^2 + epsilon) over the last axis. For x = 0 the result and its gradient are finite."""
   wide = x.astype(accumulator(x))
   return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
 
@@ -20,9 +20,9 @@ class RMSNorm(nn.Module):
   """scale * x / sqrt(mean_i x_i^2 + epsilon) over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467).
 
   Attributes:
-    epsilon: inside the root.
-    param_dtype: of `scale`, which starts at one.
-    axis: logical name of the normalised axis.
+    epsilon: added inside the root.
+    param_dtype: dtype of `scale`, which is initialised to one.
+    axis: logical name of the normalised axis, for sharding.
   """
 
   epsilon: float = 1e-6
@@ -41,9 +41,9 @@ class LayerNorm(nn.Module):
   """scale * (x - mean x) / sqrt(var x + epsilon) + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
 
   Attributes:
-    epsilon: inside the root.
-    param_dtype: of `scale`, which starts at one, and `bias`, at zero.
-    axis: logical name of the normalised axis.
+    epsilon: added inside the root.
+    param_dtype: dtype of `scale`, which is initialised to one, and `bias`, to zero.
+    axis: logical name of the normalised axis, for sharding.
   """
 
   epsilon: float = 1e-6

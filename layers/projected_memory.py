@@ -1,4 +1,4 @@
-"""The frame around a memory with heads: streams of queries, keys and values in, a normalised and gated read out.
+"""Base class of memory layers with heads: projections and convolutions before the memory, a norm and a gate after it.
 
     q, k, v = activation(conv(W x))                      y = W_o (RMSNorm(o) * gate(W_g x))
 """
@@ -20,14 +20,14 @@ Stream = Callable[[jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax
 
 
 class ProjectedMemory(MemoryLayer, kw_only=True):
-  """A memory layer with short convolutions before it and an output norm and gate behind.
+  """A memory layer with short convolutions before the memory and a norm and a gate after it.
 
   Attributes:
-    num_heads: memories side by side, H.
-    conv_width: tokens that the short convolutions see.
-    output_gate: "none", "silu" or "sigmoid" of W_g x, on the normalised output.
-    gate_rank: of W_g, which then also has a bias; `None` for full rank without.
-    norm_epsilon: of the output norm, over each head's channels.
+    num_heads: number of heads, H. Each head has its own memory.
+    conv_width: number of tokens that the short convolutions cover.
+    output_gate: activation of W_g x, which multiplies the normalised output: "none" (no gate), "silu" or "sigmoid".
+    gate_rank: rank of W_g, which then has a bias; `None` for full rank and no bias.
+    norm_epsilon: epsilon of the output norm over each head's channels.
   """
 
   num_heads: int
@@ -42,21 +42,21 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
 
   @property
   def types(self) -> dict[str, Any]:
-    """What submodules are told about dtypes."""
+    """The dtype arguments of submodules."""
     return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
   def tail(self, batch_size: int, channels: int) -> jax.Array:
-    """What a short convolution has seen before the first token: zeros [B, conv_width - 1, channels]."""
+    """The inputs of a short convolution before the first token: zeros [B, conv_width - 1, channels]."""
     return jnp.zeros((batch_size, self.conv_width - 1, channels), self.activation_dtype())
 
   def stream(self, name: str, features: int, activation: Callable[[jax.Array], jax.Array] = nn.silu) -> Stream:
-    """The map from x [B, T, D], a tail and segment ids to activation(conv(W x)) [B, T, features] and the next tail."""
+    """Returns a function from (x [B, T, D], tail, segment_ids) to (activation(conv(W x)) [B, T, features], the next tail)."""
     project = dense(features, ("embed", "heads"), name=name, **self.types)
     convolve = ShortConv(self.conv_width, self.param_dtype, activation, name=f"{name}_conv")
     return lambda x, tail, segment_ids: convolve(project(x), tail, segment_ids)
 
   def read_out(self, x: jax.Array, out: jax.Array) -> jax.Array:
-    """What the memory says, [B, T, H, V], to y [B, T, D]; the gate is made from x."""
+    """Maps the memory's output, [B, T, H, V], to y [B, T, D]; the gate is computed from x."""
     if self.output_gate not in GATES:
       raise ValueError(f"output_gate={self.output_gate!r}; want one of {list(GATES)}.")
     activation = GATES[self.output_gate]

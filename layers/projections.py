@@ -1,4 +1,4 @@
-"""The linear maps around a memory: projections, short convolutions and the gates made from them."""
+"""Projections, short convolutions and gates, which the memory layers share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +15,13 @@ INIT = nn.initializers.normal(0.02)
 
 
 def dense(features: int, axes: tuple[str | None, str | None], *, bias: Callable | None = None, **options: Any) -> nn.Dense:
-  """`nn.Dense` from normal(0, 0.02), with logical axis names for sharding.
+  """`nn.Dense` with weights from normal(0, 0.02) and logical axis names for sharding.
 
   Args:
     features: output width.
     axes: logical names of the kernel's (input, output) axes.
-    bias: initialiser of the bias, `None` for no bias.
-    **options: `name`, `dtype`, `param_dtype`, as for `nn.Dense`.
+    bias: initialiser of the bias; `None` for no bias.
+    **options: `name`, `dtype`, `param_dtype` of `nn.Dense`.
   """
   return nn.Dense(
     features,
@@ -34,12 +34,12 @@ def dense(features: int, axes: tuple[str | None, str | None], *, bias: Callable 
 
 
 class LowRank(nn.Module):
-  """x -> W2 W1 x, with nothing in between.
+  """A linear map of low rank, x -> W2 W1 x.
 
   Attributes:
     features: output width.
-    rank: width in between; `None` for a single full-rank map.
-    bias: initialiser of a bias on the output, `None` for no bias.
+    rank: output width of W1; `None` for a single full-rank map.
+    bias: initialiser of the output's bias; `None` for no bias.
   """
 
   features: int
@@ -58,11 +58,11 @@ class LowRank(nn.Module):
 
 
 class ShortConv(nn.Module):
-  """A causal depthwise convolution, `memzoo.pallas_kernels.short_conv`, with its own weights, and an activation.
+  """A causal depthwise convolution (`memzoo.pallas_kernels.short_conv`) followed by an activation.
 
   Attributes:
-    width: tokens that each output sees, its own included.
-    activation: of what comes out.
+    width: number of tokens that each output depends on, the current one included.
+    activation: function applied to the output.
   """
 
   width: int = 4
@@ -71,17 +71,17 @@ class ShortConv(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, tail: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """x [B, T, D] and the inputs before it, `tail` [B, width - 1, D], to the output and the next tail."""
+    """Maps x [B, T, D] and the inputs before it, `tail` [B, width - 1, D], to the output and the next tail."""
     y, tail = short_conv(x, conv_weight(self, self.width, x.shape[-1]), initial_state=tail, segment_ids=segment_ids)
     return self.activation(y), tail
 
 
 class Strength(nn.Module):
-  """A gate per head, sigmoid(W x + b) in float32: how much to write, or to erase.
+  """A write or erase strength per head: maximum * sigmoid(W x + b), in float32.
 
   Attributes:
-    num_heads: how many.
-    maximum: the gate lies in (0, maximum); 2 lets a delta rule reflect (negative eigenvalues), 1 does not.
+    num_heads: number of heads.
+    maximum: upper bound of the gate. With 2, an update of the delta rule can be a reflection (negative eigenvalues).
     bias: initial b; `None` for no bias.
   """
 
@@ -98,10 +98,10 @@ class Strength(nn.Module):
 
 
 class LogShare(nn.Module):
-  """The logarithm of a gate per head, log sigmoid(W x + b) <= 0 in float32: what share of something is kept.
+  """The logarithm of the share that each head keeps: log sigmoid(W x + b) <= 0, in float32.
 
   Attributes:
-    num_heads: how many.
+    num_heads: number of heads.
     bias: initial b.
   """
 
@@ -117,18 +117,18 @@ class LogShare(nn.Module):
 
 
 class LogDecay(nn.Module):
-  """A log-decay per head or per channel, never positive, in float32 (float64 where the input is).
+  """A log-decay per head or per channel, at most 0, in float32 (float64 where the input is).
 
       s = exp(A_log) softplus(u + dt_bias),     g = -s       or, bounded below by l,       g = |l| expm1(-s / |l|)
 
-  u is a linear map of x. The bounded form (Erase-then-Delta Attention, arXiv:2606.26560) agrees with the unbounded one
-  of Mamba-2 and Gated DeltaNet for gentle decays, and tends to it as l goes to minus infinity.
+  u is a linear map of x. The unbounded form is that of Mamba-2 and Gated DeltaNet. The bounded form (Erase-then-Delta
+  Attention, arXiv:2606.26560) agrees with it for small s, and tends to it as l goes to minus infinity.
 
   Attributes:
-    num_heads: heads H; the output is [B, T, H] or, with `channels`, [B, T, H, channels].
-    channels: decays per head; `None` for one that the head's channels share.
-    rank: of the map to u; `None` for full rank.
-    lower_bound: l < 0, or `None` for no bound.
+    num_heads: number of heads, H. The output is [B, T, H] or, with `channels`, [B, T, H, channels].
+    channels: number of decays per head; `None` for one decay per head.
+    rank: rank of the map from x to u; `None` for full rank.
+    lower_bound: l < 0; `None` for no bound.
   """
 
   num_heads: int
@@ -153,7 +153,7 @@ class LogDecay(nn.Module):
 
 
 def conv_weight(module: nn.Module, width: int, channels: int) -> jax.Array:
-  """The parameter "weight" [width, channels] of a short convolution in `module`, Uniform(-width^{-1/2}, width^{-1/2})."""
+  """The parameter "weight" [width, channels] of a short convolution of `module`, from Uniform(-width^{-1/2}, width^{-1/2})."""
   bound = width**-0.5
   return module.param("weight", named(_uniform(-bound, bound), None, "heads"), (width, channels), module.param_dtype)
 
@@ -166,11 +166,11 @@ def _uniform(low: float, high: float) -> Callable:
 
 
 def _a_log_init(key, shape, dtype=jnp.float32):
-  """log A, A ~ Uniform(1, 16)."""
+  """log A, with A from Uniform(1, 16)."""
   return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
 
 
 def _dt_bias_init(key, shape, dtype=jnp.float32):
-  """The inverse softplus of steps dt, log-uniform in [0.001, 0.1]."""
+  """The inverse softplus of dt, with dt log-uniform in [0.001, 0.1]."""
   dt = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1)))
   return dt + jnp.log(-jnp.expm1(-dt))
