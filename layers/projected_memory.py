@@ -58,7 +58,7 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
   def read_out(self, x: jax.Array, out: jax.Array) -> jax.Array:
     """Maps the memory's output, [B, T, H, V], to y [B, T, D]; the gate is computed from x."""
     if self.output_gate not in GATES:
-      raise ValueError(f"output_gate={self.output_gate!r}; want one of {list(GATES)}.")
+      raise ValueError(f"output_gate={self.output_gate!r}; expected one of {list(GATES)}.")
     activation = GATES[self.output_gate]
     features = out.shape[2] * out.shape[3]
     out = RMSNorm(self.norm_epsilon, self.param_dtype, axis=None, name="norm")(out)

@@ -29,7 +29,7 @@ def choose(operation: str, requested: str, candidates: Mapping[str, str | None])
     ValueError: if `requested` is neither "auto" nor a candidate.
   """
   if requested != "auto" and requested not in candidates:
-    raise ValueError(f"implementation={requested!r} does not exist for {operation}; want one of {['auto', *candidates]}.")
+    raise ValueError(f"implementation={requested!r} does not exist for {operation}; expected one of {['auto', *candidates]}.")
   chosen = next(name for name, objection in candidates.items() if objection is None) if requested == "auto" else requested
   others = {
     name: (f"implementation={requested!r} was asked for" if requested != "auto" else objection or f"{chosen} comes first")

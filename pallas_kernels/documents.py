@@ -29,7 +29,7 @@ def check_segment_ids(segment_ids: jax.Array | None, shape: tuple[int, int]) -> 
     return
   if segment_ids.shape != shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
     raise ValueError(
-      f"segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}; want integers of shape {list(shape)} (batch, tokens)."
+      f"segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}; expected integers of shape {list(shape)} (batch, tokens)."
     )
 
 

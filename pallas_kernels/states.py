@@ -17,14 +17,14 @@ def check_state(name: str, owner: str, state: Any, expected: Any) -> None:
   """
   if jax.tree.structure(state) != jax.tree.structure(expected):
     raise ValueError(
-      f"{name} is not one of {owner}'s: it has the structure {jax.tree.structure(state)}; want "
-      f"{jax.tree.structure(expected)}, as an earlier call returns it, or none for a fresh one."
+      f"{name} is not one of {owner}'s: it has the structure {jax.tree.structure(state)}; expected "
+      f"{jax.tree.structure(expected)}, as returned by an earlier call, or None for a fresh state."
     )
-  for (path, leaf), want in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):
-    if leaf.shape != want.shape:
+  for (path, leaf), fitting in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):
+    where = f"{name}{jax.tree_util.keystr(path)}"
+    if leaf.shape != fitting.shape:
       raise ValueError(
-        f"{name}{jax.tree_util.keystr(path)} has shape {list(leaf.shape)}; want {list(want.shape)} for {owner} with this "
-        "batch and configuration."
+        f"{where} has shape {list(leaf.shape)}; expected {list(fitting.shape)} for {owner} with this batch and configuration."
       )
-    if jnp.issubdtype(leaf.dtype, jnp.floating) != jnp.issubdtype(want.dtype, jnp.floating):
-      raise ValueError(f"{name}{jax.tree_util.keystr(path)} is {leaf.dtype}; want {want.dtype}, as an earlier call returns it.")
+    if jnp.issubdtype(leaf.dtype, jnp.floating) != jnp.issubdtype(fitting.dtype, jnp.floating):
+      raise ValueError(f"{where} is {leaf.dtype}; expected {fitting.dtype}, as returned by an earlier call.")

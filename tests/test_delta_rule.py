@@ -323,12 +323,12 @@ MISTAKES = [
   ("erase_then_delta_rule", {"erase_key": floats(2, 9, 2, 5)}, r"erase_key has shape .*; expected \[2, 9, 1, 5\]"),
   ("erase_then_delta_rule", {"erase_strength": floats(2, 9, 1)}, r"erase_strength has shape .*; expected \[2, 9, 2\]"),
   ("delta_rule", {"initial_state": floats(2, 2, 3, 5)}, r"initial_state has shape \[2, 2, 3, 5\]; expected \[2, 2, 5, 3\]"),
-  ("delta_rule", {"segment_ids": jnp.ones((2, 8), jnp.int32)}, r"segment_ids is int32\[2, 8\]; want integers .*\[2, 9\]"),
-  ("delta_rule", {"segment_ids": floats(2, 9)}, r"segment_ids is float32\[2, 9\]; want integers"),
+  ("delta_rule", {"segment_ids": jnp.ones((2, 8), jnp.int32)}, r"segment_ids is int32\[2, 8\]; expected integers .*\[2, 9\]"),
+  ("delta_rule", {"segment_ids": floats(2, 9)}, r"segment_ids is float32\[2, 9\]; expected integers"),
   ("delta_rule", {"chunk_size": 24}, r"chunk_size=24; expected a power of two"),
   ("delta_rule", {"chunk_size": 0}, r"chunk_size=0; expected a power of two"),
-  ("delta_rule", {"implementation": "pallas"}, r"implementation='pallas' does not exist for delta_rule; want .*'xla'"),
-  ("delta_rule", {"implementation": "fast"}, r"implementation='fast' does not exist for delta_rule; want .*'auto'"),
+  ("delta_rule", {"implementation": "pallas"}, r"implementation='pallas' does not exist for delta_rule; expected .*'xla'"),
+  ("delta_rule", {"implementation": "fast"}, r"implementation='fast' does not exist for delta_rule; expected .*'auto'"),
 ]  # fmt: skip
 
 

@@ -67,5 +67,5 @@ def test_mistakes_are_named():
   check_segment_ids(None, (2, 3))
   check_segment_ids(jnp.ones((2, 3), jnp.int32), (2, 3))
   for wrong, got in ((jnp.ones((2, 4), jnp.int32), r"int32\[2, 4\]"), (jnp.ones((2, 3), jnp.float32), r"float32\[2, 3\]")):
-    with pytest.raises(ValueError, match=rf"segment_ids is {got}; want integers of shape \[2, 3\]"):
+    with pytest.raises(ValueError, match=rf"segment_ids is {got}; expected integers of shape \[2, 3\]"):
       check_segment_ids(wrong, (2, 3))

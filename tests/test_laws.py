@@ -303,15 +303,15 @@ def test_13_mistakes_are_named(subject):
     subject.apply(params, x[:, 0] if subject.takes_tokens else x[:, 0, 0])
   with pytest.raises(ValueError, match=r"x .*no tokens.*want"):
     subject.apply(params, x[:, :0])
-  with pytest.raises(ValueError, match=r"segment_ids .*\[2, 4\].*want .*\[2, 5\]"):
+  with pytest.raises(ValueError, match=r"segment_ids .*\[2, 4\].*expected .*\[2, 5\]"):
     subject.apply(params, x, None, jnp.ones((2, 4), jnp.int32))
-  with pytest.raises(ValueError, match=r"segment_ids is float64.*want integers"):
+  with pytest.raises(ValueError, match=r"segment_ids is float64.*expected integers"):
     subject.apply(params, x, None, jnp.ones((2, 5), jnp.float64))
-  with pytest.raises(ValueError, match=r"state.* has shape .*want"):
+  with pytest.raises(ValueError, match=r"state.* has shape .*expected"):
     subject.apply(params, x, subject.fresh(params, 3))
-  with pytest.raises(ValueError, match=r"state is .*want"):
+  with pytest.raises(ValueError, match=r"state is .*expected"):
     subject.apply(params, x, (jnp.zeros((2, 3)),) * 9)
-  with pytest.raises(ValueError, match=r"state.* is int32; want float64"):
+  with pytest.raises(ValueError, match=r"state.* is int32; expected float64"):
     subject.apply(params, x, jax.tree.map(lambda a: a.astype(jnp.int32), subject.fresh(params, 2)))
 
 

@@ -142,8 +142,8 @@ def floats(*shape):
     ({"weight": floats(4, 6)}, r"weight has shape \[4, 6\]; expected \[width, 5\]"),
     ({"weight": floats(0, 5), "initial_state": None}, r"weight has shape \[0, 5\]; expected"),
     ({"initial_state": floats(2, 4, 5)}, r"initial_state has shape \[2, 4, 5\]; expected \[2, 3, 5\]"),
-    ({"segment_ids": jnp.ones((2, 8), jnp.int32)}, r"segment_ids is int32\[2, 8\]; want integers .*\[2, 9\]"),
-    ({"implementation": "pallas"}, r"implementation='pallas' does not exist for short_conv; want .*'xla'"),
+    ({"segment_ids": jnp.ones((2, 8), jnp.int32)}, r"segment_ids is int32\[2, 8\]; expected integers .*\[2, 9\]"),
+    ({"implementation": "pallas"}, r"implementation='pallas' does not exist for short_conv; expected .*'xla'"),
   ],
 )
 def test_mistakes_are_named(wrong, message):
