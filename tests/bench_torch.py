@@ -1,10 +1,10 @@
-"""The gated delta rule beside PyTorch's: the chunked fallback that Qwen3-Next runs where it has no kernel of its own.
+"""The gated delta rule compared with PyTorch's: the chunked fallback that Qwen3-Next runs where it has no kernel.
 
     python -m tests/bench_torch.py [--length 2048] [--json FILE]
 
-Needs `torch` and `transformers`, which memzoo itself does not. Both sides get the same float32 inputs and the same
-number of threads, take turns in one process, and must agree before they are timed. The quickest call counts, as well as
-the median: torch's threads wait for one another, and other work on the machine slows them more than it slows XLA's.
+It needs `torch` and `transformers`, which memzoo itself does not need. Both sides get the same float32 inputs and the same
+number of threads, take turns in one process, and must agree before they are timed. Both the quickest call and the median are
+reported: torch's threads wait for one another, so other work on the machine slows them more than it slows XLA's.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def _check_equal(direction: str, ours: tuple[jax.Array, ...], theirs: list[np.nd
   for mine, other in zip(ours, theirs, strict=True):
     error = float(jnp.linalg.norm(mine - other) / jnp.linalg.norm(mine))
     if not error < 1e-4:
-      raise ValueError(f"{direction}: memzoo and torch differ by {error:.1e} of the norm; want 1e-4 at most.")
+      raise ValueError(f"{direction}: memzoo and torch differ by {error:.1e} of the norm; expected 1e-4 at most.")
 
 
 def main() -> None:

@@ -18,8 +18,7 @@ and goes through the chunks in reverse. D marks the cotangent of the quantity th
     DS <- Diag(e^{G_C}) DS + (q e^G)^T DO - (a e^G)^T DR
 
 Chunks are grouped in blocks: what does not depend on the state is computed for all chunks of a block at once. Large blocks
-keep a GPU or TPU busy. On a CPU a block is one chunk, which stays in the core's cache. No intermediate array is as long as
-the sequence.
+keep a GPU or TPU busy. On a CPU a block is one chunk, so that these arrays stay in the core's cache.
 """
 
 from collections.abc import Callable
