@@ -1,9 +1,11 @@
-"""Configurations: what they make, what they refuse and how they say so, and that they leave nothing behind."""
+"""Configurations: what they build, what they refuse and in which words, and that they leave no global state behind."""
 
 import dataclasses
 import re
+import tempfile
 import threading
 import typing
+from pathlib import Path
 
 import gin
 import jax
@@ -12,7 +14,10 @@ import pytest
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memzoo.layers import MemoryAsGate, Moneta, TitansMemory, Yaad
+from memzoo.layers.titans import Gating, Loss, Network, Retention, Update
 from memzoo.train.config import build, build_text, shipped
+from memzoo.train.run_folder import check_same_run
 from memzoo.train.values import Mismatch, convert, did_you_mean, in_words
 
 SMALL = """
@@ -113,8 +118,8 @@ TextData.sources = {sources!r}
     ("LanguageModel.depth=2.5", "LanguageModel.depth = 2.5: want an integer."),
     ("LanguageModel.depth=True", "LanguageModel.depth = True: want an integer."),
     ("LanguageModel.tie_embeddings=1", "want True or False"),
-    ("LanguageModel.mixers=@Attention", "want a list, each item a layer, such as @Attention."),
-    ("LanguageModel.mixers=[@Trainer]", "want a layer, such as @Attention."),
+    ("LanguageModel.mixers=@Attention", "want a list, each item a layer, such as @Attention"),
+    ("LanguageModel.mixers=[@Trainer]", "want a layer, such as @Attention"),
     ("LanguageModel.mixers=[@Atention]", "nothing called 'Atention': did you mean 'Attention'?"),
     ("Attention.dtype=int32", "want the name of a floating type: float16, bfloat16, float32, float64"),
     ("Attention.window=[1,", "want an integer or None"),
@@ -141,7 +146,7 @@ def test_an_impossible_override_is_refused_with_what_would_do(small, override, w
     ("Attention.window = 'wide'\n" + SMALL, "bad:1: Attention.window = 'wide': want an integer"),
     ("GatedDeltaNet.num_heads = 'x'\n" + SMALL, "bad:1: GatedDeltaNet.num_heads = 'x': want an integer"),
     ("locl/Attention.window = 3\n" + SMALL, "bad:1: it changes nothing"),
-    ("LanguageModel.vocab_size = 256", "LanguageModel.width has no default and is not set. Set it"),
+    ("LanguageModel.vocab_size = 256", "LanguageModel.mixers has no default and is not set. Set it"),
     (SMALL.replace("num_heads = 2", "", 1), "EraseThenDelta.num_heads has no default"),
     ("LanguageModel.width == 3", "bad:1: "),
     ("LanguageModel.width = (\n", "in multi-line statement."),
@@ -220,8 +225,167 @@ def test_experiments_can_be_built_in_several_threads(small):
   assert found == {depth: depth for depth in range(1, 6)}
 
 
+TITANS = """
+LanguageModel.vocab_size = 256
+LanguageModel.width = 32
+LanguageModel.depth = 3
+LanguageModel.mixers = [@TitansMemory, @Moneta, @plain/Yaad]
+TitansMemory.num_heads = 2
+TitansMemory.head_dim = 16
+Moneta.num_heads = 2
+Moneta.head_dim = 16
+Yaad.num_heads = 2
+Yaad.head_dim = 16
+plain/Network.residual = False
+"""
+
+
+def build_with(text: str, override: str):
+  """The experiment of a file with this text, and an override."""
+  with tempfile.TemporaryDirectory() as folder:
+    (path := Path(folder) / "file.gin").write_text(text)
+    return build(path, [override])
+
+
+def rebuilt(experiment):
+  """The experiment, whose operative text must build an equal one."""
+  assert build_text(experiment.text, experiment.name) == experiment
+  return experiment
+
+
+def test_bindings_of_an_option_group_replace_fields_of_the_layers_own_default():
+  sizes = {"num_heads": 2, "head_dim": 16, "parent": None}
+  titans, moneta, yaad = rebuilt(build_text(TITANS + "Loss.scale = 0.5", "titans")).model.mixers
+  assert titans == TitansMemory(**sizes, loss=Loss(scale=0.5))
+  assert moneta == Moneta(**sizes, loss=Loss("power", 0.5))
+  assert yaad == Yaad(**sizes, loss=Loss("mixture", 0.5), network=Network(residual=False, norm=True))
+
+
+def test_a_reference_to_an_option_group_builds_it_from_its_own_defaults():
+  text = TITANS + "Moneta.loss = @own/Loss\nown/Loss.scale = 2\nYaad.loss = @Loss\nLoss.power = 4"
+  titans, moneta, yaad = rebuilt(build_text(text, "titans")).model.mixers
+  assert titans.loss == yaad.loss == Loss(power=4.0)
+  assert moneta.loss == Loss(scale=2.0, power=4.0)
+
+
+def test_an_operative_text_has_short_names_for_option_groups_and_can_be_overridden(tmp_path):
+  text = TITANS.replace("plain/", "").replace("[@TitansMemory, @Moneta, @Yaad]", "[@TitansMemory]")
+  experiment = build_text(text, "titans")
+  assert "TitansMemory.loss = @Loss\n" in experiment.text
+  (tmp_path / "config.gin").write_text(experiment.text)
+  assert build(tmp_path / "config.gin", ["Loss.kind=huber"]).model.mixers[0].loss == Loss("huber")
+
+
+def test_option_groups_of_a_layer_of_ones_own(tmp_path, monkeypatch):
+  (tmp_path / "own_layers.py").write_text(
+    "from dataclasses import dataclass\nfrom memzoo.layers import DeltaNet\n"
+    "@dataclass(frozen=True)\nclass Options:\n  rank: int = 1\n"
+    "class Own(DeltaNet):\n  options: Options = Options(2)\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  text = TITANS.replace("[@TitansMemory, @Moneta, @plain/Yaad]", "[@own_layers.Own]").replace("plain/", "")
+  text = "import own_layers\n" + text + "own_layers.Own.num_heads = 2\nown_layers.Own.key_dim = 8\nown_layers.Own.value_dim = 8\n"
+  assert rebuilt(build_text(text, "own")).model.mixers[0].options.rank == 2
+  assert rebuilt(build_text(text + "own_layers.Options.rank = 5\n", "own")).model.mixers[0].options.rank == 5
+
+
+@pytest.mark.parametrize(
+  ("override", "words"),
+  [
+    ("Loss.kind=cubic", "Loss.kind = 'cubic': want one of 'squared', 'dot'"),
+    ("Loss.knd=huber", "Loss has no field 'knd': did you mean 'kind'?"),
+    ("Gating.max_step=-1", "Gating.max_step=-1.0; expected at least 0"),
+    ("TitansMemory.loss=3", "TitansMemory.loss = 3: want a Loss."),
+    ("other/Loss.scale=2", "it changes nothing"),
+    ("TitansMemory.loss_scale=0.5", "TitansMemory.loss_scale is Loss.scale now (in Python loss=Loss(scale=...))."),
+    ("Moneta.retention=norm", "Moneta.retention is Retention.kind now"),
+    ("VectorModel.vocab_size=3", "VectorModel.vocab_size does not exist any more; leave it out."),
+  ],
+)
+def test_a_wrong_option_is_refused_with_what_would_do(override, words):
+  with pytest.raises(ValueError, match="override") as error:
+    build_with(TITANS, override)
+  assert words in str(error.value)
+
+
+# The operative text of a run of version 0.1.0, every field of the layer with a value other than its default.
+OLD = """
+LanguageModel.vocab_size = 256
+LanguageModel.width = 32
+LanguageModel.depth = 3
+LanguageModel.mixers = [@small/MemoryAsGate]
+
+small/MemoryAsGate.num_heads = 2
+small/MemoryAsGate.head_dim = 16
+small/MemoryAsGate.depth = 3
+small/MemoryAsGate.expansion = 2
+small/MemoryAsGate.gated = True
+small/MemoryAsGate.residual = True
+small/MemoryAsGate.memory_norm = True
+small/MemoryAsGate.memory_norm_epsilon = 0.02
+small/MemoryAsGate.loss = 'power'
+small/MemoryAsGate.loss_scale = 0.5
+small/MemoryAsGate.power = 2.5
+small/MemoryAsGate.retention = 'norm'
+small/MemoryAsGate.retention_norm = 2.5
+small/MemoryAsGate.momentum = False
+small/MemoryAsGate.forget = False
+small/MemoryAsGate.chunk_size = 8
+small/MemoryAsGate.anchor = 'token'
+small/MemoryAsGate.order = 'decay_first'
+small/MemoryAsGate.read = 'before'
+small/MemoryAsGate.clip = None
+small/MemoryAsGate.max_step = 0.25
+small/MemoryAsGate.step_bias = -1.0
+small/MemoryAsGate.forget_bias = -2.0
+small/MemoryAsGate.momentum_bias = 1.0
+small/MemoryAsGate.window = 8
+"""
+
+
+def test_the_operative_text_of_an_earlier_version_builds_the_same_layer():
+  (layer,) = rebuilt(build_text(OLD, "old")).model.mixers
+  assert layer == MemoryAsGate(
+    num_heads=2,
+    head_dim=16,
+    chunk_size=8,
+    window=8,
+    network=Network(3, 2.0, True, True, True, 0.02),
+    loss=Loss("power", 0.5, 2.5),
+    retention=Retention("norm", 2.5),
+    update=Update("token", "decay_first", "before", None),
+    gates=Gating(False, False, 0.25, -1.0, -2.0, 1.0),
+    parent=None,
+  )
+  assert build_with(OLD, "Loss.scale=3").model.mixers[0].loss == Loss("power", 3.0, 2.5), "overrides win"
+
+
+def test_the_operative_text_of_an_earlier_vector_model_loses_the_fields_of_its_tokens():
+  text = "".join(f"VectorModel.{line}\n" for line in ("width = 8", "depth = 1", "input_dim = 3", "output_dim = 2"))
+  text += "VectorModel.mixers = [@GatedConv]\nGatedConv.channels = 8\nTaskData.task = @Regression\n"
+  old = "VectorModel.vocab_size = 0\nVectorModel.tie_embeddings = True\n"
+  assert rebuilt(build_text(text + old, "any")) == build_text(text, "any")
+
+
+def test_a_run_of_an_earlier_memory_as_layer_is_refused():
+  with pytest.raises(ValueError, match=r"^old:9: MemoryAsLayer has another norm now.* Train it anew"):
+    build_text(OLD.replace("MemoryAsGate", "MemoryAsLayer").replace("small/", ""), "old")
+
+
+def test_a_run_of_an_earlier_version_is_the_same_run_if_its_renewed_text_is(tmp_path):
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+  (tmp_path / "config.gin").write_text(OLD)
+  today = build_text(OLD, "old").text
+  check_same_run(tmp_path, today)
+  for now, there, here in (("/Loss.scale", 0.5, 1.5), ("LanguageModel.mlp_ratio", 8 / 3, 2.0)):
+    other = today.replace(f"{now} = {there}", f"{now} = {here}").replace(f"{now[1:]} = {there}", f"{now[1:]} = {here}")
+    with pytest.raises(ValueError, match=rf"{now.strip('/')} = {there} there, {here} here\. Want"):
+      check_same_run(tmp_path, other)
+
+
 def count_parameters(experiment) -> int:
-  shapes = jax.eval_shape(experiment.model.init, jax.random.key(0), experiment.data.one_token)
+  model = experiment.model.clone(scan=True)  # the same parameters, and each layer is traced once
+  shapes = jax.eval_shape(model.init, jax.random.key(0), experiment.data.one_token)
   return sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(shapes)))
 
 
