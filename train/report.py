@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..zoo.formats import thousands
+
 Row = dict[str, Any]
 MEASURES = {"bits_per_byte": "bits/byte", "bits_per_answer": "bits/answer", "squared_error": "squared error"}
 
