@@ -159,12 +159,14 @@ def test_rotary_positions_tell_the_order(rope_base):
 @IN_FLOAT64
 @pytest.mark.parametrize("window", [WINDOW, 23], ids=["blocked", "whole"])
 def test_positions_restart_with_every_document(window):
-  """Seen in the keys left behind: they are rotated by their position in the last document."""
+  """Also where the first continues an earlier call. The keys in the cache show it: their position rotates them."""
   module, x = layer(window=window), inputs(23)
   weights, rows = params(module), np.ones((2, 23), np.int32)
   rows[0, 19:] = 2
   rows[1, :19] = 0
-  y, state = run(module, weights, x.at[1].set(x[0]), None, jnp.asarray(rows))
+  fresh = module.apply({}, 2, method="initial_state")
+  used = fresh._replace(keys=fresh.keys.at[0].set(1.0), values=fresh.values.at[0].set(1.0), length=fresh.length.at[0].set(3))
+  y, state = run(module, weights, x.at[1].set(x[0]), used, jnp.asarray(rows))
   assert_close(y[0, 19:], y[1, 19:])
   np.testing.assert_array_equal(state.length, [4, 4])
   assert_close((state.keys[0, :4], state.values[0, :4]), (state.keys[1, :4], state.values[1, :4]))
