@@ -1,20 +1,23 @@
-"""What is said about a memory is what is in it: held to cases where the answer is known on paper."""
+"""Inspection of memories: every number is checked in a case whose answer is known."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filled import filled
 from flax import linen as nn
 from matplotlib.figure import Figure
-from memzoo.layers import Attention, DeltaProduct, EraseThenDelta, GatedDeltaNet, KimiDeltaAttention, LinearAttention
+from memzoo.layers import Attention, DeltaNet, DeltaProduct, EraseThenDelta, GatedDeltaNet, LinearAttention
 from memzoo.layers.memory_layer import MemoryLayer
 from memzoo.pallas_kernels.delta_rule import gated_delta_rule
+from memzoo.pallas_kernels.documents import documents
 from memzoo.train.tasks.recall import MultiQueryRecall, NoisyRecall
 from memzoo.train.tasks.task import Example
 from memzoo.zoo import inspect_figures as figures
 from memzoo.zoo.inspect import (
   Curves,
   Recall,
+  Retention,
   Writes,
   by_distance,
   by_lag,
@@ -44,22 +47,21 @@ def hybrid():
   mixers = EraseThenDelta(**SMALL), Attention(num_heads=2, head_dim=4, window=5), GatedDeltaNet(**SMALL)
   model = LanguageModel(vocab_size=11, width=8, depth=3, mixers=mixers)
   tokens = jax.random.randint(jax.random.key(0), (2, TOKENS), 0, 11, jnp.int32)
-  params = jax.jit(model.init)(jax.random.key(1), tokens[:, :2])
-  return model, jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p, params), tokens
+  return model, filled(model, tokens), tokens
 
 
 def one_key_a_token(kind: type[LinearAttention], tokens: int = 6, **fields):
   """A layer with variables for which token t of its input has unit key t, and the input: no two keys share a direction."""
   module = kind(num_heads=1, key_dim=tokens, value_dim=3, **fields)
   x = 20 * jnp.eye(tokens, dtype=jnp.float32)[None]
-  params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x))["params"]
+  params = filled(module, x, std=0.02)["params"]
   own_input = jnp.zeros((module.conv_width, tokens), jnp.float32).at[-1].set(1)
   params |= {"key": {"kernel": jnp.eye(tokens, dtype=jnp.float32)}, "key_conv": {"weight": own_input}}
   return module, {"params": params}, x
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
-def test_equal_singular_values_count_as_so_many_directions(rank):
+def test_the_effective_rank_of_equal_singular_values_is_their_number(rank):
   left, right = (jnp.linalg.qr(jax.random.normal(jax.random.key(i), (n, n), jnp.float32))[0] for i, n in ((0, 5), (1, 7)))
   matrix = 3.0 * left[:, :rank] @ right[:rank]
   np.testing.assert_allclose(effective_rank(matrix[None]), [rank], rtol=1e-3)
@@ -71,7 +73,7 @@ def test_effective_rank_is_the_exponential_of_the_entropy_and_zero_for_nothing()
 
 
 @pytest.mark.parametrize("name", [name for name, kind in LAYERS.items() if issubclass(kind, LinearAttention)])
-def test_every_linear_attention_names_its_matrix_by_batch_and_head(name):
+def test_every_linear_attention_names_its_matrix(name):
   module = layer(name)
   found = memories(module, module.initial_state(3))
   assert set(found) == {"memory"}
@@ -88,55 +90,73 @@ def test_a_model_names_the_matrices_by_block():
   assert set(memories(model, model.initial_state(2))) == {"block 0/memory", "block 2/memory"}
 
 
-def test_a_layer_of_ones_own_is_looked_into_once_it_names_its_matrices():
-  class Sum(MemoryLayer):
-    def initial_state(self, batch_size):
-      return (jnp.zeros((batch_size, 1, 1, 1), jnp.float32),)
+class Sum(MemoryLayer):
+  """The sum of the current document's inputs, which it names as its matrix."""
 
-    def matrices(self, state):
-      return {"sum": state[0]}
+  def initial_state(self, batch_size):
+    return (jnp.zeros((batch_size, 1, 1, 1), jnp.float32),)
 
-    @nn.compact
-    def __call__(self, x, state=None, segment_ids=None):
-      (total,) = self.begin(x, state, segment_ids)
+  def matrices(self, state):
+    return {"sum": state[0]}
+
+  @nn.compact
+  def __call__(self, x, state=None, segment_ids=None):
+    (total,) = self.begin(x, state, segment_ids)
+    if segment_ids is None:
       return x, (total + x.sum(axis=(1, 2)).reshape(-1, 1, 1, 1),)
-
-  times, seen = over_time(Sum(), {}, jnp.ones((1, 5, 1), jnp.float32), lambda matrices: matrices["sum"], every=2)
-  assert times.tolist() == [2, 4, 5]
-  assert seen.ravel().tolist() == [2, 4, 5]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("every", [1, 5, 30])
-def test_pieces_of_any_size_see_the_same(hybrid, every):
-  model, params, tokens = hybrid
-  fine = curves_over_time(model, params, tokens, every=1)
-  found = curves_over_time(model, params, tokens, every=every)
-  assert found.times.tolist() == {1: list(range(1, 13)), 5: [5, 10, 12], 30: [12]}[every]
-  then = found.times - 1
-  assert_close(found[1:], jax.tree.map(lambda a: a[then], fine[1:]), jnp.float32)
-  _, state = model.apply(params, tokens)
-  whole = memories(model, state)["block 0/memory"]
-  assert_close(found.norm["block 0/memory"][-1], jnp.linalg.norm(whole, axis=(-2, -1)), jnp.float32)
+    docs = documents(segment_ids)
+    first = jnp.take_along_axis(docs.index, jnp.argmax(docs.is_token, axis=1)[:, None], axis=1)
+    last = docs.index[:, -1:]
+    of_last = jnp.sum(x[..., 0], axis=1, where=docs.is_token & (docs.index == last))
+    continued = jnp.where((first == last)[..., None, None], total, 0)
+    return x, (continued + of_last.reshape(-1, 1, 1, 1),)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("every", [1, 3, 5])
+@pytest.mark.parametrize("every", [1, 2, 4, 5, 30])
+def test_a_custom_layer_is_inspected_in_pieces_of_any_size(every):
+  times, seen = over_time(Sum(), {}, jnp.ones((1, 5, 1), jnp.float32), lambda matrices: matrices["sum"], every=every)
+  assert times.tolist() == seen.ravel().tolist() == {1: [1, 2, 3, 4, 5], 2: [2, 4, 5], 4: [4, 5]}.get(every, [5])
+
+
+IDS = jnp.array([[1, 1, 1, 2, 2, 0, 3, 3, 3, 3], [0, 0, 4, 4, 4, 0, 0, 5, 0, 0]], jnp.int32)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 7])
 def test_documents_and_padding_may_lie_anywhere_between_pieces(every):
+  x = jnp.arange(1, 11, dtype=jnp.float32)[None, :, None].repeat(2, axis=0)
+  times, found = over_time(Sum(), {}, x, lambda matrices: matrices["sum"][:, 0, 0, 0], every=every, segment_ids=IDS)
+  expected = [[1, 3, 6, 4, 9, 9, 7, 15, 24, 34], [0, 0, 3, 7, 12, 12, 12, 8, 8, 8]]
+  np.testing.assert_array_equal(found.T, np.array(expected)[:, times - 1])
+
+
+@pytest.mark.slow
+def test_a_model_between_pieces_is_the_model_at_that_time(hybrid):
+  model, params, tokens = hybrid
+  found = curves_over_time(model, params, tokens, every=5)
+  assert found.times.tolist() == [5, 10, 12]
+  _, state = jax.jit(model.apply)(params, tokens)
+  whole = memories(model, state)
+  assert set(found.norm) == set(found.rank) == set(whole) == {"block 0/memory", "block 2/memory"}
+  for name, matrix in whole.items():
+    assert_close(found.norm[name][-1], jnp.linalg.norm(matrix, axis=(-2, -1)), jnp.float32)
+    assert_close(found.rank[name][-1], effective_rank(matrix), jnp.float32)
+
+
+@pytest.mark.slow
+def test_a_layer_with_documents_between_pieces_is_the_layer_of_one_pass():
   module = GatedDeltaNet(**SMALL)
   x = jax.random.normal(jax.random.key(0), (2, 10, 8), jnp.float32)
-  ids = jnp.array([[1, 1, 1, 2, 2, 0, 3, 3, 3, 3], [0, 0, 4, 4, 4, 0, 0, 5, 0, 0]], jnp.int32)
-  params = module.init(jax.random.key(1), x)
-  times, found = over_time(module, params, x, lambda matrices: matrices["memory"], every=every, segment_ids=ids)
+  params = filled(module, x, std=0.3)
+  times, found = over_time(module, params, x, lambda matrices: matrices["memory"], every=3, segment_ids=IDS)
   one_pass = jax.jit(lambda ids: module.apply(params, x, None, ids)[1].memory)
   for i, time in enumerate(times):
-    assert_close(found[i], one_pass(jnp.where(jnp.arange(10)[None] < time, ids, 0)), jnp.float32)
-  seen = np.isfinite(retention(module, params, x, every=every, segment_ids=ids)["memory"].cosine[-1, ..., 0, 0])
+    assert_close(found[i], one_pass(jnp.where(jnp.arange(10)[None] < time, IDS, 0)), jnp.float32)
+  seen = np.isfinite(retention(module, params, x, every=3, segment_ids=IDS)["memory"].cosine[-1, ..., 0, 0])
   assert seen.tolist() == [[False] * 6 + [True] * 4, [False] * 7 + [True] + [False] * 2]
 
 
 @pytest.mark.slow
-def test_gates_are_heard_where_they_are_and_lie_in_their_ranges(hybrid):
+def test_gates_are_named_by_place_and_lie_in_their_ranges(hybrid):
   model, params, tokens = hybrid
   found = gates(model, params, tokens)
   blocks = {f"block 0/{name}" for name in ("beta", "gamma", "decay")} | {f"block 2/{name}" for name in ("beta", "decay")}
@@ -150,10 +170,10 @@ def test_gates_are_heard_where_they_are_and_lie_in_their_ranges(hybrid):
 
 
 @pytest.mark.slow
-def test_strengths_that_reflect_go_beyond_one():
+def test_strengths_of_reflections_exceed_one():
   module = DeltaProduct(**SMALL, num_writes=3)
   x = jax.random.normal(jax.random.key(0), (1, 20, 8), jnp.float32)
-  params = jax.tree.map(lambda p: p * 30 if p.ndim > 1 else p, module.init(jax.random.key(1), x))
+  params = filled(module, x, std=0.6)
   beta = gates(module, params, x)["beta"]
   assert beta.shape == (1, 20, 6)
   assert 1.5 < beta.max() <= 2
@@ -161,18 +181,18 @@ def test_strengths_that_reflect_go_beyond_one():
 
 
 @pytest.mark.slow
-def test_what_is_overheard_is_what_was_written():
+def test_captured_writes_are_what_the_memory_holds():
   """Linear attention's memory is the sum of its writes."""
   module = LinearAttention(num_heads=4, num_key_heads=2, key_dim=4, value_dim=3)
   x = jax.random.normal(jax.random.key(0), (2, 9, 8), jnp.float32)
-  params = module.init(jax.random.key(1), x)
-  _, state = module.apply(params, x)
+  params = filled(module, x)
+  _, state = jax.jit(module.apply)(params, x)
   key, value = writes(module, params, x)["memory"]
   assert_close(jnp.einsum("btrhk,btrhv->bhkv", key, value), state.memory, jnp.float32)
 
 
 @pytest.mark.slow
-def test_a_write_under_a_key_of_its_own_is_read_back_whole():
+def test_a_write_under_an_orthogonal_key_is_read_back_exactly():
   module, params, x = one_key_a_token(LinearAttention)
   found = retention(module, params, x)["memory"]
   written = np.arange(6)[None] < found.times[:, None]
@@ -185,12 +205,12 @@ def test_a_write_under_a_key_of_its_own_is_read_back_whole():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 4])
-def test_a_known_decay_is_the_known_retention(every):
+def test_retention_under_a_known_decay_is_the_product_of_the_decays(every):
   module, params, x = one_key_a_token(GatedDeltaNet)
-  params["params"]["decay"]["dt_bias"] = jnp.full(1, -2.0, jnp.float32)
+  params["params"]["decay"]["dt_bias"] = jnp.full(1, -1.0, jnp.float32)
   found = retention(module, params, x, every=every)["memory"]
   beta, decay = (np.asarray(gates(module, params, x)[name])[0, :, 0] for name in ("beta", "decay"))
-  assert decay.max() < 0.9, "else there is nothing to see"
+  assert decay.max() < 0.9, "otherwise the share would be one anyway"
   for i, time in enumerate(found.times):
     left = [beta[t] * np.prod(decay[t + 1 : time]) for t in range(time)]
     np.testing.assert_allclose(found.share[i, 0, :time, 0, 0], left, rtol=1e-5)
@@ -202,7 +222,7 @@ def test_a_known_decay_is_the_known_retention(every):
   np.testing.assert_allclose(share[0, 0], of_age_zero.mean(), rtol=1e-6)
 
 
-def test_reading_back_tells_another_value_from_a_smaller_one():
+def test_reading_back_distinguishes_another_value_from_a_smaller_one():
   key, value = jnp.eye(2, dtype=jnp.float32), jnp.array([[3.0, 0.0], [0.0, 5.0]], jnp.float32)
   written = writes_of(key, value)
   halved = read_back(0.5 * (key.T @ value)[None, None], written)
@@ -226,21 +246,21 @@ def test_the_response_of_a_memory_that_only_decays_is_the_product_of_its_decays(
     return out[:, :, 0]
 
   v = jax.random.normal(jax.random.key(0), (1, TOKENS, 3), jnp.float32)
-  found = linear_response(memory, v, 3)
+  found = jax.jit(lambda v: linear_response(memory, v, 3))(v)
   expected = jnp.exp(jnp.cumsum(log_decay[:, 3:, 0], axis=1) - log_decay[:, 3:4, 0])
   assert_close(found, expected, jnp.float32, gradients=True)
 
 
 @pytest.mark.slow
 def test_the_response_of_a_layer_is_that_of_its_jacobian():
-  module = KimiDeltaAttention(**SMALL)
+  module = DeltaNet(**SMALL)
   x = jax.random.normal(jax.random.key(0), (2, 7, 6), jnp.float32)
-  params = jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p, module.init(jax.random.key(1), x))
+  params = filled(module, x, std=0.4)
 
   def outputs(x):
     return module.apply(params, x)[0]
 
-  jacobian = jax.jacrev(lambda at: outputs(x.at[:, 2].set(at)))(x[:, 2])
+  jacobian = jax.jit(jax.jacrev(lambda at: outputs(x.at[:, 2].set(at))))(x[:, 2])
   norms = jnp.sqrt(jnp.einsum("btebd->bt", jacobian**2))[:, 2:]
   assert_close(jax.jit(lambda x: linear_response(outputs, x, 2))(x), norms / norms[:, :1], jnp.float32, gradients=True)
 
@@ -262,7 +282,7 @@ class LooksBack(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [MultiQueryRecall(64, 6, 64, power=1.0, filler=False), NoisyRecall(6, 3, 0.0, 64)])
 def test_recall_by_distance_shows_how_far_a_model_looks_back(task):
-  batch = task.batch(jax.random.key(0), 8)
+  batch = jax.jit(lambda key: task.batch(key, 8))(jax.random.key(0))
   found = recall(LooksBack(task.vocab_size, 20), {}, batch)
   assert len(found.distance) == 8 * 6
   assert min(found.distance) <= 20 < max(found.distance)
@@ -283,19 +303,19 @@ X = jnp.ones((1, 3, 4), jnp.float32)
 @pytest.mark.parametrize(
   ("call", "words"),
   [
-    (lambda m, p: curves_over_time(m, p, X), "layers are all Attention; want one whose layer names them"),
+    (lambda m, p: curves_over_time(m, p, X), "its layers are Attention. Expected a model with a layer that names them"),
     (lambda m, p: retention(m, p, X), "no layers of the linear-attention family"),
     (lambda m, p: gates(m, p, X), "model, a Attention, has no gates"),
-    (lambda m, p: curves_over_time(m, p, X, every=0), "every=0; want at least one"),
-    (lambda m, p: linear_response(lambda x: x, X, 3), "position=3; want one of the 3"),
+    (lambda m, p: curves_over_time(m, p, X, every=0), "every=0; expected at least 1"),
+    (lambda m, p: linear_response(lambda x: x, X, 3), "position=3; expected 0 to 2"),
     (lambda m, p: by_distance(Recall(np.ones(1), np.ones(1)), 0), "bins=0"),
     (lambda m, p: recall(m, p, one_answer(X)), "example.tokens is float32"),
     (lambda m, p: recall(LooksBack(9, 2), {}, one_answer(jnp.array([[1, 2, 3]], jnp.int32))), "no query whose key"),
   ],
 )
-def test_a_mistake_is_told(call, words):
+def test_mistakes_are_refused(call, words):
   module = Attention(num_heads=1, head_dim=4, max_length=4)
-  params = module.init(jax.random.key(0), X)
+  params = filled(module, X)
   with pytest.raises(ValueError, match=words):
     call(module, params)
 
@@ -306,14 +326,16 @@ def one_answer(tokens):
   return Example(tokens, ones, jnp.array([[0, 0, 1]], jnp.float32), ones, ones)
 
 
-@pytest.mark.slow
-def test_figures_show_what_was_found(hybrid, tmp_path):
-  model, params, tokens = hybrid
-  kept = retention(model, params, tokens)
-  curves, heard = curves_over_time(model, params, tokens, every=4), gates(model, params, tokens)
+def test_figures_show_what_was_found(tmp_path):
+  numbers = np.random.default_rng(0)
+  places, times, steps = ("block 0/memory", "block 2/memory"), np.array([4, 8, 12]), np.arange(1, 13)
+  curves = Curves(times, *({place: numbers.random((3, 2, 2)) for place in places} for _ in range(2)))
+  captured = {f"{place}/{gate}": numbers.random((2, 12, 2)) for place in ("block 0", "block 2") for gate in ("beta", "decay")}
+  written = np.where(np.arange(12) < steps[:, None], 1, np.nan)[:, None, :, None, None]
+  kept = {place: Retention(steps, *(written * numbers.random((12, 2, 12, 1, 2)) for _ in range(3))) for place in places}
   drawn = {
     "curves": figures.draw_curves(curves),
-    "gates": figures.draw_gates(heard),
+    "gates": figures.draw_gates(captured),
     "retention": figures.draw_retention(kept, row=1, labels=list("abcdefghijkl")),
     "fading": figures.draw_fading(kept),
     "recall": figures.draw_recall(Recall(np.arange(1, 41), np.arange(40) < 20), chance=0.1),
@@ -322,12 +344,13 @@ def test_figures_show_what_was_found(hybrid, tmp_path):
     assert isinstance(figure, Figure)
     figure.savefig(tmp_path / f"{name}.png")
     assert all(ax.get_title() for ax in figure.axes if ax.get_visible() and ax.get_label() != "<colorbar>")
-  assert isinstance(curves, Curves)
-  assert [line.get_label() for line in drawn["curves"].axes[1].lines if line.get_label()[0] != "_"] == list(curves.rank)
+  assert [line.get_label() for line in drawn["curves"].axes[1].lines if line.get_label()[0] != "_"] == list(places)
   norm_line = drawn["curves"].axes[0].lines[-1].get_ydata()
   np.testing.assert_allclose(norm_line, curves.norm["block 2/memory"].mean(axis=(1, 2)), rtol=1e-6)
-  assert {ax.get_title().partition(",")[0] for ax in drawn["gates"].axes if ax.get_visible()} == set(heard)
+  assert {ax.get_title().partition(",")[0] for ax in drawn["gates"].axes if ax.get_visible()} == set(captured)
   shown = drawn["retention"].axes[1].collections[0].get_array()
-  expected = np.asarray(kept["block 2/memory"].cosine[:, 1]).mean(axis=(-2, -1)).T
+  expected = kept["block 2/memory"].cosine[:, 1].mean(axis=(-2, -1)).T
   np.testing.assert_allclose(np.ma.filled(shown, np.nan), expected, rtol=1e-6)
   assert [label.get_text() for label in drawn["retention"].axes[0].get_yticklabels()] == list("abcdefghijkl")
+  share = drawn["fading"].axes[1].lines[0].get_ydata()
+  np.testing.assert_allclose(share, by_lag(kept["block 0/memory"])[2][:9].mean(axis=1), rtol=1e-6)

@@ -1,10 +1,10 @@
-"""Generation: the prompts in a few calls, then the same call with one token at a time.
+"""Generation: reads the prompts in a few calls, then makes the same call with one token at a time.
 
-    for tokens in stream(model, params, [prompt], max_new_tokens=100): ...      # tokens [B], as they come
-    generate(model, params, prompts, max_new_tokens=100)                        # all of them, as lists
+    for tokens in stream(model, params, [prompt], max_new_tokens=100): ...      # tokens [B], each as soon as it is drawn
+    generate(model, params, prompts, max_new_tokens=100)                        # all tokens, as lists
 
-The state has one size however long the text, so there is no cache to grow. Prompts of different lengths share a batch:
-the shorter ones are padded on the left, and padding is a no-op by the layers' contract.
+The state keeps its size however long the text gets, so no cache grows. Prompts of different lengths share a batch: the
+shorter ones are padded on the left, and by the layers' contract padding changes nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-STOPPED = -1  # stands where a row of a batch has already ended
+STOPPED = -1  # the token of a row that has already ended
 
-# Prompts are padded up to a power of two between these, and longer ones to a multiple of the second and fed in pieces
-# of it: so few shapes occur, and each is compiled once.
+# A prompt is padded to a power of two between these; a longer one is padded to a multiple of the second and read in pieces
+# of that length. So only a few shapes occur, and each is compiled once.
 _SHORTEST_PIECE = 16
 _LONGEST_PIECE = 1024
 
@@ -31,8 +31,8 @@ class Sampling:
 
   Attributes:
     temperature: divides the logits; 0 takes the likeliest token.
-    top_k: draw among the `top_k` likeliest; None means all.
-    top_p: draw among the likeliest that together have at least this probability (after temperature and `top_k`).
+    top_k: draw from the `top_k` likeliest tokens; None means all.
+    top_p: draw from the fewest likeliest tokens that together have at least this probability, after temperature and `top_k`.
   """
 
   temperature: float = 1.0
@@ -41,11 +41,11 @@ class Sampling:
 
   def __post_init__(self):
     if not 0 <= self.temperature < float("inf"):
-      raise ValueError(f"temperature is {self.temperature}; want 0 (the likeliest token) or more.")
+      raise ValueError(f"temperature is {self.temperature}; expected 0 (the likeliest token) or more.")
     if self.top_k is not None and self.top_k < 1:
-      raise ValueError(f"top_k is {self.top_k}; want at least 1, or None.")
+      raise ValueError(f"top_k is {self.top_k}; expected at least 1, or None.")
     if self.top_p is not None and not 0 < self.top_p <= 1:
-      raise ValueError(f"top_p is {self.top_p}; want a probability above 0 and up to 1, or None.")
+      raise ValueError(f"top_p is {self.top_p}; expected a probability above 0 and up to 1, or None.")
 
 
 def generate(
@@ -60,7 +60,7 @@ def generate(
   seed: int | Sequence[int] = 0,
   stop_token: int | None = None,
 ) -> list[list[int]]:
-  """The tokens that follow each prompt, without the prompt and without the stop token. Arguments as of `stream`."""
+  """Returns the tokens that follow each prompt, without the prompt and the stop token. Arguments: see `stream`."""
   rows: list[list[int]] = [[] for _ in prompts]
   options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop_token": stop_token}
   for tokens in stream(model, params, prompts, max_new_tokens=max_new_tokens, **options):
@@ -82,20 +82,20 @@ def stream(
   seed: int | Sequence[int] = 0,
   stop_token: int | None = None,
 ) -> Iterator[np.ndarray]:
-  """Yields the next token of every row, as soon as it is known.
+  """Yields the next token of every row as soon as it is drawn.
 
   Args:
     model: an unbound `LanguageModel`.
     params: its variables, as `model.init` returns them.
-    prompts: the tokens to go on from, at least one each; lengths may differ.
-    max_new_tokens: how many to generate per row.
+    prompts: a list of tokens for each row, at least one token each; lengths may differ.
+    max_new_tokens: how many tokens to generate per row.
     temperature, top_k, top_p: see `Sampling`.
-    seed: row `i` draws from `seed + i`, or from `seed[i]`: what a row becomes depends on its own seed and prompt alone,
-      not on the batch that it is in.
-    stop_token: ends a row when it is drawn; None never does.
+    seed: row `i` uses the seed `seed + i`, or `seed[i]`. The tokens of a row depend only on its own seed and prompt, not on
+      the other rows of the batch.
+    stop_token: ends a row when it is drawn; None ends no row.
 
   Yields:
-    int32 [batch]: the tokens; `STOPPED` in rows that have ended. It stops early when all have.
+    int32 [batch]: the tokens, and `STOPPED` in rows that have ended. The stream ends early when all rows have ended.
 
   Raises:
     ValueError: if an argument is not as described here.
@@ -103,12 +103,12 @@ def stream(
   sampling = Sampling(temperature, top_k, top_p)
   _check_prompts(prompts, model.vocab_size)
   if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens is {max_new_tokens}; want at least 1.")
+    raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
   return _stream(model, params, prompts, max_new_tokens, sampling, _row_keys(seed, len(prompts)), stop_token)
 
 
 def as_text(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-  """Yields the text of `tokens` as they come, holding a character back while only some of its bytes are there."""
+  """Yields the text of `tokens` as they arrive. A character is held back until all its bytes have arrived."""
   seen: list[int] = []
   shown = 0
   for token in tokens:
@@ -122,14 +122,14 @@ def as_text(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterat
 
 
 def prefill(model: nn.Module, params: Any, prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, Any]:
-  """Reads the prompts: the logits [B, vocab_size] of what comes next, and the state after them."""
+  """Reads the prompts; returns the logits [B, vocab_size] of the next token and the state."""
   length = _padded_length(max(map(len, prompts)))
   tokens = np.zeros((len(prompts), length), np.int32)
   segment_ids = np.zeros_like(tokens)
   for i, prompt in enumerate(prompts):
     tokens[i, length - len(prompt) :] = prompt
     segment_ids[i, length - len(prompt) :] = 1
-  # Copied, for a fresh state may have one array in two places, and what is donated must not.
+  # Copied because the state is donated, and a fresh state may contain one array twice.
   state = jax.tree.map(jnp.copy, model.apply(params, len(prompts), method="initial_state"))
   piece = min(length, _LONGEST_PIECE)
   for start in range(0, length, piece):
@@ -139,7 +139,7 @@ def prefill(model: nn.Module, params: Any, prompts: Sequence[Sequence[int]]) -> 
 
 
 def draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-  """One token, int32 [], from logits [vocab_size]."""
+  """Draws one token, int32 [], from logits [vocab_size]."""
   if sampling.temperature == 0:
     return jnp.argmax(logits).astype(jnp.int32)
   order = jnp.argsort(-logits)
@@ -158,7 +158,7 @@ def _stream(model, params, prompts, max_new_tokens, sampling, keys, stop_token) 
   running = np.ones(len(prompts), bool)
   for step in range(1, max_new_tokens + 1):
     following = None
-    if step < max_new_tokens:  # the device is at work on the next token while the caller looks at this one
+    if step < max_new_tokens:  # the device computes the next token while the caller handles this one
       following, state = _step(model, params, tokens, state, keys, jnp.int32(step), sampling)
     current = np.where(running, np.asarray(tokens), STOPPED)
     if stop_token is not None:
@@ -189,19 +189,19 @@ def _draw_rows(logits, keys, step, sampling):
 def _row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
   seeds = [seed + i for i in range(rows)] if isinstance(seed, int) else list(seed)
   if len(seeds) != rows:
-    raise ValueError(f"seed has {len(seeds)} numbers; want one, or one for each of the {rows} prompts.")
+    raise ValueError(f"seed has {len(seeds)} numbers; expected one number, or one for each of the {rows} prompts.")
   return jnp.stack([jax.random.key(s) for s in seeds])
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
   if isinstance(prompts, str) or not len(prompts):
-    raise ValueError(f"prompts is {prompts!r}; want a list of at least one prompt, each a list of tokens.")
+    raise ValueError(f"prompts is {prompts!r}; expected a list of at least one prompt, each a list of tokens.")
   for i, prompt in enumerate(prompts):
     tokens = np.asarray(prompt)
     if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-      raise ValueError(f"prompts[{i}] is {prompt!r}; want a list of at least one token.")
+      raise ValueError(f"prompts[{i}] is {prompt!r}; expected a list of at least one token.")
     if tokens.min() < 0 or tokens.max() >= vocab_size:
-      raise ValueError(f"prompts[{i}] has tokens from {tokens.min()} to {tokens.max()}; want 0 to {vocab_size - 1}.")
+      raise ValueError(f"prompts[{i}] has tokens from {tokens.min()} to {tokens.max()}; expected 0 to {vocab_size - 1}.")
 
 
 def _padded_length(length: int) -> int:

@@ -1,16 +1,16 @@
-"""What is in a memory: how full it is, which gates made it so, what a key finds in it, and for how long.
+"""What a memory holds: how full it is, how its gates are set, and how well and how long each write can be read back.
 
     curves = curves_over_time(model, params, tokens, every=16)      # norm and effective rank of every memory matrix
-    inner_losses(model, params, tokens)                             # of memories that learn at test time, at every write
+    inner_losses(model, params, tokens)                             # errors of memories that learn at test time, per token
     gates(model, params, tokens)                                    # write strengths, decays, erase strengths
-    retention(model, params, tokens)                                # how well each written value can be read later on
-    linear_response(lambda x: layer.apply(params, x)[0], x, 0)      # how much an input still moves later outputs
-    recall(model, params, task.batch(key, 64))                      # right answers, with the distance from the write
+    retention(model, params, tokens)                                # how well each written value can be read later
+    linear_response(lambda x: layer.apply(params, x)[0], x, 0)      # how strongly an input affects later outputs
+    recall(model, params, task.batch(key, 64))                      # right answers, and their distance from the write
 
 `model` is a `LanguageModel` or a single layer, `params` its variables and `inputs` what it is called with, tokens [B, T] or
-vectors [B, T, D]. Matrices are those that a layer names (`MemoryLayer.matrices`), and are called "block 2/memory" after
-their place in the model, or "memory" in a layer on its own. The sequence is read in pieces with the state handed on, which
-by the layers' contract changes nothing, so what is seen between pieces is what the model has at that time.
+vectors [B, T, D]. Matrices are those that a layer names (`MemoryLayer.matrices`). They are called "block 2/memory" after
+their place in the model, or "memory" in a single layer. The sequence is read in pieces that pass the state on. By the
+layers' contract this changes nothing, so the state between two pieces is the state of the model at that time.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ class Curves(NamedTuple):
   """Memory matrices over time.
 
   Attributes:
-    times: [N], tokens seen.
-    norm: Frobenius norm by matrix, [N, B, H] each.
-    rank: effective rank by matrix, likewise.
+    times: [N], tokens read.
+    norm: Frobenius norm of each matrix, [N, B, H].
+    rank: effective rank of each matrix, [N, B, H].
   """
 
   times: np.ndarray
@@ -51,7 +51,7 @@ class Curves(NamedTuple):
 
 
 class Writes(NamedTuple):
-  """What is written under what: r writes a token and head.
+  """Keys and values of all writes; each token makes r writes per head.
 
   Attributes:
     key: [B, T, r, H, K].
@@ -63,14 +63,14 @@ class Writes(NamedTuple):
 
 
 class Retention(NamedTuple):
-  """What every write's key finds in the memory later on; nan where it is not written yet, or forgotten by intent.
+  """What the key of each write reads at later times; nan before the write, and after its document has ended.
 
   Attributes:
-    times: [N], tokens seen.
-    cosine: of what is read to what was written, [N, B, T, r, H]; token t is there from time t + 1.
-    share: of what was written that is read, (S^T k . v) / |v|^2, likewise.
-    floor: mean cosine of what is read to what any token of the sequence writes, likewise: what a read gets for nothing, where
-      values are all somewhat alike.
+    times: [N], tokens read.
+    cosine: between the value read and the value written, [N, B, T, r, H]; token t is written from time t + 1 on.
+    share: of the written value that is read, (S^T k . v) / |v|^2, [N, B, T, r, H].
+    floor: mean cosine between the value read and the values that all tokens write, [N, B, T, r, H]. Values resemble each other,
+      so only what lies above the floor is memory.
   """
 
   times: np.ndarray
@@ -80,11 +80,11 @@ class Retention(NamedTuple):
 
 
 class InnerLoss(NamedTuple):
-  """What a memory that learns at test time is wrong by, of each token, [B, T, H].
+  """The error of a memory that learns at test time on each token, [B, T, H].
 
   Attributes:
-    before: at the weights that the token's gradient is taken at.
-    after: at the weights after its own write; nan for a memory that is not read there (`Memora`).
+    before: at the weights where the token's gradient is taken.
+    after: at the weights after the token's own write; nan for a memory that cannot be read there (`Memora`).
   """
 
   before: jax.Array
@@ -92,11 +92,11 @@ class InnerLoss(NamedTuple):
 
 
 class Recall(NamedTuple):
-  """Answers of a recall task whose writes were found.
+  """Answers to the queries of a recall task whose writes were found.
 
   Attributes:
-    distance: [N], tokens from the value that was written to the query.
-    right: bool [N].
+    distance: [N], tokens from the written value to the query.
+    right: bool [N], whether the answer is right.
   """
 
   distance: np.ndarray
@@ -104,12 +104,12 @@ class Recall(NamedTuple):
 
 
 class Shares(NamedTuple):
-  """Right answers by distance.
+  """Right answers in groups of similar distance.
 
   Attributes:
-    distance: [M], mean of those counted together.
+    distance: [M], the mean of each group.
     share: [M], of answers that are right.
-    count: [M], of answers.
+    count: [M], number of answers.
   """
 
   distance: np.ndarray
@@ -128,8 +128,8 @@ def memories(model: nn.Module, state: Any) -> dict[str, jax.Array]:
   if not found:
     kinds = ", ".join(sorted({type(layer).__name__ for layer, _ in layers.values()}))
     raise ValueError(
-      f"model has no memory matrices, for its layers are all {kinds}; want one whose layer names them "
-      "(MemoryLayer.matrices), such as DeltaNet. Attention keeps its past, not a matrix."
+      f"model has no memory matrices: its layers are {kinds}. Expected a model with a layer that names them "
+      "(MemoryLayer.matrices), such as DeltaNet. Attention keeps keys and values, not a matrix."
     )
   return found
 
@@ -154,21 +154,21 @@ def over_time(
   every: int = 1,
   segment_ids: jax.Array | None = None,
 ) -> tuple[np.ndarray, Any]:
-  """Looks at the memory after every so many tokens.
+  """Applies `look` to the memory matrices after every `every` tokens.
 
   Args:
-    model, params, inputs, segment_ids: a call of the model; see the module.
-    look: from `memories` and `args` to a tree of arrays. Traced; one function object is compiled once.
-    every: tokens between two looks; the last comes at the end, whatever is left.
+    model, params, inputs, segment_ids: a call of the model; see the module's docstring.
+    look: a function of `memories` and `args` that returns a tree of arrays. It is traced, and compiled once per function.
+    every: tokens between two looks; the last look is at the end of the sequence.
 
   Returns:
-    The times [N], in tokens seen, and the tree, each leaf with a leading axis of N.
+    The times [N], in tokens read, and the tree, each leaf with a leading axis of N.
 
   Raises:
     ValueError: if `every` is less than one, or the model has no memory matrices.
   """
   if every < 1:
-    raise ValueError(f"every={every}; want at least one token between two looks.")
+    raise ValueError(f"every={every}; expected at least 1 token between two looks.")
   length = inputs.shape[1]
   times = np.unique([*range(every, length + 1, every), length])
   return times, _looks(model, look, min(every, length), params, inputs, segment_ids, args)
@@ -204,9 +204,9 @@ def _unrolled(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
 
 
 def _forget_between(state: Any, fresh: Any, docs: Documents, last: jax.Array) -> Any:
-  """`state`, but fresh in rows where the piece's first token is of another document than `last`, the piece's before.
+  """`state`, reset in rows where the piece's first token belongs to another document than `last`, the last of the piece before.
 
-  A call continues the state that comes in, so a change that falls between two calls is the caller's to see to.
+  A call continues its incoming state, so the caller must handle a change of document between two calls.
   """
   first = jnp.take_along_axis(docs.index, jnp.argmax(docs.is_token, axis=1)[:, None], axis=1)[:, 0]
   return select_rows(first == last, state, fresh)
@@ -218,7 +218,7 @@ def _cut(a: jax.Array, size: int) -> jax.Array:
 
 
 def effective_rank(matrices: jax.Array) -> jax.Array:
-  """exp of the entropy of the normalised singular values (Roy & Vetterli 2007), [..., K, V] -> [...]; 0 for zeros."""
+  """exp of the entropy of the normalised singular values (Roy & Vetterli 2007), [..., K, V] -> [...]; 0 for a zero matrix."""
   singular = jnp.linalg.svd(matrices, compute_uv=False)
   total = singular.sum(axis=-1, keepdims=True)
   share = singular / jnp.where(total > 0, total, 1)
@@ -228,7 +228,7 @@ def effective_rank(matrices: jax.Array) -> jax.Array:
 def curves_over_time(
   model: nn.Module, params: Any, inputs: jax.Array, *, every: int = 16, segment_ids: jax.Array | None = None
 ) -> Curves:
-  """Norm and effective rank of every memory matrix over time. Arguments and errors as of `over_time`."""
+  """Norm and effective rank of every memory matrix over time. Arguments and errors: see `over_time`."""
   times, (norm, rank) = over_time(model, params, inputs, _norm_and_rank, every=every, segment_ids=segment_ids)
   return Curves(times, norm, rank)
 
@@ -242,43 +242,43 @@ def _norm_and_rank(matrices):
 
 
 def gates(model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Array | None = None) -> dict[str, jax.Array]:
-  """What the gates of the memories are on a sequence, by place: "block 0/beta", "block 0/decay", "block 0/gamma".
+  """The values of all gates on a sequence, by place: "block 0/beta", "block 0/decay", "block 0/gamma".
 
-  Strengths are as they are, [B, T, H]; decays are the share that is kept, in (0, 1], [B, T, H] or [B, T, H, K].
+  Strengths are [B, T, H]. Decays are the share that is kept, in (0, 1], [B, T, H] or [B, T, H, K].
 
   Raises:
-    ValueError: if the model has none.
+    ValueError: if the model has no gates.
   """
-  return _overhear(model, _gate, params, inputs, segment_ids) or _nothing(model, "gates (Strength, LogShare, LogDecay)")
+  return _capture(model, _gate, params, inputs, segment_ids) or _nothing(model, "gates (Strength, LogShare, LogDecay)")
 
 
 def writes(model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Array | None = None) -> dict[str, Writes]:
-  """The keys and values that the layers of the linear-attention family write for a sequence, by memory.
+  """The keys and values that layers of the linear-attention family write for a sequence, by memory.
 
   Raises:
     ValueError: if the model has no such layer.
   """
-  found = _overhear(model, _write, params, inputs, segment_ids) or _nothing(model, "layers of the linear-attention family")
+  found = _capture(model, _write, params, inputs, segment_ids) or _nothing(model, "layers of the linear-attention family")
   return {f"{place}/memory".lstrip("/"): written for place, written in found.items()}
 
 
 def inner_losses(
   model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Array | None = None
 ) -> dict[str, InnerLoss]:
-  """How wrong memories that learn at test time are about each token, before and after they write it, by place.
+  """The error of each memory that learns at test time on each token, before and after it writes the token, by place.
 
   Raises:
-    ValueError: if the model has none.
+    ValueError: if the model has no such memory.
   """
-  return _overhear(model, _inner_loss, params, inputs, segment_ids) or _nothing(model, "memories that learn at test time")
+  return _capture(model, _inner_loss, params, inputs, segment_ids) or _nothing(model, "memories that learn at test time")
 
 
 def inner_weights(
   model: nn.Module, params: Any, inputs: jax.Array, *, every: int = 16, segment_ids: jax.Array | None = None
 ) -> tuple[np.ndarray, dict[str, jax.Array]]:
-  """How far the inner weights have moved from what a document begins with: times [N], and by matrix norms [N, B, H].
+  """How far the inner weights have moved from the start of their document: times [N], and norms [N, B, H] by matrix.
 
-  Arguments and errors as of `over_time`.
+  Arguments and errors: see `over_time`.
   """
   return over_time(model, params, inputs, _norms, every=every, segment_ids=segment_ids)
 
@@ -291,7 +291,7 @@ def _inner_loss(module, method, args, result):
     return InnerLoss(result.loss, jnp.full_like(result.loss, jnp.nan))
   spec = dataclasses.replace(module.spec, read="after")
   options = {"initial_state": state, "segment_ids": segment_ids, "max_documents": module.max_documents}
-  y = ttm.run(spec, initial, k, k, v, gates, **options).y  # what each token's key finds once it is written
+  y = ttm.run(spec, initial, k, k, v, gates, **options).y  # what each token's key reads after the token is written
   after = spec.loss(*(a.astype(result.loss.dtype) for a in (y, v)), gates.threshold)
   return InnerLoss(result.loss, after if segment_ids is None else jnp.where(segment_ids[..., None] != 0, after, 0))
 
@@ -314,10 +314,10 @@ def _write(module, method, args, result):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _overhear(model, listen, params, inputs, segment_ids) -> dict[str, Any]:
-  """What `listen(module, method, args, result)` makes of the calls within one pass, by place, where it is not `None`.
+def _capture(model, capture, params, inputs, segment_ids) -> dict[str, Any]:
+  """The results of `capture(module, method, args, result)` for all calls of one forward pass, by place, where not `None`.
 
-  Of calls of one module the last counts: those before it are of persistent tokens.
+  Of several calls of one module the last counts: the calls before it read persistent tokens.
   """
   model, params = _unrolled(model, params)
   segmented = {}
@@ -327,22 +327,22 @@ def _overhear(model, listen, params, inputs, segment_ids) -> dict[str, Any]:
     result = call(*args, **kwargs)
     if method == "__call__" and isinstance(module, MemoryAsContext):
       segmented[module.path] = module
-    found = listen(module, method, args, result)
+    found = capture(module, method, args, result)
     if found is not None:
-      module.sow("intermediates", "heard", found)  # which leaves scans and checkpointed blocks, as no closure could
+      module.sow("intermediates", "captured", found)  # a closure could not carry it out of scans and checkpointed blocks
     return result
 
   with nn.intercept_methods(between):
     _, kept = model.apply(params, inputs, None, segment_ids, mutable="intermediates")
-  heard = {}
+  captured = {}
   for (*path, _), found in flatten_dict(kept.get("intermediates", {})).items():
     around = next((module for place, module in segmented.items() if place == tuple(path[: len(place)])), None)
-    heard[_place(path)] = found[-1] if around is None else _by_token(around, found[-1], inputs.shape[:2], segment_ids)
-  return heard
+    captured[_place(path)] = found[-1] if around is None else _by_token(around, found[-1], inputs.shape[:2], segment_ids)
+  return captured
 
 
 def _by_token(module: MemoryAsContext, found: Any, shape: tuple[int, int], segment_ids: jax.Array | None) -> Any:
-  """[B, T, ...] of what was heard by segments, [N, B, C, ...]."""
+  """Converts what was captured by segments, [N, B, C, ...], to [B, T, ...]."""
   layout = module.layout(shape, None, segment_ids)
   return jax.tree.map(lambda a: layout.tokens(jnp.swapaxes(a, 0, 1), shape[1]), found)
 
@@ -353,11 +353,11 @@ def _place(path: list[str]) -> str:
 
 
 def _nothing(model: nn.Module, what: str):
-  raise ValueError(f"model, a {type(model).__name__}, has no {what}; want one with a layer such as GatedDeltaNet.")
+  raise ValueError(f"model, a {type(model).__name__}, has no {what}; expected a model with a layer such as GatedDeltaNet.")
 
 
 def read_back(memory: jax.Array, written: Writes) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """What the keys of `written` find in `memory` [B, H, K, V]: cosine, share and floor [B, T, r, H], as in `Retention`."""
+  """Reads `memory` [B, H, K, V] with the keys of `written`: cosine, share and floor [B, T, r, H], as in `Retention`."""
   value = written.value.astype(memory.dtype)
   read = einsum("bhkv,btrhk->btrhv", memory, written.key.astype(memory.dtype))
   size = jnp.linalg.norm(value, axis=-1, keepdims=True)
@@ -369,16 +369,16 @@ def read_back(memory: jax.Array, written: Writes) -> tuple[jax.Array, jax.Array,
 
 
 def _over(a: jax.Array, b: jax.Array) -> jax.Array:
-  """a / b, and 0 where b is 0."""
+  """a / b, or 0 where b is 0."""
   return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 
 def retention(
   model: nn.Module, params: Any, inputs: jax.Array, *, every: int = 1, segment_ids: jax.Array | None = None
 ) -> dict[str, Retention]:
-  """How well each value that the sequence writes can still be read under its key, at each later time, by memory.
+  """How well each value that the sequence writes can be read with its key at each later time, by memory.
 
-  Arguments and errors as of `over_time` and `writes`. A write of another document than the last read is nan.
+  Arguments and errors: see `over_time` and `writes`. Writes of documents that have ended are nan.
   """
   written = writes(model, params, inputs, segment_ids)
   times, found = over_time(model, params, inputs, _read_all, written, every=every, segment_ids=segment_ids)
@@ -391,7 +391,7 @@ def _read_all(matrices, written):
 
 
 def _visible(times: np.ndarray, shape: tuple[int, int], segment_ids: jax.Array | None) -> np.ndarray:
-  """Which tokens' writes the memory should hold at which times, [N, B, T]."""
+  """Whether the memory should hold the write of each token at each time, bool [N, B, T]."""
   batch, length = shape
   before = np.broadcast_to(np.arange(length) < times[:, None, None], (len(times), batch, length))
   if segment_ids is None:
@@ -401,9 +401,9 @@ def _visible(times: np.ndarray, shape: tuple[int, int], segment_ids: jax.Array |
 
 
 def by_lag(found: Retention) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Averages a `Retention` over writes: lags [N] in tokens since the write, mean cosine, share and floor, [N, H] each.
+  """Averages a `Retention` over writes of the same age: lags [N] in tokens, and mean cosine, share and floor [N, H].
 
-  A lag of 0 is right after the token that wrote. Lags that no write is seen at are left out.
+  A lag of 0 is right after the token that wrote. Lags without a write are left out.
   """
   length = found.cosine.shape[2]
   lag = found.times[:, None] - 1 - np.arange(length)
@@ -412,7 +412,7 @@ def by_lag(found: Retention) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 
 
 def _mean(a: np.ndarray) -> np.ndarray:
-  """Of what is not nan, over all axes but the last; nan where all is."""
+  """The mean over all axes but the last, without nan; nan where everything is."""
   a = a.reshape(-1, a.shape[-1])
   there = ~np.isnan(a)
   count = there.sum(axis=0)
@@ -420,25 +420,25 @@ def _mean(a: np.ndarray) -> np.ndarray:
 
 
 def linear_response(function: Callable[[jax.Array], jax.Array], x: jax.Array, position: int) -> jax.Array:
-  """How much an input still moves the outputs after it: |d y_{t+n} / d x_t| / |d y_t / d x_t|, in Frobenius norms.
+  """How strongly an input affects later outputs: |d y_{t+n} / d x_t| / |d y_t / d x_t|, in Frobenius norms.
 
   Exact, by one Jacobian-vector product for each of the D directions of x_t. Each product is made of two transposed ones,
-  for the layers' hand-written gradients exist in reverse only.
+  because the layers' hand-written gradients exist only in reverse mode.
 
   Args:
     function: a causal map [B, T, D] -> [B, T, E], rows independent: `lambda x: layer.apply(params, x)[0]`.
-    x: where to linearise.
+    x: the input around which the function is linearised.
     position: t.
 
   Returns:
-    [B, T - t], for n = 0, 1, ...; 1 at first.
+    [B, T - t], for n = 0, 1, ...; the first is 1.
 
   Raises:
-    ValueError: if there is no such position.
+    ValueError: if x has no such position.
   """
   length, width = x.shape[1:]
   if not 0 <= position < length:
-    raise ValueError(f"position={position}; want one of the {length} tokens of x, from 0.")
+    raise ValueError(f"position={position}; expected 0 to {length - 1}, a token of x.")
 
   def pushed(direction):
     y, pull = jax.vjp(function, x)
@@ -451,10 +451,10 @@ def linear_response(function: Callable[[jax.Array], jax.Array], x: jax.Array, po
 
 
 def recall(model: nn.Module, params: Any, example: Any) -> Recall:
-  """A model's answers to a batch of a recall task of `memzoo.train.tasks`, with the distance that each bridges.
+  """A model's answers to a batch of a recall task of `memzoo.train.tasks`, with the distance of each to its write.
 
-  The write that a query asks for is the last place where its token was followed by the answer; queries without one, such
-  as those whose answer is "gone", are left out.
+  The write of a query is the last place where its token was followed by the answer. Queries without one, such as those
+  whose answer is "gone", are left out.
 
   Args:
     model, params: a `LanguageModel` and its variables.
@@ -464,7 +464,8 @@ def recall(model: nn.Module, params: Any, example: Any) -> Recall:
     ValueError: if the task is continuous, or no query has such a write.
   """
   if not jnp.issubdtype(example.tokens.dtype, jnp.integer):
-    raise ValueError(f"example.tokens is {example.tokens.dtype}; want the tokens of a recall task, such as MultiQueryRecall.")
+    kind = example.tokens.dtype
+    raise ValueError(f"example.tokens is {kind}; expected the integer tokens of a recall task, such as MultiQueryRecall.")
   logits = _logits(model, params, example.tokens, example.segment_ids)
   tokens, targets, ids = (np.asarray(a) for a in (example.tokens, example.targets, example.segment_ids))
   length = tokens.shape[1]
@@ -474,7 +475,7 @@ def recall(model: nn.Module, params: Any, example: Any) -> Recall:
   written = np.where(pair, value, -1).max(axis=2)
   asked = (np.asarray(example.weights) > 0) & (written >= 0)
   if not asked.any():
-    raise ValueError("example has no query whose key and answer stand side by side before it; want a recall task.")
+    raise ValueError("example has no query whose key and answer are adjacent before it; expected a recall task.")
   right = np.asarray(logits.argmax(axis=-1)) == targets
   return Recall((np.arange(length) - written)[asked], right[asked])
 
@@ -485,9 +486,9 @@ def _logits(model, params, tokens, segment_ids):
 
 
 def by_distance(found: Recall, bins: int = 8) -> Shares:
-  """Right answers by distance, in at most `bins` groups of about as many answers each."""
+  """The share of right answers by distance, in at most `bins` groups of about equal size."""
   if bins < 1:
-    raise ValueError(f"bins={bins}; want at least one.")
+    raise ValueError(f"bins={bins}; expected at least 1.")
   edges = np.unique(np.quantile(found.distance, np.linspace(0, 1, bins + 1)[1:-1]))
   group = np.searchsorted(edges, found.distance)
   groups = [group == g for g in np.unique(group)]

@@ -1,7 +1,7 @@
-"""Pictures of what `inspect.py` finds. Each function returns a `matplotlib.figure.Figure`; nothing is shown or saved.
+"""Pictures of the results of `inspect.py`. Each function returns a `matplotlib.figure.Figure`; nothing is shown or saved.
 
-Figures are made without pyplot, which keeps global state: `figure.savefig("memory.png")` writes one, and a notebook after
-`%matplotlib inline` shows one that is a cell's last value.
+Figures are made without pyplot, which keeps global state. `figure.savefig("memory.png")` writes one; a notebook shows one
+that is the last value of a cell, after `%matplotlib inline`.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ _COLOURS = "viridis"
 
 
 def draw_curves(curves: Curves) -> "Figure":
-  """Norm and effective rank of each memory against tokens read: the mean over rows and heads, and each head faintly."""
+  """Norm and effective rank of each memory against tokens read: the mean over rows and heads, and faint lines for heads."""
   figure, axes = _figure(1, 2, (11, 3.6), sharex=True)
-  titles = ("how much is stored", "in how many directions")
+  titles = ("how much is stored", "how many directions it spans")
   for ax, values, title, label in zip(axes[0], curves[1:], titles, ("Frobenius norm", "effective rank"), strict=True):
     for (name, value), colour in zip(values.items(), _shades(len(values)), strict=True):
       heads = np.asarray(value).mean(axis=1)
@@ -33,7 +33,7 @@ def draw_curves(curves: Curves) -> "Figure":
 
 
 def draw_gates(values: dict[str, np.ndarray], bins: int = 40) -> "Figure":
-  """A histogram for each gate: a row for each place, a column for each kind of gate, tokens and heads together."""
+  """A histogram for each gate over tokens and heads: a row of panels for each place, a column for each kind of gate."""
   split = {name: name.rpartition("/") for name in values}
   places = list(dict.fromkeys(place for place, _, _ in split.values()))
   kinds = list(dict.fromkeys(kind for _, _, kind in split.values()))
@@ -52,12 +52,12 @@ def draw_gates(values: dict[str, np.ndarray], bins: int = 40) -> "Figure":
 
 
 def draw_retention(found: dict[str, Retention], row: int = 0, labels: Sequence[str] | None = None) -> "Figure":
-  """What every write's key reads at each later time: cosine with what was written, the mean over heads, a map each memory.
+  """A map for each memory: the cosine between each written value and what its key reads later on, averaged over heads.
 
   Args:
-    found: by memory.
+    found: from `retention`.
     row: of the batch.
-    labels: of the tokens, to name the writes by; sensible for some dozens.
+    labels: of the tokens, to name the writes; readable for a few dozen tokens.
   """
   maps = {name: np.asarray(one.cosine[:, row]).mean(axis=(-2, -1)).T for name, one in found.items()}
   lowest, tokens = min(0.0, *(np.nanmin(cosine) for cosine in maps.values())), max(map(len, maps.values()))
@@ -70,15 +70,15 @@ def draw_retention(found: dict[str, Retention], row: int = 0, labels: Sequence[s
   axes[0, 0].set(ylabel="written by token", ylim=(tokens, 0))
   if labels is not None:
     axes[0, 0].set_yticks(np.arange(tokens) + 0.5, labels, fontsize="small", family="monospace")
-  figure.suptitle("what a key still finds of what was written under it")
+  figure.suptitle("how much of a written value its key still reads")
   figure.colorbar(image, ax=axes, label="cosine of read and written value")
   return figure
 
 
 def draw_fading(found: dict[str, Retention]) -> "Figure":
-  """Mean cosine and mean share of what is read back against the tokens since it was written, a line for each memory.
+  """Mean cosine and mean share of what is read back against the tokens since its write, a line for each memory.
 
-  Dotted is the floor, the mean cosine to what any token writes. Lags that fewer than a quarter of the tokens have are left out.
+  Dotted lines show the floor, the mean cosine to the values of all tokens. Lags above 3/4 of the length are left out.
   """
   figure, axes = _figure(1, 2, (11, 3.6), sharex=True)
   same, left = axes[0]
@@ -87,10 +87,10 @@ def draw_fading(found: dict[str, Retention]) -> "Figure":
     seen = lags < 0.75 * one.cosine.shape[2]
     cosine, share, floor = (mean[seen].mean(axis=1) for mean in means)
     same.plot(1 + lags[seen], cosine, color=colour, label=name)
-    same.plot(1 + lags[seen], floor, color=colour, linestyle=":", label="... to any token's value")
+    same.plot(1 + lags[seen], floor, color=colour, linestyle=":", label="floor: cosine to any value")
     left.plot(1 + lags[seen], share, color=colour, label=name)
-  same.set(title="is it still the same value", ylabel="cosine of read and written value")
-  left.set(title="how much of it is left", ylabel="share of the written value")
+  same.set(title="is it still the same value?", ylabel="cosine of read and written value")
+  left.set(title="how much of it is left?", ylabel="share of the written value")
   for ax in axes[0]:
     ax.set(xlabel="tokens since the write, its own included", xscale="log", ylim=(min(0, ax.get_ylim()[0]), 1.02))
     ax.grid(alpha=0.25)
@@ -99,7 +99,7 @@ def draw_fading(found: dict[str, Retention]) -> "Figure":
 
 
 def draw_recall(found: Recall, chance: float | None = None, bins: int = 8) -> "Figure":
-  """Share of right answers against the distance that they bridge, with the standard error of each share."""
+  """Share of right answers against the distance from write to query, with the standard error of each share."""
   shares = by_distance(found, bins)
   error = np.sqrt(shares.share * (1 - shares.share) / shares.count)
   figure, axes = _figure(1, 1, (6, 3.6))
@@ -107,7 +107,7 @@ def draw_recall(found: Recall, chance: float | None = None, bins: int = 8) -> "F
   ax.errorbar(shares.distance, shares.share, error, marker="o", capsize=2, label=f"{shares.count.sum()} answers")
   if chance is not None:
     ax.axhline(chance, color="0.35", linestyle=":", label="without a memory")
-  ax.set(title="what is recalled, and from how far", xlabel="tokens between write and query", ylabel="right answers")
+  ax.set(title="recall by distance", xlabel="tokens between write and query", ylabel="right answers")
   ax.set_ylim(-0.02, 1.05)
   ax.grid(alpha=0.25)
   ax.legend(frameon=False)
@@ -122,7 +122,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **options):
 
 
 def _name_lines(figure: "Figure", ax) -> None:
-  """A legend beside the panels, for lines cross them anywhere."""
+  """Places the legend beside the panels, where it hides no line."""
   figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False)
 
 
