@@ -1,0 +1,106 @@
+"""Layers of the delta family against their papers in NumPy: projections, convolutions, gates, rule, norm and output gate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from delta_variants import by_hand
+from flax import linen as nn
+from memzoo.layers import DeltaProduct, EraseThenDelta, KimiDeltaAttention, LinearAttention
+from tolerances import assert_close
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float64"), pytest.mark.xdist_group("delta-identities")]
+
+SIZES = {"num_heads": 4, "num_key_heads": 2, "key_dim": 3, "value_dim": 2, "conv_width": 3, "param_dtype": jnp.float64}
+HEADS, KEY_HEADS, KEY_DIM, VALUE_DIM = 4, 2, 3, 2
+
+
+def sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+  return x * sigmoid(x)
+
+
+def elu_plus_1(x):
+  return np.where(x > 0, x, np.exp(x) - 1) + 1
+
+
+def unit(x):
+  return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def linear(p, x):
+  """A map of full or low rank."""
+  for name in ("full", "down", "up", "logits"):
+    x = x @ p[name]["kernel"] + p[name].get("bias", 0) if name in p else x
+  return x
+
+
+def stream(p, name, x, activation=silu):
+  x, weight = x @ p[name]["kernel"], p[f"{name}_conv"]["weight"]
+  before = np.concatenate([np.zeros((len(x), 2, x.shape[-1])), x], axis=1)
+  return activation(sum(weight[j] * before[:, j : j + x.shape[1]] for j in range(3)))
+
+
+def log_decay(p, x, channels=None, bound=None):
+  steps = np.log1p(np.exp(linear(p["step"], x) + p["dt_bias"])).reshape(*x.shape[:2], HEADS, *([channels] if channels else []))
+  decay = np.exp(p["A_log"]).reshape(HEADS, *[1] * (steps.ndim - 3)) * steps
+  return -decay if bound is None else -abs(bound) * (1 - np.exp(-decay / abs(bound)))
+
+
+def heads(x, count, width, writes=1):
+  return x.reshape(*x.shape[:2], *([] if writes == 1 else [writes]), count, width)
+
+
+def read_out(p, x, out, gate=None):
+  out = out / np.sqrt(np.mean(out * out, axis=-1, keepdims=True) + 1e-5) * p["norm"]["scale"]
+  out = out.reshape(*x.shape[:2], -1)
+  return (out if gate is None else out * gate(linear(p["gate"], x))) @ p["output"]["kernel"]
+
+
+def linear_attention(p, x):
+  q, k = (unit(heads(stream(p, name, x, elu_plus_1), KEY_HEADS, KEY_DIM)) for name in ("query", "key"))
+  return read_out(p, x, by_hand(q, k, heads(stream(p, "value", x), HEADS, VALUE_DIM))[0])
+
+
+def kimi_delta_attention(p, x):
+  q, k = (unit(heads(stream(p, name, x), KEY_HEADS, KEY_DIM)) for name in ("query", "key"))
+  beta, decay = 2 * sigmoid(linear(p["beta"], x)), log_decay(p["decay"], x, KEY_DIM, -5)
+  out, _ = by_hand(q, k, heads(stream(p, "value", x), HEADS, VALUE_DIM), beta, log_decay=decay)
+  return read_out(p, x, out, sigmoid)
+
+
+def delta_product(p, x):
+  q, k = unit(heads(stream(p, "query", x), KEY_HEADS, KEY_DIM)), unit(heads(stream(p, "key", x), KEY_HEADS, KEY_DIM, 2))
+  beta = 2 * sigmoid(linear(p["beta"], x)).reshape(*x.shape[:2], 2, HEADS)
+  out, _ = by_hand(q, k, heads(stream(p, "value", x), HEADS, VALUE_DIM, 2), beta, log_decay=log_decay(p["decay"], x))
+  return read_out(p, x, out, silu)
+
+
+def erase_then_delta(p, x):
+  q, k = (unit(heads(stream(p, name, x), KEY_HEADS, KEY_DIM)) for name in ("query", "key"))
+  erase_key, gamma = unit(heads(linear(p["erase_key"], x), KEY_HEADS, KEY_DIM)), sigmoid(linear(p["gamma"], x))
+  beta, decay = sigmoid(linear(p["beta"], x)), log_decay(p["decay"], x, KEY_DIM, -5)
+  out, _ = by_hand(q, k, heads(stream(p, "value", x), HEADS, VALUE_DIM), beta, erase_key, gamma, decay)
+  return read_out(p, x, out, sigmoid)
+
+
+@pytest.mark.parametrize(
+  ("layer", "equation"),
+  [
+    (LinearAttention(**SIZES, feature_map="elu"), linear_attention),
+    (KimiDeltaAttention(**SIZES, negative_eigenvalues=True), kimi_delta_attention),
+    (DeltaProduct(**SIZES), delta_product),
+    (EraseThenDelta(**SIZES, rank_per_head=2), erase_then_delta),
+  ],
+  ids=["linear_attention", "kimi_delta_attention", "delta_product", "erase_then_delta"],
+)
+def test_the_layer_is_its_papers_equation(layer, equation):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 6, 7))
+  shapes = nn.meta.unbox(jax.eval_shape(layer.init, jax.random.key(0), x))
+  params = jax.tree.map(lambda p: 0.7 * rng.normal(size=p.shape), shapes)
+  y, _ = jax.jit(layer.apply)(params, x)
+  assert_close(y, equation(params["params"], x))
