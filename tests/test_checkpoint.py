@@ -15,19 +15,16 @@ from damage import empty_every_file, flip_bits, lose_the_facts, lose_the_positio
 from memzoo.train import checkpoint as module
 from memzoo.train.checkpoint import Checkpoints, checksums, restore_params
 from memzoo.train.sharding import MeshShape
-from memzoo.train.step import build_program
-from tiny_run import tiny_experiment
+from tiny_run import program_of, tiny_experiment
 
-
-def program_on(experiment, mesh: MeshShape):
-  return build_program(experiment.model, experiment.optimizer, mesh.build(), steps=10, batch_size=4)
+pytestmark = pytest.mark.xdist_group("checkpoint")
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
   """A run with checkpoints 1, 2 and 3 of a state sharded over four devices; and that state, on the host."""
   directory = tmp_path_factory.mktemp("run")
-  program = program_on(tiny_experiment(directory), MeshShape(data=1, fsdp=2, tensor=2))
+  program = program_of(tiny_experiment(directory, mesh=MeshShape(data=1, fsdp=2, tensor=2)))
   state = program.create()
   with Checkpoints(directory, kept=3) as checkpoints:
     for step in (1, 2, 3):
@@ -43,14 +40,14 @@ def run(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def target(saved):
-  return program_on(tiny_experiment(saved[0]), MeshShape(data=1)).abstract_state
+  return program_of(tiny_experiment(saved[0])).abstract_state
 
 
 @pytest.mark.compat
 def test_state_saved_on_four_devices_is_restored_on_one_and_on_two(saved):
   directory, state = saved
   for mesh in (MeshShape(data=1), MeshShape(data=1, tensor=2)):
-    program = program_on(tiny_experiment(directory), mesh)
+    program = program_of(tiny_experiment(directory, mesh=mesh))
     with Checkpoints(directory) as checkpoints:
       restored = checkpoints.restore(program.abstract_state)
     chex.assert_trees_all_equal(jax.device_get(restored.state), state)
@@ -83,6 +80,17 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, saved, target):
   with Checkpoints(tmp_path, kept=2) as checkpoints:
     assert checkpoints.best_loss == 1.0
   assert [restore_params(tmp_path, target.params, best=best)[1] for best in (False, True)] == [4, 1]
+
+
+def test_a_best_checkpoint_that_is_damaged_is_the_best_no_longer(tmp_path, saved, target):
+  with Checkpoints(tmp_path, kept=3) as checkpoints:
+    for step, loss in enumerate([3.0, 2.0, 1.0], start=1):
+      checkpoints.save(step, saved[1], {}, {}, loss)
+  flip_bits(tmp_path / "checkpoints" / "3")
+  with Checkpoints(tmp_path, say=lambda line: None) as checkpoints:
+    assert checkpoints.best_loss == 1.0, "its facts can be read"
+    checkpoints.restore(target)
+    assert checkpoints.best_loss == 2.0
 
 
 def test_without_an_evaluation_there_is_no_best(saved, target):
@@ -128,6 +136,9 @@ def test_a_state_that_reads_well_but_is_not_what_was_saved_is_set_aside(run, tar
   shutil.rmtree(run / "checkpoints" / "3" / "state")
   shutil.move(run / "checkpoints" / "4" / "state", run / "checkpoints" / "3")
   said = []
+  assert restore_params(run, target.params, say=said.append)[1] == 2
+  assert said[1] == f"Checkpoint 3 of {run} cannot be read (ValueError: an array does not match its checksum)."
+  said.clear()
   with Checkpoints(run, say=said.append) as checkpoints:
     assert checkpoints.restore(target).data == {"next_index": 2}
   assert [line.partition(" cannot")[0] for line in said] == ["Checkpoint 4", "Checkpoint 3"]
@@ -212,7 +223,7 @@ def test_complaints_are_let_through_again_unless_a_save_failed(tmp_path, saved, 
   [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EFBIG, "make room"), (errno.EACCES, "mend that")],
 )
 def test_a_failed_save_says_what_would_do(run, saved, filters, number, remedy):
-  words = rf"{os.strerror(number)}.*The one of step 3 is whole; {remedy}, and the same command goes on from there"
+  words = rf"{os.strerror(number)}.*The one of step 3 is whole; {remedy}, and the same command resumes from there"
   with pytest.raises(OSError, match=words):
     fail(run, saved[1], number)
 
@@ -244,7 +255,7 @@ def test_parameters_alone_are_restored_for_evaluation(saved, run, target):
 
 
 def test_parameters_of_no_run_are_an_error(tmp_path, run, target):
-  with pytest.raises(ValueError, match="holds no checkpoint; want"):
+  with pytest.raises(ValueError, match="holds no checkpoint; expected"):
     restore_params(tmp_path, target.params)
   for step in (1, 2, 3):
     lose_the_state(run / "checkpoints" / str(step))

@@ -92,7 +92,7 @@ def test_a_summary_counts_documents_rows_and_places_without_a_target(tmp_path):
   both = TextData(str(tmp_path), sequence_length=16, validation_fraction=0.1)
   assert both.load().summary(steps=18) == (
     "2 documents packed into 9 rows of 16, 1.39% of their places without a target; 2 into 1 for validation. 16 epochs of "
-    "144B of text."
+    "144 B of text."
   )
   sources = tuple(str(tmp_path / f"{name}.txt") for name in "ab")
   mixed = TextData(sources, weights=(1.0, 3.0), sequence_length=16, validation_fraction=0.1)
@@ -227,7 +227,7 @@ def test_a_mixture_takes_rows_by_weight_and_every_row_of_a_part_in_turn(tmp_path
 
 def test_weights_that_do_not_fit_the_sources_are_refused():
   for weights in ((1.0,), (1.0, 0.0), (1.0, 2.0, 3.0)):
-    with pytest.raises(ValueError, match=r"TextData\.weights is .* for 2 sources; want a positive number for each"):
+    with pytest.raises(ValueError, match=r"TextData\.weights is .* for 2 sources; expected a positive number for each"):
       TextData(("stdlib", "stdlib"), weights=weights)
 
 
@@ -235,7 +235,7 @@ def test_weights_that_do_not_fit_the_sources_are_refused():
 def test_broken_line_of_jsonl_is_named(tmp_path, line):
   path = tmp_path / "a.jsonl"
   path.write_text('{"text": "fine"}\n' + line + "\n")
-  with pytest.raises(ValueError, match=r"a\.jsonl, line 2: want a JSON object"):
+  with pytest.raises(ValueError, match=r"a\.jsonl, line 2: expected a JSON object"):
     read_documents(str(path))
 
 

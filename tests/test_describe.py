@@ -1,9 +1,9 @@
 """Counting: FLOPs in a jaxpr, parameters and bytes in a model, bytes in a training step."""
 
 import io
-import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -16,11 +16,13 @@ from memzoo.pallas_kernels.measure import count_flops, flops_by_scope
 from memzoo.train.config import build
 from memzoo.train.experiment_report import abstract_batch, bytes_on_a_device, predicted_peak, render
 from memzoo.train.sharding import MeshShape, put_batch
-from memzoo.train.step import build_program
 from memzoo.zoo.describe import describe, forward_flops
-from memzoo.zoo.formats import binary, thousands
+from memzoo.zoo.formats import binary, clock, milliseconds, thousands
 from memzoo.zoo.language_model import LanguageModel
-from tiny_run import tiny_experiment
+from rich.console import Console
+from tiny_run import program_of, tiny_experiment
+
+pytestmark = pytest.mark.xdist_group("describe")
 
 A = jax.ShapeDtypeStruct((3, 5), jnp.float32)
 B = jax.ShapeDtypeStruct((5, 7), jnp.float32)
@@ -104,15 +106,21 @@ def test_the_parts_add_up_to_the_model(model):
 
 def test_a_model_far_too_large_for_this_machine_can_be_described():
   mixer = GatedDeltaNet(num_heads=128, key_dim=128, value_dim=128)
-  huge = LanguageModel(vocab_size=128_000, width=65536, depth=8, mixers=(mixer,))
+  huge = LanguageModel(vocab_size=128_000, width=65536, depth=3, mixers=(mixer,))
   assert describe(huge, 64).parameters > 1e11
 
 
-def shown_of(experiment, *rest) -> str:
-  from rich.console import Console
+described = cache(describe)
 
-  console = Console(width=140, record=True, file=io.StringIO())
-  for part in render(experiment, describe(experiment.model, 512), *rest):
+
+def two_blocks(*overrides: str):
+  """The quickstart config with two blocks."""
+  return build("quickstart", ["LanguageModel.depth=2", *overrides])
+
+
+def shown_of(experiment, *rest) -> str:
+  console = Console(width=160, record=True, file=io.StringIO())
+  for part in render(experiment, described(experiment.model, 512), *rest):
     console.print(part)
   return console.export_text()
 
@@ -121,25 +129,25 @@ def test_a_description_is_shown_with_its_sums():
   experiment = build("quickstart")
   shown = shown_of(experiment)
   assert "EraseThenDelta" in shown
-  assert f"{describe(experiment.model, 512).parameters:,}" in shown
+  assert f"{described(experiment.model, 512).parameters:,}" in shown
 
 
 def test_memory_is_that_of_a_device_of_the_mesh_or_of_one_device_alone():
-  parameters = 4 * describe(build("quickstart").model).parameters
+  parameters = 4 * described(two_blocks().model, 512).parameters
   whole = f"{binary(parameters)} of parameters, {binary(2 * parameters + 8)} of moments, on "
-  assert whole + "each of 4 devices" in shown_of(build("quickstart"))
+  assert whole + "each of 4 devices" in shown_of(two_blocks())
   assert whole + "one device alone: MeshShape(data=1, fsdp=1, tensor=64) does not fit the 4 here" in shown_of(
-    build("quickstart", ["MeshShape.data=1", "MeshShape.tensor=64"])
+    two_blocks("MeshShape.data=1", "MeshShape.tensor=64")
   )
-  shared = shown_of(build("quickstart", ["MeshShape.data=2", "MeshShape.fsdp=2", "Optimizer.accumulate_steps=2"]))
-  memory = next(line for line in shared.splitlines() if line.startswith("memory"))
+  shared = shown_of(two_blocks("MeshShape.data=2", "MeshShape.fsdp=2", "Optimizer.accumulate_steps=2"))
+  memory = next(line for line in shared.splitlines() if line.lstrip().startswith("memory"))
   assert "of moments and accumulated gradients, on each of 4 devices" in memory
   assert 0.5 < float(memory.split()[1]) * 2**20 / parameters < 0.6, "all but what fsdp does not split"
 
 
 def test_the_parts_of_a_peak_are_what_a_device_holds(tmp_path):
   experiment = tiny_experiment(tmp_path, mesh=MeshShape(data=1, fsdp=2, tensor=2))
-  program = build_program(experiment.model, experiment.optimizer, experiment.mesh.build(), steps=12, batch_size=4)
+  program = program_of(experiment)
   state, batch = program.create(), put_batch(next(experiment.data.load().batches()), program.batch_sharding)
   peak = predicted_peak(experiment)
   held = [sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree)) for tree in (state, batch)]
@@ -148,7 +156,7 @@ def test_the_parts_of_a_peak_are_what_a_device_holds(tmp_path):
   logits = 4 * 4 * 32 * 256 // 4
   assert logits < peak.temporaries < 50 * logits
   assert peak.total == peak.state + peak.batch + peak.temporaries
-  assert f"{binary(peak.total)} a device in a training step, as compiled for cpu" in shown_of(build("quickstart"), peak)
+  assert f"{binary(peak.total)} a device in a training step, as compiled for cpu" in shown_of(two_blocks(), peak)
   same = abstract_batch(experiment.data, program.batch_sharding)
   assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), same) == jax.tree.map(
     lambda x: (x.shape, x.dtype, x.sharding), batch
@@ -156,7 +164,7 @@ def test_the_parts_of_a_peak_are_what_a_device_holds(tmp_path):
 
 
 ROWS = ["LanguageModel.width=32", "LanguageModel.mixers=[@Attention]", "Attention.head_dim=8", "Attention.window=64"]
-ROWS += ["LanguageModel.depth=8", "TextData.sequence_length=2048", "MeshShape.data=1"]
+ROWS += ["LanguageModel.depth=8", "LanguageModel.scan=True", "TextData.sequence_length=2048", "MeshShape.data=1"]
 
 
 @pytest.mark.slow
@@ -168,11 +176,12 @@ def test_recomputing_takes_less_at_the_peak():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_a_step_takes_about_the_memory_that_was_predicted():
+def test_a_step_takes_about_the_memory_that_was_predicted(tmp_path):
   """In a process of its own, where the step is what needs the most."""
   script = """
 import re, sys, jax, memzoo
 from pathlib import Path
+jax.config.update("jax_compilation_cache_dir", sys.argv.pop(1))
 from memzoo.train.step import build_program
 from memzoo.train.experiment_report import abstract_batch, predicted_peak
 
@@ -191,13 +200,15 @@ assert bytes_of("VmHWM") - before < peak.temporaries / 2, "so that the peak is t
 jax.block_until_ready(step(state, batch))
 print((bytes_of("VmHWM") - before) / (peak.temporaries))
 """
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  command = [sys.executable, "-c", script, *ROWS]
-  found = subprocess.run(command, env=environment, capture_output=True, text=True)
+  command = [sys.executable, "-c", script, str(tmp_path), *ROWS, "LanguageModel.depth=2"]
+  found = subprocess.run(command, capture_output=True, text=True)
   assert found.returncode == 0, found.stderr
   assert 0.5 < float(found.stdout) < 2
 
 
 def test_numbers_are_shown_with_three_digits_and_a_unit():
-  assert [thousands(n) for n in (999, 1234, 1_340_000, 2.5e13)] == ["999 ", "1.23 k", "1.34 M", "25 T"]
+  assert [thousands(n) for n in (7, 999, 1234, 999_499, 999_500, 2.5e13)] == ["7", "999", "1.23k", "999k", "1M", "25T"]
+  assert [thousands(n, "B") for n in (999, 1_340_000)] == ["999 B", "1.34 MB"]
+  assert [clock(seconds) for seconds in (5, 65, 3725.2)] == ["0:05", "1:05", "1:02:05"]
+  assert [milliseconds(seconds) for seconds in (0.00123, 0.0123, 0.123, 1.5)] == ["1.23", "12.3", "123", "1,500"]
   assert [binary(n) for n in (999, 1536, 5 * 2**20, 3 * 2**40)] == ["999 bytes", "1.5 KiB", "5.0 MiB", "3.0 TiB"]

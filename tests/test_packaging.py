@@ -1,5 +1,6 @@
-"""What is in the repository is what is installed, and importing it is light."""
+"""The wheel holds what the repository holds, imports run one way, and importing the layers is light."""
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_the_list_of_packages_is_the_folders():
+def test_the_list_of_packages_names_every_folder():
   parts = ("configs", "layers", "pallas_kernels", "train", "zoo")
   found = {path.parent for part in parts for path in (ROOT / part).rglob("__init__.py")}
   names = {".".join(("memzoo", *folder.relative_to(ROOT).parts)) for folder in found} | {"memzoo"}
@@ -39,11 +40,50 @@ def test_layers_need_only_jax_and_flax():
   assert not loaded & {"gin", "grain", "typer", "matplotlib", "tensorboardX", "tokenizers", "safetensors"}
 
 
-def test_imports_run_downwards():
-  """`layers` knows nothing of the floors above it, `pallas_kernels` nothing of `layers`; `zoo` meets `train` late."""
-  forbidden = {"pallas_kernels": ("layers", "zoo", "train"), "layers": ("zoo", "train")}
-  for floor, above in forbidden.items():
-    for path in (ROOT / floor).rglob("*.py"):
-      lines = [line.split() for line in path.read_text().splitlines() if line.lstrip().startswith(("from ", "import "))]
-      imported = {part for line in lines for part in line[1].split(".")}
-      assert not imported & set(above), path
+FLOORS = ("pallas_kernels", "layers", "zoo", "train")  # each imports from itself and from those before it
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_run_downwards(floor):
+  """Also the imports inside functions and under TYPE_CHECKING."""
+  allowed = {*FLOORS[: FLOORS.index(floor) + 1], "__version__"}
+  upward = [
+    f"{path.relative_to(ROOT)} imports {name}"
+    for path in sorted((ROOT / floor).rglob("*.py"))
+    for name in imported_modules(path)
+    if name.split(".")[0] == "memzoo" and name.split(".")[1:2] not in [[part] for part in allowed]
+  ]
+  assert upward == []
+
+
+def imported_modules(path: Path) -> list[str]:
+  """Full names of all that a file of the package imports, such as "memzoo.layers.norms.RMSNorm"."""
+  names: list[str] = []
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names += [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      package = ("memzoo", *path.relative_to(ROOT).parent.parts)
+      start = package[: len(package) - node.level + 1] if node.level else ()
+      names += [".".join((*start, *filter(None, [node.module]), alias.name)) for alias in node.names]
+  return names
+
+
+def test_the_dependencies_are_what_the_package_imports():
+  files = [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
+  imported = {name.split(".")[0] for path in files for name in imported_modules(path)} - sys.stdlib_module_names - {"memzoo"}
+  distributions = {"gin": "gin-config", "orbax": "orbax-checkpoint"}
+  needed = {distributions.get(name, name) for name in imported} - {"numpy", "tokenizers"}  # jax brings the one, [hub] the other
+  assert {line.partition(">")[0] for line in PROJECT["project"]["dependencies"]} == needed
+
+
+def test_imports_of_every_form_are_found(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+  path = tmp_path / "layers" / "a.py"
+  path.parent.mkdir()
+  path.write_text(
+    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  from ..zoo.stack import Stack\n"
+    "def f():\n  import memzoo.train.loop\n  from .. import zoo\n  from . import norms\n"
+  )
+  found = {"typing.TYPE_CHECKING", "memzoo.zoo.stack.Stack", "memzoo.train.loop", "memzoo.zoo", "memzoo.layers.norms"}
+  assert set(imported_modules(path)) == found

@@ -1,4 +1,4 @@
-"""One run on any number of devices and processes: the same losses, and each takes up where another stopped."""
+"""One run on any number of devices and processes: the same losses, and each layout resumes another's checkpoint."""
 
 import os
 import shutil
@@ -14,10 +14,10 @@ from memzoo.train import processes
 from memzoo.train.loop import train
 from memzoo.train.report import read_rows
 from memzoo.train.sharding import MeshShape, batch_sharding
-from tiny_run import memory_model, tiny_experiment
+from tiny_run import import_path, memory_model, shared_programs, tiny_experiment
 from tolerances import assert_close
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures(shared_programs.__name__), pytest.mark.xdist_group("processes")]
 
 STEPS = 20
 LAYOUTS = {
@@ -28,6 +28,8 @@ LAYOUTS = {
   "processes": MeshShape(2),
 }
 ONE_PROCESS = [name for name in LAYOUTS if name != "processes"]
+# Each layout resumes the checkpoint of the one before it, and the first that of the last.
+RESUMED = dict(zip(LAYOUTS, ["processes", *ONE_PROCESS], strict=True))
 
 
 def experiment(folder, layout, **settings):
@@ -35,109 +37,21 @@ def experiment(folder, layout, **settings):
   return tiny_experiment(folder, mesh=LAYOUTS[layout], **settings)
 
 
-# What each of two processes does with its arguments: FOLDER PORT PROCESS RUN..., the text lying in FOLDER.
+# What each of two processes does: FOLDER PORT PROCESS, the text lying in FOLDER. First two runs, then what both say and do
+# when only one of them has a reason.
 SCRIPT = """
-import sys
-from pathlib import Path
-import jax
-jax.config.update("jax_compilation_cache_dir", str(Path(sys.argv[1], "compiled")))
-from memzoo.train import loop, processes
-from test_processes import experiment
-processes.join(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
-for run in sys.argv[4:]:
-  loop.train(experiment(Path(sys.argv[1]), "processes"), run)
-"""
-
-
-def start(folder, *runs, script=SCRIPT):
-  """Two processes of one device each, under way through `runs`."""
-  environment = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "PYTHONPATH": str(Path(__file__).parent),
-  }
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = str(probe.getsockname()[1])
-  return [
-    subprocess.Popen(
-      [sys.executable, "-c", script, str(folder), port, str(number), *map(str, runs)],
-      env=os.environ | environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for number in range(2)
-  ]
-
-
-def finish(both):
-  """The exit statuses of both and what they said."""
-  said = [process.communicate(timeout=300)[0] for process in both]
-  return [process.returncode for process in both], said
-
-
-def losses(run):
-  rows = read_rows(Path(run) / "metrics.jsonl")
-  assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-  return np.array([row["loss"] for row in rows])
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  """A folder with a run of each layout, which has a checkpoint after half of it."""
-  folder = tmp_path_factory.mktemp("layouts")
-  tiny_experiment(folder)  # writes the text before two processes would at once
-  both = start(folder, folder / "processes")
-  for layout in ONE_PROCESS:
-    train(experiment(folder, layout), folder / layout, progress=False)
-  statuses, said = finish(both)
-  assert statuses == [0, 0], said
-  assert "2 cpu devices of 2 processes" in said[0]
-  return folder
-
-
-def halfway(folder, run, name):
-  """A copy of a run as it was after half of it."""
-  shutil.copytree(folder / run, folder / name)
-  shutil.rmtree(folder / name / "checkpoints" / str(STEPS))
-  (folder / name / "result.json").unlink()
-  return folder / name
-
-
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
-def test_every_layout_has_the_losses_of_one_device(runs, layout):
-  assert len(losses(runs / layout)) == STEPS
-  assert_close(losses(runs / layout), losses(runs / "one"), "float32")
-
-
-@pytest.mark.parametrize(("saved", "resumed"), [(a, b) for a in LAYOUTS for b in ONE_PROCESS if a != b])
-def test_a_checkpoint_of_each_layout_resumes_on_each_other(runs, saved, resumed, capsys):
-  run = halfway(runs, saved, f"{saved} then {resumed}")
-  train(experiment(runs, resumed), run)
-  assert f"Resuming {run} after step 10" in capsys.readouterr().out
-  assert_close(losses(run), losses(runs / "one"), "float32")
-
-
-def test_a_checkpoint_of_each_layout_resumes_on_two_processes(runs):
-  copies = [halfway(runs, saved, f"{saved} then processes") for saved in LAYOUTS]
-  statuses, said = finish(start(runs, *copies))
-  assert statuses == [0, 0], said
-  for copy in copies:
-    assert f"Resuming {copy} after step 10" in said[0]
-    assert_close(losses(copy), losses(runs / "one"), "float32")
-
-
-# What two processes say and do when only one of them has a reason: FOLDER PORT PROCESS.
-AGREEMENT = """
 import os, signal, sys
 from pathlib import Path
-from memzoo.train import loop, processes
+import jax
+from memzoo.train import loop, processes, setup
 from test_processes import experiment
 from test_training import Spoiled
 from tiny_run import Model
 folder, number = Path(sys.argv[1]), int(sys.argv[3])
+jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
 processes.join(f"localhost:{sys.argv[2]}", 2, number)
+for name in ("processes", "both then processes"):
+  loop.train(experiment(folder, "processes"), folder / name)
 
 def attempt(name, **settings):
   try:
@@ -148,10 +62,10 @@ def attempt(name, **settings):
 
 attempt("other config", steps=20 + number)
 if number:
-  real, loop.check_writable = loop.check_writable, lambda directory: (_ for _ in ()).throw(ValueError("no disk here"))
+  real, setup.check_writable = setup.check_writable, lambda directory: (_ for _ in ()).throw(ValueError("no disk here"))
 attempt("no disk")
 if number:
-  loop.check_writable = real
+  setup.check_writable = real
 record = loop._Run.record
 
 def record_and_signal(run, step, *rest):
@@ -167,18 +81,79 @@ attempt("not finite", model=Spoiled(), nonfinite_limit=3)
 """
 
 
-def test_what_one_process_alone_comes_upon_all_are_told(tmp_path):
-  tiny_experiment(tmp_path)
-  statuses, (first, second) = finish(start(tmp_path, script=AGREEMENT))
-  assert statuses == [0, 0], (first, second)
+def run_two_processes(folder):
+  """What each of two processes of one device said of `SCRIPT`."""
+  environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": import_path()}
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = str(probe.getsockname()[1])
+  both = [
+    subprocess.Popen(
+      [sys.executable, "-c", SCRIPT, str(folder), port, str(number)],
+      env=os.environ | environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  said = [process.communicate(timeout=300)[0] for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  return said
+
+
+def losses(run):
+  rows = read_rows(Path(run) / "metrics.jsonl")
+  assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+  return np.array([row["loss"] for row in rows])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, shared_programs):
+  """A folder with a run of each layout, and one of "both" that stopped halfway; and what two processes said."""
+  folder = tmp_path_factory.mktemp("layouts")
+  for layout in ONE_PROCESS:
+    train(experiment(folder, layout), folder / layout, progress=False)
+  halfway(folder, "both", "both then processes")
+  return folder, run_two_processes(folder)
+
+
+def halfway(folder, run, name):
+  """A copy of a run as it was after half of it."""
+  shutil.copytree(folder / run, folder / name)
+  shutil.rmtree(folder / name / "checkpoints" / str(STEPS))
+  (folder / name / "result.json").unlink()
+  return folder / name
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_every_layout_has_the_losses_of_one_device(runs, layout):
+  folder, said = runs
+  assert len(losses(folder / layout)) == STEPS
+  assert_close(losses(folder / layout), losses(folder / "one"), "float32")
+  assert "2 cpu devices of 2 processes" in said[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_resumes_the_checkpoint_of_another(runs, layout, capsys):
+  (folder, said), saved = runs, RESUMED[layout]
+  run = folder / f"{saved} then {layout}"
+  if layout != "processes":
+    train(experiment(folder, layout), halfway(folder, saved, run.name))
+  assert f"Resuming {run} after step 10" in (said[0] if layout == "processes" else capsys.readouterr().out)
+  assert_close(losses(run), losses(folder / "one"), "float32")
+
+
+def test_errors_and_signals_in_one_process_are_broadcast_to_all(runs):
+  folder, (first, second) = runs
   for said in (first, second):
-    assert "other config failed: process 1 has another config than process 0; want the same for all." in said
+    assert "other config failed: process 1 has another config than process 0; expected the same for all." in said
   assert "no disk failed: another process could not go on" in first
   assert "no disk failed: no disk here" in second
   step = first.split("signal interrupted SIGTERM ")[1].split()[0]
   assert step in ("6", "7")
   assert f"signal interrupted SIGTERM {step}" in second
-  assert (tmp_path / "signal" / "checkpoints" / step).is_dir()
+  assert (folder / "signal" / "checkpoints" / step).is_dir()
   for said in (first, second):
     assert "not finite failed: 3 steps in a row up to step 3 were not finite (loss nan; gradients" in said
 
@@ -208,9 +183,9 @@ def test_shares_of_rows_are_those_of_the_devices(monkeypatch):
 
 
 def test_processes_that_cannot_find_each_other_are_told_what_to_say():
-  with pytest.raises(ValueError, match=r"--coordinator is 'localhost'; want HOST:PORT"):
+  with pytest.raises(ValueError, match=r"--coordinator is 'localhost'; expected HOST:PORT"):
     processes.join("localhost", 2, 0)
-  with pytest.raises(ValueError, match=r"--process is 2 of --processes 2; want 0 to 1"):
+  with pytest.raises(ValueError, match=r"--process is 2 of --processes 2; expected 0 to 1"):
     processes.join("localhost:1", 2, 2)
   with pytest.raises(ValueError, match=r"do not know of each other .*--coordinator HOST:PORT"):
     processes.join("localhost:1", 2)

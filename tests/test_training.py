@@ -19,25 +19,20 @@ from flax import linen as nn
 from memzoo.train import loop
 from memzoo.train.diagnosis import Spikes, first_nonfinite_module
 from memzoo.train.evaluation import evaluate
-from memzoo.train.loop import NonFiniteError, Stopwatch, train
+from memzoo.train.loop import NonFiniteError, train
 from memzoo.train.optimizer import Optimizer, decay_mask
-from memzoo.train.report import clock, keep_rows, plot_losses, read_rows, smoothed, thousands
-from memzoo.train.sharding import MeshShape, layout, put_batch
-from memzoo.train.step import build_program
+from memzoo.train.report import keep_rows, plot_losses, read_rows, smoothed
+from memzoo.train.runtime import Stopwatch
+from memzoo.train.sharding import MeshShape, layout, parameter_shardings, put_batch
+from memzoo.train.step import group_squares, parameter_groups, sum_scores
 from memzoo.train.trainer import Trainer
-from tiny_run import Model, memory_model, tiny_experiment
+from tiny_run import Model, import_path, memory_model, program_of, shared_programs, tiny_experiment
 
-pytestmark = pytest.mark.slow
-
-
-def program_of(experiment, steps=20):
-  return build_program(
-    experiment.model, experiment.optimizer, experiment.mesh.build(), steps=steps, batch_size=experiment.data.batch_size
-  )
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures(shared_programs.__name__), pytest.mark.xdist_group("training")]
 
 
 def take_steps(experiment, count, spoil=()):
-  """The state and the metrics after `count` steps; batches numbered in `spoil` weigh infinitely."""
+  """The state and the metrics after `count` steps. The weights of batches numbered in `spoil` are infinite."""
   program, batches = program_of(experiment), experiment.data.load().batches()
   state, history = program.create(), []
   for i in range(count):
@@ -50,7 +45,12 @@ def take_steps(experiment, count, spoil=()):
 
 
 def losses(directory):
-  return [(row["step"], row["loss"]) for row in read_rows(Path(directory) / "metrics.jsonl")]
+  rows = read_rows(Path(directory) / "metrics.jsonl")
+  return [(row["step"], row["loss"], row.get("validation_loss")) for row in rows]
+
+
+def steps_of(directory):
+  return [row["step"] for row in read_rows(Path(directory) / "metrics.jsonl")]
 
 
 # The step.
@@ -58,7 +58,7 @@ def losses(directory):
 
 @pytest.mark.compat
 def test_the_first_loss_is_that_of_guessing_and_training_lowers_it(tmp_path):
-  _, history = take_steps(tiny_experiment(tmp_path), 20)
+  _, history = take_steps(tiny_experiment(tmp_path, steps=20), 20)
   assert history[0].loss == pytest.approx(math.log(256), rel=0.01)
   assert history[-1].loss < history[0].loss - 0.5
   assert all(metrics.gradient_norm > 0 for metrics in history)
@@ -67,16 +67,16 @@ def test_the_first_loss_is_that_of_guessing_and_training_lowers_it(tmp_path):
 MESHES = {"data": MeshShape(4), "fsdp": MeshShape(1, 4), "tensor": MeshShape(1, 1, 4), "both": MeshShape(1, 2, 2)}
 
 
-@pytest.mark.parametrize(
-  ("model", "mesh"),
-  [
-    *(pytest.param(Model(), mesh, id=mesh) for mesh in MESHES),
-    pytest.param(memory_model(), "both", id="memory", marks=pytest.mark.slow),
-  ],
-)
-def test_sharded_over_four_devices_equals_unsharded(tmp_path, model, mesh):
-  one, history = take_steps(tiny_experiment(tmp_path, model=model), 3)
-  four, sharded_history = take_steps(tiny_experiment(tmp_path, model=model, mesh=MESHES[mesh]), 3)
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+  """The state and the metrics of three steps on one device."""
+  return take_steps(tiny_experiment(tmp_path_factory.mktemp("one")), 3)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_sharded_over_four_devices_equals_unsharded(tmp_path, on_one_device, mesh):
+  (one, history), experiment = on_one_device, tiny_experiment(tmp_path, mesh=MESHES[mesh])
+  four, sharded_history = take_steps(experiment, 3)
   chex.assert_trees_all_close(sharded_history, history, rtol=1e-4)
   chex.assert_trees_all_close(four.params, one.params, rtol=1e-3, atol=1e-5)
 
@@ -136,6 +136,34 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(tmp_path):
   recovered, history = take_steps(experiment, 4, spoil=(2,))
   assert (int(recovered.skipped), int(recovered.skipped_in_a_row)) == (1, 0)
   assert np.isfinite(history[3].loss)
+  schedule = experiment.optimizer.schedule(experiment.trainer.steps)
+  rates = [float(schedule(updates)) for updates in (0, 1, 2, 2)]
+  assert [float(metrics.learning_rate) for metrics in history] == pytest.approx(rates, rel=1e-6)
+  assert len(set(rates)) == 3
+
+
+def test_a_batch_without_targets_has_a_loss_of_zero_and_is_not_skipped(tmp_path):
+  experiment = tiny_experiment(tmp_path)
+  program, batch = program_of(experiment), next(experiment.data.load().batches())
+  batch["weights"] *= 0
+  state, metrics = program.train(program.create(), put_batch(batch, program.batch_sharding))
+  assert (float(metrics.loss), float(metrics.gradient_norm), int(state.skipped)) == (0, 0, 0)
+
+
+def test_only_targets_of_non_zero_weight_are_counted_as_right():
+  class Fixed:
+    """Its variables are the logits."""
+
+    @staticmethod
+    def apply(logits, tokens, segment_ids, rngs):
+      return logits, None
+
+  logits = 20 * jax.nn.one_hot(jnp.array([[0, 1, 2, 3]]), 5, dtype=jnp.float32)
+  targets, weights = jnp.array([[0, 1, 2, 4]]), jnp.array([[1.0, 0.0, 1.0, 1.0]], jnp.float32)
+  batch = {"tokens": targets, "targets": targets, "segment_ids": targets, "weights": weights}
+  nats, right, tokens = sum_scores(Fixed, logits, batch)
+  assert (float(right), float(tokens)) == (2, 3)
+  assert float(nats) == pytest.approx(20, abs=1e-3)
 
 
 def test_the_loss_is_over_targets_of_non_zero_weight_alone(tmp_path):
@@ -176,6 +204,44 @@ def test_weight_decay_leaves_gates_norms_and_biases_alone():
     "mixer": {"kernel": True, "bias": False, "A_log": False},
     "norm": {"scale": False},
   }
+
+
+def test_a_scanned_model_decays_and_is_grouped_as_an_unrolled_one():
+  """The parameters of repeats are stacked over a leading axis, which makes no matrix of a scale."""
+  block = {
+    "mixer": {"kernel": (4, 4), "gate": (4,), "A_log": (4, 4)},
+    "mixer_norm": {"scale": (4,)},
+    "mlp": {"in": {"kernel": (4, 8)}},
+  }
+  scanned = {
+    "embedding": jnp.zeros((9, 4), jnp.float32),
+    "periods": jax.tree.map(lambda shape: jnp.ones((3, *shape), jnp.float32), {"blocks_0": block}, is_leaf=_is_shape),
+    "final_norm": {"scale": jnp.zeros(4, jnp.float32)},
+  }
+  mask = decay_mask({"params": scanned})["params"]
+  assert mask["periods"]["blocks_0"] == jax.tree.map(lambda shape: len(shape) == 2, block, is_leaf=_is_shape) | {
+    "mixer": {"kernel": True, "gate": False, "A_log": False}
+  }
+  assert (mask["embedding"], mask["final_norm"]["scale"]) == (True, False)
+  groups = parameter_groups({"params": scanned})
+  assert groups == (
+    "embedding",
+    "final_norm",
+    "periods/blocks_0/mixer",
+    "periods/blocks_0/mixer_norm",
+    "periods/blocks_0/mlp",
+  )
+  assert group_squares({"params": scanned}).tolist() == [0, 0, 3 * (16 + 4 + 16), 3 * 4, 3 * 32]
+
+
+def _is_shape(leaf):
+  return isinstance(leaf, tuple)
+
+
+def test_the_axis_of_repeats_is_not_split():
+  mesh = MeshShape(1, 2, 2).build()
+  boxed = nn.LogicallyPartitioned(jnp.zeros((3, 4, 4), jnp.float32), ("layers", "embed", "mlp"))
+  assert tuple(parameter_shardings(mesh, {"kernel": boxed})["kernel"].spec) == (None, "fsdp", "tensor")
 
 
 def test_learning_rate_rises_to_the_peak_and_falls_to_the_final_fraction():
@@ -275,7 +341,7 @@ def test_away_from_a_terminal_a_run_prints_plain_lines(tmp_path, capfd):
   assert re.fullmatch(packed, lines[1])
   assert [line.split()[1] for line in lines if line.startswith("step ")] == ["4/12", "5/12", "8/12", "10/12", "12/12"]
   assert "bits per byte" in out
-  assert re.search(r"memory +\d\.\d\d GiB at the peak, of this process", out)
+  assert re.search(r"memory +\d[\d,.]* [MG]iB at the peak, of this process", out)
   assert "\x1b" not in out
   assert err == ""
 
@@ -317,15 +383,18 @@ def test_a_run_whose_newest_checkpoint_is_damaged_repeats_the_steps_since_the_on
   out = capsys.readouterr().out
   assert "Checkpoint 8 cannot be read" in out
   assert f"Resuming {directory} after step 5" in out, "where the best evaluation was"
-  assert [step for step, _ in losses(directory)] == list(range(1, 13))
+  assert steps_of(directory) == list(range(1, 13))
 
 
 def test_more_steps_may_be_asked_for(tmp_path):
   directory = tmp_path / "run"
   train(tiny_experiment(tmp_path, steps=6, checkpoint_every=0), directory, progress=False)
-  result = train(tiny_experiment(tmp_path, steps=9, log_every=1, mesh=MeshShape(data=2)), directory, progress=False)
+  longer = tiny_experiment(tmp_path, steps=9, log_every=1, evaluate_every=7, mesh=MeshShape(data=2))
+  result = train(longer, directory, progress=False)
   assert result.step == 9
-  assert [step for step, _ in losses(directory)] == list(range(1, 10))
+  evaluated = [step for step, _, validation in losses(directory) if validation is not None]
+  assert evaluated == [5, 7], "7 is the first step after the resumption"
+  assert steps_of(directory) == list(range(1, 10))
   assert "Trainer.steps = 9" in (directory / "config.gin").read_text()
 
 
@@ -347,7 +416,7 @@ def test_a_run_that_never_saved_may_be_started_anew(tmp_path):
   (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
   train(experiment, tmp_path / "run", progress=False)
   assert (tmp_path / "run" / "config.gin").read_text() == experiment.text
-  assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]
+  assert steps_of(tmp_path / "run") == [1, 2]
 
 
 def test_text_that_changed_under_a_run_is_refused(tmp_path):
@@ -359,7 +428,7 @@ def test_text_that_changed_under_a_run_is_refused(tmp_path):
 
 
 def test_a_model_that_knows_too_few_tokens_is_refused(tmp_path):
-  with pytest.raises(ValueError, match=r"vocab_size is 100; want at least 256"):
+  with pytest.raises(ValueError, match=r"vocab_size is 100; expected at least 256"):
     train(tiny_experiment(tmp_path, model=Model(vocab_size=100)), tmp_path / "run")
 
 
@@ -428,31 +497,27 @@ def test_the_first_module_that_is_not_finite_is_found(tmp_path):
   assert first_nonfinite_module(experiment.model, params, batch) == "blocks_0"
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_to_bitwise_the_same_losses(tmp_path):
-  """SIGKILL at some moment, twice, in a process of its own; then the rest, and a run without a stop to compare with."""
+  """SIGKILL at some moment in a process of its own; the rest here, and a run without a stop to compare with."""
+  settings = {"model": memory_model(), "steps": 100, "checkpoint_every": 10, "evaluate_every": 0}
+  train(tiny_experiment(tmp_path, **settings), tmp_path / "whole", progress=False)
   script = (
-    "import sys; from pathlib import Path; from memzoo.train.loop import train\n"
+    "import jax, sys; from pathlib import Path; from memzoo.train.loop import train\n"
     "from tiny_run import memory_model, tiny_experiment\n"
-    "settings = dict(model=memory_model(), steps=250, checkpoint_every=20, evaluate_every=0)\n"
-    "train(tiny_experiment(Path(sys.argv[1]), **settings), sys.argv[2])"
+    "jax.config.update('jax_compilation_cache_dir', sys.argv[2])\n"
+    f"settings = {settings | {'model': None}} | {{'model': memory_model()}}\n"
+    "train(tiny_experiment(Path(sys.argv[1]), **settings), Path(sys.argv[1], 'killed'))"
   )
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent)}
-
-  def command(name):
-    return [sys.executable, "-c", script, str(tmp_path), str(tmp_path / name)]
-
-  for least in (50, 120):
-    with subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL) as process:
-      metrics = tmp_path / "killed" / "metrics.jsonl"
-      while process.poll() is None and not (metrics.exists() and len(metrics.read_bytes().splitlines()) > least):
-        time.sleep(0.01)
-      assert process.poll() is None, "the run ended before it could be killed"
-      process.kill()
-  for name in ("killed", "whole"):
-    subprocess.run(command(name), env=environment, check=True, stdout=subprocess.DEVNULL)
+  command = [sys.executable, "-c", script, str(tmp_path), jax.config.jax_compilation_cache_dir]
+  with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": import_path()}, stdout=subprocess.DEVNULL) as process:
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 20):
+      time.sleep(0.01)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
+  train(tiny_experiment(tmp_path, **settings), tmp_path / "killed", progress=False)
   assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-  assert [step for step, _ in losses(tmp_path / "killed")] == list(range(1, 251))
+  assert steps_of(tmp_path / "killed") == list(range(1, 101))
 
 
 def _at_step(patch, step, action):
@@ -510,11 +575,6 @@ def test_rows_are_cut_back_to_a_step(tmp_path):
   path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 6)) + '{"ste')
   keep_rows(path, 3)
   assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
-
-
-def test_numbers_and_times_are_short():
-  assert [thousands(x) for x in (7, 999, 12345, 2.5e6, 3.21e9, 4e13)] == ["7", "999", "12.3k", "2.5M", "3.21G", "40T"]
-  assert [clock(x) for x in (5, 65, 3725.2)] == ["0:05", "1:05", "1:02:05"]
 
 
 def test_stopwatch_counts_what_it_is_told_to_and_no_more(monkeypatch):

@@ -1,28 +1,34 @@
-"""A run small enough for tests: a little text, a little model."""
+"""A run small enough for tests: little text, a small model, and programs that are compiled once."""
 
 import dataclasses
+import os
 import random
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import pytest
 from flax import linen as nn
 from memzoo.layers import DeltaNet
+from memzoo.train import setup
 from memzoo.train.data import TextData
 from memzoo.train.optimizer import Optimizer
 from memzoo.train.sharding import MeshShape
+from memzoo.train.step import Program, build_program
 from memzoo.train.trainer import Trainer
 from memzoo.zoo.language_model import LanguageModel
 
 
 def memory_model() -> LanguageModel:
-  """A language model with a memory, for what must hold for the real thing; it takes seconds to compile."""
+  """A language model with a memory, for tests that need one. It takes seconds to compile."""
   return LanguageModel(vocab_size=256, width=16, depth=1, mixers=(DeltaNet(num_heads=2, key_dim=8, value_dim=8),))
 
 
 class Model(nn.Module):
-  """The interface of `LanguageModel` and no more, for all that does not depend on what the model is."""
+  """The interface of `LanguageModel` and no more, for tests that do not depend on the model."""
 
   vocab_size: int = 256
   width: int = 16
@@ -31,6 +37,9 @@ class Model(nn.Module):
 
   def initial_state(self, batch_size):
     return jnp.zeros((batch_size, 1), jnp.float32)
+
+  def example(self, batch_size, length):
+    return jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
 
   @nn.compact
   def __call__(self, tokens, state=None, segment_ids=None):
@@ -65,6 +74,35 @@ def tiny_experiment(folder: Path, **settings) -> SimpleNamespace:
   defaults = {"steps": 12, "log_every": 4, "evaluate_every": 5, "checkpoint_every": 4, "sample_tokens": 0}
   parts["trainer"] = Trainer(**(defaults | settings))
   return SimpleNamespace(name="tiny", text="".join(map(_as_gin, parts.values())), **parts)
+
+
+def program_of(experiment, steps: int | None = None) -> Program:
+  """An experiment's program. Equal experiments share it, and what it has compiled."""
+  mesh, batch_size = experiment.mesh.build(), experiment.data.batch_size
+  return _program(experiment.model, experiment.optimizer, mesh, steps=steps or experiment.trainer.steps, batch_size=batch_size)
+
+
+@cache
+def _program(model, optimizer, mesh, *, steps, batch_size) -> Program:
+  return build_program(model, optimizer, mesh, steps=steps, batch_size=batch_size)
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+  """Runs on text with the seed 0 take their programs from `program_of`."""
+
+  def build(model, optimizer, mesh, *, steps, batch_size, seed, tokens):
+    assert seed == 0
+    return _program(model, optimizer, mesh, steps=steps, batch_size=batch_size)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(setup, "build_program", build)
+    yield
+
+
+def import_path() -> str:
+  """PYTHONPATH for another process: the tests, and what this process was given."""
+  return os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _as_gin(part) -> str:

@@ -1,9 +1,9 @@
-"""What a run adds to its compiled step: reading, logging, and saving beside it.
+"""Measures what a run adds to its compiled step: input, logging and saving.
 
     python -m memzoo.train.bench_overhead models/erase_then_delta_10m --rows 4
 
-Prints a table. Three things in turns, on the same compiled step and medians of each: the step alone, over and over on one
-batch; the step with input and logging around it, as a run has them; and the steps beside a checkpoint being saved.
+Prints a table of medians, all of the same compiled step: the step alone on one batch; the step with a run's input and
+logging; and the steps taken while a checkpoint is saved.
 """
 
 import argparse
@@ -13,14 +13,15 @@ import time
 from pathlib import Path
 
 import jax
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
-from . import loop
+from ..zoo.formats import milliseconds, table
 from .checkpoint import Checkpoints
 from .config import build
+from .loop import _Run
 from .runtime import start_quietly
+from .setup import set_up
+from .sharding import put_batch
 
 
 class _Bench:
@@ -28,14 +29,9 @@ class _Bench:
 
   def __init__(self, config: str, rows: int, folder: Path):
     self.experiment = build(config, [f"TextData.batch_size={rows}", "Trainer.evaluation_batches=1", "Trainer.log_every=1"])
-    experiment, data = self.experiment, self.experiment.data
-    mesh = experiment.mesh.build()
-    program = loop.build_program(
-      experiment.model, experiment.optimizer, mesh, steps=experiment.trainer.steps, batch_size=data.batch_size
-    )
-    self.checkpoints = Checkpoints(folder)
-    self.run = loop._Run(experiment, folder, mesh, program, data.load(), self.checkpoints, None, progress=False)
-    self.batch = loop.put_batch(next(self.run.batches), program.batch_sharding)
+    setup, self.checkpoints = set_up(self.experiment, folder), Checkpoints(folder)
+    self.run = _Run(setup, self.checkpoints, None, progress=False)
+    self.batch = put_batch(next(self.run.batches), setup.program.batch_sharding)
 
   def bare(self) -> float:
     """Seconds of the compiled step alone."""
@@ -46,9 +42,9 @@ class _Bench:
     return time.perf_counter() - began
 
   def around(self) -> tuple[float, float]:
-    """Seconds that the host spends on a step's input, and on writing down its numbers."""
+    """Seconds that the host spends on a step's input, and on logging its numbers."""
     began = time.perf_counter()
-    batch = loop.put_batch(next(self.run.batches), self.run.program.batch_sharding)
+    batch = put_batch(next(self.run.batches), self.run.program.batch_sharding)
     read = time.perf_counter()
     self.run.state, metrics = self.run.program.train(self.run.state, batch)
     jax.block_until_ready(metrics)
@@ -58,7 +54,7 @@ class _Bench:
     return read - began, time.perf_counter() - stepped
 
   def saving(self, step: float) -> tuple[float, float, int]:
-    """Seconds that a save stops the run for, seconds that it adds until it is on disk, and the steps taken meanwhile."""
+    """Seconds for which a save stops the run, seconds that it adds until it is on disk, and the steps taken meanwhile."""
     began = time.perf_counter()
     self.run.save()
     stopped, count = time.perf_counter() - began, 0
@@ -85,19 +81,17 @@ def main() -> None:
       rounds.append((bare, *bench.around(), *bench.saving(bare)))
     bench.checkpoints.wait()
   step, read, wrote, stopped, added, count = map(statistics.median, zip(*rounds, strict=True))
-  table = Table("", "seconds", "of the step", box=SIMPLE, title=f"{arguments.config}, {arguments.rows} rows")
+  every = bench.experiment.trainer.checkpoint_every
   parts = {
     "the compiled step": step,
     "input": read,
     "logging": wrote,
     "a save stops the run for": stopped,
-    f"a save adds in all, beside {count:.0f} steps": added,
+    f"a save adds in all, during {count:.0f} steps": added,
+    f"a save every {every} steps": added / every,
   }
-  for name, seconds in parts.items():
-    table.add_row(name, f"{seconds:.4f}", f"{seconds / step:.2%}")
-  every = bench.experiment.trainer.checkpoint_every
-  table.add_row(f"a save every {every} steps", f"{added / every:.4f}", f"{added / every / step:.2%}")
-  Console().print(table)
+  rows = [(name, milliseconds(seconds), f"{seconds / step:.2%}") for name, seconds in parts.items()]
+  Console().print(table(f"{arguments.config}, {arguments.rows} rows", ("", "ms", "of the step"), rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shows what a benchmark found: tables for the screen, a picture for the disk."""
+"""The results of a benchmark: tables for the screen, and a picture."""
 
 import math
 import statistics
@@ -10,6 +10,7 @@ from matplotlib.ticker import NullFormatter
 from rich.table import Table
 
 from ..pallas_kernels.bench import DIRECTIONS, HALF_AS_WIDE, LONG, Report, Timing
+from ..zoo.formats import binary, milliseconds, table, thousands
 
 _BASELINE = "recurrent"
 _COLOURS = {"recurrent": "#b0b0b0", "xla": "#2f6db5"}
@@ -17,12 +18,12 @@ _LABELS = {"recurrent": "oracle (token by token)", "xla": "xla (chunked)"}
 
 
 def tables(report: Report) -> list[Table]:
-  """One table of the timings and, where there are any, one of the long runs."""
+  """A table of the timings and, if there are any, one of the long runs."""
   return [_timings(report), *([_long(report)] if report.long else [])]
 
 
 def draw(report: Report, path: Path) -> None:
-  """Bars of every timing, the directions side by side, as a PNG."""
+  """Draws bars of every timing, the directions side by side, as a PNG."""
   directions = [name for name in DIRECTIONS if any(timing.direction == name for timing in report.timings)]
   rows = len(report.timings) / len(directions)
   figure = Figure(figsize=(12, 1.5 + 0.62 * rows), layout="constrained")
@@ -42,58 +43,53 @@ def _caption(report: Report) -> str:
   narrow = f" ({HALF_AS_WIDE}: half of it)" if any(timing.operation == HALF_AS_WIDE for timing in report.timings) else ""
   return (
     f"{shape.batch} x {shape.length:,} tokens, {shape.heads} heads, keys {shape.key_dim}, values {shape.value_dim}{narrow}, "
-    f"float32, on {report.device} ({rate / 1e9:,.0f} GFLOP/s in a large product)"
+    f"float32, on {report.device} ({thousands(rate, 'FLOP/s')} in a large product)"
   )
 
 
 def _timings(report: Report) -> Table:
-  table = Table(title=_caption(report).replace(", on ", "\non "), title_justify="left")
-  table.add_column("operation")
-  table.add_column("")
   others = [name for name in report.timings[0].seconds if name != _BASELINE]
-  for heading in ("oracle ms", *(f"{name} ms" for name in others), "speed-up", "floor ms", "floors", "compile s"):
-    table.add_column(heading, justify="right")
+  numbers = ("oracle ms", *(f"{name} ms" for name in others), "speed-up", "floor ms", "floors", "compile s")
+  shown = table(_caption(report).replace(", on ", "\non "), ("operation", "", *numbers), words=2)
   for operation, timings in groupby(report.timings, lambda timing: timing.operation):
     for i, timing in enumerate(timings):
       fastest = min(others, key=timing.seconds.get)
       seconds = timing.seconds[fastest]
-      table.add_row(
+      shown.add_row(
         "" if i else operation,
         timing.direction,
-        _milliseconds(timing.seconds[_BASELINE]),
-        *(_milliseconds(timing.seconds[name]) for name in others),
+        milliseconds(timing.seconds[_BASELINE]),
+        *(milliseconds(timing.seconds[name]) for name in others),
         f"{timing.seconds[_BASELINE] / seconds:.1f} x",
-        _milliseconds(timing.floor_seconds) if timing.floor_seconds else "",
+        milliseconds(timing.floor_seconds) if timing.floor_seconds else "",
         f"{seconds / timing.floor_seconds:.1f}" if timing.floor_seconds else "",
         f"{timing.compile_seconds[fastest]:.1f}",
       )
-    table.add_section()
-  return table
+    shown.add_section()
+  return shown
 
 
 def _long(report: Report) -> Table:
   short, long = LONG
-  table = Table(title=f"From {short:,} to {long:,} tokens: microseconds a token", title_justify="left")
-  table.add_column("operation")
-  for heading in (f"forward {short:,}", f"{long:,}", "ratio", f"gradient {short:,}", f"{long:,}", "ratio", "peak GiB"):
-    table.add_column(heading, justify="right")
-  table.add_column("inputs GiB", justify="right")
+  lengths = (f"{short:,}", f"{long:,}", "ratio")
+  columns = ("operation", f"forward {lengths[0]}", *lengths[1:], f"gradient {lengths[0]}", *lengths[1:], "peak", "inputs")
+  shown = table(f"From {short:,} to {long:,} tokens: microseconds a token", columns)
   for timing in report.long:
     cells = []
     for seconds in (timing.forward_seconds, timing.gradient_seconds):
       cells += [f"{seconds[short] * 1e6:.2f}", f"{seconds[long] * 1e6:.2f}", f"{seconds[long] / seconds[short]:.2f}"]
-    table.add_row(timing.operation, *cells, _gib(timing.peak_bytes), _gib(timing.input_bytes))
-  return table
+    shown.add_row(timing.operation, *cells, binary(timing.peak_bytes), binary(timing.input_bytes))
+  return shown
 
 
 def _bars(axes, timings: list[Timing]) -> None:
   names = list(timings[0].seconds)
   height = 0.8 / len(names)
   for i, name in enumerate(names):
-    milliseconds = [timing.seconds[name] * 1e3 for timing in timings]
+    lengths = [timing.seconds[name] * 1e3 for timing in timings]
     positions = [row + (i + 0.5) * height for row in range(len(timings))]
-    bars = axes.barh(positions, milliseconds, height, color=_COLOURS[name], label=_LABELS[name])
-    axes.bar_label(bars, [_milliseconds(m / 1e3) for m in milliseconds], padding=3, fontsize=8)
+    bars = axes.barh(positions, lengths, height, color=_COLOURS[name], label=_LABELS[name])
+    axes.bar_label(bars, [milliseconds(timing.seconds[name]) for timing in timings], padding=3, fontsize=8)
   floors = {row: timing.floor_seconds * 1e3 for row, timing in enumerate(timings) if timing.floor_seconds}
   lows, highs = list(floors), [row + 0.8 for row in floors]
   axes.vlines(list(floors.values()), lows, highs, color="black", linestyle=":", label="floor (matrix products alone)")
@@ -105,11 +101,3 @@ def _bars(axes, timings: list[Timing]) -> None:
   axes.xaxis.set_minor_formatter(NullFormatter())
   axes.margins(x=0.15)
   axes.spines[["top", "right"]].set_visible(False)
-
-
-def _milliseconds(seconds: float) -> str:
-  return f"{seconds * 1e3:,.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f}"
-
-
-def _gib(count: int) -> str:
-  return f"{count / 2**30:.2f}"

@@ -1,9 +1,9 @@
-"""Checkpoints: saved by Orbax while training goes on, and believed only if they are whole.
+"""Checkpoints: saved by Orbax while training goes on, and used only if they are whole.
 
-`RUN/checkpoints/STEP/` holds the train state, and beside it the position in the data, the config as gin text and a
-checksum of every array. Orbax writes to a temporary folder and renames it at the end, so a run killed while saving
-leaves nothing that looks like a checkpoint. One that was damaged later fails to load or fails its checksums; it is set
-aside under `RUN/unreadable/`, with a message, and the one before it is taken.
+`RUN/checkpoints/STEP/` holds the train state, the position in the data, the config as gin text and a checksum of every
+array. Orbax writes to a temporary folder and renames it at the end, so a run killed while saving leaves nothing that
+looks like a checkpoint. A checkpoint damaged later does not load, or does not match its checksums. It is moved to
+`RUN/unreadable/`, with a message, and the one before it is used.
 """
 
 import errno
@@ -33,16 +33,16 @@ from .step import TrainState
 
 _NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 _DAMAGED = "an array does not match its checksum"
-_PARAMS = "['params']"  # how a dict's key is spelt in a path, where TrainState's field is spelt ".params"
+_PARAMS = "['params']"  # the path of a dict's key; the path of TrainState's field is ".params"
 
 
 class Restored(NamedTuple):
-  """What a checkpoint gives back.
+  """A checkpoint that was read.
 
   Attributes:
-    state: the train state, where the abstract state said that its arrays live.
+    state: the train state, with the shardings of the abstract state.
     data: the iterator's position, for `set_state`.
-    facts: the other things that were saved; see `Checkpoints.save`.
+    facts: what else was saved; see `Checkpoints.save`.
   """
 
   state: TrainState
@@ -51,11 +51,11 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-  """The checkpoints of one run. A context manager: leaving it waits for a save that is under way.
+  """The checkpoints of one run. A context manager: leaving it waits for a save in progress.
 
   Args:
     directory: of the run. Created where it is missing.
-    kept: the newest so many stay on disk, and the one with the lowest validation loss.
+    kept: how many of the newest stay on disk, beside the one with the lowest validation loss.
     say: takes the messages about checkpoints that cannot be read.
   """
 
@@ -85,25 +85,25 @@ class Checkpoints:
 
   @property
   def saving(self) -> bool:
-    """Whether a save is still under way."""
+    """Whether a save is still in progress."""
     return self._manager.is_saving_in_progress()
 
   @property
   def best_loss(self) -> float:
-    """The lowest validation loss among the checkpoints that are there; infinity if none has one."""
+    """The lowest validation loss of the checkpoints on disk; infinity if none was evaluated."""
     return min(self._losses.values(), default=math.inf)
 
   def save(
     self, step: int, state: TrainState, data: Any, facts: dict[str, Any], validation_loss: float | None = None
   ) -> None:
-    """Begins to save; returns as soon as `state` is copied, so that it may be given away.
+    """Begins to save. Returns once `state` is copied, so that it may be donated.
 
     Args:
       step: batches that `state` has seen.
       state: the train state.
       data: the iterator's `get_state()` after those batches.
-      facts: whatever else belongs to the run, as JSON.
-      validation_loss: of `state`, where it was evaluated: the best checkpoint stays.
+      facts: what else belongs to the run, as JSON.
+      validation_loss: of `state`, if it was evaluated.
     """
     facts = facts | {"checksums": checksums(state)}
     if validation_loss is not None:
@@ -117,16 +117,16 @@ class Checkpoints:
       )
 
   def wait(self) -> None:
-    """Returns when everything is on disk. Raises `OSError` if it cannot be put there, as `save` does for the one before."""
+    """Returns when everything is on disk. Raises `OSError` if a save has failed, as the next `save` does."""
     with self._told_of_failure(), quiet_orbax():
       self._manager.wait_until_finished()
 
   def restore(self, abstract_state: TrainState) -> Restored | None:
-    """The newest checkpoint that is whole, or None; any newer ones are set aside, with a message for each.
+    """The newest checkpoint that is whole, or None. Newer ones are set aside, with a message for each.
 
     Args:
-      abstract_state: the state's shapes, dtypes and shardings, as in `Program.abstract_state`. The shardings may differ
-        from those it was saved with.
+      abstract_state: shapes, dtypes and shardings, as in `Program.abstract_state`. The shardings may differ from those of
+        the state that was saved.
     """
     for step in sorted(self._manager.all_steps(), reverse=True):
       restored, damage = _attempt(lambda step=step: self._restore(step, abstract_state))
@@ -163,7 +163,7 @@ class Checkpoints:
 
   @contextmanager
   def _told_of_failure(self) -> Iterator[None]:
-    """Makes what Orbax raises for a save that failed, in the background as a rule, one line of its own."""
+    """Turns what Orbax raises for a failed save (usually one in the background) into one line."""
     try:
       yield
     except Exception as error:
@@ -174,7 +174,7 @@ class Checkpoints:
         + ("None was saved before; " if whole is None else f"The one of step {whole} is whole; ")
         + ("make room" if any(words in str(error) for words in _NO_ROOM) else "mend that")
         + ", and the same command "
-        + ("starts anew." if whole is None else "goes on from there.")
+        + ("starts anew." if whole is None else "resumes from there.")
       ) from None
 
   def __enter__(self) -> "Checkpoints":
@@ -192,7 +192,7 @@ class Checkpoints:
       self._leave_quietly()
 
   def _leave_quietly(self) -> None:
-    """Lets complaints through again; after a save that failed they stay out, for they may come home any time."""
+    """Stops filtering complaints, unless a save failed: the writes that Orbax abandons then complain at any later time."""
     if not self._failed:
       _abandoned.let_through()
       return
@@ -210,22 +210,22 @@ def restore_params(
   check: Callable[[dict[str, Any]], None] = lambda facts: None,
   say: Callable[[str], None] = print,
 ) -> tuple[Any, int]:
-  """The parameters of a run's newest whole checkpoint, for evaluation and generation, and the step they are from.
+  """The parameters of a run's newest whole checkpoint, for evaluation and generation, and its step.
 
   Args:
     directory: of the run. Nothing in it is changed.
-    abstract_params: their shapes and dtypes, as `jax.eval_shape` gives them, without boxes; placed as their shardings
-      say, where they have any, and else on the first device.
-    best: the checkpoint with the lowest validation loss instead of the newest.
-    check: called with the checkpoint's facts, to object to them.
+    abstract_params: shapes and dtypes, as `jax.eval_shape` gives them, without boxes. Those without a sharding are placed on
+      the first device.
+    best: take the checkpoint with the lowest validation loss instead of the newest.
+    check: called with the checkpoint's facts; raises `ValueError` if they do not fit.
     say: takes the messages about checkpoints that cannot be read.
 
   Raises:
-    ValueError: if the run has no checkpoint that can be read.
+    ValueError: if the run has no checkpoint that can be read, or `check` raises it.
   """
   path = Path(directory).absolute() / "checkpoints"
   if not path.is_dir():
-    raise ValueError(f"{directory} holds no checkpoint; want the folder of a run that has saved one.")
+    raise ValueError(f"{directory} holds no checkpoint; expected the folder of a run that has saved one.")
   here = SingleDeviceSharding(jax.devices()[0])
   target = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), abstract_params
@@ -235,7 +235,7 @@ def restore_params(
     if best:
       losses = _validation_losses(manager)
       if not losses:
-        raise ValueError(f"{directory} holds no checkpoint that was evaluated; want the newest one instead of the best.")
+        raise ValueError(f"{directory} holds no checkpoint that was evaluated; take the newest one instead of the best.")
       steps = sorted(losses, key=losses.get)
     for step in steps:
       found, damage = _attempt(lambda step=step: _restore_params(manager, step, target))
@@ -244,7 +244,7 @@ def restore_params(
         check(facts)
         return params, step
       say(f"Checkpoint {step} of {directory} cannot be read ({damage}).")
-  raise ValueError(f"{directory} holds no checkpoint that can be read; want the folder of a run that has saved one.")
+  raise ValueError(f"{directory} holds no checkpoint that can be read; expected the folder of a run that has saved one.")
 
 
 def _restore_params(manager: ocp.CheckpointManager, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
@@ -261,9 +261,10 @@ def _restore_params(manager: ocp.CheckpointManager, step: int, target: Any) -> t
   return state["params"], found.facts
 
 
+# Not Orbax's BestN: it reads the metrics of all checkpoints when a manager is made, and a damaged file of them raises there.
 @dataclass
 class _Best(PreservationPolicy):
-  """Keeps the checkpoint of the lowest of `losses`, by step."""
+  """Keeps the checkpoint with the lowest of `losses`, which are given by step."""
 
   losses: dict[int, float]
 
@@ -273,17 +274,16 @@ class _Best(PreservationPolicy):
 
 
 def _validation_losses(manager: ocp.CheckpointManager) -> dict[int, float]:
-  """By step, of the checkpoints that were evaluated and can be read."""
+  """The validation losses, by step, of the checkpoints that were evaluated and can be read."""
   arguments = ocp.args.Composite(facts=ocp.args.JsonRestore())
   facts = {step: _attempt(lambda step=step: manager.restore(step, args=arguments).facts)[0] for step in manager.all_steps()}
   return {step: found["validation_loss"] for step, found in facts.items() if found and "validation_loss" in found}
 
 
 def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
-  """`load()` and None, or None and what is wrong with the files it read.
+  """`load()` and None, or None and what is wrong with the files that it read.
 
-  A damaged file surfaces as any of a dozen types of exception. All are caught but
-  those that are not the files' fault.
+  A damaged file raises any of a dozen types of exception. All are caught, except those that are not the files' fault.
   """
   hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
   try:
@@ -293,18 +293,18 @@ def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
       raise
     except Exception as error:
       damage = _in_short(error)
-    # Orbax leaves the reads of the other arrays unfinished, each failing with an essay once it is collected, or once it comes
-    # home. Now that the exception is gone, nothing holds most of them.
+    # Orbax abandons the reads of the other arrays, and each complains at length when it is collected or finishes. Most are
+    # collected here, now that no exception holds them.
     gc.collect()
     time.sleep(0.2)
   finally:
     sys.unraisablehook = hook
-  _abandoned.ignore()  # for good: the others may come any time
+  _abandoned.ignore()  # for good, since the other reads may finish at any time
   return None, damage
 
 
 def _in_short(error: Exception) -> str:
-  """What an exception says, without the essay; only the system's word for it where a file could not be written."""
+  """An exception's type and first sentence; for a file that could not be written, only the system's message."""
   reason, system, _ = " ".join(str(error).split()).rpartition(" [os_error_code")
   if system:
     return reason.rpartition(": ")[2]
@@ -312,25 +312,25 @@ def _in_short(error: Exception) -> str:
 
 
 class _Abandoned:
-  """Writes and reads that Orbax gives up on when one of them fails; that one is raised.
+  """Silences the writes and reads that Orbax abandons when one of them fails. (The first failure is raised.)
 
-  They fail in threads of their own, from where nothing can be raised, with essays that would bury the one line.
+  They fail in other threads, from where nothing can be raised, and print long tracebacks.
   """
 
   def __init__(self):
-    self._wishes = 0
+    self._requests = 0
     self._undo: Callable[[], None] = lambda: None
 
   def ignore(self) -> None:
-    """Keeps quiet about them, until `let_through` has been called as often as this."""
-    if not self._wishes:
+    """Silences them until `let_through` has been called as often as this."""
+    if not self._requests:
       self._undo = _filter_complaints()
-    self._wishes += 1
+    self._requests += 1
 
   def let_through(self) -> None:
-    """Takes one wish to ignore them back."""
-    self._wishes -= 1
-    if not self._wishes:
+    """Takes back one call of `ignore`."""
+    self._requests -= 1
+    if not self._requests:
       self._undo()
 
 
@@ -338,7 +338,7 @@ _abandoned = _Abandoned()
 
 
 def _filter_complaints() -> Callable[[], None]:
-  """Filters what Python says of writes and reads that were abandoned. Returns the undoing."""
+  """Filters what Python prints about abandoned writes and reads. Returns a function that undoes this."""
   hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
 
   def filtered(unraisable):
@@ -351,7 +351,7 @@ def _filter_complaints() -> Callable[[], None]:
     return not record.getMessage().startswith("Task exception was never retrieved")
 
   def undo():
-    if sys.unraisablehook is filtered:  # and not one that was put over it
+    if sys.unraisablehook is filtered:  # and nobody has replaced it since
       sys.unraisablehook = hook
     logger.removeFilter(is_of_interest)
 
@@ -361,7 +361,7 @@ def _filter_complaints() -> Callable[[], None]:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-  """A number for each array that any flipped bit changes, computed where the array lives, whole or sharded."""
+  """A checksum of each array, which changes with any flipped bit. It is computed on the array's own devices."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   sums = _checksums([leaf for _, leaf in leaves])
   return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, jax.device_get(sums), strict=True)}
@@ -373,7 +373,7 @@ def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def _checksum(array: jax.Array) -> jax.Array:
-  """The words of `array`, each times an odd number of its own, summed modulo 2^32."""
+  """The sum, modulo 2^32, of the words of `array`, each times an odd number that depends on its position."""
   word = jnp.dtype(f"uint{8 * min(4, array.dtype.itemsize)}")
   bits = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
   factors = jnp.ones(bits.shape, jnp.uint32)
@@ -384,7 +384,7 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 @contextmanager
 def quiet_orbax() -> Iterator[None]:
-  """Keeps Orbax's running commentary, which goes through absl's logger, off the screen; errors are still raised."""
+  """Silences Orbax's log, which goes through absl's logger. Errors are still raised."""
   logger = logging.getLogger("absl")
   level = logger.level
   logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""What numbers among settings must be, asked and said in one way."""
+"""Checks of numbers among settings, with one wording of the errors."""
 
 from typing import Any
 
@@ -8,10 +8,11 @@ def at_least(least: int, settings: Any, *names: str) -> None:
   for name in names:
     value = getattr(settings, name)
     if not value >= least:
-      raise ValueError(f"{type(settings).__name__}.{name} is {value}; want {f'at least {least}' if least else '0 or more'}.")
+      bound = f"at least {least}" if least else "0 or more"
+      raise ValueError(f"{type(settings).__name__}.{name} is {value}; expected {bound}.")
 
 
 def check_seed(settings: Any) -> None:
-  """Raises `ValueError` unless the field `seed` is one that random keys are made of."""
+  """Raises `ValueError` unless the field `seed` can seed a random key."""
   if not 0 <= settings.seed < 2**32:
-    raise ValueError(f"{type(settings).__name__}.seed is {settings.seed}; want 0 or more, and less than 2**32.")
+    raise ValueError(f"{type(settings).__name__}.seed is {settings.seed}; expected 0 or more, and less than 2**32.")

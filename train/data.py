@@ -1,12 +1,12 @@
-"""Text as batches of packed rows, in an order that depends on nothing but the seed.
+"""Text as batches of packed rows, in an order that depends only on the seed.
 
-The documents of a split are laid end to end as one array of tokens, cut into rows of `sequence_length`, and dealt out
-by Grain in a new order every epoch. A row is a function of its number alone, so any batch can be made on its own, and
-the position of a run is one integer. No token is dropped, and only the end of a split is padded.
+The documents of a split are concatenated to one array of tokens, which is cut into rows of `sequence_length`. Grain
+shuffles the rows anew every epoch. A row depends on its number alone, so any batch can be made on its own, and the
+position of a run is one integer. No token is dropped, and only the end of a split is padded.
 
-Within a row `segment_ids` counts documents from 1, and 0 is padding. The target of a token is the token after it in the
-same document. The last token of a document has none: its weight is 0. A document that a row boundary cuts goes on in
-another row, without the memory of its beginning.
+In a row `segment_ids` counts documents from 1; 0 is padding. The target of a token is the next token of the same document.
+The last token of a document has no target: its weight is 0. A document that does not fit in its row continues in another
+row, with a fresh memory.
 
 The tokens of all text are held in memory, a byte each where tokens are bytes.
 """
@@ -45,13 +45,14 @@ class TextData:
     tokenizer: "bytes" (256 tokens), or the path of a tokenizer.json.
     sequence_length: tokens in a row.
     batch_size: rows in a batch, over all devices and processes.
-    validation_fraction: of the documents, picked by a hash of their names, that are kept from training. Where that
-      picks none or all, as from a single file, it is the end of every document instead.
+    validation_fraction: the share of the documents, picked by a hash of their names, that is kept for validation. Where that
+      picks none or all, as from a single file, the end of every document is kept instead.
     seed: of the order of the rows.
-    weights: for a mixture, how many rows to take from each source, relative to the others; `None` takes every row of
-      every source once an epoch.
-    text_field: of the objects in *.jsonl files, the field that holds the text.
-    max_documents: in a row, which is cut short before one more; `None` for any number. Layers with a chunk grid want a bound.
+    weights: for a mixture, the relative number of rows from each source; `None` takes every row of every source once an
+      epoch.
+    text_field: the field of objects in *.jsonl files that holds the text.
+    max_documents: the most documents in a row, which ends before one more; `None` for any number. Layers with a chunk grid
+      need a bound.
   """
 
   sources: str | tuple[str, ...] = "stdlib"
@@ -68,10 +69,10 @@ class TextData:
     at_least(1, self, "sequence_length", "batch_size", *([] if self.max_documents is None else ["max_documents"]))
     if self.weights is not None and (len(self.weights) != self._count_sources() or min(self.weights) <= 0):
       raise ValueError(
-        f"TextData.weights is {self.weights} for {self._count_sources()} sources; want a positive number for each."
+        f"TextData.weights is {self.weights} for {self._count_sources()} sources; expected a positive number for each."
       )
     if not 0 < self.validation_fraction < 1:
-      raise ValueError(f"TextData.validation_fraction is {self.validation_fraction}; want a share between 0 and 1.")
+      raise ValueError(f"TextData.validation_fraction is {self.validation_fraction}; expected a share between 0 and 1.")
     check_seed(self)
 
   def _count_sources(self) -> int:
@@ -83,7 +84,7 @@ class TextData:
 
   @property
   def vocab_size(self) -> int:
-    """Number of tokens that the tokenizer knows; a model's `vocab_size` must be at least this."""
+    """Number of different tokens; a model's `vocab_size` must be at least this."""
     return self._tokenizer.vocab_size
 
   def encode(self, text: str) -> list[int]:
@@ -94,7 +95,7 @@ class TextData:
     """The text of `tokens`."""
     return self._tokenizer.decode(tokens)
 
-  one_token: ClassVar[np.ndarray] = np.zeros((1, 1), np.int32)  # what a model may be initialised with
+  one_token: ClassVar[np.ndarray] = np.zeros((1, 1), np.int32)  # an input with which a model can be initialised
 
   @property
   def source(self) -> str:
@@ -102,21 +103,21 @@ class TextData:
     return f"TextData.sources={self.sources!r}, {self.tokenizer} as tokens"
 
   def check_model(self, model: Any) -> None:
-    """Raises `ValueError` if `model` knows fewer tokens than the tokenizer, or a layer fewer documents than a row may hold."""
+    """Raises `ValueError` if `model` has too few tokens for the tokenizer, or a layer too few documents for a row."""
     known = getattr(model, "vocab_size", 0)
     if known < self.vocab_size:
       raise ValueError(
-        f"LanguageModel.vocab_size is {known}; want at least {self.vocab_size}, the number of "
+        f"LanguageModel.vocab_size is {known}; expected at least {self.vocab_size}, the number of "
         f"tokens of TextData.tokenizer={self.tokenizer!r}."
       )
     check_documents(model, self.max_documents or self.sequence_length, "set TextData.max_documents")
 
   def check_tokenizer(self, digest: str | None) -> None:
-    """Raises `ValueError` if the tokenizer is not the one that had this `tokenizer_digest` when a run began."""
+    """Raises `ValueError` unless the tokenizer is the one with this `tokenizer_digest`, of when a run began."""
     if digest not in (None, self.tokenizer_digest):
       raise ValueError(
-        f"TextData.tokenizer is {self.tokenizer!r}, whose content is not what the model was trained with; want the file "
-        "as it was then: to another tokenizer's tokens this model means nothing."
+        f"TextData.tokenizer is {self.tokenizer!r}, whose content is not what the model was trained with; expected the file "
+        "as it was then: the model knows no other tokens."
       )
 
   @cached_property
@@ -139,12 +140,12 @@ class TextData:
     corpus = Corpus(self, *map(self._lay_out, map(chain.from_iterable, (training, validation))), tuple(map(len, training)))
     if corpus.training.tokens.size <= self.sequence_length:
       raise ValueError(
-        f"TextData.sources={self.sources!r} leave {corpus.training.tokens.size} tokens to train on; want more than "
+        f"TextData.sources={self.sources!r} leave {corpus.training.tokens.size} tokens to train on; expected more than "
         f"TextData.sequence_length={self.sequence_length}: give more text, or shorter rows."
       )
     if len(corpus.validation.document_ends) >= corpus.validation.tokens.size:
       raise ValueError(
-        f"TextData.sources={self.sources!r} leave {corpus.validation.tokens.size} tokens to validate on; want more: "
+        f"TextData.sources={self.sources!r} leave {corpus.validation.tokens.size} tokens to validate on; expected more: "
         "give more text, or a larger TextData.validation_fraction."
       )
     return corpus
@@ -162,19 +163,19 @@ class TextData:
 
 
 def check_documents(model: Any, most: int, remedy: str) -> None:
-  """Raises `ValueError` if a layer of `model` is made for rows of fewer documents than `most`."""
+  """Raises `ValueError` if a layer of `model` takes fewer documents in a row than `most`."""
   for mixer in model.sublayers() if isinstance(model, Stack) else ():
     bound = getattr(mixer, "max_documents", most)
     if bound < most:
       name = f"{type(mixer).__name__}.max_documents"
-      raise ValueError(f"{name} is {bound}, and a row may hold {most} documents; want at least as many: raise it, or {remedy}.")
+      raise ValueError(f"{name} is {bound}, and a row may hold {most} documents; raise it to at least that, or {remedy}.")
 
 
 def split_documents(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-  """Deals `documents` out to training and validation by a hash of their names.
+  """Splits `documents` into training and validation by a hash of their names.
 
-  A document's lot does not depend on the others, so adding text moves none. Where one side would be left empty, the
-  last `fraction` of every document is validation instead.
+  Where a document goes does not depend on the others, so adding text moves none. Where one side would be empty, the last
+  `fraction` of every document is validation instead.
   """
 
   def is_validation(document: Document) -> bool:
@@ -194,14 +195,14 @@ def split_documents(documents: list[Document], fraction: float) -> tuple[list[Do
 
 @dataclass(frozen=True)
 class Split:
-  """The text of one split, laid end to end. As a sequence, its rows: `split[i]` is row `i` of a batch.
+  """The text of one split, concatenated. It is a sequence of rows: `split[i]` is row `i`.
 
   Attributes:
     tokens: [tokens] of unsigned integers.
     document_ends: [documents], ascending; where each document ends in `tokens`.
     num_bytes: of the text.
     sequence_length: tokens in a row.
-    max_documents: in a row; `None` for any number.
+    max_documents: the most documents in a row; `None` for any number.
   """
 
   tokens: np.ndarray
@@ -212,16 +213,16 @@ class Split:
 
   @property
   def bytes_per_token(self) -> float:
-    """Bytes of text in a token, on average."""
+    """Mean bytes of text in a token."""
     return self.num_bytes / self.tokens.size
 
   @property
   def num_targets(self) -> int:
-    """Targets of non-zero weight in all rows: the last token of a document has none."""
+    """Targets of non-zero weight in all rows. The last token of a document has none."""
     return self.tokens.size - np.count_nonzero(np.diff(self.document_ends, prepend=0))
 
   def documents(self, start: int, end: int) -> "Split":
-    """The split of some of the documents alone, of which it makes no copy."""
+    """The split of documents `start` to `end` alone. Nothing is copied."""
     bounds = np.concatenate([[0], self.document_ends])
     tokens = self.tokens[bounds[start] : bounds[end]]
     num_bytes = round(self.bytes_per_token * tokens.size)
@@ -246,7 +247,7 @@ class Split:
   def __getitem__(self, row: int) -> Batch:
     """Row `row`: tokens, targets and segment_ids int32, weights float32, all [sequence_length]."""
     (start, end), length = self.bounds[int(row) : int(row) + 2], self.sequence_length
-    window = self.tokens[start : end + 1 if end - start == length else end]  # what comes next is the last token's target
+    window = self.tokens[start : end + 1 if end - start == length else end]  # a full row's last target is the next token
     document = np.searchsorted(self.document_ends, np.arange(start, start + window.size), side="right")
     segments = (document - document[0] + 1).astype(np.int32)
     window, segments = (np.pad(array, (0, length + 1 - window.size)) for array in (window.astype(np.int32), segments))
@@ -264,9 +265,9 @@ class Corpus:
   """All text of a `TextData`, tokenised.
 
   Attributes:
-    data: what it was loaded by.
+    data: the `TextData`.
     training, validation: the splits.
-    counts: training documents of each part that rows are drawn from: of each source where there are weights.
+    counts: numbers of training documents in the parts that rows are drawn from; with weights, a part is a source.
   """
 
   data: TextData
@@ -277,11 +278,11 @@ class Corpus:
   measure: ClassVar[str] = "bits_per_byte"
 
   def measured(self, loss: float, validation: bool = False) -> float:
-    """A loss in nats per token, in bits per byte of the text of a split."""
+    """A loss in nats per token, in bits per byte of a split's text."""
     return loss / math.log(2) / (self.validation if validation else self.training).bytes_per_token
 
   def baselines(self, batches: Sequence[Batch]) -> dict[str, float]:
-    """Bits per byte of what `batches` ask for, without a model of it."""
+    """Bits per byte of the targets of `batches`, without a model, by name."""
     found = baselines(predicted_text(batches, self.data))
     return {"byte frequencies": found.order_0, "zlib -9": found.zlib}
 
@@ -292,7 +293,7 @@ class Corpus:
     return [self.training.documents(start, end) for start, end in pairwise(bounds)]
 
   def summary(self, steps: int) -> str:
-    """One line about documents, the rows that they are packed into, and how often a run of `steps` batches sees them."""
+    """One line about the documents, the rows that they are packed into, and the epochs in `steps` batches."""
     rows = sum(map(len, self.parts))
     without = 1 - sum(part.num_targets for part in self.parts) / (rows * self.data.sequence_length)
     documents = len(self.training.document_ends)
@@ -300,32 +301,32 @@ class Corpus:
       f"{documents:,} document{'s' * (documents > 1)} packed into {rows:,} rows of {self.data.sequence_length}, "
       f"{without:.2%} of their places without a target; {len(self.validation.document_ends):,} into "
       f"{len(self.validation):,} for validation. {steps * self.data.batch_size / rows:.2g} epochs of "
-      f"{thousands(self.training.num_bytes)}B of text."
+      f"{thousands(self.training.num_bytes, 'B')} of text."
     )
 
   def batches(self, share: int = 0, shares: int = 1) -> "grain.DatasetIterator":
-    """Training batches without end: tokens, targets, segment_ids and weights, each [rows, sequence_length].
+    """Endless training batches: tokens, targets, segment_ids and weights, each [rows, sequence_length].
 
     Every epoch has its own order, and in a mixture every part its own epochs. `get_state()` and `set_state(state)` save
     and restore the position.
 
     Args:
-      share, shares: of every batch, only the rows of this one of so many equal shares; see `processes.row_share`. A batch
-        holds the same rows however it is shared out.
+      share, shares: take only this one of so many equal shares of every batch's rows; see `processes.row_share`. A batch
+        holds the same rows for any number of shares.
     """
-    import grain
+    import grain  # here, because it takes a second and only training needs it
 
-    # Grain's endless repetition has a length that Python's len() cannot say once it is cut into batches of one row.
+    # Not Grain's endless repetition: in batches of one row, its length is too large for len().
     parts = [grain.MapDataset.source(part).shuffle(self.data.seed).repeat(_EPOCHS) for part in self.parts]
     rows = grain.MapDataset.mix(parts, self.data.weights)
     batches = rows[share::shares].batch(self.data.batch_size // shares)
-    # One thread reads ahead while the device computes. A row is a few microseconds' work: more threads gain nothing.
+    # One thread reads ahead while the device computes. A row takes a few microseconds, so more threads gain nothing.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
   def validation_batches(self, count: int) -> list[Batch]:
     """At most `count` batches of validation rows, spread evenly over the split; 0 means all of it.
 
-    Every batch has `batch_size` rows: the last is filled up with padding.
+    Every batch has `batch_size` rows; the last is filled with padding.
     """
     rows, size = len(self.validation), self.data.batch_size
     wanted = rows if count == 0 else min(rows, count * size)
@@ -336,7 +337,7 @@ class Corpus:
 
   @cached_property
   def fingerprint(self) -> str:
-    """A digest of every token of both splits: the same text, cut in the same way, has the same one."""
+    """A digest of all tokens and document ends of both splits."""
     digest = hashlib.blake2b(digest_size=16)
     for split in (self.training, self.validation):
       digest.update(split.tokens.data)
@@ -351,7 +352,7 @@ def stack_rows(rows: Sequence[Batch]) -> Batch:
 
 @dataclass(frozen=True)
 class Baselines:
-  """What the bytes of a text cost without a model of it, in bits per byte.
+  """Bits per byte of a text without a model.
 
   Attributes:
     order_0: the entropy of single bytes, each taken alone.
@@ -363,13 +364,13 @@ class Baselines:
 
 
 def baselines(text: bytes) -> Baselines:
-  """Bits per byte of `text` under its own byte frequencies, and compressed by zlib at its best."""
+  """Bits per byte of `text` under its own byte frequencies, and compressed by zlib at level 9."""
   counts = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
   share = counts[counts > 0] / len(text)
   return Baselines(order_0=float(-(share * np.log2(share)).sum()), zlib=8 * len(zlib.compress(text, 9)) / len(text))
 
 
 def predicted_text(batches: Sequence[Batch], data: TextData) -> bytes:
-  """The bytes that `batches` ask a model to predict, in the order of their rows."""
+  """The bytes of the targets of `batches`, in the order of the rows."""
   tokens = np.concatenate([batch["targets"][batch["weights"] > 0] for batch in batches])
   return tokens.astype(np.uint8).tobytes() if data.tokenizer == "bytes" else data.decode(tokens.tolist()).encode()

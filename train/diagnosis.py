@@ -1,8 +1,9 @@
-"""What went wrong: losses that jump, and where a number stops being finite."""
+"""What went wrong: losses that jump, and numbers that are not finite."""
 
 import re
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,15 +11,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from ..zoo.stack import Stack, unroll_params
+
 _ORDER = ("embedding", "blocks", "mixer_norm", "mixer", "mlp_norm", "mlp", "final_norm", "head")  # as data flows
 
 
+class NonFiniteError(ArithmeticError):
+  """Several steps in a row had a loss or a gradient that was not finite."""
+
+
 class Spikes:
-  """Notices losses far above the recent ones: by more than `deviations` median deviations from their median, and by a tenth.
+  """Notices losses far above the median of recent ones: by more than `deviations` median deviations, and by a tenth.
 
   Args:
-    window: losses that count as recent; none is noticed before half of them are there.
-    deviations: how far is far.
+    window: losses that count as recent. None is noticed before half as many have been seen.
+    deviations: the distance from which a loss is far above the median, in median deviations.
   """
 
   def __init__(self, window: int = 50, deviations: float = 10.0):
@@ -36,29 +43,37 @@ class Spikes:
     return None
 
 
+def nonfinite_groups(groups: Sequence[str], nonfinite: Sequence[bool]) -> str:
+  """The names of the groups of parameters whose gradients were not finite, for a message."""
+  bad = [group for group, is_bad in zip(groups, nonfinite, strict=True) if is_bad]
+  return "every group" if len(bad) == len(groups) else ", ".join(bad) or "none, but their sum is not"
+
+
 def first_nonfinite_module(model: nn.Module, params: Any, batch: dict[str, jax.Array]) -> str | None:
   """The first module, as data flows, whose output on `batch` is not finite, such as "blocks_2/mixer".
 
-  None if all outputs are finite (it is then the backward pass that is not), or only the model's own is not.
+  None if all outputs are finite (the backward pass is then at fault), or only the model's own output is not.
   """
+  if isinstance(model, Stack):
+    model, params = unroll_params(model, params)
   _, variables = model.apply(
     params, batch["tokens"], segment_ids=batch["segment_ids"], capture_intermediates=True, mutable=["intermediates"]
   )
   outputs = {path[:-1]: calls for path, calls in flatten_dict(variables["intermediates"]).items() if len(path) > 1}
   bad = [path for path, calls in outputs.items() if any(not _is_finite(call) for call in calls)]
-  # A module that holds another is as bad as what it holds: the innermost says the most.
+  # A module that holds a bad one has a bad output too. The innermost tells the most.
   innermost = [path for path in bad if not any(other[: len(path)] == path and other != path for other in bad)]
   return "/".join(min(innermost, key=_position)) if innermost else None
 
 
 def _is_finite(output: Any) -> bool:
-  """Of a module's output, without the state that may come with it."""
+  """Whether a module's output is finite, apart from the state that may come with it."""
   output = output[0] if isinstance(output, tuple) else output
   return bool(jnp.isfinite(output).all())
 
 
 def _position(path: tuple[str, ...]) -> tuple:
-  """Sorts modules by the flow of data, as far as their names tell."""
+  """A sort key: the order in which data flows, as far as names tell."""
 
   def rank(name: str) -> tuple:
     stem, number = re.fullmatch(r"(.*?)_?(\d*)", name).groups()

@@ -1,4 +1,4 @@
-"""How well a model predicts the validation text, beside what that text costs without a model."""
+"""How well a model predicts the validation text, and the baselines on the same text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,11 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from .checkpoint import restore_params
+from .config import Experiment, build_text
 from .data import Batch, Corpus
 from .processes import row_share
-from .sharding import put_batch
+from .sharding import MeshShape, put_batch
 from .step import Program, build_program
 
 
@@ -20,11 +22,11 @@ class Evaluation:
 
   Attributes:
     loss: nats per token; for vectors, the squared error.
-    measured: the same in another measure.
-    measure: its name, such as "bits_per_byte".
+    measured: the loss in another measure.
+    measure: the name of that measure, such as "bits_per_byte".
     accuracy: share of tokens whose likeliest prediction is right.
-    tokens: predicted.
-    baselines: by name, what the same costs without a model of it, in the same measure.
+    tokens: how many were predicted.
+    baselines: by name, the same measure without a model.
   """
 
   loss: float
@@ -36,7 +38,7 @@ class Evaluation:
 
 
 def put_rows(batch: Batch, sharding: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
-  """Puts a batch that every process has whole on the devices, each process its own rows."""
+  """Puts a batch that every process holds in full on the devices; each process puts its own rows."""
   share, shares = row_share(sharding, len(batch["tokens"]))
   own = len(batch["tokens"]) // shares
   return put_batch({name: rows[share * own : (share + 1) * own] for name, rows in batch.items()}, sharding)
@@ -44,11 +46,16 @@ def put_rows(batch: Batch, sharding: jax.sharding.NamedSharding) -> dict[str, ja
 
 def mean_loss(program: Program, params: Any, batches: Sequence[dict[str, jax.Array]]) -> tuple[float, float]:
   """Nats per token over `batches`, which are on the devices, and the share of tokens predicted right."""
-  # One after another: were all asked for at once, the devices of a mesh, on a CPU threads of one small pool, could each be
-  # at another batch and wait for the others without end.
+  # One after another. The devices of a CPU mesh are threads of one small pool: given all batches at once, each device could
+  # begin another batch, and they would wait for each other without end.
   sums = [jax.device_get(program.evaluate(params, batch)) for batch in batches]
   nats, right, tokens = (sum(map(float, column)) for column in zip(*sums, strict=True))
   return nats / tokens, right / tokens
+
+
+def validation_row(corpus: Corpus, loss: float) -> dict[str, float]:
+  """A validation loss, under the names that `metrics.jsonl` has for it."""
+  return {"validation_loss": loss, f"validation_{corpus.measure}": corpus.measured(loss, validation=True)}
 
 
 def evaluate(program: Program, params: Any, corpus: Corpus, batches: int = 0) -> Evaluation:
@@ -67,18 +74,15 @@ def evaluate(program: Program, params: Any, corpus: Corpus, batches: int = 0) ->
 
 def load_run(
   directory: str | Path, *, best: bool = False, say: Callable[[str], None] = print
-) -> tuple[Any, Any, int]:
+) -> tuple[Experiment, Any, int]:
   """A run's experiment, its newest or its best parameters (on the first device) and the step that they are from.
 
   Raises:
     ValueError: if `directory` is no run, or has no checkpoint that can be read.
   """
-  from .checkpoint import restore_params
-  from .config import build_text
-
   config = Path(directory) / "config.gin"
   if not config.is_file():
-    raise ValueError(f"{directory} is no run: it has no config.gin; want a folder that `memzoo train` has written.")
+    raise ValueError(f"{directory} is no run: it has no config.gin; expected a folder that `memzoo train` has written.")
   experiment = build_text(config.read_text(), Path(directory).name)
   shapes = jax.eval_shape(lambda: nn.unbox(experiment.model.init(jax.random.key(0), experiment.data.one_token)))
 
@@ -94,7 +98,7 @@ def evaluate_run(
 ) -> tuple[Evaluation, int]:
   """Evaluates a run's newest or best checkpoint on its validation text; see `evaluate`. Returns its step as well."""
   experiment, params, step = load_run(directory, best=best, say=say)
-  mesh = type(experiment.mesh)(data=1).build(jax.devices()[:1])
+  mesh = MeshShape(data=1).build(jax.devices()[:1])
   program = build_program(
     experiment.model,
     experiment.optimizer,

@@ -1,4 +1,4 @@
-"""An experiment for the screen: its model, its run, and the memory that a training step will need."""
+"""An experiment for the screen: its model, its run, and the memory of a training step."""
 
 import math
 from typing import Any, NamedTuple
@@ -8,20 +8,20 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from ..zoo.describe import Description, parts_table
-from ..zoo.formats import binary, thousands
+from ..zoo.formats import binary, table, thousands
 from ..zoo.language_model import VectorModel
 from .sharding import MeshShape
 from .step import build_program
 
 
 class Peak(NamedTuple):
-  """Bytes that each device is predicted to hold at the peak of a training step.
+  """The predicted peak memory of a training step on each device, in bytes.
 
   Attributes:
     state: parameters, moments and counters.
     batch: a device's share of it.
-    temporaries: all else: activations, gradients, what of the results does not take the place of the state, and code.
-    backend: that the step was compiled for.
+    temporaries: the rest: activations, gradients, results that do not reuse the state's buffers, and code.
+    backend: what the step was compiled for.
   """
 
   state: int
@@ -35,9 +35,9 @@ class Peak(NamedTuple):
 
 
 def predicted_peak(experiment: Any) -> Peak:
-  """Compiles an experiment's training step for this machine, and reads off what it will need. Nothing is allocated.
+  """Compiles an experiment's training step for this machine, and returns the memory that it needs. Nothing is allocated.
 
-  What the process holds beside a step is not in it: Python, the text, the evaluation, other programs.
+  The rest of the process is left out: Python, the text, the evaluation, other programs.
 
   Raises:
     ValueError: if the experiment cannot be run on any mesh of this machine.
@@ -58,7 +58,7 @@ def bytes_on_a_device(tree: Any) -> int:
 
 
 def abstract_batch(data: Any, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-  """A batch of a `TextData` or a `TaskData`, without its numbers."""
+  """The shapes of a batch of a `TextData` or a `TaskData`."""
   if not hasattr(data, "sources"):
     batch = jax.eval_shape(data.load().batch_on_device, jax.ShapeDtypeStruct((), jnp.uint32))
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in batch.items()}
@@ -68,7 +68,8 @@ def abstract_batch(data: Any, sharding: jax.sharding.Sharding) -> dict[str, jax.
 
 
 def _laid_out(experiment: Any) -> tuple[Any, int, str]:
-  """A run's `Program` here, the number of its devices, and a remark: one device, where the mesh does not fit them."""
+  """The `Program`, its number of devices, and a remark if the mesh does not fit here and one device is used instead."""
+
   def on(shape: MeshShape) -> tuple[Any, int]:
     mesh, data = shape.build(), experiment.data
     options = {"steps": experiment.trainer.steps, "batch_size": data.batch_size, "tokens": data.one_token}
@@ -81,16 +82,15 @@ def _laid_out(experiment: Any) -> tuple[Any, int, str]:
 
 
 def render(experiment: Any, description: Description, peak: Peak | None = None) -> list[Any]:
-  """An experiment for the screen: rich tables of its model's parts, and of the run that it would be."""
+  """Rich tables of the parts of an experiment's model, and of its run."""
   return [parts_table(experiment.name, description), _facts_table(experiment, description, peak)]
 
 
 def _facts_table(experiment: Any, description: Description, peak: Peak | None) -> Table:
   model, data, optimizer, trainer = experiment.model, experiment.data, experiment.optimizer, experiment.trainer
-  state = ", ".join(f"{size / 1024:,.1f} KiB in {kind}" for kind, size in description.state_bytes_by_kind().items())
+  state = ", ".join(f"{binary(size)} in {kind}" for kind, size in description.state_bytes_by_kind().items())
   tokens = data.batch_size * data.sequence_length
   work = 3 * description.flops * tokens * trainer.steps
-  table = Table.grid(padding=(0, 2))
   facts = {
     "model": f"width {model.width}, depth {model.depth}, {_interface(model)}, {jnp.dtype(model.dtype).name}",
     "state": f"{state}, for a sequence while generating",
@@ -100,16 +100,16 @@ def _facts_table(experiment: Any, description: Description, peak: Peak | None) -
       f"{optimizer.learning_rate * optimizer.final_fraction:g}, decay {optimizer.weight_decay:g}"
     ),
     "memory": _memory(experiment),
-    "run": f"{trainer.steps:,} steps, {thousands(tokens * trainer.steps)} tokens, {thousands(work)}FLOPs in matrix products",
+    "run": (
+      f"{trainer.steps:,} steps, {thousands(tokens * trainer.steps)} tokens, {thousands(work, 'FLOPs')} in matrix products"
+    ),
   }
   if peak:
     facts["peak"] = (
       f"{binary(peak.total)} a device in a training step, as compiled for {peak.backend}: {binary(peak.state)} of state, "
       f"{binary(peak.batch)} of batch, {binary(peak.temporaries)} of temporaries"
     )
-  for name, fact in facts.items():
-    table.add_row(name, fact)
-  return table
+  return table(None, ("", ""), facts.items(), words=2)
 
 
 def _memory(experiment: Any) -> str:

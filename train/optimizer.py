@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and clipping (Loshchilov & Hutter 2019, arXiv:1711.05101), out of optax's parts."""
+"""AdamW with warm-up, cosine decay and clipping (Loshchilov & Hutter 2019, arXiv:1711.05101), from optax's parts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from ..zoo.stack import PERIODS
 from .checks import at_least
 
-# Parameters that act as gates, offsets or scales whatever their shape: pulling them to zero changes what they mean.
+# Gates, offsets and scales of any shape, which weight decay would pull towards a value that means something else.
 UNDECAYED_NAMES = frozenset({"A_log", "dt_bias", "bias", "scale"})
 
 
@@ -19,14 +21,14 @@ class Optimizer:
   """AdamW as memzoo trains with it; `build(steps)` gives the `optax.GradientTransformation`.
 
   Attributes:
-    learning_rate: at the peak, reached after `warmup_steps`.
-    warmup_steps: steps of linear warm-up; a tenth of the run where that is fewer.
-    final_fraction: of `learning_rate` left at the last step, reached along a cosine.
-    weight_decay: times the learning rate, taken off matrices and embeddings at each update; not off gates, norms and
-      biases, that is, anything with fewer than two axes or named in `UNDECAYED_NAMES`.
-    b1, b2: decay of the first and second moments' averages.
+    learning_rate: at the peak, after `warmup_steps`.
+    warmup_steps: steps of linear warm-up; at most a tenth of the run.
+    final_fraction: the share of `learning_rate` at the last step; the rate falls to it along a cosine.
+    weight_decay: the decay of matrices and embeddings per update, in units of the learning rate. Gates, norms and biases
+      do not decay; see `decay_mask`.
+    b1, b2: decay rates of the running averages of the first and second moments.
     epsilon: added to the root of the second moment.
-    clip_norm: the largest global norm a gradient may have; 0 does not clip.
+    clip_norm: the largest global norm of a gradient; 0 does not clip.
     accumulate_steps: batches whose gradients are averaged into one update. `steps` and `warmup_steps` count batches.
   """
 
@@ -43,20 +45,18 @@ class Optimizer:
   def __post_init__(self):
     at_least(0, self, "learning_rate", "warmup_steps", "weight_decay", "clip_norm")
     if not 0 <= self.final_fraction <= 1:
-      raise ValueError(f"Optimizer.final_fraction is {self.final_fraction}; want a share between 0 and 1.")
+      raise ValueError(f"Optimizer.final_fraction is {self.final_fraction}; expected a share between 0 and 1.")
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"Optimizer.{name} is {getattr(self, name)}; want 0 or more, and less than 1.")
+        raise ValueError(f"Optimizer.{name} is {getattr(self, name)}; expected 0 or more, and less than 1.")
     at_least(1, self, "accumulate_steps")
 
-  def schedule(self, steps: int):
+  def schedule(self, steps: int) -> optax.Schedule:
     """The learning rate as a function of the number of updates made, for a run of `steps` batches."""
-    import optax
-
     updates = max(1, steps // self.accumulate_steps)
     warmup = min(self.warmup_steps // self.accumulate_steps, updates // 10)
     schedule = optax.schedules.warmup_cosine_decay_schedule(
-      init_value=self.learning_rate / (warmup + 1),  # the very first update should not be wasted on a rate of zero
+      init_value=self.learning_rate / (warmup + 1),  # at a rate of zero the first update would be lost
       peak_value=self.learning_rate,
       warmup_steps=warmup,
       decay_steps=max(updates, warmup + 1),
@@ -64,10 +64,8 @@ class Optimizer:
     )
     return _with_usual_promotion(schedule)
 
-  def build(self, steps: int):
-    """The `optax.GradientTransformation` for a run of `steps` batches."""
-    import optax
-
+  def build(self, steps: int) -> optax.GradientTransformation:
+    """The optimiser for a run of `steps` batches."""
     transform = optax.chain(
       optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
       optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon),
@@ -80,7 +78,7 @@ class Optimizer:
 
 
 def _with_usual_promotion(function: Callable) -> Callable:
-  """`function` under JAX's default promotion rules, which optax counts on, whatever stricter ones are in force."""
+  """`function` under JAX's default promotion rules, which optax needs, even where stricter ones are set."""
 
   @wraps(function)
   def relaxed(*args, **kwargs):
@@ -91,9 +89,14 @@ def _with_usual_promotion(function: Callable) -> Callable:
 
 
 def decay_mask(params: Any) -> Any:
-  """A tree like `params`: True where weight decay applies, that is, to matrices and embeddings."""
+  """A tree like `params`: True for matrices and embeddings, which decay.
+
+  False for what has fewer than two axes or a name in `UNDECAYED_NAMES`. The leading axis of what lies under `PERIODS`
+  counts layers, and is not one of these axes.
+  """
 
   def decays(path, leaf) -> bool:
-    return jnp.ndim(leaf) >= 2 and getattr(path[-1], "key", None) not in UNDECAYED_NAMES
+    names = [getattr(entry, "key", None) for entry in path]
+    return jnp.ndim(leaf) - (PERIODS in names) >= 2 and names[-1] not in UNDECAYED_NAMES
 
   return jax.tree_util.tree_map_with_path(decays, params)

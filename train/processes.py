@@ -1,7 +1,7 @@
 """Several processes as one run: how they find each other, which rows each reads, and how they agree.
 
-Every process runs the same program, and every collective must be met by all of them. So whatever one process alone may
-come upon (a file that only it cannot read, a signal that only it gets) is told to the others before any acts on it.
+Every process runs the same program, and all must take part in every collective. So an error or a signal in one process is
+broadcast to all before any acts on it.
 """
 
 import hashlib
@@ -18,32 +18,32 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 def join(
   coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, detect: bool = False
 ) -> None:
-  """Joins the other processes of a run; returns when all are there. Must come before anything else that JAX does.
+  """Joins the other processes of a run, and returns when all are there. Call it before anything else that uses JAX.
 
   Args:
-    coordinator: HOST:PORT where process 0 can be reached by all.
+    coordinator: HOST:PORT of process 0.
     processes: how many there are.
     process: the number of this one, from 0.
-    detect: find out what is not given from SLURM, Open MPI, Kubernetes or the TPU's metadata. Where neither this nor
-      anything else is given there is one process, and nothing happens.
+    detect: take what is not given from SLURM, Open MPI, Kubernetes or the TPU's metadata. With no argument at all there is
+      one process, and nothing happens.
 
   Raises:
-    ValueError: if any of the three is neither given nor found out, or they do not go together.
+    ValueError: if one of the three is neither given nor detected, or they do not fit together.
   """
   given = (coordinator, processes, process)
   if not detect and all(value is None for value in given):
     return
   if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-    raise ValueError(f"--coordinator is {coordinator!r}; want HOST:PORT, such as localhost:9911.")
+    raise ValueError(f"--coordinator is {coordinator!r}; expected HOST:PORT, such as localhost:9911.")
   if processes is not None and process is not None and not 0 <= process < processes:
-    raise ValueError(f"--process is {process} of --processes {processes}; want 0 to {processes - 1}.")
+    raise ValueError(f"--process is {process} of --processes {processes}; expected 0 to {processes - 1}.")
   try:
     if not detect and None in given:
       raise ValueError(f"--coordinator {coordinator}, --processes {processes}, --process {process}")
     jax.distributed.initialize(*given, cluster_detection_method=None if detect else "deactivate")
   except (ValueError, TypeError) as error:
     raise ValueError(
-      f"the processes of this run do not know of each other ({' '.join(str(error).split())}); want --coordinator "
+      f"the processes of this run do not know of each other ({' '.join(str(error).split())}); expected --coordinator "
       "HOST:PORT, --processes N and --process I for each, or --distributed under SLURM, Open MPI, Kubernetes or on a "
       "TPU pod."
     ) from None
@@ -51,9 +51,9 @@ def join(
 
 @contextmanager
 def together() -> Iterator[None]:
-  """What one process cannot do none goes on from: an exception in one is raised there, and an echo of it in the others.
+  """Stops all processes if one fails: an exception in one is raised there, and a `ValueError` in the others.
 
-  Nothing inside may wait for another process.
+  The code inside must not wait for another process.
   """
   try:
     yield
@@ -61,16 +61,16 @@ def together() -> Iterator[None]:
     any_process(True)
     raise
   if any_process(False):
-    raise ValueError("another process could not go on; want what its own message asks for.")
+    raise ValueError("another process could not go on; see its own message.")
 
 
 def any_process(flag: bool) -> bool:
-  """Whether `flag` is true in any process. All must call it; each waits for the others."""
+  """Whether `flag` is true in any process. All processes must call it, and each waits for the others."""
   return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def check_equal(**values: str) -> None:
-  """Raises `ValueError`, in every process, unless each of `values` is the same in all of them."""
+  """Raises `ValueError` in every process unless each of `values` is the same in all."""
   if jax.process_count() == 1:
     return
   digests = [hashlib.blake2b(value.encode(), digest_size=4).digest() for value in values.values()]
@@ -78,42 +78,44 @@ def check_equal(**values: str) -> None:
   for name, column in zip(values, numbers.T, strict=True):
     others = np.flatnonzero(column != column[0])
     if others.size:
-      raise ValueError(f"process {others[0]} has another {name} than process 0; want the same for all.")
+      raise ValueError(f"process {others[0]} has another {name} than process 0; expected the same for all.")
 
 
 def row_share(sharding: NamedSharding, rows: int) -> tuple[int, int]:
-  """Which share of a batch's rows this process needs, and of how many equal shares: (0, 1) is all rows.
+  """The share of a batch's rows that this process needs, and the number of equal shares. (0, 1) is all rows.
 
-  Processes that split matrix products and not the batch need the same rows, and have the same share.
+  Processes that split matrix products, and not the batch, have the same share.
 
   Args:
     sharding: of the batch's arrays.
     rows: of the global batch.
 
   Raises:
-    ValueError: if the mesh leaves this process without a device, or with rows from here and there.
+    ValueError: if no device of the mesh is this process's, or the rows of its devices are not contiguous.
   """
   held = {index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows, 1)).values()}
   if not held:
     raise ValueError(
-      f"MeshShape uses {sharding.mesh.size} devices, none of which is process {jax.process_index()}'s; want a mesh over "
+      f"MeshShape uses {sharding.mesh.size} devices, none of which is process {jax.process_index()}'s; expected a mesh over "
       f"all {jax.device_count()}."
     )
   first, last = min(start for start, _ in held), max(end for _, end in held)
   own = sum(end - start for start, end in held)
   if own != last - first or first % own:
     raise ValueError(
-      f"the devices of process {jax.process_index()} hold rows from here and there ({sorted(held)}); want a mesh in which "
+      f"the devices of process {jax.process_index()} hold rows from here and there ({sorted(held)}); expected a mesh in which "
       "those of a process are neighbours along data and fsdp."
     )
   return first // own, rows // own
 
 
 class Vote:
-  """Lets processes agree at every step on the largest number that any of them put in, without waiting for each other.
+  """The largest number that any process passes at a step, without waiting for the others at that step.
 
-  What `vote(number)` returns was put in at the call before; with one process, it is `number` itself.
+  `vote(number)` returns the largest number of the call before; with one process, `number` itself.
   """
+
+  # Not Orbax's `reached_preemption`: it sees SIGTERM but not Ctrl-C, and only in runs of several processes.
 
   def __init__(self, mesh: Mesh):
     self._mesh, self._last = mesh, None

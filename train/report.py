@@ -1,4 +1,4 @@
-"""What a run says while it goes on, and what it leaves behind for people: metrics, curves and a table."""
+"""What a run shows while it goes on, and what it leaves for people: metrics, curves and a table."""
 
 import itertools
 import json
@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
+from matplotlib.figure import Figure  # without pyplot, which keeps global state and chooses a windowing system
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from tensorboardX import SummaryWriter
 
-from ..zoo.formats import thousands
+from ..zoo.formats import clock, table, thousands
 
 Row = dict[str, Any]
 MEASURES = {"bits_per_byte": "bits/byte", "bits_per_answer": "bits/answer", "squared_error": "squared error"}
@@ -28,11 +27,11 @@ class Report:
 
   Args:
     directory: of the run.
-    first_step, last_step: steps done before, and when all is done.
+    first_step, last_step: steps taken before, and steps in all.
     tokens_per_step: for the rate.
     log_every: steps between two lines, and between two points in TensorBoard.
-    measure: the number beside the loss that rows have, one of `MEASURES`.
-    progress: False keeps the screen empty.
+    measure: what rows have beside the loss, one of `MEASURES`.
+    progress: False shows nothing.
     primary: False writes no files and shows nothing, for all processes but the first.
   """
 
@@ -58,8 +57,6 @@ class Report:
     self._task = self._bar and self._bar.add_task("", total=last_step, completed=first_step, rates="")
     self._metrics = self._events = None
     if primary:
-      from tensorboardX import SummaryWriter
-
       keep_rows(directory / "metrics.jsonl", first_step)
       self._metrics = (directory / "metrics.jsonl").open("a")
       self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
@@ -81,11 +78,11 @@ class Report:
     self._console.print(message, markup=False, soft_wrap=True)
 
   def restart_clock(self, step: int) -> None:
-    """Leaves the time until now, such as that of compiling, out of the rates."""
+    """Leaves the time until now, such as compilation, out of the rates."""
     self._since = (time.perf_counter(), step)
 
   def row(self, row: Row) -> None:
-    """Takes the numbers of one step: "step", "loss" and the measure at least. They are written at the next `flush`."""
+    """Takes the numbers of one step, "step", "loss" and the measure among them. They are written at the next `flush`."""
     if self._primary:
       self._metrics.write(json.dumps(_finite_or_none(row)) + "\n")
     self._recent.append(row)
@@ -124,16 +121,13 @@ class Report:
     self.say(f"step {row['step']:>{len(str(self._last_step))}}/{self._last_step}  {text}{left}")
 
   def flush(self) -> None:
-    """Hands every row taken so far to the operating system: a kill from now on does not lose them."""
+    """Hands all rows to the operating system, so that a kill does not lose them."""
     if self._primary:
       self._metrics.flush()
 
   def table(self, title: str, rows: list[tuple[str, str]]) -> None:
     """Prints a table of two columns."""
-    table = Table("", "", title=title, title_justify="left", show_header=False, box=SIMPLE)
-    for row in rows:
-      table.add_row(*map(escape, row))
-    self._console.print(table)
+    self._console.print(table(title, ("", ""), rows, words=2))
 
 
 def _progress_bar(console: Console) -> Progress:
@@ -148,7 +142,7 @@ def _progress_bar(console: Console) -> Progress:
 
 
 def keep_rows(path: Path, last_step: int) -> None:
-  """Cuts `metrics.jsonl` back to the rows up to `last_step`; a row that a kill tore in two goes with the rest."""
+  """Drops the rows of `metrics.jsonl` after `last_step`, and a row that a kill left incomplete."""
   if path.exists():
     kept = [row for row in read_rows(path) if row["step"] <= last_step]
     temporary = path.with_suffix(".tmp")
@@ -157,7 +151,7 @@ def keep_rows(path: Path, last_step: int) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-  """The rows of a `metrics.jsonl`, but for torn ones. Null stands for what was not finite."""
+  """The rows of a `metrics.jsonl`, without incomplete ones. Null stands for a number that was not finite."""
   rows = []
   for line in path.read_text().splitlines():
     with suppress(json.JSONDecodeError):
@@ -169,8 +163,6 @@ def plot_losses(
   rows: list[Row], path: Path, baselines: dict[str, float] | None = None, measure: str = "bits_per_byte"
 ) -> None:
   """Draws a measure against steps: training, validation and the baselines by name, as a PNG file."""
-  from matplotlib.figure import Figure  # without pyplot, which keeps global state and chooses a windowing system
-
   steps = np.array([row["step"] for row in rows])
   raw = np.array([row[measure] for row in rows], float)  # None becomes nan, and a gap
   figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -185,7 +177,7 @@ def plot_losses(
   for (name, value), style in zip((baselines or {}).items(), itertools.cycle((":", "--")), strict=False):
     axes.axhline(value, color="0.35", linestyle=style, linewidth=1, label=f"{name}, {value:.2f}")
   start = np.nanmax([*raw[:1], *(baselines or {}).values(), *(() if measure == "squared_error" else (1.0,))])
-  # A spike may leave the frame: what it began with is all that the frame has to hold.
+  # The first loss and the baselines are inside the frame; a later spike may leave it.
   axes.set(xlabel="step", ylabel=measure.replace("_", " "), xlim=(0, max(2, int(steps.max(initial=1)))), ylim=(0, 1.1 * start))
   axes.grid(alpha=0.25)
   axes.legend(frameon=False)
@@ -193,7 +185,7 @@ def plot_losses(
 
 
 def smoothed(values: np.ndarray, span: float = 0.02) -> np.ndarray:
-  """Exponential running mean over about `span` of the curve, without the bias of its start; nan is passed over."""
+  """Exponential moving average over about `span` of the curve, without the bias of its start. It skips nan."""
   decay = 1 - 1 / max(1.0, span * len(values))
   total = weight = 0.0
   means = np.full(len(values), np.nan)
@@ -205,15 +197,8 @@ def smoothed(values: np.ndarray, span: float = 0.02) -> np.ndarray:
   return means
 
 
-def clock(seconds: float) -> str:
-  """Seconds as 1:05, or 2:01:05 from an hour on."""
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def _mean(values: list[float]) -> float:
-  """Of the finite ones."""
+  """The mean of the finite values."""
   finite = [value for value in values if math.isfinite(value)]
   return sum(finite) / len(finite) if finite else math.nan
 

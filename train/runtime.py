@@ -1,4 +1,4 @@
-"""What a run needs of the process it is in: a quiet start, signals that wait their turn, and a watch on its time."""
+"""What a run needs from its process: a quiet start, signals that wait until a step is done, and a stopwatch."""
 
 import os
 import signal
@@ -15,10 +15,10 @@ from jax.experimental import multihost_utils
 
 
 def start_quietly() -> None:
-  """Starts JAX's backends without what their libraries write to the error stream about accelerators that are not there.
+  """Starts JAX's backends without their libraries' warnings about absent accelerators.
 
-  Some of it comes from C++ and does not pass through Python's streams, so it is the file descriptors that are turned
-  aside. What was written is shown after all if the start fails.
+  Some warnings come from C++ and do not pass through Python's streams, so the file descriptors are redirected. If the start
+  fails, what was written is shown.
   """
   for stream in (sys.stdout, sys.stderr):
     stream.flush()
@@ -28,7 +28,7 @@ def start_quietly() -> None:
       os.dup2(aside.fileno(), descriptor)
     try:
       jax.devices()
-      multihost_utils.sync_global_devices("started")  # the first collective announces itself, too
+      multihost_utils.sync_global_devices("started")  # the first collective prints a message too
     except Exception:
       aside.seek(0)
       os.write(saved[1], aside.read())
@@ -40,13 +40,13 @@ def start_quietly() -> None:
 
 
 class Stopwatch:
-  """Where the time of a loop goes: `with watch("step"): ...` adds to `watch.seconds["step"]`."""
+  """Measures the time of each activity in a loop: `with watch("step"): ...` adds to `watch.seconds["step"]`."""
 
   def __init__(self):
     self.restart()
 
   def restart(self) -> None:
-    """Forgets everything and starts again."""
+    """Sets all times to zero and starts again."""
     self.seconds = dict.fromkeys(("step", "evaluation", "checkpoints", "input", "reporting"), 0.0)
     self._began, self.total = time.perf_counter(), 0.0
 
@@ -55,7 +55,7 @@ class Stopwatch:
     self.total = time.perf_counter() - self._began
 
   def shares(self) -> dict[str, float]:
-    """Each activity's part of `total`."""
+    """Each activity's share of `total`."""
     return {name: seconds / self.total for name, seconds in self.seconds.items()}
 
   @contextmanager
@@ -67,10 +67,10 @@ class Stopwatch:
 
 @contextmanager
 def interruptions() -> Iterator[list[signal.Signals]]:
-  """Takes SIGTERM and SIGINT for as long as it is open: yields a list that the signal is put in.
+  """Catches SIGTERM and SIGINT inside a `with` block, and yields a list to which they are appended.
 
-  A second SIGINT raises `KeyboardInterrupt` as usual. Outside the main thread, where Python delivers no signals, the
-  list stays empty.
+  A second SIGINT raises `KeyboardInterrupt` as usual. Outside the main thread Python delivers no signals, and the list
+  stays empty.
   """
   caught: list[signal.Signals] = []
   if threading.current_thread() is not threading.main_thread():

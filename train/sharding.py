@@ -1,12 +1,12 @@
-"""Where parameters and batches live: a mesh with the axes data, fsdp and tensor, and what is split over which.
+"""Where parameters and batches live: a mesh with the axes data, fsdp and tensor.
 
 * `data`: each device has a copy of the parameters and its share of the batch.
 * `fsdp`: the batch is split further, and so are the parameters, along their embedding axis (Rajbhandari et al. 2020,
   arXiv:1910.02054, stage 3).
 * `tensor`: heads, the MLP's inner axis and the vocabulary are split (Shoeybi et al. 2019, arXiv:1909.08053).
 
-Modules name the axes of their parameters logically; `RULES` says on which mesh axis each name goes. XLA's partitioner
-derives the rest, collectives included.
+Modules give the axes of their parameters logical names; `RULES` maps each name to a mesh axis. XLA's partitioner derives
+the rest, collectives included.
 """
 
 import math
@@ -20,7 +20,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
-RULES = (("vocab", "tensor"), ("embed", "fsdp"), ("heads", "tensor"), ("mlp", "tensor"), ("norm", None))
+RULES = (("vocab", "tensor"), ("embed", "fsdp"), ("heads", "tensor"), ("mlp", "tensor"), ("norm", None), ("layers", None))
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
@@ -41,20 +41,20 @@ class MeshShape:
   def __post_init__(self):
     sizes = (self.data, self.fsdp, self.tensor)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-      raise ValueError(f"{self} is no mesh; want sizes of at least 1, and -1 (the rest) for at most one of them.")
+      raise ValueError(f"{self} is no mesh; expected sizes of at least 1, and -1 (the rest) for at most one of them.")
 
   def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices`, by default all there are. Fewer are used where the sizes ask for fewer.
+    """The mesh over `devices`, by default all of them. Where the sizes ask for fewer, the rest stay unused.
 
     Raises:
-      ValueError: if the sizes ask for more devices than there are, or leave some over that -1 cannot take evenly.
+      ValueError: if the sizes ask for more devices than there are, or -1 cannot share out the rest evenly.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [self.data, self.fsdp, self.tensor]
     named = math.prod(size for size in sizes if size != -1)
     if named > len(devices) or (-1 in sizes and len(devices) % named):
       raise ValueError(
-        f"{self} needs {'a multiple of ' if -1 in sizes else ''}{named} devices, but there are {len(devices)}; want "
+        f"{self} needs {'a multiple of ' if -1 in sizes else ''}{named} devices, but there are {len(devices)}; expected "
         "sizes whose product divides that."
       )
     if -1 in sizes:
@@ -64,7 +64,7 @@ class MeshShape:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of what every device holds whole."""
+  """The sharding of an array that every device holds in full."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -72,19 +72,19 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
   """The sharding of a batch's arrays: rows over `data` and `fsdp`.
 
   Raises:
-    ValueError: if `batch_size` rows cannot be dealt out evenly.
+    ValueError: if `batch_size` does not divide over these axes.
   """
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % shares:
     raise ValueError(
       f"TextData.batch_size is {batch_size}, which does not divide over {shares} devices (data {mesh.shape['data']} x "
-      f"fsdp {mesh.shape['fsdp']}); want a multiple of {shares}, or a smaller MeshShape.data."
+      f"fsdp {mesh.shape['fsdp']}); expected a multiple of {shares}, or a smaller MeshShape.data."
     )
   return NamedSharding(mesh, BATCH)
 
 
 def parameter_shardings(mesh: Mesh, boxed: Any) -> Any:
-  """A sharding for every parameter, from the logical axis names that its box carries.
+  """A sharding for every parameter, from the logical axis names in its box.
 
   Args:
     mesh: with the axes of `MeshShape`.
@@ -106,13 +106,13 @@ def _check_divides(name: str, shape: tuple[int, ...], sharding: NamedSharding) -
     shares = math.prod(sharding.mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
     if size % shares:
       raise ValueError(
-        f"parameter {name} of shape {list(shape)} does not divide over MeshShape.{axis}={shares}; want an axis of a "
+        f"parameter {name} of shape {list(shape)} does not divide over MeshShape.{axis}={shares}; expected an axis of a "
         f"multiple of {shares} instead of {size}, or a smaller MeshShape.{axis}."
       )
 
 
 def layout(mesh: Mesh, params: Any) -> str:
-  """One line about what lies where: the mesh, and how many of `params` (arrays or shapes, with shardings) a device has."""
+  """One line about the mesh and how many of `params` (arrays or shapes, with shardings) each device holds."""
   leaves = jax.tree.leaves(params)
   whole = sum(leaf.size for leaf in leaves)
   own = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)

@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library's source, a file, a folder, a glob; and how it becomes tokens."""
+"""Text from the standard library's source, files, folders and globs, and its tokenizers."""
 
 import glob
 import gzip
@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Tests, and tables of character sets that are near copies of one another and would leak from training to validation.
+# Tests, and tables of character sets, which are near copies of one another and would leak from training to validation.
 _NOT_STDLIB_TEXT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
 
 
 class Document(NamedTuple):
-  """One text. `name` is relative to its source, so that it is the same on every machine."""
+  """One text. `name` is relative to its source, so it is the same on every machine."""
 
   name: str
   text: bytes
@@ -32,17 +32,17 @@ def read_sources(sources: str | Sequence[str], field: str = "text") -> list[list
   """The documents of each of `sources`, in the order of the names within it.
 
   Args:
-    sources: one or several of "stdlib" (the *.py files of Python's standard library), a file, a folder (all its text
-      files, at any depth; hidden and binary ones are left out) or a glob. Every line of a *.jsonl file is a document;
-      any other file is one document. Files may be compressed (*.gz).
-    field: of a JSONL line's object, the one that holds the text.
+    sources: one or several of "stdlib" (the *.py files of Python's standard library), a file, a folder (its text files at
+      any depth, without hidden and binary ones) or a glob. Every line of a *.jsonl file is a document; any other file is
+      one document. Files may be compressed (*.gz).
+    field: the field of a JSONL line's object that holds the text.
 
   Raises:
     ValueError: if a source is missing, cannot be read or holds no text, or a line of JSONL is broken.
   """
   sources = [sources] if isinstance(sources, str) else list(sources)
   if not sources:
-    raise ValueError('TextData.sources is empty; want "stdlib", or a file, folder or glob.')
+    raise ValueError('TextData.sources is empty; expected "stdlib", or a file, folder or glob.')
   return [_read_source(source, field) for source in sources]
 
 
@@ -55,7 +55,7 @@ def _read_source(source: str, field: str) -> list[Document]:
     documents = list(_read_paths(source, field))
   documents = [document for document in documents if document.text]
   if not documents:
-    raise ValueError(f"TextData.sources names {source!r}, which holds no text; want a file that is not empty.")
+    raise ValueError(f"TextData.sources names {source!r}, which holds no text; expected a file that is not empty.")
   return documents
 
 
@@ -70,7 +70,7 @@ def _read_paths(source: str, field: str) -> Iterator[Document]:
   paths = [path for path in paths if not os.path.isdir(path)]
   if not paths:
     raise ValueError(
-      f"TextData.sources names {source!r}, which matches no file here ({os.getcwd()}); want \"stdlib\", or the path of "
+      f"TextData.sources names {source!r}, which matches no file here ({os.getcwd()}); expected \"stdlib\", or the path of "
       "a file or folder, or a glob."
     )
   root = Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
@@ -95,13 +95,13 @@ def _json_lines(path: Path, name: str, text: bytes, field: str) -> Iterator[Docu
       yield Document(f"{name}:{number}", value.encode())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise ValueError(
-        f'{path}, line {number}: want a JSON object with a field "{field}" that is a string '
+        f'{path}, line {number}: expected a JSON object with a field "{field}" that is a string '
         f"({type(error).__name__}: {error})."
       ) from None
 
 
 def _walk(root: Path, left_out: frozenset[str]) -> Iterator[Path]:
-  """Files under `root` in the order of their names, but for hidden ones and the folders named in `left_out`."""
+  """Files under `root` in the order of their names, without hidden ones and folders named in `left_out`."""
   for folder, folders, files in os.walk(root):
     folders[:] = sorted(name for name in folders if name not in left_out and not name.startswith((".", "__pycache__")))
     yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
@@ -139,7 +139,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-  """A `tokenizer.json`, as the `tokenizers` library writes it. It adds no special tokens here."""
+  """A `tokenizer.json` of the `tokenizers` library, used without special tokens."""
 
   def __init__(self, path: str):
     """Loads the file at `path`.
@@ -151,7 +151,7 @@ class FileTokenizer:
     from tokenizers import Tokenizer
 
     if not os.path.isfile(path):
-      raise ValueError(f'TextData.tokenizer is {path!r}, no file; want "bytes" or the path of a tokenizer.json.')
+      raise ValueError(f'TextData.tokenizer is {path!r}, no file; expected "bytes" or the path of a tokenizer.json.')
     try:
       self._tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the library raises bare Exception
@@ -189,7 +189,7 @@ def load_tokenizer(name: str) -> ByteTokenizer | FileTokenizer:
 
 
 def train_tokenizer(sources: str | Sequence[str], vocab_size: int, path: str | os.PathLike, field: str = "text") -> int:
-  """Learns byte-pair merges from text and writes them as a `tokenizer.json`; any text can be encoded, byte by byte at worst.
+  """Learns byte-pair merges from text and writes them as a `tokenizer.json`. It can encode any text.
 
   Args:
     sources, field: as for `read_sources`.
@@ -197,13 +197,13 @@ def train_tokenizer(sources: str | Sequence[str], vocab_size: int, path: str | o
     path: of the file to write.
 
   Returns:
-    The number of tokens, fewer than asked for where the text has no more pairs.
+    The number of tokens; fewer than `vocab_size` if the text has no more pairs.
 
   Raises:
-    ValueError: if a source is of no use, or `vocab_size` is less than 256.
+    ValueError: if a source cannot be used, or `vocab_size` is less than 256.
   """
   if vocab_size < 256:
-    raise ValueError(f"vocab_size is {vocab_size}; want at least 256, one for each byte.")
+    raise ValueError(f"vocab_size is {vocab_size}; expected at least 256, one for each byte.")
   _need_tokenizers("learning a tokenizer")
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -1,9 +1,9 @@
-"""The pure functions that a run is made of: one step of training, and one of evaluation.
+"""The pure functions of a run: one step of training, and one of evaluation.
 
     state, metrics = train_step(state, batch)
 
 Loss is the mean cross-entropy in nats over the targets of non-zero weight. A step whose loss or gradient is not finite
-changes nothing but the counters, so one bad batch costs one batch; every value it would have written is discarded.
+changes only the counters: its update is discarded.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,19 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from ..zoo.stack import PERIODS
 from .optimizer import Optimizer
 from .sharding import batch_sharding, parameter_shardings, replicated
 
 
 class TrainState(NamedTuple):
-  """All that a run carries from step to step on its devices.
+  """What a run carries from step to step on its devices.
 
   Attributes:
     step: int32; batches seen.
-    skipped: int32; batches among them whose loss or gradient was not finite.
-    skipped_in_a_row: int32; of these, since the last that was finite.
-    key: uint32; data of the random key that every step folds its number into.
+    skipped: int32; how many of them had a loss or a gradient that was not finite.
+    skipped_in_a_row: int32; how many of these came since the last finite one.
+    key: uint32; the data of a random key. Every step folds its number into it.
     params: the model's variables, as `model.apply` takes them.
     opt_state: the optimiser's.
   """
@@ -45,10 +46,10 @@ class Metrics(NamedTuple):
 
   Attributes:
     loss: float32; nats per token.
-    gradient_norm: float32; global, before clipping.
-    group_norms: float32 [groups]; the same of each group of parameters, in `parameter_groups` order.
-    learning_rate: float32; that of this step.
-    skipped_in_a_row: int32; 0 if this step's update was made.
+    gradient_norm: float32; over all parameters, before clipping.
+    group_norms: float32 [groups]; the same for each group of parameters, in the order of `parameter_groups`.
+    learning_rate: float32; of this step's update.
+    skipped_in_a_row: int32; 0 if this step updated the parameters.
     nonfinite_groups: bool [groups]; which groups of parameters had a non-finite gradient.
   """
 
@@ -67,7 +68,7 @@ class Program(NamedTuple):
     create: `create() -> TrainState`, fresh.
     train: `train(state, batch) -> (TrainState, Metrics)`. It consumes `state`.
     evaluate: `evaluate(params, batch) -> (nats, right, tokens)`: the loss summed over the batch's targets, how many of them
-      the likeliest prediction is right about, and their number.
+      are the likeliest prediction, and their number.
     abstract_state: the state's shapes, dtypes and shardings.
     batch_sharding: of every array of a batch.
     groups: names of the parameter groups.
@@ -93,7 +94,7 @@ def build_program(
 ) -> Program:
   """Lays out and jits the functions of a run of `steps` batches of `batch_size` rows; nothing is computed yet.
 
-  `tokens` are any that the model takes, integers [1, 1] unless given.
+  `tokens` is any input that the model takes, by default integers [1, 1].
 
   Raises:
     ValueError: if the batch or a parameter does not divide over the mesh.
@@ -128,10 +129,10 @@ def build_program(
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-  """What XLA is told beside the program.
+  """Options for XLA.
 
-  On a CPU: to keep little alive. By default it orders operations for concurrency that two or twenty cores do not have; a
-  model whose blocks are recomputed (`LanguageModel.remat`) then takes four times the memory, and a tenth more time.
+  On a CPU, to schedule for memory. By default XLA schedules for concurrency that a CPU does not have; a model that recomputes
+  its blocks (`LanguageModel.remat`) then takes four times the memory, and a tenth more time.
   """
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
@@ -140,7 +141,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 def create_state(
   model: nn.Module, transform: optax.GradientTransformation, key: jax.Array, tokens: jax.Array | None = None
 ) -> TrainState:
-  """A fresh state: parameters drawn from `key`, nothing seen. `tokens` are any that the model takes, integers unless given."""
+  """A fresh state, with parameters drawn from `key`. `tokens` is any input that the model takes, by default integers [1, 1]."""
   init_key, step_key = jax.random.split(key)
   params = nn.unbox(_init(model, init_key, tokens))
   zero = jnp.zeros((), jnp.int32)
@@ -161,6 +162,7 @@ def make_train_step(
     loss, gradients = jax.value_and_grad(mean_loss)(state.params, batch, key)
     squares = group_squares(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(squares.sum())
+    # Not optax.apply_if_finite: it does not look at the loss, and after its limit it applies updates that are not finite.
     updates, opt_state = transform.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(
@@ -179,9 +181,9 @@ def make_train_step(
 def sum_loss(
   model: nn.Module, params: Any, batch: dict, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy in nats summed over a batch's targets of non-zero weight, and their number; both float32.
+  """The cross-entropy in nats summed over a batch's targets of non-zero weight, and their number; both float32.
 
-  Where targets are vectors it is their squared distance instead, over their dimension.
+  For float targets it is the mean squared error over the last axis instead.
   """
   nats, _, answers = sum_scores(model, params, batch, key)
   return nats, answers
@@ -190,7 +192,7 @@ def sum_loss(
 def sum_scores(
   model: nn.Module, params: Any, batch: dict, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """As `sum_loss`, with the number of targets that are the likeliest prediction between; vectors are never right."""
+  """As `sum_loss`, with the number of targets that are the likeliest prediction in between (0 for float targets)."""
   rngs = None if key is None else {"dropout": key}
   logits, _ = model.apply(params, batch["tokens"], segment_ids=batch["segment_ids"], rngs=rngs)
   losses, right = score_targets(logits, batch["targets"])
@@ -199,7 +201,10 @@ def sum_scores(
 
 
 def score_targets(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Of each target [B, T], the loss and whether it is the likeliest prediction; of vectors the squared error, and never."""
+  """For each integer target [B, T], its cross-entropy and whether it is the likeliest prediction.
+
+  For float targets [B, T, D], the mean squared error over D, and False.
+  """
   if jnp.issubdtype(targets.dtype, jnp.floating):
     return jnp.square(outputs - targets).mean(axis=-1), jnp.zeros(targets.shape[:-1], bool)
   losses = optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), targets)
@@ -207,7 +212,7 @@ def score_targets(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, ja
 
 
 def parameter_groups(params: Any) -> tuple[str, ...]:
-  """Names of the groups that reports speak of, such as "embedding" and "blocks_3/mixer", in the order of the tree."""
+  """Names of the groups in reports, such as "embedding" and "blocks_3/mixer", in the order of the tree."""
   return tuple(dict.fromkeys(_group(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)))
 
 
@@ -220,8 +225,10 @@ def group_squares(gradients: Any) -> jax.Array:
 
 
 def _group(path: tuple) -> str:
+  """The group of a parameter: of a block, or of a block repeated under `PERIODS`, its module; else the top module."""
   names = [str(entry.key) for entry in path if str(entry.key) != "params"]
-  return "/".join(names[: 2 if names[0].startswith("blocks") else 1])
+  depth = 3 if names[0] == PERIODS else 2 if names[0].startswith("blocks") else 1
+  return "/".join(names[:depth])
 
 
 def _init(model: nn.Module, key: jax.Array, tokens: jax.Array | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""The settings of a run that belong to neither the model, the data, the optimiser nor the mesh."""
+"""The settings of a run apart from its model, data, optimiser and mesh."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,22 @@ from .checks import at_least, check_seed
 
 @dataclass(frozen=True)
 class Trainer:
-  """How long to train, and what to leave behind on the way.
+  """How long to train, and what to write and print on the way.
 
-  Everything here but `seed` may be changed when a run is resumed.
+  Everything here except `seed` may be changed when a run is resumed.
 
   Attributes:
-    steps: batches to train on, in all. A resumed run counts those it has already seen.
+    steps: batches to train on in all, those before a resumption included.
     log_every: steps between two printed lines and two TensorBoard points. `metrics.jsonl` has every step.
     evaluate_every: steps between two evaluations on the validation text; 0 evaluates only at the end.
     evaluation_batches: batches in such an evaluation, spread evenly over the validation text; 0 means all of it.
-    final_evaluation_batches: the same for the evaluation at the end, on which the reported numbers rest.
+    final_evaluation_batches: the same for the evaluation at the end, which gives the reported numbers.
     checkpoint_every: steps between two checkpoints; 0 saves only at the end and when interrupted.
-    checkpoints_kept: the newest so many checkpoints stay on disk, and the best one.
-    save_best: also save whenever an evaluation is the best so far.
-    log_group_norms: `metrics.jsonl` has the gradient norm of every group of parameters, too.
-    nonfinite_limit: so many non-finite steps in a row end the run. Each is skipped and leaves the parameters alone.
-    sample_prompt: the text from which a sample is written when the run ends.
+    checkpoints_kept: how many of the newest checkpoints stay on disk, beside the best one.
+    save_best: also save after each evaluation that is the best so far.
+    log_group_norms: write the gradient norm of every group of parameters to `metrics.jsonl`.
+    nonfinite_limit: how many non-finite steps in a row end the run. Each is skipped: it does not change the parameters.
+    sample_prompt: the text that a sample continues when the run ends.
     sample_tokens: length of that sample in tokens; 0 writes none.
     seed: of the parameters, and of any randomness in the model.
   """
@@ -46,7 +46,7 @@ class Trainer:
     at_least(0, self, "evaluate_every", "evaluation_batches", "final_evaluation_batches", "checkpoint_every")
     if self.sample_tokens < 0 or (self.sample_tokens and not self.sample_prompt):
       raise ValueError(
-        f"Trainer.sample_tokens is {self.sample_tokens} with the sample_prompt {self.sample_prompt!r}; want 0 or more, "
+        f"Trainer.sample_tokens is {self.sample_tokens} with the sample_prompt {self.sample_prompt!r}; expected 0 or more, "
         "and a prompt of at least a character unless it is 0."
       )
     check_seed(self)

@@ -1,7 +1,6 @@
-"""What a model is made of: parameters, bytes of memory and work, block by block, without allocating any of it.
+"""The parts of a model: parameters, bytes of memory and work, block by block.
 
-Everything follows from tracing the forward pass on shapes alone, so a model too large for this machine can be described
-on it.
+The forward pass is traced on shapes alone, so a model too large for this machine can be described on it.
 """
 
 import inspect
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from ..layers.swiglu import SwiGLU
 from ..pallas_kernels.measure import count_flops, flops_by_scope
-from .formats import thousands
+from .formats import table, thousands
 
 _BLOCK = re.compile(r"blocks_(\d+)(?:/(\w+))?")
 
@@ -27,11 +26,11 @@ class Row(NamedTuple):
   """One part of a model.
 
   Attributes:
-    name: where it is: "embedding", "block 0", "final norm", "head".
-    kind: what it is: the class of a block's mixer, or "".
-    parameters: how many numbers it learns.
-    mixer_parameters: those among them that belong to the mixer of a block.
-    state_bytes: what it keeps of one sequence while generating.
+    name: "embedding", "block 0", "final norm" or "head".
+    kind: the class of a block's mixer, or "".
+    parameters: how many.
+    mixer_parameters: how many of them belong to the mixer of a block.
+    state_bytes: size of the state of one sequence while generating.
     flops: in matrix products of its forward pass, per token; a multiply-add counts as two.
   """
 
@@ -63,7 +62,7 @@ class Description:
     return sum(row.flops for row in self.rows)
 
   def state_bytes_by_kind(self) -> dict[str, int]:
-    """Bytes kept of one sequence, summed over the blocks that share a mixer."""
+    """Bytes of state of one sequence, summed over the blocks with the same kind of mixer."""
     total: Counter[str] = Counter()
     for row in self.rows:
       if row.state_bytes:
@@ -72,11 +71,11 @@ class Description:
 
 
 def describe(model: nn.Module, length: int = 1024) -> Description:
-  """Takes a language model apart.
+  """The parts of a language model.
 
   Args:
     model: an unbound `LanguageModel`.
-    length: tokens of the sequence that work and memory are counted for.
+    length: tokens of the sequence for which work and memory are counted.
   """
   model = model.clone(scan=False)  # the same numbers, block by block
   parameters = _count_parameters(model)
@@ -101,7 +100,7 @@ def forward_flops(model: nn.Module, batch: int, length: int) -> int:
 
 
 def _part(scope: str) -> str:
-  """The row that work in `scope` belongs to; outside the blocks only the head multiplies."""
+  """The row for work in `scope`. Outside the blocks only the head multiplies matrices."""
   block = _BLOCK.search(scope)
   return f"block {block[1]}" if block else ""
 
@@ -115,7 +114,7 @@ def _parameter_shapes(model: nn.Module) -> Any:
 
 
 def _count_parameters(model: nn.Module) -> Counter:
-  """Parameters per row, and under (row, "mixer") those of its mixer."""
+  """Parameters of each row, and under (row, "mixer") those of its mixer."""
   count: Counter = Counter()
   for path, leaf in jax.tree.leaves_with_path(_parameter_shapes(model)["params"]):
     keys = [key.key for key in path]
@@ -128,7 +127,7 @@ def _count_parameters(model: nn.Module) -> Counter:
 
 
 def summary(layer: type) -> tuple[str, str]:
-  """What a layer's docstring opens with, and the equation (the first indented lines) in it or else in its module's."""
+  """The first line of a layer's docstring, and the first indented lines (the equation) in it, or else in its module's."""
   own = inspect.getdoc(layer) or ""
   equation = _first_indented_lines(own) or _first_indented_lines(inspect.getdoc(inspect.getmodule(layer)) or "")
   return own.partition("\n")[0].partition("; see ")[0].removesuffix(".") + ".", equation
@@ -140,25 +139,18 @@ def _first_indented_lines(text: str) -> str:
 
 
 def parts_table(name: str, description: Description) -> Table:
-  table = Table(
-    title=f"{name}: {thousands(description.parameters)} parameters",
+  columns = ("part", "memory", "parameters", "of the memory", "state, bytes", "FLOPs a token")
+  memory = sum(row.mixer_parameters for row in description.rows)
+  totals = (description.parameters, memory, description.state_bytes, description.flops)
+  shown = table(
+    f"{name}: {thousands(description.parameters)} parameters",
+    columns,
+    words=2,
+    footer=("all", "", *(f"{total:,.0f}" for total in totals)),
     caption=f"State and work are those of one sequence of {description.length:,} tokens; a multiply-add is two FLOPs.",
-    title_justify="left",
-    caption_justify="left",
-    show_footer=True,
   )
-  table.add_column("part", footer="all")
-  table.add_column("memory")
-  totals = (
-    ("parameters", f"{description.parameters:,}"),
-    ("of the memory", f"{sum(row.mixer_parameters for row in description.rows):,}"),
-    ("state, bytes", f"{description.state_bytes:,}"),
-    ("FLOPs a token", f"{description.flops:,.0f}"),
-  )
-  for heading, total in totals:
-    table.add_column(heading, justify="right", footer=total)
   for (kind, *numbers), equal in itertools.groupby(description.rows, key=lambda row: row[1:]):
     names = [row.name for row in equal]
     name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1].removeprefix('block ')}, each"
-    table.add_row(name, kind, *(f"{number:,.0f}" if number else "" for number in numbers))
-  return table
+    shown.add_row(name, kind, *(f"{number:,.0f}" if number else "" for number in numbers))
+  return shown

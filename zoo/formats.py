@@ -1,12 +1,19 @@
-"""Numbers as every report writes them."""
+"""Numbers and tables, as every report shows them."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
 
 
-def thousands(number: float) -> str:
-  """Three significant digits and a decimal unit: 1234567 is "1.23 M"."""
-  for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-    if number >= size:
-      return f"{number / size:.3g} {unit}"
-  return f"{number:.3g} "
+def thousands(number: float, unit: str = "") -> str:
+  """Three significant digits and a decimal prefix: 1234567 is "1.23M", and with the unit "B" it is "1.23 MB"."""
+  space = " " if unit else ""
+  for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    if number >= 0.9995 * size:  # what three digits round up to it
+      return f"{number / size:.3g}{space}{prefix}{unit}"
+  return f"{number:.3g}{space}{unit}"
 
 
 def binary(count: int) -> str:
@@ -15,3 +22,50 @@ def binary(count: int) -> str:
     if count >= size:
       return f"{count / size:,.1f} {unit}"
   return f"{count} bytes"
+
+
+def clock(seconds: float) -> str:
+  """Seconds as "1:05", or "2:01:05" from an hour on."""
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def milliseconds(seconds: float) -> str:
+  """Seconds in milliseconds, without the unit: 0.0123 is "12.3"."""
+  return f"{seconds * 1e3:,.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f}"
+
+
+def table(
+  title: str | None,
+  columns: Sequence[str],
+  rows: Iterable[Sequence[str]] = (),
+  *,
+  words: int = 1,
+  footer: Sequence[str] = (),
+  caption: str | None = None,
+) -> Table:
+  """A table for the screen. Cells are shown as they are, without rich's markup.
+
+  Args:
+    title: above it.
+    columns: headings; where all are empty, none are shown.
+    rows: of cells.
+    words: so many columns hold words, and are aligned left; the others hold numbers, and are aligned right.
+    footer: a cell for each column.
+    caption: below it.
+  """
+  shown = Table(
+    title=title and escape(title),
+    caption=caption and escape(caption),
+    title_justify="left",
+    caption_justify="left",
+    show_header=any(columns),
+    show_footer=bool(footer),
+    box=SIMPLE,
+  )
+  for i, (heading, total) in enumerate(zip(columns, footer or [""] * len(columns), strict=True)):
+    shown.add_column(escape(heading), footer=escape(total), justify="left" if i < words else "right")
+  for row in rows:
+    shown.add_row(*map(escape, row))
+  return shown
