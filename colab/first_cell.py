@@ -1,5 +1,5 @@
-# Installs memzoo where it is missing, and what it needs beside the JAX that is here, which stays as it is.
-SOURCE = ""  # a folder with memzoo's source, or an address that pip understands ("git+https://..."); "" if it is here already
+# Installs memzoo and its dependencies if it is missing. The JAX of this runtime stays as it is.
+SOURCE = ""  # a folder with memzoo's source, or an address for pip ("git+https://..."); "" if it is already here
 
 import importlib.util
 import subprocess
@@ -19,7 +19,7 @@ if importlib.util.find_spec("memzoo") is None:
   project = Path("../pyproject.toml")
   beside = project.is_file() and 'name = "memzoo"' in project.read_text()
   if not (SOURCE or beside):
-    raise ValueError('SOURCE is "" and memzoo is neither installed nor beside this notebook; want a folder or an address.')
+    raise ValueError('SOURCE is "" and memzoo is neither installed nor beside this notebook; expected a folder or an address.')
   pip_install("--no-deps", SOURCE or str(project.resolve().parent))
   needed = [line.partition(";")[0].strip() for line in requires("memzoo") if "colab" in line.partition(";")[2]]
   with tempfile.NamedTemporaryFile("w", suffix=".txt") as kept:
@@ -31,5 +31,5 @@ if importlib.util.find_spec("memzoo") is None:
 import memzoo
 
 tested = next(Requirement(line) for line in requires("memzoo") if Requirement(line).name == "jax")
-untested = "" if version("jax") in tested.specifier else f"; memzoo is tested with {tested}: if it fails, take a newer runtime"
+untested = "" if version("jax") in tested.specifier else f"; memzoo is tested with {tested}: if it fails, use a newer runtime"
 print(f"memzoo {memzoo.__version__}, jax {version('jax')}{untested}")

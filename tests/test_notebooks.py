@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, begins with the same cell, and is kept as it was before anyone ran it."""
+"""Every notebook runs from top to bottom, starts with the same cell, and is stored without outputs."""
 
 import importlib.metadata
 import importlib.util
@@ -19,11 +19,11 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 
 @each_notebook
-def test_a_notebook_is_kept_without_what_running_it_leaves(path):
+def test_a_notebook_is_stored_without_outputs(path):
   text = path.read_text()
   notebook = nbformat.reads(text, as_version=4)
   nbformat.validate(notebook)
-  assert text == nbformat.writes(notebook) + "\n", "want nbformat's own layout: sorted keys, an indent of one"
+  assert text == nbformat.writes(notebook) + "\n", "expected nbformat's own layout: sorted keys, an indent of one"
   assert set(notebook.metadata) == {"kernelspec", "language_info"}
   for cell in notebook.cells:
     assert not cell.metadata
@@ -31,7 +31,7 @@ def test_a_notebook_is_kept_without_what_running_it_leaves(path):
 
 
 @each_notebook
-def test_the_first_code_cell_is_the_one_that_installs(path):
+def test_the_first_code_cell_is_first_cell_py(path):
   cells = nbformat.read(path, as_version=4).cells
   code = [cell.source for cell in cells if cell.cell_type == "code"]
   assert code[0] == FIRST_CELL.strip()
@@ -40,21 +40,22 @@ def test_the_first_code_cell_is_the_one_that_installs(path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("notebooks")
 @each_notebook
 def test_a_notebook_runs_from_top_to_bottom_and_shows_pictures(path, tmp_path, monkeypatch):
-  monkeypatch.delenv("XLA_FLAGS")  # those of this suite make slow code
+  monkeypatch.delenv("XLA_FLAGS")  # the flags of this suite compile fast but make slow code
   notebook = nbformat.read(path, as_version=4)
   NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
   outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
   assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
-  assert not [output for output in outputs if output.output_type == "error"], "a picture that could not be drawn stops nothing"
+  assert not [output for output in outputs if output.output_type == "error"], "an error while drawing does not stop a notebook"
   complaints = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
   assert not complaints
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-  """Runs the first cell in `folder / "colab"` as if memzoo were not installed; returns what it asked of pip."""
+  """Runs the first cell in `tmp_path / "colab"` as if memzoo were not installed; returns the arguments it gives to pip."""
 
   def run(source=""):
     asked = []
@@ -77,7 +78,7 @@ def elsewhere(tmp_path, monkeypatch):
   return run
 
 
-def test_a_checkout_beside_the_notebook_is_installed_and_jax_stays(elsewhere, tmp_path):
+def test_a_checkout_beside_the_notebook_is_installed_and_jax_is_kept(elsewhere, tmp_path):
   (tmp_path / "pyproject.toml").write_text('[project]\nname = "memzoo"\n')
   package, others = elsewhere()
   assert package == ["--no-deps", str(tmp_path)]
@@ -90,11 +91,11 @@ def test_a_source_that_the_reader_names_is_installed(elsewhere):
   assert elsewhere("git+https://example.org/memzoo")[0] == ["--no-deps", "git+https://example.org/memzoo"]
 
 
-def test_without_a_source_the_reader_is_told(elsewhere):
-  with pytest.raises(ValueError, match=r'SOURCE is "" .* want a folder or an address'):
+def test_a_missing_source_is_an_error(elsewhere):
+  with pytest.raises(ValueError, match=r'SOURCE is "" .* expected a folder or an address'):
     elsewhere()
 
 
-def test_the_colab_extra_is_what_the_library_needs_but_for_jax():
+def test_the_colab_extra_has_all_dependencies_except_jax():
   needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
   assert EXTRAS["colab"] == [line for line in needed if not line.startswith("jax>")]
