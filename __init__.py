@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _LAZY = {
   "build": "memzoo.train.config",
   "LanguageModel": "memzoo.zoo.language_model",
+  "check_layer": "memzoo.layers.laws",
   "generate": "memzoo.zoo.generate",
   "describe": "memzoo.zoo.describe",
 }

@@ -39,3 +39,19 @@ def float64():
   """Float64 for one test."""
   with jax.enable_x64(True):
     yield
+
+
+def pytest_terminal_summary(terminalreporter):
+  """What the laws cost, layer by layer, against the budgets of `subjects.py`."""
+  reports = [report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "user_properties")]
+  costs = {}
+  for report in reports:
+    for cost in (value for name, value in report.user_properties if name == "law_cost"):
+      costs[cost[0]] = max(costs.get(cost[0], cost), cost, key=lambda cost: cost[1])
+  if not costs:
+    return
+  terminalreporter.section("what the laws cost: CPU seconds (budget), programs compiled (budget)")
+  for name, seconds, programs, *budget in costs.values():
+    terminalreporter.line(f"{name:24s}{seconds:8.1f} ({budget[0]}){programs:6d} ({budget[1]})")
+  seconds, programs = (sum(cost[i] for cost in costs.values()) for i in (1, 2))
+  terminalreporter.line(f"{'all':24s}{seconds:8.1f}     {programs:6d}")

@@ -1,116 +1,117 @@
-"""What the laws are tried on: every layer of the registry at a small size, and language models of them."""
+"""What the laws are tried on: every layer of the registry at a small size, and a model of them; and what that may cost."""
 
-import dataclasses
+import contextlib
 import functools
-from typing import Any
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import pytest
 from flax import linen as nn
+from memzoo.layers.law_trial import Trial, small
+from memzoo.layers.laws import CHECKS, COMPILED, SHARED, TRACED, Check
 from memzoo.zoo.language_model import LanguageModel
 from memzoo.zoo.registry import LAYERS
 
-WIDTH = 8
-CHUNK = 4
+WIDTH, WIDE = 8, 32
 
-# A layer is built from those of these that it has fields for: one size for all, odd where it can be.
-SMALL = {
-  "num_heads": 4,
-  "num_key_heads": 2,
-  "head_dim": 6,
-  "key_dim": 6,
-  "value_dim": 5,
-  "window": 5,
-  "channels": 6,
-  "chunk_size": CHUNK,
-  "segment": 6,
-  "negative_eigenvalues": True,
+
+class Kind(NamedTuple):
+  """A kind of layer: which checks it gets, and what they may cost.
+
+  Attributes:
+    seconds: of a processor, on a quiet machine.
+    programs: compiled; `test_laws.py` asserts this one.
+    costs: of the checks.
+    without: names of checks that it does not get, since others that it gets run the same code.
+  """
+
+  seconds: int
+  programs: int
+  costs: tuple[str, ...] = (TRACED, SHARED, COMPILED)
+  without: tuple[str, ...] = ()
+
+
+KINDS = {
+  "simple": Kind(20, 18),
+  "network": Kind(30, 17, without=("nnx_values",)),
+  "composite": Kind(55, 14, without=("nnx_values", "lengths")),
+  "variant": Kind(15, 7, costs=(TRACED, SHARED)),  # chooses among its parent's options only
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """A module that keeps the contract, and inputs for it."""
-
-  name: str
-  module: nn.Module
-  width: int = WIDTH
-
-  def __str__(self) -> str:
-    return self.name
-
-  @property
-  def takes_tokens(self) -> bool:
-    return isinstance(self.module, LanguageModel)
-
-  def inputs(self, batch: int, tokens: int, seed: int = 0) -> jax.Array:
-    """Integers for a model; for a layer, floats with a common direction, so that keys are correlated as trained ones are."""
-    key = jax.random.key(seed)
-    if self.takes_tokens:
-      return jax.random.randint(key, (batch, tokens), 0, self.module.vocab_size, jnp.int32)
-    common, own = jax.random.split(key)
-    dtype = self.module.param_dtype
-    x = jax.random.normal(own, (batch, tokens, self.width), dtype)
-    return x + jax.random.normal(common, (1, 1, self.width), dtype)
-
-  @functools.cached_property
-  def fresh_params(self) -> Any:
-    """Parameters as initialised."""
-    return jax.jit(self.module.init)(jax.random.key(7), self.inputs(1, 2))
-
-  def params(self, scale: float = 8.0) -> Any:
-    """Parameters `scale` times as large as fresh ones where they are matrices: gates and keys as varied as trained ones."""
-    return jax.tree.map(lambda p: p * jnp.asarray(scale, p.dtype) if p.ndim > 1 else p, self.fresh_params)
-
-  def apply(self, params, x, state=None, segment_ids=None):
-    return self.module.apply(params, x, state, segment_ids)
-
-  @functools.cached_property
-  def run(self):
-    """`apply`, compiled: once for all tests that call it with equal shapes, for compilation is most of their time."""
-    return jax.jit(self.apply)
-
-  def fresh(self, params, batch: int):
-    return self.module.apply(params, batch, method="initial_state")
-
-  def used(self, params, batch: int):
-    """A state that has seen something."""
-    return self.run(params, self.inputs(batch, 7, seed=11))[1]
-
-  def one_by_one(self, params, x, state):
-    """The same call, a token at a time."""
-
-    def step(state, x):
-      y, state = self.apply(params, x[:, None], state)
-      return state, y[:, 0]
-
-    state, y = jax.lax.scan(step, state, jnp.swapaxes(x, 0, 1))
-    return jnp.swapaxes(y, 0, 1), state
-
-
-# Tried by `make check` too: it has decays, an erase, convolutions and a matrix for its state.
-QUICK = ("EraseThenDelta",)
+# Layers that are not "simple".
+KIND_OF = {
+  "TitansMemory": "network",
+  "TTTLinear": "network",
+  "MemoryAsContext": "composite",
+  "MemoryAsGate": "composite",
+  "MemoryAsLayer": "composite",
+  "LanguageModel": "composite",
+  "Moneta": "variant",
+  "Yaad": "variant",
+  "Memora": "variant",
+  "TTTMLP": "variant",
+}
+# Tried whole by `make check`; of the others, what needs no compilation. It has decays, an erase, convolutions and a matrix.
+QUICK = "EraseThenDelta"
 
 
 def layer(name: str, **fields: Any) -> nn.Module:
-  """A small layer of the registry."""
-  known = {field.name for field in dataclasses.fields(LAYERS[name])}
-  return LAYERS[name](**{k: v for k, v in (SMALL | fields).items() if k in known})
+  """A small layer of the registry, with those of `fields` that it has."""
+  known = LAYERS[name].__dataclass_fields__
+  return small(LAYERS[name], **{field: value for field, value in fields.items() if field in known})
 
 
-def subjects(dtype=jnp.float64, width: int = WIDTH, **fields: Any) -> list[Subject]:
-  """Every layer, and a hybrid model, with parameters and activations of `dtype`."""
-  types = {"dtype": dtype, "param_dtype": dtype}
-  layers = [Subject(name, layer(name, **types, **fields), width) for name in LAYERS]
+def module(name: str, width: int, **fields: Any) -> nn.Module:
+  """A layer by name, or a hybrid model."""
+  if name != "LanguageModel":
+    return layer(name, **fields)
   mixers = layer("EraseThenDelta", **fields), layer("Attention", **fields)
-  return [*layers, Subject("LanguageModel", LanguageModel(vocab_size=11, width=width, depth=3, mixers=mixers, **types), width)]
+  return LanguageModel(vocab_size=11, width=width, depth=3, mixers=mixers)
 
 
-def cases(*args: Any, **fields: Any) -> list[Any]:
-  """`subjects` as parameters of a test; those of one name share a process, and so what is compiled."""
+SUBJECTS = (*LAYERS, "LanguageModel")
 
-  def marks(name: str) -> list[Any]:
-    return [pytest.mark.xdist_group(name), *([] if name in QUICK else [pytest.mark.slow])]
 
-  return [pytest.param(s, id=s.name, marks=marks(s.name)) for s in subjects(*args, **fields)]
+@functools.lru_cache(maxsize=1)  # the tests of a layer follow one another
+def trial(name: str) -> Trial:
+  """A layer on trial, in float64; in float32 with heads as wide as real ones: a norm over five numbers magnifies rounding."""
+  jax.clear_caches()
+  wide = module(name, WIDE, key_dim=16, value_dim=16, head_dim=16), WIDE
+  return Trial(module(name, WIDTH), WIDTH, float64=True, wide=wide)
+
+
+def kind(name: str) -> Kind:
+  return KINDS[KIND_OF.get(name, "simple")]
+
+
+def checks(name: str) -> list[Check]:
+  """The checks that a layer gets."""
+  return [check for check in CHECKS if check.cost in kind(name).costs and check.name not in kind(name).without]
+
+
+class Meter:
+  """Programs compiled by this process, and what was spent on each layer.
+
+  Attributes:
+    compiled: programs, so far.
+    programs, seconds: by layer, for what ran within `measured`.
+  """
+
+  def __init__(self):
+    self.compiled, self.programs, self.seconds = 0, Counter(), Counter()
+    jax.monitoring.register_event_duration_secs_listener(self._count)
+
+  def _count(self, event: str, duration: float, **_: Any) -> None:
+    self.compiled += event == "/jax/core/compile/backend_compile_duration"
+
+  @contextlib.contextmanager
+  def measured(self, name: str) -> Iterator[None]:
+    """Adds what is spent within to what `name` costs."""
+    programs, seconds = self.compiled, time.process_time()
+    yield
+    self.programs[name] += self.compiled - programs
+    self.seconds[name] += time.process_time() - seconds
+
+
+METER = Meter()

@@ -1,4 +1,4 @@
-"""The `memzoo` command. Whatever is slow to import is imported by the command that needs it."""
+"""The `memzoo` command. Each command imports what it needs, so that `--help` stays fast."""
 
 import os
 import sys
@@ -10,8 +10,8 @@ from typing import Annotated, TextIO
 import typer
 
 app = typer.Typer(
-  help="Memory layers for sequence models: train, evaluate and generate from one config file.",
-  epilog="Start with:  memzoo train quickstart   then:  memzoo generate runs/quickstart 'def '",
+  help="Train, evaluate, compare and sample sequence models with memory layers. A config file describes each experiment.",
+  epilog="Start with: memzoo train quickstart. Then: memzoo generate runs/quickstart 'def '. Names: memzoo list.",
   no_args_is_help=True,
   add_completion=False,
   pretty_exceptions_enable=False,
@@ -19,18 +19,18 @@ app = typer.Typer(
   context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_Config = Annotated[str, typer.Argument(help="A shipped config (see `memzoo list`) or the path of a .gin file.")]
+_Config = Annotated[str, typer.Argument(help="Name of a shipped config (see `memzoo list`), or path of a .gin file.")]
 _Set = Annotated[
   list[str] | None,
-  typer.Option("--set", metavar="X.FIELD=VALUE", help="Change a field of the config; may be repeated."),
+  typer.Option("--set", metavar="X.FIELD=VALUE", help="Set a field of the config, such as LanguageModel.depth=4. Repeatable."),
 ]
-_Best = Annotated[bool, typer.Option("--best", help="The checkpoint with the lowest validation loss, not the newest.")]
-_SEVERAL = "One run in several processes, started with the same command but for --process"
-_Run = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/quickstart.")]
+_Best = Annotated[bool, typer.Option("--best", help="Use the checkpoint with the lowest validation loss, not the newest.")]
+_SEVERAL = "Run in several processes: start each with the same command and its own --process"
+_Run = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/quickstart.")]
 
 
 def main() -> None:
-  """Runs the command line. A caller's mistake is one line on the error stream and exit status 2."""
+  """Runs the command line. A user's mistake prints one line to stderr and exits with status 2."""
   debug = "--debug" in sys.argv
   arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
   try:
@@ -41,7 +41,7 @@ def main() -> None:
     if debug:
       raise
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    if type(error) is OSError:  # what a failed save leaves unfinished complains while the interpreter shuts down
+    if type(error) is OSError:  # after a failed save, unfinished threads print tracebacks while the interpreter exits
       sys.stderr.flush()
       _silence(sys.stderr)
     sys.exit(2)
@@ -64,41 +64,43 @@ def _options(
   version: Annotated[
     bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
   ] = False,
-  debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+  debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-  del version, debug  # acted upon before: by the callback, and by `main`, wherever on the line it stands
+  del version, debug  # handled earlier: by the callback, and by `main` at any place in the line
 
 
 @app.command(no_args_is_help=True)
 def train(
   config: _Config,
   overrides: _Set = None,
-  steps: Annotated[int | None, typer.Option(help="Short for --set Trainer.steps=N.")] = None,
-  out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME unless given.")] = None,
+  steps: Annotated[int | None, typer.Option(help="Number of training steps; short for --set Trainer.steps=N.")] = None,
+  out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/CONFIG")] = None,
   coordinator: Annotated[
     str | None,
     typer.Option(
       metavar="HOST:PORT",
       envvar="JAX_COORDINATOR_ADDRESS",
-      help="Where process 0 is.",
+      help="Address of process 0.",
       rich_help_panel=_SEVERAL,
     ),
   ] = None,
   processes: Annotated[
-    int | None, typer.Option(min=1, envvar="JAX_NUM_PROCESSES", help="How many there are.", rich_help_panel=_SEVERAL)
+    int | None, typer.Option(min=1, envvar="JAX_NUM_PROCESSES", help="Number of processes.", rich_help_panel=_SEVERAL)
   ] = None,
   process: Annotated[
     int | None,
-    typer.Option(min=0, envvar="JAX_PROCESS_ID", help="Which this is, from 0.", rich_help_panel=_SEVERAL),
+    typer.Option(min=0, envvar="JAX_PROCESS_ID", help="Number of this process, from 0.", rich_help_panel=_SEVERAL),
   ] = None,
   distributed: Annotated[
     bool,
     typer.Option(
-      "--distributed", help="Find these out from SLURM, Open MPI, Kubernetes or the TPU pod.", rich_help_panel=_SEVERAL
+      "--distributed", help="Take all three from SLURM, Open MPI, Kubernetes or the TPU pod.", rich_help_panel=_SEVERAL
     ),
   ] = False,
 ) -> None:
-  """Train a model, or go on with a run that was stopped.
+  """Train a model, or continue a stopped run.
+
+  The run's folder gets checkpoints, metrics, a loss curve and a sample. The same command continues a stopped run.
 
   [bold]memzoo train quickstart[/bold]
 
@@ -124,13 +126,14 @@ def train(
 @app.command(no_args_is_help=True)
 def evaluate(
   run: _Run,
-  batches: Annotated[int, typer.Option(min=0, help="Batches to evaluate on; 0 is all validation text.")] = 0,
+  batches: Annotated[int, typer.Option(min=0, help="Number of validation batches; 0 means all.")] = 0,
   best: _Best = False,
   task: Annotated[
-    str | None, typer.Option(help="Instead: perplexity (by position), needle (by length and depth), or speed (over length).")
+    str | None,
+    typer.Option(help="Run a probe instead: perplexity by position, needle by length and depth, or speed by length."),
   ] = None,
 ) -> None:
-  """Evaluate the newest checkpoint of a run on its validation text, or ask what it remembers.
+  """Evaluate the newest checkpoint of a run on its validation data, or probe its memory.
 
   [bold]memzoo evaluate runs/quickstart[/bold]
 
@@ -145,34 +148,34 @@ def evaluate(
   evaluation, step = evaluate_run(run, batches=batches, best=best)
   unit = evaluation.measure.replace("_", " ")
   print(f"step {step}: {evaluation.measured:.4f} {unit} (loss {evaluation.loss:.4f}), {evaluation.accuracy:.1%} right")
-  others = ", ".join(f"{name} takes {value:.3f}" for name, value in evaluation.baselines.items())
-  print(f"on {evaluation.tokens:,} predictions, for which {others}")
+  others = ", ".join(f"{name}: {value:.3f}" for name, value in evaluation.baselines.items())
+  print(f"on {evaluation.tokens:,} predictions. Baselines: {others}")
 
 
 def _probe(run: Path, task: str, best: bool) -> None:
   from .probes import draw, probe, table
 
-  found, step = probe(task, run, best=best)
-  _console().print(table(found))
+  result, step = probe(task, run, best=best)
+  _console().print(table(result))
   folder = run / "evaluation"
   folder.mkdir(exist_ok=True)
-  found.save(folder / f"{task}-{step}.json")
-  draw(found, folder / f"{task}-{step}.png")
-  print(f"step {step}; wrote {folder / f'{task}-{step}.json'} and .png")
+  result.save(folder / f"{task}-{step}.json")
+  draw(result, folder / f"{task}-{step}.png")
+  print(f"Probed the checkpoint of step {step}. Wrote {folder / f'{task}-{step}.json'} and .png.")
 
 
 @app.command(no_args_is_help=True)
 def generate(
   run: _Run,
-  prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-  tokens: Annotated[int, typer.Option(min=1, help="How many to generate.")] = 400,
-  temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model does.")] = 0.8,
-  top_k: Annotated[int | None, typer.Option(help="Draw among the K likeliest.")] = None,
-  top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest P of probability.")] = None,
-  seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
+  prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+  tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to generate.")] = 400,
+  temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples from the model as it is.")] = 0.8,
+  top_k: Annotated[int | None, typer.Option(help="Sample from the K likeliest tokens.")] = None,
+  top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens with total probability P.")] = None,
+  seed: Annotated[int, typer.Option(help="Random seed; each seed gives another text.")] = 0,
   best: _Best = False,
 ) -> None:
-  """Generate text with the newest checkpoint of a run, shown as it comes.
+  """Continue a text with the newest checkpoint of a run; each token is shown at once.
 
   [bold]memzoo generate runs/quickstart "def "[/bold]
 
@@ -198,18 +201,18 @@ def generate(
   for text in as_text(single_row(), experiment.data.decode):
     print(text, end="", flush=True)
   print()
-  if len(times) > 2:  # the first two wait for compilation
+  if len(times) > 2:  # the first two include compilation
     print(f"{(len(times) - 2) / (times[-1] - times[1]):,.0f} tokens/s", file=sys.stderr)
 
 
 @app.command(no_args_is_help=True)
 def tokenizer(
-  sources: Annotated[list[str], typer.Argument(help="Files, folders, globs, or stdlib, as for TextData.sources.")],
-  vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes among them.")] = 8192,
-  text_field: Annotated[str, typer.Option(help="Of JSONL objects, the field that holds the text.")] = "text",
+  sources: Annotated[list[str], typer.Argument(help="Files, folders, globs or stdlib, as in TextData.sources.")],
+  vocab_size: Annotated[int, typer.Option(help="Number of tokens, including the 256 bytes.")] = 8192,
+  text_field: Annotated[str, typer.Option(help="The field of JSONL objects that holds the text.")] = "text",
   out: Annotated[Path, typer.Option(help="File to write.")] = Path("tokenizer.json"),
 ) -> None:
-  """Learn a tokenizer (byte pairs) from text, for TextData.tokenizer.
+  """Learn a byte-pair tokenizer from text, for TextData.tokenizer.
 
   [bold]memzoo tokenizer stdlib --vocab-size 4096[/bold]
 
@@ -225,10 +228,12 @@ def tokenizer(
 def describe(
   config: _Config,
   overrides: _Set = None,
-  length: Annotated[int | None, typer.Option(min=1, help="Tokens; TextData.sequence_length unless given.")] = None,
-  peak: Annotated[bool, typer.Option("--peak", help="Compile a step, and predict its memory at the peak.")] = False,
+  length: Annotated[
+    int | None, typer.Option(min=1, help="Sequence length in tokens.", show_default="TextData.sequence_length")
+  ] = None,
+  peak: Annotated[bool, typer.Option("--peak", help="Also compile a training step and predict its peak memory.")] = False,
 ) -> None:
-  """Show what a config makes: parameters, bytes of memory and work, block by block. Nothing is allocated.
+  """Show a config's model block by block: parameters, bytes of state, FLOPs per token. Nothing is allocated.
 
   [bold]memzoo describe quickstart[/bold]
 
@@ -253,7 +258,7 @@ def describe(
 
 @app.command("list")
 def list_() -> None:
-  """List the memory layers, with what each computes and where it is from, the tasks, and the shipped configs."""
+  """List the memory layers with their equations and sources, the tasks, and the shipped configs."""
   _start()
   import inspect
 
@@ -280,22 +285,79 @@ def list_() -> None:
 
 
 @app.command(no_args_is_help=True)
-def compare(
-  task: Annotated[str, typer.Argument(help="A task (mqar, word_problem, ...; see `memzoo list`), or a config that has one.")],
-  layers: Annotated[str, typer.Option(help="Names, separated by commas.")],
-  overrides: _Set = None,
-  learning_rates: Annotated[str, typer.Option(help="Each layer tries them all; its best counts.")] = "0.003,0.01",
-  seeds: Annotated[int, typer.Option(help="Of parameters and examples.")] = 2,
-  steps: Annotated[int, typer.Option(help="At most; fewer where a layer has learnt it all.")] = 1000,
-  batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 32,
-  stop_at: Annotated[float, typer.Option(help="A share of right answers that is enough; above 1 for never.")] = 0.995,
-  state_bytes: Annotated[
-    str | None, typer.Option(metavar="N,N,...", help="Each layer at each of these sizes of its state.")
+def laws(
+  layer: Annotated[str, typer.Argument(help="A layer (see `memzoo list`), or a class of your own, as my_layers.MyLayer.")],
+  settings: Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set a field of the layer; may be repeated.")
   ] = None,
-  parameters: Annotated[int | None, typer.Option(help="Every model at so many, by its width.")] = None,
-  out: Annotated[Path | None, typer.Option(help="Folder for tables and pictures; compare/TASK unless given.")] = None,
+  width: Annotated[int, typer.Option(min=1, help="Of the layer's input.")] = 32,
+  only: Annotated[str | None, typer.Option(metavar="N,N,...", help="Numbers of the laws to try; all unless given.")] = None,
 ) -> None:
-  """Train and test several memories on one task, side by side. What is done is not done again.
+  """Try on a layer the laws that every layer of the zoo obeys: causality, splits, documents, padding and so on.
+
+  [bold]memzoo laws EraseThenDelta[/bold]
+
+  [bold]memzoo laws my_layers.MyLayer --set num_heads=2 --width 64[/bold]
+  """
+  if "jax" not in sys.modules:  # one law needs four devices
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+  _start()
+  from ..layers.law_trial import small
+  from ..layers.laws import check_layer
+  from ..zoo.registry import LAYERS
+
+  fields = dict(_field(setting) for setting in settings or ())
+  layer_type = LAYERS.get(layer) or _import_class(layer)
+  report = check_layer(small(layer_type, **fields), width, laws=None if only is None else _numbers("--only", only, int))
+  print(report)
+  if not report.ok:
+    raise typer.Exit(1)
+
+
+def _field(setting: str) -> tuple[str, object]:
+  """A name and a value, a Python literal or else a string, from "name=value"."""
+  import ast
+
+  name, equals, value = setting.partition("=")
+  if not equals:
+    raise ValueError(f"--set {setting!r}; expected FIELD=VALUE, such as num_heads=2.")
+  try:
+    return name.strip(), ast.literal_eval(value)
+  except (SyntaxError, ValueError):
+    return name.strip(), value
+
+
+def _import_class(path: str) -> type:
+  """The class at "package.module.Class", looked for in the current folder too."""
+  from importlib import import_module
+
+  module, _, name = path.rpartition(".")
+  sys.path.insert(0, os.getcwd())
+  try:
+    return getattr(import_module(module or "memzoo.layers"), name)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f"layer {path!r} is neither in `memzoo list` nor a class: {error}; expected module.Class.") from None
+  finally:
+    sys.path.remove(os.getcwd())
+
+
+@app.command(no_args_is_help=True)
+def compare(
+  task: Annotated[str, typer.Argument(help="A task (mqar, word_problem, ...; see `memzoo list`), or a config with one.")],
+  layers: Annotated[str, typer.Option(help="Layers to compare, separated by commas.")],
+  overrides: _Set = None,
+  learning_rates: Annotated[str, typer.Option(help="Each layer is trained at all; the best one counts.")] = "0.003,0.01",
+  seeds: Annotated[int, typer.Option(help="Number of seeds for parameters and examples.")] = 2,
+  steps: Annotated[int, typer.Option(help="Largest number of training steps; see --stop-at.")] = 1000,
+  batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 32,
+  stop_at: Annotated[float, typer.Option(help="End training at this share of right answers; above 1: never.")] = 0.995,
+  state_bytes: Annotated[
+    str | None, typer.Option(metavar="N,N,...", help="Compare each layer at each of these sizes of state.")
+  ] = None,
+  parameters: Annotated[int | None, typer.Option(help="Match the number of parameters of all models, by their width.")] = None,
+  out: Annotated[Path | None, typer.Option(help="Folder for tables and pictures.", show_default="compare/TASK")] = None,
+) -> None:
+  """Train and test several memories on one task. Finished trials are kept, so a stopped comparison continues.
 
   [bold]memzoo compare mqar --layers DeltaNet,LinearAttention,Attention[/bold]
 
@@ -319,13 +381,13 @@ def compare(
   folder = out or Path("compare") / Path(task).stem
   console, board = _console(), Board(entrants)
 
-  def say(entrant, news):
-    board(entrant, news)
+  def report(entrant, progress):
+    board(entrant, progress)
     if not console.is_terminal:
-      _print_news(entrant, news)
+      _print_progress(entrant, progress)
 
   with Live(board, console=console, refresh_per_second=1, transient=True) if console.is_terminal else nullcontext():
-    comparison = run(entrants, budget, folder, say)
+    comparison = run(entrants, budget, folder, report)
   console.print(board)
   comparison.save(folder / "results.json")
   (folder / "table.md").write_text(markdown(comparison))
@@ -333,32 +395,32 @@ def compare(
   print(f"Wrote {', '.join(str(path) for path in (folder / 'table.md', folder / 'results.json', *pictures))}.")
 
 
-def _print_news(entrant, news: dict) -> None:
-  if "trial" in news:
-    print(f"{entrant.title}: done, {news['trial'].steps} steps in {news['trial'].seconds:.0f} s", flush=True)
+def _print_progress(entrant, progress: dict) -> None:
+  if trial := progress.get("trial"):
+    print(f"{entrant.title}: done, {trial.steps} steps in {trial.seconds:.0f} s", flush=True)
   else:
-    print(f"{entrant.title}: step {news['step']}, loss {news['loss']:.3f}, score {news['score']:.3f}", flush=True)
+    print("{}: step {step}, loss {loss:.3f}, score {score:.3f}".format(entrant.title, **progress), flush=True)
 
 
 def _numbers(option: str, text: str, kind: type) -> list:
   try:
     return [kind(part) for part in text.split(",")]
   except ValueError:
-    raise ValueError(f"{option} is {text!r}; want numbers separated by commas.") from None
+    raise ValueError(f"{option} is {text!r}; expected numbers separated by commas.") from None
 
 
 @app.command()
 def bench(
-  operations: Annotated[list[str] | None, typer.Argument(help="Which operations; all unless given.")] = None,
-  length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 2048,
-  batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-  heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 4,
-  width: Annotated[int, typer.Option(min=2, help="Of a head's keys and values; test_time_mlp has half of it.")] = 128,
-  forward: Annotated[bool, typer.Option("--forward", help="No gradients, whose oracles take long and much memory.")] = False,
-  long: Annotated[bool, typer.Option("--long", help="Also from 4,096 to 65,536 tokens: time and peak memory.")] = False,
+  operations: Annotated[list[str] | None, typer.Argument(help="Operations to time.", show_default="all")] = None,
+  length: Annotated[int, typer.Option(min=1, help="Sequence length in tokens.")] = 2048,
+  batch: Annotated[int, typer.Option(min=1, help="Sequences in the batch.")] = 1,
+  heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 4,
+  width: Annotated[int, typer.Option(min=2, help="Key and value channels of a head; test_time_mlp uses half.")] = 128,
+  forward: Annotated[bool, typer.Option("--forward", help="Skip gradients, which are slow and large for the oracles.")] = False,
+  long: Annotated[bool, typer.Option("--long", help="Also measure time and peak memory from 4,096 to 65,536 tokens.")] = False,
   out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench"),
 ) -> None:
-  """Time every operation, forward and gradient, against its oracle and against this machine's floor.
+  """Time each operation, forward and gradient, and compare it with its oracle and the lower bound of this machine.
 
   [bold]memzoo bench[/bold]
 
@@ -366,7 +428,7 @@ def bench(
 
   [bold]memzoo bench test_time_mlp --width 512 --forward[/bold]
   """
-  _start(cache=False)  # so that the compile times are true
+  _start(cache=False)  # so that compilation is measured
   from ..pallas_kernels.bench import DIRECTIONS, Shape
   from ..pallas_kernels.bench import bench as measure
   from .bench_report import draw, tables
@@ -385,7 +447,7 @@ def bench(
 
 
 def _start(cache: bool = True) -> None:
-  """Brings JAX up quietly; compiled programs are kept for the next time."""
+  """Starts JAX without its warnings, and with a persistent cache of compiled programs."""
   import jax
 
   from .runtime import start_quietly

@@ -1,0 +1,414 @@
+"""A layer on trial: its parameters, inputs and states, and the few compiled programs that all laws share.
+
+Compilation is nearly all that a law costs, so one program of outputs, state and all gradients, at one shape, serves most of
+them: incoming states, documents, padding and the weights of the loss are its arguments. The other large program is the same
+call a token at a time. Everything around them is NumPy, since each operation of `jax.numpy` outside a program is one more.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from .law_report import Violation, differences
+from .memory_layer import MemoryLayer
+from .tolerances import tolerance
+
+CHUNK = 4
+ROWS, TOKENS = 6, 22  # no multiple of a chunk
+HOSTILE = 70  # tokens of hostile inputs, so that decays add up
+
+# Sizes for the fields that a layer has of these: small, and odd where they can be.
+SMALL = {
+  "num_heads": 4,
+  "num_key_heads": 2,
+  "head_dim": 6,
+  "key_dim": 6,
+  "value_dim": 5,
+  "window": 5,
+  "channels": 6,
+  "chunk_size": CHUNK,
+  "segment": 6,
+  "negative_eigenvalues": True,
+}
+_STEPS = ("chunk_size", "window", "segment")  # of these, parameters do not depend on the size
+
+
+def _documents(*rows: tuple[int, ...]) -> np.ndarray:
+  return np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in rows]).astype(np.int32)
+
+
+ONE = np.ones((ROWS, TOKENS), np.int32)
+# Documents of 1 to 3 tokens, of a chunk and longer, on the chunk grid and off it, some with the id of one before.
+PACKED = _documents((1, 3, 2, 7, 1, 8), (1, 1, 1, 19), (4, 4, 4, 10), (9, 13), (2, 3, 2, 3, 2, 3, 2, 5), (21, 1))
+PACKED[4] = 1 + PACKED[4] % 2
+PADDED = np.array(
+  [
+    [0, 0, 1, 1, 1, 0, 0, 0, 2, 3, 3, 0, 4, 4, 4, 4, 4, 4, 0, 0, 4, 0],
+    [3, 3, 3, 3, 3, 1, 1, 3, 3, 3, 0, 3, 3, 2, 2, 2, 2, 2, 2, 5, 5, 5],
+    [0] * 7 + [2] * 6 + [4] * 9,
+    [1] * 6 + [2] * 9 + [0] * 7,
+    [0] * 4 + [1] * 5 + [0] * 6 + [1] * 4 + [0] * 3,
+    [0] * 22,
+  ],
+  np.int32,
+)
+
+
+class Pass(NamedTuple):
+  """What comes out of a call, as NumPy's arrays: y, the state, and the gradients of a weighted sum of both, by argument."""
+
+  y: np.ndarray
+  state: Any
+  gradients: dict[str, Any]
+
+
+class Trial:
+  """A layer, and everything that the laws try it with.
+
+  Args:
+    layer: a module with the contract of `MemoryLayer`; it takes vectors, or token ids where its `example` says so.
+    width: of the vectors.
+    float64: whether to compare in float64; `None` to find out whether the layer computes in the precision of its input.
+    wide: the same kind of layer and its width for laws in float32, at sizes where rounding is as in practice; the layer itself
+      unless given.
+
+  Attributes:
+    layer, params: the layer, and parameters whose matrices are as varied as trained ones.
+    x: an input [ROWS, TOKENS, width], or [ROWS, TOKENS] token ids.
+    fresh, used: a state of `ROWS` rows that has seen nothing, and one in the middle of a chunk.
+  """
+
+  def __init__(
+    self, layer: nn.Module, width: int = 64, *, float64: bool | None = None, wide: tuple[nn.Module, int] | None = None
+  ):
+    self.given, self.width, self.wide = layer, width, wide
+    self.float64 = self._follows_float64() if float64 is None else float64
+    self.layer = _in(layer, self.dtype)
+    self._passes: dict[str, Any] = {}
+    self._shapes: dict[int, Any] = {}
+
+  @property
+  def dtype(self) -> np.dtype:
+    return np.dtype(np.float64 if self.float64 else np.float32)
+
+  @functools.cached_property
+  def float32(self) -> "Trial":
+    """The same in float32."""
+    layer, width = self.wide or (self.given, self.width)
+    return Trial(layer, width, float64=False)
+
+  # Inputs and parameters.
+
+  def example(self, batch: int, tokens: int) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an input."""
+    if hasattr(self.given, "example"):
+      shape = self.given.example(batch, tokens)
+      return shape if self._is_integer(shape) else jax.ShapeDtypeStruct(shape.shape, self.dtype)
+    return jax.ShapeDtypeStruct((batch, tokens, self.width), self.dtype)
+
+  @property
+  def takes_tokens(self) -> bool:
+    """Whether the input is token ids."""
+    return self._is_integer(self.example(1, 1))
+
+  @property
+  def input_name(self) -> str:
+    """What the layer calls its input."""
+    return list(inspect.signature(type(self.given).__call__).parameters)[1]
+
+  def inputs(self, batch: int = ROWS, tokens: int = TOKENS, seed: int = 0) -> np.ndarray:
+    """Token ids; or floats with a direction in common, so that keys are correlated as trained ones are."""
+    rng, shape = np.random.default_rng(seed), self.example(batch, tokens)
+    if self.takes_tokens:
+      return rng.integers(0, self.given.vocab_size, shape.shape).astype(shape.dtype)
+    return (rng.normal(size=shape.shape) + rng.normal(size=shape.shape[2:])).astype(shape.dtype)
+
+  @functools.cached_property
+  def boxed(self) -> Any:
+    """Shapes of the parameters, with the names of their axes where the layer gives any."""
+    return jax.eval_shape(lambda x: self.layer.init(jax.random.key(7), x), self.example(1, 2))
+
+  @functools.cached_property
+  def param_shapes(self) -> Any:
+    """Shapes of the parameters, their floats in the trial's precision."""
+
+    def shape(leaf):
+      dtype = self.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+      return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree.map(shape, nn.meta.unbox(self.boxed))
+
+  @functools.cached_property
+  def _vectors(self) -> list[np.ndarray]:
+    """The parameters with less than two axes as initialised; compiling matrices too would cost five times as much."""
+
+    def vectors(x):
+      return [leaf for leaf in jax.tree.leaves(nn.meta.unbox(self.layer.init(jax.random.key(7), x))) if leaf.ndim < 2]
+
+    return jax.device_get(jax.jit(vectors)(self.inputs(1, 2)))
+
+  def params_of(self, gain: float = 1.0) -> Any:
+    """Parameters: vectors near to what they are at the start, matrices random, their outputs `gain` times their inputs."""
+    rng, vectors = np.random.default_rng(7), iter(self._vectors)
+
+    def fill(leaf):
+      if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return next(vectors) if leaf.ndim < 2 else np.zeros(leaf.shape, leaf.dtype)
+      noise = rng.normal(size=leaf.shape)
+      value = next(vectors) + 0.1 * noise if leaf.ndim < 2 else gain * noise / np.sqrt(leaf.shape[-2])
+      return np.asarray(value, self.dtype)
+
+    return jax.tree.map(fill, nn.meta.unbox(self.boxed))
+
+  @functools.cached_property
+  def params(self) -> Any:
+    return self.params_of()
+
+  def shardings(self, mesh: jax.sharding.Mesh, over: dict[str, str]) -> Any:
+    """For each parameter the sharding that lays its axes of the names in `over` along the mesh's, where the size permits."""
+    kind = jax.sharding.PartitionSpec
+
+    def sharding(spec, leaf):
+      axes = [over.get(name) for name in spec]
+      axes = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape, strict=False)]
+      return jax.sharding.NamedSharding(mesh, kind(*axes))
+
+    specs = nn.get_partition_spec(self.boxed)
+    return jax.tree.map(sharding, specs, self.param_shapes, is_leaf=lambda node: isinstance(node, kind))
+
+  def initial_state(self, params: Any, batch: int) -> Any:
+    return self.layer.apply(params, batch, method="initial_state")
+
+  def fresh_shapes(self, batch: int) -> Any:
+    """A fresh state, as shapes."""
+    return jax.eval_shape(lambda params: self.initial_state(params, batch), self.param_shapes)
+
+  def fresh_of(self, batch: int) -> Any:
+    """A fresh state, as NumPy's arrays."""
+    return jax.device_get(jax.jit(self.initial_state, static_argnums=1)(self.params, batch))
+
+  @functools.cached_property
+  def x(self) -> np.ndarray:
+    return self.inputs()
+
+  @functools.cached_property
+  def fresh(self) -> Any:
+    return self.fresh_of(ROWS)
+
+  @functools.cached_property
+  def used(self) -> Any:
+    return self.at_once(self.inputs(seed=11), self.fresh, first(7)).state
+
+  # Programs.
+
+  def apply(self, params: Any, x: Any, state: Any = None, segment_ids: Any = None) -> Any:
+    return self.layer.apply(params, x, state, segment_ids)
+
+  def shapes(self, x: Any, state: Any = None, segment_ids: Any = None) -> Any:
+    """(y, state) of a call, as shapes; nothing is compiled."""
+    return jax.eval_shape(self.apply, self.param_shapes, x, state, segment_ids)
+
+  def shapes_of(self, tokens: int) -> Any:
+    """(y, state) of a call of `ROWS` rows of so many tokens on a fresh state, as shapes."""
+    if tokens not in self._shapes:
+      self._shapes[tokens] = self.shapes(self.example(ROWS, tokens), self.fresh_shapes(ROWS))
+    return self._shapes[tokens]
+
+  @functools.cached_property
+  def run(self) -> Any:
+    """The call by itself, compiled for each shape that it meets: `run(params, x, state, segment_ids)`."""
+    return jax.jit(self.apply)
+
+  def at_once(self, x: Any, state: Any, segment_ids: Any, weights: Any = None) -> Pass:
+    """A call of `ROWS` rows of `TOKENS` tokens."""
+    return self._pass(self._at_once, x, state, segment_ids, weights)
+
+  def by_token(self, x: Any, state: Any, segment_ids: Any, weights: Any = None) -> Pass:
+    """The same, a row at a time by `vmap` and a token at a time by `scan`, each recomputed in the backward pass.
+
+    The layer is never told of documents: where one starts, the state is a fresh one; padding it does not see at all.
+    """
+    return self._pass(self._by_token, x, state, segment_ids, weights)
+
+  def from_nothing(self, x: Any, segment_ids: Any, weights: Any = None) -> Pass:
+    """A call without a state."""
+    return self._pass(self._from_nothing, x, None, segment_ids, weights)
+
+  def at_length(self, params: Any, x: Any, state: Any, is_token: np.ndarray) -> Pass:
+    """A call of any shape, with `params`."""
+    out = self.shapes(x, state)
+    weights = [np.random.default_rng(5).normal(size=a.shape).astype(self.dtype) for a in jax.tree.leaves(out)]
+    return Pass(*jax.device_get(self._at_once(params, x, state, is_token.astype(np.int32), weights)))
+
+  def _pass(self, program: Any, x: Any, state: Any, segment_ids: Any, weights: Any) -> Pass:
+    return Pass(*jax.device_get(program(self.params, x, state, segment_ids, weights or self.weights())))
+
+  @functools.cached_property
+  def _at_once(self) -> Any:
+    return self._differentiated(self.apply, "params", "x", "state")
+
+  @functools.cached_property
+  def _from_nothing(self) -> Any:
+    return self._differentiated(lambda params, x, state, ids: self.apply(params, x, None, ids), "params", "x")
+
+  @functools.cached_property
+  def _by_token(self) -> Any:
+    oracle = self.layer
+    if isinstance(oracle, MemoryLayer) and hasattr(oracle, "implementation"):
+      oracle = oracle.clone(implementation="recurrent")
+    call = jax.checkpoint(lambda params, x, state: oracle.apply(params, x[None, None], state))
+
+    def row(params, x, state, ids):
+      fresh = self.initial_state(params, 1)
+
+      def step(carry, token):
+        state, document = carry
+        x, id = token
+        is_token = id != 0
+        starts = is_token & (document != 0) & (document != id)
+        y, after = call(params, x, _select(starts, fresh, state))
+        return (_select(is_token, after, state), jnp.where(is_token, id, document)), jnp.where(is_token, y[0, 0], 0)
+
+      start = jax.tree.map(lambda a: a[None], state), jnp.zeros((), ids.dtype)
+      (state, _), y = jax.lax.scan(step, start, (x, ids))
+      return y, jax.tree.map(lambda a: a[0], state)
+
+    return self._differentiated(jax.vmap(row, (None, 0, 0, 0)), "params", "x", "state")
+
+  def _differentiated(self, run: Any, *names: str) -> Any:
+    """`run`, compiled: (y, state, gradients of their weighted sum by the arguments `names`)."""
+    wanted = {name: i for i, name in enumerate(("params", "x", "state")) if name in names}
+    if self.takes_tokens:
+      wanted.pop("x")
+
+    def loss(weights, *args):
+      out = run(*args)
+      total = jax.dtypes.canonicalize_dtype(float)
+      terms = [
+        jnp.sum(w.astype(total) * leaf.astype(total))
+        for w, leaf in zip(weights, jax.tree.leaves(out), strict=True)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+      ]
+      return sum(terms), out
+
+    def program(params, x, state, ids, weights):
+      by = tuple(i + 1 for i in wanted.values())
+      (_, (y, last)), found = jax.value_and_grad(loss, by, has_aux=True, allow_int=True)(weights, params, x, state, ids)
+      found = jax.tree.map(lambda g: jnp.zeros(()) if g.dtype == jax.dtypes.float0 else g, found)
+      return y, last, dict(zip(wanted, found, strict=True))
+
+    return jax.jit(program)
+
+  # States.
+
+  def weights(self, visible: list[Any] | None = None) -> list[np.ndarray]:
+    """Weights of y and of the state's leaves in the loss, so that its gradient sees all outputs and the state's cotangent.
+
+    Those of the state are zero where `visible` is false.
+    """
+    rng, (y, state) = np.random.default_rng(5), self._out
+    weights = [rng.normal(size=leaf.shape).astype(self.dtype) for leaf in (y, *jax.tree.leaves(state))]
+    return weights if visible is None else [weights[0], *(w * v for w, v in zip(weights[1:], visible, strict=True))]
+
+  @functools.cached_property
+  def _out(self) -> Any:
+    return self.shapes(self.example(ROWS, TOKENS), self.fresh, ONE)
+
+  def visible(self, state: Any) -> list[Any]:
+    """For each leaf of a state, where the next outputs depend on it; true throughout for integers.
+
+    The slots of a ring of which nothing is in sight any more may hold anything.
+    """
+    weights = self.weights([np.zeros(())] * len(jax.tree.leaves(state)))
+    gradients = self.at_once(self.inputs(seed=12), state, ONE, weights).gradients["state"]
+    is_float = [np.issubdtype(leaf.dtype, np.floating) for leaf in jax.tree.leaves(state)]
+    return [g != 0 if f else np.array(True) for g, f in zip(jax.tree.leaves(gradients), is_float, strict=True)]
+
+  def both_ways(self, name: str, x: np.ndarray, segment_ids: np.ndarray) -> tuple[Pass, Pass]:
+    """A call at once and by token, of a used state; what is invisible in their states is zero. Remembered by `name`."""
+    if name not in self._passes:
+      seen = self.visible(self.by_token(x, self.used, segment_ids).state)
+      weights = self.weights(seen)
+      passes = (program(x, self.used, segment_ids, weights) for program in (self.at_once, self.by_token))
+      self._passes[name] = tuple(out._replace(state=masked(out.state, seen)) for out in passes)
+    return self._passes[name]
+
+  def differences(
+    self, law: int, message: str, actual: Any, expected: Any, *, gradients: bool = False, dtype: Any = None
+  ) -> Iterator[Violation]:
+    """`law_report.differences`, to the tolerance of the trial's precision or of `dtype`."""
+    return differences(law, message, actual, expected, tolerance(dtype or self.dtype, gradients))
+
+  def _follows_float64(self) -> bool:
+    """Whether all that the layer computes of float64 is float64."""
+    self.float64 = True
+    with jax.enable_x64(True):
+      self.layer = _in(self.given, self.dtype)
+      try:
+        fresh = self.fresh_shapes(1)
+        run = jax.make_jaxpr(self.apply, return_shape=True)
+        jaxpr, (_, state) = run(self.param_shapes, self.example(1, 5), fresh, jax.ShapeDtypeStruct((1, 5), np.int32))
+        same = jax.tree.map(lambda a: a.dtype, fresh) == jax.tree.map(lambda a: a.dtype, state)
+        return same and not re.search(r"\b(f32|bf16|f16)\[", str(jaxpr))
+      except Exception:  # in float64 only; what fails in float32 too is told there
+        return False
+      finally:
+        for name in ("boxed", "param_shapes"):
+          self.__dict__.pop(name, None)
+
+  @staticmethod
+  def _is_integer(shape: Any) -> bool:
+    return bool(jnp.issubdtype(shape.dtype, jnp.integer))
+
+
+def first(tokens: int) -> np.ndarray:
+  """Segment ids of that many tokens, and padding behind them."""
+  return np.broadcast_to(np.arange(TOKENS) < tokens, (ROWS, TOKENS)).astype(np.int32)
+
+
+def masked(state: Any, visible: list[Any]) -> Any:
+  """A state with zeros where `visible` is false."""
+  leaves, structure = jax.tree.flatten(state)
+  return structure.unflatten([np.where(v, leaf, 0) for v, leaf in zip(visible, leaves, strict=True)])
+
+
+def has_field(layer: nn.Module, name: str) -> bool:
+  return name in type(layer).__dataclass_fields__
+
+
+def small(layer_type: type[nn.Module], **fields: Any) -> nn.Module:
+  """A layer of this class with `fields`, and small sizes for others that it has of the names in `SMALL`.
+
+  Raises:
+    ValueError: if that does not build it; the message names the fields that are missing.
+  """
+  known = {name: field for name, field in layer_type.__dataclass_fields__.items() if field.init}
+  if unknown := sorted(fields.keys() - known.keys()):
+    raise ValueError(f"{layer_type.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+  settings = {name: value for name, value in (SMALL | fields).items() if name in known}
+  try:
+    return layer_type(**settings)
+  except TypeError as error:
+    raise ValueError(f"{layer_type.__name__} cannot be built with {settings}: {error}. Set what is missing.") from None
+
+
+def with_small_steps(layer: nn.Module) -> nn.Module:
+  """The layer with chunks, windows and segments so short that the laws' inputs are longer; as it is where it refuses them."""
+  long = {n: SMALL[n] for n in _STEPS if has_field(layer, n) and (getattr(layer, n) is None or getattr(layer, n) > 8)}
+  return layer.clone(**long) if long else layer
+
+
+def _in(layer: nn.Module, dtype: Any) -> nn.Module:
+  """The layer with its fields `dtype` and `param_dtype`, where it has them, set."""
+  return layer.clone(**{name: dtype for name in ("dtype", "param_dtype") if has_field(layer, name)})
+
+
+def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
