@@ -32,7 +32,7 @@ def choose(operation: str, requested: str, candidates: Mapping[str, str | None])
     raise ValueError(f"implementation={requested!r} does not exist for {operation}; expected one of {['auto', *candidates]}.")
   chosen = next(name for name, objection in candidates.items() if objection is None) if requested == "auto" else requested
   others = {
-    name: (f"implementation={requested!r} was asked for" if requested != "auto" else objection or f"{chosen} comes first")
+    name: (f"implementation={requested!r} was requested" if requested != "auto" else objection or f"{chosen} comes first")
     for name, objection in candidates.items()
     if name != chosen
   }

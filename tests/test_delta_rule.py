@@ -149,7 +149,7 @@ def test_bfloat16_inputs_keep_a_float32_state(variant, implementation):
 
 
 def hostile(kind: str, args: dict) -> dict:
-  """`args` made as unkind as `kind` says."""
+  """Returns `args` changed to the difficult inputs that `kind` names."""
   args = {name: np.array(x) for name, x in args.items()}
   if kind in ("cosine 0.99", "equal keys"):
     common = args["k"][:1, :1]
@@ -291,7 +291,7 @@ def test_explain_says_which_implementation_runs_and_why_the_others_do_not():
   assert (many.implementation, one.implementation, requested.implementation) == ("xla", "recurrent", "recurrent")
   assert "one dependent step per token" in many.passed_over["recurrent"]
   assert "a single token" in one.passed_over["xla"]
-  assert "implementation='recurrent' was asked for" in requested.passed_over["xla"]
+  assert "implementation='recurrent' was requested" in requested.passed_over["xla"]
   assert str(many) == f"xla\n  not recurrent: {many.passed_over['recurrent']}"
   with pytest.raises(ValueError, match=r"implementation='pallas' .*delta_rule.*'xla', 'recurrent'"):
     ops.explain(64, implementation="pallas")
@@ -301,7 +301,7 @@ def floats(*shape):
   return jnp.zeros(shape, jnp.float32)
 
 
-# Names and shapes of arguments that replace good ones, and what the message says: the name, what it got, what would do.
+# Names and shapes of arguments that replace good ones, and parts of the message: the name, the value, what is expected.
 MISTAKES = [
   ("gated_delta_rule", {"q": floats(2, 9, 5)}, r"q is float32\[2, 9, 5\]; expected floats \[batch, tokens, heads, width\]"),
   ("gated_delta_rule", {"q": jnp.zeros((2, 9, 1, 5), jnp.int32)}, r"q is int32\[2, 9, 1, 5\]; expected floats"),
