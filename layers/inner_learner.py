@@ -1,4 +1,4 @@
-"""What layers have in common whose memory is a network that learns at test time."""
+"""The base class of layers whose memory is a network that learns at test time."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ class InnerLearner(MemoryLayer, kw_only=True):
   """A layer over `memzoo.pallas_kernels.test_time_memory`.
 
   Attributes:
-    max_documents: that a row may hold; rows with more come out as nan, unless they fit all the same. See `run`.
-    implementation: of the operation.
+    max_documents: largest number of documents in a row; rows with more return NaN, unless their chunks fit. See `run`.
+    implementation: of the operation, "auto", "xla" or "recurrent".
   """
 
   max_documents: int = 16
@@ -21,11 +21,11 @@ class InnerLearner(MemoryLayer, kw_only=True):
 
   @property
   def spec(self) -> ttm.Spec:
-    """The memory, as the operation knows it."""
+    """The arguments of the operation."""
     raise NotImplementedError(f"{type(self).__name__} must define spec")
 
   def matrices(self, state: Any) -> dict[str, jax.Array]:
-    """By how much each inner matrix differs from what a document begins with, biases as a last row: "memory 0", ..."""
+    """The differences of the inner matrices from their initial values, biases as a last row: "memory 0", ..."""
     return {f"memory {name}": change for name, change in state.memory.weights.items()}
 
   def learn(
@@ -39,7 +39,7 @@ class InnerLearner(MemoryLayer, kw_only=True):
     segment_ids: jax.Array | None,
     max_documents: int | None = None,
   ) -> ttm.Result:
-    """Reads and writes every token; arguments as of `run`. `memzoo.zoo.inspect` listens here."""
+    """Writes and reads every token; arguments as of `run`. `memzoo.zoo.inspect` intercepts this method."""
     return ttm.run(
       self.spec,
       initial,

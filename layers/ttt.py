@@ -1,17 +1,20 @@
-"""TTT: layers whose hidden state is a linear map, or an MLP, trained on a reconstruction of the tokens they read.
+"""TTT: layers whose hidden state is a linear map or an MLP, trained to reconstruct the tokens that it reads.
 
     l = 1/2 |k + LN(f(k)) - v|^2      W_i = W_0 - (1/i + lambda_i)+ sum_{j<=i} eta_j g_j      y_i = q_i + LN(f(q_i; W_i))
 
-for the tokens i = 1..C of a chunk, gradients at the weights W_0 that it began with: the running average of the steps so far.
-Source: Sun et al. 2024 (arXiv:2407.04620), in the form of the authors' code: one projection for queries and keys with two
-convolutions after it, rotary positions counted within the chunk, a layer norm over all heads and a GELU gate on the way out.
+for the tokens i = 1..C of a chunk: the running average of the chunk's steps, with gradients at its initial weights W_0.
+Source: Sun et al. 2024 (arXiv:2407.04620), in the form of the authors' code: queries and keys share one projection and have a
+convolution each, rotary positions count within the chunk, a layer norm over all heads and a GELU gate follow.
 
-The paper leaves open -> we do: what becomes of an average below zero -> it is zero, as in the code · lambda -> learned for each
-place in the chunk and head, from zero · where chunks begin -> anew with every document, the convolutions and positions too ·
-the step's ceiling, which the authors warm up -> constant, under the learned gate.
+The paper leaves open -> we do:
 
-Differs from their code: convolutions have no bias; there is none before the block; the state may be of any length, where
-theirs wants whole chunks or a single token.
+- negative factors 1/i + lambda_i -> zero, as in the authors' code
+- lambda -> learned for each head and place in the chunk, from zero
+- the start of chunks, convolutions and positions -> the start of each document
+- the largest step, which the authors warm up -> constant; the gate of each token is learned
+
+Differences from the authors' code: the convolutions have no bias, there is no convolution before the block, and calls may have
+any length (theirs: whole chunks or a single token).
 """
 
 from typing import Any, NamedTuple
@@ -35,9 +38,10 @@ class TTTState(NamedTuple):
   """State of a TTT layer.
 
   Attributes:
-    memory: the weights that the chunk began with and the steps since; see `memzoo.pallas_kernels.test_time_memory.State`.
-    query_tail, key_tail: the last inputs of the short convolutions, [B, conv_width - 1, channels]; equal, being of one
-      projection.
+    memory: the weights at the start of the chunk and the sum of steps since; see
+      `memzoo.pallas_kernels.test_time_memory.State`.
+    query_tail, key_tail: the last inputs of the short convolutions, [B, conv_width - 1, channels]. They are equal, because
+      both convolutions have the same input.
   """
 
   memory: ttm.State
@@ -51,13 +55,14 @@ class TTTLinear(InnerLearner, kw_only=True):
       W_i = W_0 - (1/i + lambda_i)+ sum_{j<=i} eta_j grad 1/2 |k_j + LN(k_j W_0 + b_0) - v_j|^2      i = 1..C of a chunk
 
   Attributes:
-    num_heads: memories side by side, H.
+    num_heads: number of heads, H, each with a memory of its own.
     head_dim: width of a head, d; even.
-    chunk_size: tokens whose gradients are taken at the same weights, C; their "mini-batch". Not speed alone.
-    max_step: base of the step sizes; a token's is up to max_step / d.
-    depth, expansion: of the network.
-    conv_width: tokens that the short convolutions see.
-    rope_base: of the rotary frequencies.
+    chunk_size: tokens whose gradients are taken at the same weights, C; the paper's "mini-batch". It changes results, not only
+      speed.
+    max_step: the step size of a token is up to max_step / d.
+    depth, expansion: number of matrices, and hidden width over d.
+    conv_width: width of the short convolutions, in tokens.
+    rope_base: base of the rotary frequencies.
     norm_epsilon: of the norm over all heads.
 
   Further attributes are `InnerLearner`'s.
@@ -75,13 +80,13 @@ class TTTLinear(InnerLearner, kw_only=True):
 
   @property
   def spec(self) -> ttm.Spec:
-    """The memory, as the operation knows it."""
+    """The arguments of the operation."""
     d = self.head_dim
     memory = ttm.Memory(d, d, depth=self.depth, expansion=self.expansion, norm=True, biases=True)
     return ttm.Spec(memory, ttm.Loss(scale=0.5), chunk_size=self.chunk_size, average=True)
 
   def initial_state(self, batch_size: int) -> TTTState:
-    """Nothing learned yet, no tokens before."""
+    """The state before the first token."""
     dtype, shape = self.activation_dtype(), (batch_size, self.conv_width - 1, self.num_heads * self.head_dim)
     tails = (jnp.zeros(shape, dtype) for _ in range(2))
     return TTTState(ttm.start(self.spec, batch_size, self.num_heads, accumulator(dtype)), *tails)
@@ -118,7 +123,7 @@ class TTTLinear(InnerLearner, kw_only=True):
     return silence_padding(y, segment_ids), TTTState(learned.state, query_tail, key_tail)
 
   def initial_weights(self) -> ttm.InitialWeights:
-    """What a document begins with."""
+    """The weights at the start of a document."""
 
     def param(name: str, init: Any, *shape: int) -> jax.Array:
       shape, axes = (self.num_heads, *shape), ("heads", *[None] * len(shape))
@@ -133,14 +138,14 @@ _zeros = nn.initializers.zeros
 
 
 def _start(key, shape, dtype=jnp.float32):
-  """Matrices as elsewhere, biases (the last rows) zero."""
+  """Matrices from `INIT`; biases, the last rows, are zero."""
   return INIT(key, shape, dtype).at[..., -1, :].set(0)
 
 
 class TTTMLP(TTTLinear, kw_only=True):
   """TTT-MLP (Sun et al. 2024, arXiv:2407.04620): y = q + LN(MLP(q)), the MLP trained on k + LN(MLP(k)) -> v.
 
-  The authors warm `max_step` up from a tenth; here that is left to the learned gate.
+  The authors warm `max_step` up, starting at a tenth of it; here it is constant.
 
   Attributes are `TTTLinear`'s.
   """

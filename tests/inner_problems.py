@@ -1,4 +1,9 @@
-"""Specs of memories that learn at test time, arguments like the layers' own, and the comparison of dual form and oracle."""
+"""Specs of memories that learn at test time, arguments like those of the layers, and the comparison with the oracle.
+
+Arguments and states are made in NumPy, and calls are compiled whole: only the number of compiled programs costs time.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,42 +43,45 @@ def problem(spec, tokens=17, seed=0, dtype=jnp.float64, decay=True):
   """(initial, q, k, v, gates) as the layers make them: unit keys, small steps."""
   rng = np.random.default_rng(seed)
 
-  def normal(*shape):
-    return jnp.asarray(rng.normal(size=shape), dtype)
+  def array(x):
+    return jnp.asarray(x, dtype)
 
   def unit(x):
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
   shapes = spec.memory.shapes()
-  weights = {name: 0.5 * normal(HEADS, *shape) for name, shape in shapes.items()}
-  gates = [jax.nn.sigmoid(normal(BATCH, tokens, HEADS)) for _ in range(4)]
+  weights = {name: 0.5 * rng.normal(size=(HEADS, *shape)) for name, shape in shapes.items()}
+  gates = [1 / (1 + np.exp(-rng.normal(size=(BATCH, tokens, HEADS)))) for _ in range(4)]
   gates = Gates(
     0.2 * gates[0],
-    jnp.log(gates[1]) / 4 if decay else None,
-    jnp.log(gates[2]) if spec.momentum else None,
+    np.log(gates[1]) / 4 if decay else None,
+    np.log(gates[2]) if spec.momentum else None,
     gates[3] if spec.loss.has_threshold else None,
   )
   initial = InitialWeights(
     weights,
-    {name: 0.1 * normal(*w.shape) for name, w in weights.items()} if spec.momentum else None,
-    (1 + 0.1 * normal(HEADS, WIDTH), 0.1 * normal(HEADS, WIDTH)) if spec.memory.norm else None,
-    0.1 * normal(HEADS, spec.chunk_size) if spec.average else None,
+    {name: 0.1 * rng.normal(size=w.shape) for name, w in weights.items()} if spec.momentum else None,
+    (1 + 0.1 * rng.normal(size=(HEADS, WIDTH)), 0.1 * rng.normal(size=(HEADS, WIDTH))) if spec.memory.norm else None,
+    0.1 * rng.normal(size=(HEADS, spec.chunk_size)) if spec.average else None,
   )
-  q, k, v = (normal(BATCH, tokens, HEADS, WIDTH) for _ in range(3))
-  return initial, unit(q), unit(k), v, gates
+  q, k, v = (rng.normal(size=(BATCH, tokens, HEADS, WIDTH)) for _ in range(3))
+  return jax.tree.map(array, (initial, unit(q), unit(k), v, gates))
 
 
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
 def run(spec, args, state=None, ids=None, implementation="xla"):
   initial, q, k, v, gates = args
   options = {"initial_state": state, "segment_ids": ids, "implementation": implementation}
   return ttm.run(spec, initial, q, k, v, gates, **options)
 
 
-def used(spec, args, seed=9):
-  """A state in the middle of a chunk."""
-  tokens = 3 + 2 * spec.chunk_size // 3
-  before = problem(spec, tokens, seed, args[1].dtype, args[4].log_keep is not None)[1:]
-  return run(spec, (args[0], *before)).state
+def used(spec, dtype=jnp.float64, seed=9):
+  """A state in the middle of a chunk, at another token in each row."""
+  rng = np.random.default_rng(seed)
+  fresh = jax.eval_shape(lambda: ttm.start(spec, BATCH, HEADS, dtype))
+  state = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), fresh._replace(count=None))
+  count = np.arange(BATCH) % max(1, spec.chunk_size - 1) + (spec.chunk_size > 1)
+  return state._replace(count=jnp.asarray(count, jnp.int32))
 
 
 def values_and_gradients(spec, args, state, ids, implementation):

@@ -284,7 +284,7 @@ def test_option_groups_of_a_layer_of_ones_own(tmp_path, monkeypatch):
   )
   monkeypatch.syspath_prepend(tmp_path)
   text = TITANS.replace("[@TitansMemory, @Moneta, @plain/Yaad]", "[@own_layers.Own]").replace("plain/", "")
-  text = "import own_layers\n" + text + "own_layers.Own.num_heads = 2\nown_layers.Own.key_dim = 8\nown_layers.Own.value_dim = 8\n"
+  text = "import own_layers\n" + text + "own_layers.Own:\n  num_heads = 2\n  key_dim = 8\n  value_dim = 8\n"
   assert rebuilt(build_text(text, "own")).model.mixers[0].options.rank == 2
   assert rebuilt(build_text(text + "own_layers.Options.rank = 5\n", "own")).model.mixers[0].options.rank == 5
 
