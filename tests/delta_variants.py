@@ -127,8 +127,8 @@ def by_hand(
   return out, final
 
 
-# Consequences of the equations are tested on inputs of one shape, with equal key and value widths, so that each variant needs one
-# program of values and at most one of gradients.
+# Consequences of the equations are tested on inputs of one shape, with equal key and value widths, so that each variant needs
+# one program of values and at most one of gradients.
 
 
 def inputs(variant, seed=0):
