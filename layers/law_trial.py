@@ -5,6 +5,7 @@ them: incoming states, documents, padding and the weights of the loss are its ar
 call a token at a time. Everything around them is NumPy, since each operation of `jax.numpy` outside a program is one more.
 """
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -389,8 +390,8 @@ def small(layer_type: type[nn.Module], **fields: Any) -> nn.Module:
   Raises:
     ValueError: if that does not build it; the message names the fields that are missing.
   """
-  known = {name: field for name, field in layer_type.__dataclass_fields__.items() if field.init}
-  if unknown := sorted(fields.keys() - known.keys()):
+  known = {field.name for field in dataclasses.fields(layer_type) if field.init} - {"parent", "name"}
+  if unknown := sorted(fields.keys() - known):
     raise ValueError(f"{layer_type.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
   settings = {name: value for name, value in (SMALL | fields).items() if name in known}
   try:

@@ -1,5 +1,11 @@
 """`check_layer` on layers from outside the package: a correct one passes, and each broken one is told which law it breaks."""
 
+import importlib
+import re
+import sys
+import textwrap
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import memzoo
@@ -7,6 +13,10 @@ import pytest
 from flax import linen as nn
 from memzoo.layers import GatedConv
 from memzoo.layers.law_trial import small
+from memzoo.train import cli
+from memzoo.train.config import build_text
+from memzoo.train.loop import train
+from tiny_run import write_text
 
 pytestmark = pytest.mark.xdist_group("check_layer")
 
@@ -149,3 +159,70 @@ def test_a_layer_of_the_package_is_tried_in_float64_with_short_chunks():
   report = memzoo.check_layer(GatedConv(channels=6), width=8, laws=(7, 9, 13, 14))
   assert report.ok
   assert report.precision == "float64"
+
+
+@pytest.fixture
+def readme_blocks():
+  """Blocks of code of the guide to a layer of one's own, by language."""
+  text = (Path(memzoo.__file__).parent / "zoo" / "README.md").read_text().partition("## Write a layer of your own")[2]
+  blocks = re.findall(r"^ *```(\w+)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+  return {language: [textwrap.dedent(code) for name, code in blocks if name == language] for language, _ in blocks}
+
+
+@pytest.fixture
+def my_layers(tmp_path, monkeypatch, readme_blocks):
+  """The guide's layer, as a module in the current folder."""
+  (tmp_path / "my_layers.py").write_text(readme_blocks["python"][0])
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
+  importlib.invalidate_caches()
+  yield importlib.import_module("my_layers")
+  del sys.modules["my_layers"]
+
+
+def test_the_layer_of_the_guide_obeys_all_laws(my_layers):
+  report = memzoo.check_layer(my_layers.LeakyAverage(channels=6), width=8)
+  report.raise_if_broken()
+  assert report.precision == "float64"
+
+
+@pytest.mark.slow
+def test_the_layer_of_the_guide_trains_as_it_says(my_layers, readme_blocks, tmp_path):
+  sizes = f"""
+    my_layers.LeakyAverage.channels = 8
+    LanguageModel.width = 16
+    LanguageModel.depth = 1
+    TextData.sources = {write_text(tmp_path / "text")!r}
+    TextData.sequence_length = 32
+    Trainer.steps = 3
+    Trainer.sample_tokens = 0
+    Trainer.evaluation_batches = 1
+    Trainer.final_evaluation_batches = 1
+    """
+  experiment = build_text(readme_blocks["gin"][0] + textwrap.dedent(sizes), "my_model")
+  assert isinstance(experiment.model.mixers[0], my_layers.LeakyAverage)
+  assert train(experiment, tmp_path / "run").step == 3
+
+
+def test_the_laws_command_prints_the_report_and_says_by_its_status_whether_all_hold(my_layers, monkeypatch, capsys):
+  monkeypatch.setattr(cli, "_start", lambda cache=True: None)
+
+  def run(*arguments):
+    monkeypatch.setattr(sys, "argv", ["memzoo", "laws", *arguments])
+    try:
+      cli.main()
+    except SystemExit as exit:
+      return exit.code or 0, *capsys.readouterr()
+    return 0, *capsys.readouterr()
+
+  status, out, _ = run("my_layers.LeakyAverage", "--set", "channels=6", "--width", "8", "--only", "13,14")
+  assert status == 0
+  assert "LeakyAverage: 2 held, 0 broken" in out
+  for mistake, said in (
+    (["my_layers.Nothing"], "is neither in `memzoo list` nor a class"),
+    (["my_layers.LeakyAverage", "--set", "depth=1"], "has no field depth; it has channels, dtype, param_dtype"),
+    (["LeakyAverage", "--set", "channels"], "expected FIELD=VALUE"),
+  ):
+    status, _, err = run(*mistake)
+    assert status == 2
+    assert said in err
