@@ -1,4 +1,4 @@
-"""What can befall a checkpoint's folder."""
+"""Ways to damage a checkpoint's folder."""
 
 import shutil
 
@@ -9,7 +9,7 @@ def truncate(folder):
 
 
 def flip_bits(folder):
-  """Here and there."""
+  """Flips a bit in every 199th byte."""
   for path in _stored(folder):
     content = bytearray(path.read_bytes())
     content[::199] = bytes(byte ^ 16 for byte in content[::199])
@@ -35,5 +35,5 @@ def lose_the_facts(folder):
 
 
 def _stored(folder):
-  """The files with the arrays. All: which has what, and where it has what nobody refers to any more, is left to chance."""
+  """All files with arrays. Which file holds which array varies, and some hold data that is no longer in use."""
   return [path for path in (folder / "state").rglob("d/*") if path.is_file()]

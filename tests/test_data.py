@@ -1,4 +1,4 @@
-"""Text becomes batches: every token once, documents apart, in an order that a position brings back."""
+"""Batches of text: every token once, documents kept apart, and an order that a saved position restores."""
 
 import dataclasses
 import gzip
@@ -102,7 +102,7 @@ def test_a_summary_counts_documents_rows_and_places_without_a_target(tmp_path):
 
 
 @pytest.mark.compat
-def test_a_saved_position_brings_back_the_same_batches(corpus):
+def test_a_saved_position_restores_the_same_batches(corpus):
   batches = corpus.batches()
   for _ in range(7):
     next(batches)

@@ -1,4 +1,4 @@
-"""Counting: FLOPs in a jaxpr, parameters and bytes in a model, bytes in a training step."""
+"""Counts: FLOPs of a jaxpr, parameters and bytes of a model, bytes of a training step."""
 
 import io
 import subprocess
@@ -54,14 +54,14 @@ def test_a_scan_counts_every_iteration():
   assert count_flops(lambda a, b: jax.lax.map(lambda _: scanned(a, b), jnp.arange(3)), A, B) == 33 * PRODUCT
 
 
-def test_a_cond_counts_its_dearest_branch():
+def test_a_cond_counts_its_most_expensive_branch():
   def either(a, b):
     return jax.lax.cond(a.sum() > 0, lambda: jnp.dot(a, b) + jnp.dot(a, b), lambda: jnp.dot(a, b))
 
   assert count_flops(either, A, B) == 2 * PRODUCT
 
 
-def test_jit_remat_and_custom_gradients_are_looked_into():
+def test_flops_inside_jit_remat_and_custom_gradients_are_counted():
   @jax.custom_vjp
   def product(a, b):
     return jnp.dot(a, b)
@@ -83,7 +83,7 @@ def test_a_pallas_kernel_counts_every_grid_point():
   assert count_flops(call, A, B) == 8 * PRODUCT
 
 
-def test_work_is_told_apart_by_scope():
+def test_flops_are_counted_by_scope():
   def scoped(a, b):
     with jax.named_scope("outer"):
       return jax.jit(lambda: jnp.dot(a, b))() + jnp.dot(a, b)
@@ -177,7 +177,7 @@ def test_recomputing_takes_less_at_the_peak():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_a_step_takes_about_the_memory_that_was_predicted(tmp_path):
-  """In a process of its own, where the step is what needs the most."""
+  """In a process of its own, in which nothing needs more memory than the step."""
   script = """
 import re, sys, jax, memzoo
 from pathlib import Path

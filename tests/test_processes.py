@@ -14,10 +14,10 @@ from memzoo.train import processes
 from memzoo.train.loop import train
 from memzoo.train.report import read_rows
 from memzoo.train.sharding import MeshShape, batch_sharding
-from tiny_run import import_path, memory_model, shared_programs, tiny_experiment
+from tiny_run import import_path, memory_model, quick_runs, tiny_experiment
 from tolerances import assert_close
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures(shared_programs.__name__), pytest.mark.xdist_group("processes")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures(quick_runs.__name__), pytest.mark.xdist_group("processes")]
 
 STEPS = 20
 LAYOUTS = {
@@ -37,8 +37,8 @@ def experiment(folder, layout, **settings):
   return tiny_experiment(folder, mesh=LAYOUTS[layout], **settings)
 
 
-# What each of two processes does: FOLDER PORT PROCESS, the text lying in FOLDER. First two runs, then what both say and do
-# when only one of them has a reason.
+# What each of two processes does; its arguments are FOLDER PORT PROCESS, and the text is in FOLDER. First two runs, then
+# errors and a signal in one of the processes.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
@@ -109,7 +109,7 @@ def losses(run):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, shared_programs):
+def runs(tmp_path_factory, quick_runs):
   """A folder with a run of each layout, and one of "both" that stopped halfway; and what two processes said."""
   folder = tmp_path_factory.mktemp("layouts")
   for layout in ONE_PROCESS:
@@ -182,7 +182,7 @@ def test_shares_of_rows_are_those_of_the_devices(monkeypatch):
     share_of()
 
 
-def test_processes_that_cannot_find_each_other_are_told_what_to_say():
+def test_processes_that_cannot_find_each_other_are_told_what_to_pass():
   with pytest.raises(ValueError, match=r"--coordinator is 'localhost'; expected HOST:PORT"):
     processes.join("localhost", 2, 0)
   with pytest.raises(ValueError, match=r"--process is 2 of --processes 2; expected 0 to 1"):

@@ -1,4 +1,4 @@
-"""A run: its pure step, what it leaves behind, and that stopping and starting changes none of its numbers."""
+"""A run: its pure step, the files that it writes, and equal losses however often it is stopped."""
 
 import json
 import math
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from memzoo.train import loop
+from memzoo.pallas_kernels.measure import matmul_rate
+from memzoo.train import finish, loop
 from memzoo.train.diagnosis import Spikes, first_nonfinite_module
 from memzoo.train.evaluation import evaluate
 from memzoo.train.loop import NonFiniteError, train
@@ -26,9 +27,9 @@ from memzoo.train.runtime import Stopwatch
 from memzoo.train.sharding import MeshShape, layout, parameter_shardings, put_batch
 from memzoo.train.step import group_squares, parameter_groups, sum_scores
 from memzoo.train.trainer import Trainer
-from tiny_run import Model, import_path, memory_model, program_of, shared_programs, tiny_experiment
+from tiny_run import Model, convolution_model, import_path, program_of, quick_runs, tiny_experiment
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures(shared_programs.__name__), pytest.mark.xdist_group("training")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures(quick_runs.__name__), pytest.mark.xdist_group("training")]
 
 
 def take_steps(experiment, count, spoil=()):
@@ -64,7 +65,7 @@ def test_the_first_loss_is_that_of_guessing_and_training_lowers_it(tmp_path):
   assert all(metrics.gradient_norm > 0 for metrics in history)
 
 
-MESHES = {"data": MeshShape(4), "fsdp": MeshShape(1, 4), "tensor": MeshShape(1, 1, 4), "both": MeshShape(1, 2, 2)}
+MESHES = {"tensor": MeshShape(1, 1, 4), "fsdp and tensor": MeshShape(1, 2, 2)}  # test_processes.py has the others
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_a_step_is_compiled_once(tmp_path):
   assert program.train._cache_size() == 1
 
 
-def test_a_batch_accumulated_with_itself_makes_the_update_that_it_makes_alone(tmp_path):
+def test_a_batch_accumulated_with_itself_makes_the_same_update_as_alone(tmp_path):
   batch = next(tiny_experiment(tmp_path).data.load().batches())
 
   def after(count, **settings):
@@ -274,7 +275,7 @@ def test_impossible_trainers_are_named(field):
     Trainer(**field)
 
 
-def test_meshes_take_what_they_are_told_or_all_that_is_left():
+def test_an_axis_of_minus_one_takes_all_remaining_devices():
   assert dict(MeshShape().build().shape) == {"data": 4, "fsdp": 1, "tensor": 1}
   assert dict(MeshShape(tensor=2).build().shape) == {"data": 2, "fsdp": 1, "tensor": 2}
   assert MeshShape(data=1, fsdp=2).build().size == 2
@@ -297,14 +298,17 @@ def test_meshes_that_do_not_fit_are_errors(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, quick_runs):
   """A run that went through without a stop."""
   folder = tmp_path_factory.mktemp("finished")
   experiment = tiny_experiment(folder, sample_tokens=8)
-  return experiment, folder / "run", train(experiment, folder / "run", progress=False)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(finish, "plot_losses", plot_losses)
+    patch.setattr(finish, "matmul_rate", matmul_rate)
+    return experiment, folder / "run", train(experiment, folder / "run", progress=False)
 
 
-def test_a_finished_run_has_left_everything_it_promises(finished):
+def test_a_finished_run_has_written_all_its_files(finished):
   experiment, directory, result = finished
   for name in ("config.gin", "metrics.jsonl", "loss.png", "sample.txt", "result.json", "checkpoints/12"):
     assert (directory / name).exists(), name
@@ -346,7 +350,7 @@ def test_away_from_a_terminal_a_run_prints_plain_lines(tmp_path, capfd):
   assert err == ""
 
 
-def test_a_run_says_what_it_trades_for_memory(tmp_path, capsys):
+def test_a_run_names_the_settings_that_save_memory(tmp_path, capsys):
   model, optimizer = Model(remat="full", dtype=jnp.bfloat16), Optimizer(accumulate_steps=3)
   train(tiny_experiment(tmp_path, model=model, optimizer=optimizer, steps=1), tmp_path / "run")
   said = capsys.readouterr().out.splitlines()[0]
@@ -451,7 +455,7 @@ def test_a_run_that_is_not_finite_stops_and_names_the_step_and_the_culprits(tmp_
 
 
 def test_spoiled_batches_are_skipped_and_five_in_a_row_end_the_run_with_a_good_checkpoint(tmp_path, monkeypatch, capsys):
-  """Batch 3 alone, then from batch 10 on; the run then goes on from the last checkpoint as if nothing had been."""
+  """Batch 3 alone, then all from batch 10 on. The run then resumes from the last checkpoint."""
   experiment, directory = tiny_experiment(tmp_path, steps=16, checkpoint_every=4, evaluate_every=0), tmp_path / "run"
   made = iter(range(1, 100))
 
@@ -475,7 +479,7 @@ def test_spoiled_batches_are_skipped_and_five_in_a_row_end_the_run_with_a_good_c
   assert all(math.isfinite(row["loss"]) for row in read_rows(directory / "metrics.jsonl")[12:])
 
 
-def test_a_model_that_breaks_is_named_where_it_breaks(tmp_path):
+def test_the_module_that_breaks_is_named(tmp_path):
   class Breaking(Model):
     """Its block is not finite from the first step on."""
 
@@ -499,13 +503,13 @@ def test_the_first_module_that_is_not_finite_is_found(tmp_path):
 
 def test_a_killed_run_goes_on_to_bitwise_the_same_losses(tmp_path):
   """SIGKILL at some moment in a process of its own; the rest here, and a run without a stop to compare with."""
-  settings = {"model": memory_model(), "steps": 100, "checkpoint_every": 10, "evaluate_every": 0}
+  settings = {"model": convolution_model(), "steps": 100, "checkpoint_every": 10, "evaluate_every": 0}
   train(tiny_experiment(tmp_path, **settings), tmp_path / "whole", progress=False)
   script = (
     "import jax, sys; from pathlib import Path; from memzoo.train.loop import train\n"
-    "from tiny_run import memory_model, tiny_experiment\n"
+    "from tiny_run import convolution_model, tiny_experiment\n"
     "jax.config.update('jax_compilation_cache_dir', sys.argv[2])\n"
-    f"settings = {settings | {'model': None}} | {{'model': memory_model()}}\n"
+    f"settings = {settings | {'model': None}} | {{'model': convolution_model()}}\n"
     "train(tiny_experiment(Path(sys.argv[1]), **settings), Path(sys.argv[1], 'killed'))"
   )
   command = [sys.executable, "-c", script, str(tmp_path), jax.config.jax_compilation_cache_dir]
@@ -532,7 +536,7 @@ def _at_step(patch, step, action):
   patch.setattr(loop._Run, "record", record_and_act)
 
 
-# What it shows.
+# Reports.
 
 
 def test_losses_that_jump_are_noticed_and_noise_is_not():
@@ -577,7 +581,7 @@ def test_rows_are_cut_back_to_a_step(tmp_path):
   assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
-def test_stopwatch_counts_what_it_is_told_to_and_no_more(monkeypatch):
+def test_a_stopwatch_counts_the_time_of_each_activity(monkeypatch):
   now = [0.0]
   monkeypatch.setattr("time.perf_counter", lambda: now[0])
   watch = Stopwatch()

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
-from memzoo.layers import DeltaNet
-from memzoo.train import setup
+from memzoo.layers import DeltaNet, GatedConv
+from memzoo.train import finish, setup
 from memzoo.train.data import TextData
 from memzoo.train.optimizer import Optimizer
 from memzoo.train.sharding import MeshShape
@@ -25,6 +25,11 @@ from memzoo.zoo.language_model import LanguageModel
 def memory_model() -> LanguageModel:
   """A language model with a memory, for tests that need one. It takes seconds to compile."""
   return LanguageModel(vocab_size=256, width=16, depth=1, mixers=(DeltaNet(num_heads=2, key_dim=8, value_dim=8),))
+
+
+def convolution_model() -> LanguageModel:
+  """A language model that compiles fast."""
+  return LanguageModel(vocab_size=256, width=16, depth=1, mixers=(GatedConv(channels=8),))
 
 
 class Model(nn.Module):
@@ -88,8 +93,8 @@ def _program(model, optimizer, mesh, *, steps, batch_size) -> Program:
 
 
 @pytest.fixture(scope="module")
-def shared_programs():
-  """Runs on text with the seed 0 take their programs from `program_of`."""
+def quick_runs():
+  """Runs take their programs from `program_of`, draw no picture and do not measure the machine. Their seed must be 0."""
 
   def build(model, optimizer, mesh, *, steps, batch_size, seed, tokens):
     assert seed == 0
@@ -97,6 +102,8 @@ def shared_programs():
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(setup, "build_program", build)
+    patch.setattr(finish, "plot_losses", lambda *_: None)
+    patch.setattr(finish, "matmul_rate", lambda: 1e11)
     yield
 
 
