@@ -1,4 +1,4 @@
-"""What the laws are tried on: every layer of the registry at a small size, and a model of them; and what that may cost."""
+"""What the laws are tried on: every layer of the registry at a small size, and models; and what that may cost."""
 
 import contextlib
 import functools
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+from context_layers import Feeder, NoteReader
 from flax import linen as nn
 from memzoo.layers.law_trial import Trial, small
 from memzoo.layers.laws import CHECKS, COMPILED, SHARED, TRACED, Check
@@ -47,6 +48,7 @@ KIND_OF = {
   "MemoryAsGate": "composite",
   "MemoryAsLayer": "composite",
   "LanguageModel": "composite",
+  "ContextModel": "composite",
   "Moneta": "variant",
   "Yaad": "variant",
   "Memora": "variant",
@@ -62,15 +64,25 @@ def layer(name: str, **fields: Any) -> nn.Module:
   return small(LAYERS[name], **{field: value for field, value in fields.items() if field in known})
 
 
-def module(name: str, width: int, **fields: Any) -> nn.Module:
-  """A layer by name, or a hybrid model."""
-  if name != "LanguageModel":
-    return layer(name, **fields)
+def hybrid(width: int, **fields: Any) -> nn.Module:
+  """A language model of memories and attention."""
   mixers = layer("EraseThenDelta", **fields), layer("Attention", **fields)
   return LanguageModel(vocab_size=11, width=width, depth=3, mixers=mixers)
 
 
-SUBJECTS = (*LAYERS, "LanguageModel")
+def with_context(width: int, **_: Any) -> nn.Module:
+  """A scanned language model, some of whose layers read what lower ones published or feed later blocks."""
+  mixers = (NoteReader(channels=6), Feeder()), (NoteReader(channels=6),)
+  return LanguageModel(vocab_size=11, width=width, depth=5, mixers=mixers, scan=True)
+
+
+MODELS = {"LanguageModel": hybrid, "ContextModel": with_context}
+SUBJECTS = (*LAYERS, *MODELS)
+
+
+def module(name: str, width: int, **fields: Any) -> nn.Module:
+  """A layer or a model by name."""
+  return MODELS[name](width, **fields) if name in MODELS else layer(name, **fields)
 
 
 @functools.lru_cache(maxsize=1)  # the tests of a layer follow one another

@@ -1,12 +1,14 @@
-"""The laws of a memory layer (`memzoo.layers.laws`), for every layer of the registry and for a model of them.
+"""The laws of a memory layer (`memzoo.layers.laws`), for every layer of the registry and for models of them.
 
 A layer added to `memzoo.zoo.registry.LAYERS` is held to all of them without a line here; its kind, in `subjects.py`, says what
 that may cost.
 """
 
 import jax
+import jax.numpy as jnp
 import pytest
 from memzoo.layers.laws import TRACED
+from memzoo.zoo.registry import LAYERS
 from subjects import METER, QUICK, SUBJECTS, checks, kind, layer, trial
 from tolerances import assert_close
 
@@ -45,12 +47,14 @@ def test_laws_compile_no_more_programs_than_a_layer_of_its_kind_may(name):
   assert METER.programs[name] <= kind(name).programs
 
 
-@pytest.mark.parametrize("name", [name for name in SUBJECTS if name != "LanguageModel"])
-def test_leaves_of_a_fresh_state_are_arrays_of_their_own(name):
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_leaves_of_a_fresh_state_are_arrays_of_their_own_and_counted_in_their_dtypes(name):
   """Each may be given away, as a loop that generates will do."""
-  state = layer(name).apply({}, 2, method="initial_state")
+  module = layer(name, dtype=jnp.bfloat16)
+  state = module.apply({}, 2, method="initial_state")
   places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
   assert len(places) == len(set(places))
+  assert module.state_bytes(2, 17) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.xdist_group("GatedConv")
