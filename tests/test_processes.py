@@ -43,10 +43,12 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import jax
+import pytest
 from memzoo.train import loop, processes, setup
 from test_processes import experiment
 from test_training import Spoiled
-from tiny_run import Model
+from tiny_run import Model, make_runs_quick
+make_runs_quick(pytest.MonkeyPatch())
 folder, number = Path(sys.argv[1]), int(sys.argv[3])
 jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
 processes.join(f"localhost:{sys.argv[2]}", 2, number)

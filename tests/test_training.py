@@ -501,6 +501,15 @@ def test_the_first_module_that_is_not_finite_is_found(tmp_path):
   assert first_nonfinite_module(experiment.model, params, batch) == "blocks_0"
 
 
+def test_the_first_block_of_a_scanned_model_that_is_not_finite_is_found(tmp_path):
+  model, batch = convolution_model(depth=2, scan=True), next(tiny_experiment(tmp_path).data.load().batches())
+  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch["tokens"]))
+  params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), shapes)
+  for leaf in jax.tree.leaves(params["params"]["periods"]["blocks_0"]["mixer"]):
+    leaf[1] = np.nan
+  assert first_nonfinite_module(model, params, batch).startswith("blocks_1/mixer/")
+
+
 def test_a_killed_run_goes_on_to_bitwise_the_same_losses(tmp_path):
   """SIGKILL at some moment in a process of its own; the rest here, and a run without a stop to compare with."""
   settings = {"model": convolution_model(), "steps": 100, "checkpoint_every": 10, "evaluate_every": 0}

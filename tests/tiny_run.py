@@ -27,9 +27,9 @@ def memory_model() -> LanguageModel:
   return LanguageModel(vocab_size=256, width=16, depth=1, mixers=(DeltaNet(num_heads=2, key_dim=8, value_dim=8),))
 
 
-def convolution_model() -> LanguageModel:
+def convolution_model(**settings) -> LanguageModel:
   """A language model that compiles fast."""
-  return LanguageModel(vocab_size=256, width=16, depth=1, mixers=(GatedConv(channels=8),))
+  return LanguageModel(**({"vocab_size": 256, "width": 16, "depth": 1, "mixers": (GatedConv(channels=8),)} | settings))
 
 
 class Model(nn.Module):
@@ -94,17 +94,22 @@ def _program(model, optimizer, mesh, *, steps, batch_size) -> Program:
 
 @pytest.fixture(scope="module")
 def quick_runs():
-  """Runs take their programs from `program_of`, draw no picture and do not measure the machine. Their seed must be 0."""
+  """See `make_runs_quick`."""
+  with pytest.MonkeyPatch.context() as patch:
+    make_runs_quick(patch)
+    yield
+
+
+def make_runs_quick(patch: pytest.MonkeyPatch) -> None:
+  """Makes runs take programs from `program_of`, draw no picture and not measure the machine. Their seed must be 0."""
 
   def build(model, optimizer, mesh, *, steps, batch_size, seed, tokens):
     assert seed == 0
     return _program(model, optimizer, mesh, steps=steps, batch_size=batch_size)
 
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(setup, "build_program", build)
-    patch.setattr(finish, "plot_losses", lambda *_: None)
-    patch.setattr(finish, "matmul_rate", lambda: 1e11)
-    yield
+  patch.setattr(setup, "build_program", build)
+  patch.setattr(finish, "plot_losses", lambda *_: None)
+  patch.setattr(finish, "matmul_rate", lambda: 1e11)
 
 
 def import_path() -> str:
