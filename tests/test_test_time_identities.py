@@ -1,4 +1,4 @@
-"""Memories that learn at test time equal what is known on paper of them: other operations, closed forms, fixed points."""
+"""Memories that learn at test time against known results: other operations, closed forms, fixed points."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 IN_FLOAT64 = pytest.mark.usefixtures("float64")
 
 
-# Other operations, and fixed points. What is written c on paper is 2 for the squared loss |e|^2.
+# Other operations, and fixed points. The papers' constant c is 2 for the squared loss |e|^2.
 
 
 def linear_problem(**fields):
@@ -48,7 +48,7 @@ def test_gradient_first_erases_more_than_it_writes(anchor):
 
 
 @IN_FLOAT64
-def test_with_the_token_anchor_chunks_mean_nothing():
+def test_with_the_token_anchor_the_chunk_size_changes_nothing():
   expected = None
   for chunk_size in (1, 3, 16, 17, 64):
     spec = Spec(MEMORIES["linear"], chunk_size=chunk_size, momentum=True, anchor="token")
@@ -93,7 +93,7 @@ def test_with_decay_and_momentum_one_chunk_is_linear_attention_of_two_poles():
   empty = InitialWeights(jax.tree.map(jnp.zeros_like, initial.weights))
   o = np.einsum("bthk,bihk,btih,bih,bihv->bthv", q, k, share, gates.step, v)
   assert_close(run(spec, (empty, q, k, v, gates)).y, o)
-  # Without steps it is what decay and momentum make of the beginning, in chunks of any size.
+  # Without steps, decay and momentum act on the initial values alone, in chunks of any size.
   still = gates._replace(step=jnp.zeros_like(gates.step))
   o = sum(
     np.einsum("bthk,hkv,bth->bthv", q, matrices["0"], left)
@@ -105,7 +105,7 @@ def test_with_decay_and_momentum_one_chunk_is_linear_attention_of_two_poles():
 
 @IN_FLOAT64
 @pytest.mark.parametrize("memory", [*MEMORIES, "simplex"])
-def test_without_steps_and_decay_it_is_the_network_that_it_began_as(memory):
+def test_without_steps_and_decay_it_stays_the_initial_network(memory):
   spec = CHOICES["simplex"] if memory == "simplex" else Spec(MEMORIES[memory], chunk_size=4, momentum=True)
   initial, q, k, v, gates = problem(spec, decay=False)
   initial, gates = initial._replace(momentum=None), gates._replace(step=jnp.zeros_like(gates.step))
@@ -115,7 +115,7 @@ def test_without_steps_and_decay_it_is_the_network_that_it_began_as(memory):
 
 
 @IN_FLOAT64
-def test_the_order_within_a_chunk_means_nothing_without_decay_and_momentum():
+def test_without_decay_and_momentum_the_order_within_a_chunk_changes_nothing():
   spec = Spec(MEMORIES["mlp"], chunk_size=17, read="chunk_start")
   initial, *tokens = problem(spec, decay=False)
   order = np.random.default_rng(0).permutation(17)
@@ -124,7 +124,7 @@ def test_the_order_within_a_chunk_means_nothing_without_decay_and_momentum():
   assert_close((shuffled.y, shuffled.state), (plain.y[:, order], plain.state))
 
 
-# The closed forms: what autodiff gives must be what is on paper.
+# Closed forms of what autodiff computes.
 
 
 @IN_FLOAT64

@@ -32,8 +32,8 @@ IDS = np.array([
 ], np.int32)  # fmt: skip
 
 
-SETTINGS = tuple(MEMORIES), tuple(OPTIMISERS), READS, (1, 3, 16, 17)
-# 20 of the 180 combinations, which contain every pair of settings.
+SETTINGS = tuple(MEMORIES), tuple(OPTIMISERS), READS, (1, 3, 17)
+# 15 of the 135 combinations, which contain every pair of settings.
 COMBINATIONS = [
   (memory, SETTINGS[1][(i + j) % 3], READS[(i + 2 * j) % 3], chunk_size)
   for i, memory in enumerate(MEMORIES)
@@ -64,8 +64,10 @@ def test_documents_on_the_grid_are_the_oracle_for_every_choice(choice):
 
 
 @IN_FLOAT64
-@pytest.mark.parametrize(("tokens", "packed"), [(16, False), (17, False), (17, True)])
-@pytest.mark.parametrize("choice", ["average", "token anchor", "clipped"])
+@pytest.mark.parametrize(
+  ("choice", "tokens", "packed"),
+  [*itertools.product(["average", "token anchor", "clipped"], [16, 17], [False]), ("clipped", 17, True)],
+)
 def test_what_begins_fresh_is_the_oracle_too(choice, tokens, packed):
   """As in training: without a state, and, for 16 tokens in one document, with chunks that are known to be whole."""
   spec = CHOICES[choice]
@@ -81,7 +83,7 @@ def test_any_split_is_one_pass(choice):
   state = used(spec)
   whole = run(spec, args, state)
   ys, losses, begin = [], [], 0
-  for end in (1, 2, 9, 12, 17):
+  for end in (1, 9, 17):  # two lengths, hence two programs
     piece = jax.tree.map(lambda x, part=slice(begin, end): x[:, part], args[1:])
     y, state, loss = run(spec, (args[0], *piece), state)
     ys, losses, begin = [*ys, y], [*losses, loss], end

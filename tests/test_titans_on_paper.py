@@ -1,7 +1,6 @@
-"""Titans, its three wirings and TTT, written out once more in NumPy: a token at a time, every gradient by hand.
+"""Titans, its three wirings and TTT, written from the papers in NumPy: token by token, every gradient by hand.
 
-Nothing here comes from the package but the names of the parameters, so that what the operation, its oracle and the layers
-have in common is held to something that they have not.
+Only the names of parameters come from the package. A mistake that operation, oracle and layers share is therefore found here.
 """
 
 import jax
@@ -63,14 +62,14 @@ def heads(x):
 
 
 def softmax_over(pairs, query):
-  """What a query [d] sees of pairs of a key and a value."""
+  """Softmax attention of a query [d] over pairs of a key and a value."""
   logits = np.array([query @ key for key, _ in pairs]) / WIDTH**0.5
   weights = np.exp(logits - logits.max())
   return weights / weights.sum() @ np.array([value for _, value in pairs])
 
 
 def rotated(x, position):
-  """Each pair (x_i, x_{i + d/2}) as one complex number, turned."""
+  """Rotates each pair (x_i, x_{i + d/2}), as a complex number, by its frequency times `position`."""
   turned = (x[: WIDTH // 2] + 1j * x[WIDTH // 2 :]) * np.exp(1j * position * 1e4 ** (-np.arange(WIDTH // 2) / (WIDTH // 2)))
   return np.concatenate([turned.real, turned.imag])
 
@@ -100,7 +99,7 @@ class Network:
 
 
 class Memory:
-  """All heads of a `TitansMemory`, with what stands around them."""
+  """All heads of a `TitansMemory`, with projections, gates and output."""
 
   def __init__(self, p):
     self.p = p
@@ -116,11 +115,11 @@ class Memory:
     return sigmoid(x @ self.p[name]["logits"]["kernel"] + self.p[name]["logits"]["bias"])
 
   def read(self, q):
-    """What the heads answer to q [H, d]."""
+    """What the heads retrieve for q [H, d]."""
     return np.array([network.read(q[h]) for h, network in enumerate(self.networks)])
 
   def learn(self, x, begin=0):
-    """Writes the tokens of x [T, D] from `begin` on and says what is read after each, [T - begin, H, d]."""
+    """Writes the tokens of x [T, D] from `begin` on; returns the read after each write, [T - begin, H, d]."""
     q, k, v = self.streams(x)
     theta, keep, eta = (self.gate(name, x) for name in ("theta", "keep", "eta"))
     retrieved = []
@@ -131,7 +130,7 @@ class Memory:
     return np.array(retrieved)
 
   def read_in(self, persistent):
-    """What every document begins with: the persistent tokens, in a chunk of their own."""
+    """Writes the persistent tokens, with which every document begins, in a chunk of their own."""
     self.learn(persistent)
     for network in self.networks:
       network.begin_chunk()
@@ -175,15 +174,15 @@ def layer(p, x):
 
 
 def context(p, x):
-  """Segment by segment. Convolutions reach back into earlier ones, hence the whole of y, and the queries of all of x."""
+  """Segment by segment. Convolutions reach back into earlier segments, so y and the queries are kept for all of x."""
   memory, y, retrieved, out = Memory(p), np.zeros((0, MODEL)), np.zeros((0, HEADS, WIDTH)), np.zeros((0, MODEL))
-  asked = memory.streams(x)[0]
+  queries = memory.streams(x)[0]
   for begin in range(0, len(x), SEGMENT):
     s = x[begin : begin + SEGMENT]
-    # What the memory, as the last segment left it, says to this one's queries.
-    h = np.array([memory.read(q) for q in asked[begin : begin + SEGMENT]])
+    # What the memory, as it is after the last segment, retrieves for the queries of this one.
+    h = np.array([memory.read(q) for q in queries[begin : begin + SEGMENT]])
     h = rms_norm(h, p["context_norm"]["scale"], 1e-5).reshape(len(s), -1) @ p["context"]["kernel"]
-    # Attention over [P; h; S]. Nothing sees what comes later, nor what is said to it.
+    # Attention over [P; h; S]: token t sees neither later tokens nor what is retrieved for them.
     q = heads(s @ p["attention_query"]["kernel"])
     keys, values = ([heads(a @ p[f"attention_{name}"]["kernel"]) for a in (p["persistent"], h, s)] for name in ("key", "value"))
     attended = np.zeros_like(q)
@@ -193,7 +192,7 @@ def context(p, x):
         pairs += [(rotated(keys[part][r, i], r), values[part][r, i]) for part in (1, 2) for r in range(t + 1)]
         attended[t, i] = softmax_over(pairs, rotated(q[t, i], t))
     y = np.concatenate([y, s + attended.reshape(len(s), -1) @ p["attention_output"]["kernel"]])
-    # The memory learns what came of it and is read after each token; the two are multiplied.
+    # The memory is trained on y and read after each token; the two are multiplied.
     retrieved = np.concatenate([retrieved, memory.learn(y, begin)])
     out = np.concatenate([out, product(p, y, memory.out(y, retrieved))[begin:]])
   return out
@@ -240,11 +239,14 @@ ON_PAPER = {
 
 
 @pytest.mark.parametrize("name", ON_PAPER)
-def test_the_layer_is_what_is_on_paper(name):
+def test_the_layer_equals_the_paper_in_numpy(name):
   module, on_paper = ON_PAPER[name]
   rng = np.random.default_rng(0)
   x = rng.normal(size=(1, TOKENS, MODEL))
-  params = nn.unbox(module.init(jax.random.key(0), x))["params"]
-  params = jax.tree.map(lambda a: np.asarray(a) + rng.normal(size=a.shape) * 0.3, params)
+  shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x))["params"]
+  params = jax.tree.map(lambda a: rng.normal(size=a.shape) * 0.4, shapes)
+  for norm in ("norm", "memory_norm", "attention_norm", "attention_gate", "memory_gate", "context_norm"):
+    if norm in params:
+      params[norm]["scale"] += 1
   y, _ = jax.jit(module.apply)({"params": params}, x)
   assert_close(y[0], on_paper(params, x[0]))
