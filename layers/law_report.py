@@ -121,14 +121,14 @@ def differences(law: int, message: str, actual: Any, expected: Any, allowed: flo
   """A `Violation` for the first leaf by which two dictionaries of trees differ, y before all others.
 
   Args:
-    law, message: of the violation; the message may mention {leaf}, {token} and {before}, the token before that.
+    law, message: of the violation; the message may mention {leaf} and {where}, as "token 3".
     actual, expected: trees by name. "y" and "x" have tokens, [B, T, ...]; "state" has rows, [B, ...].
     allowed: relative error.
   """
   try:
     errors = relative_errors(actual, expected)
   except AssertionError as error:
-    yield Violation(law, f"{message.format(leaf='it', token='?', before='?')}: {error}")
+    yield Violation(law, f"{message.format(leaf='it', where='the start')}: {error}")
     return
   leaves = zip(errors, jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
   for (path, error, size), a, e in sorted(leaves, key=lambda leaf: leaf[0][0] != "['y']"):
@@ -139,6 +139,6 @@ def differences(law: int, message: str, actual: Any, expected: Any, allowed: flo
     off = ~(np.sqrt(np.mean(squares, axis=-1)) <= allowed * size)
     token = int(np.argmax(off.any(axis=0))) if axes == 2 else None
     row = None if axes == 0 else int(np.argmax(off if token is None else off[:, token]))
-    place = {"leaf": re.sub(r"^\['(\w+)'\]", r"\1", path), "token": token, "before": None if token is None else token - 1}
-    yield Violation(law, message.format(**place), token, row, error, allowed)
+    leaf, where = re.sub(r"^\['(\w+)'\]", r"\1", path), "the end" if token is None else f"token {token}"
+    yield Violation(law, message.format(leaf=leaf, where=where), token, row, error, allowed)
     return

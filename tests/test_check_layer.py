@@ -98,13 +98,13 @@ def test_a_loosely_written_correct_layer_obeys_all_laws():
 @pytest.mark.parametrize(
   ("fault", "law", "token", "row", "hint"),
   [
-    ("documents", 3, 1, 0, "where segment_ids change"),
+    pytest.param("documents", 3, 1, 0, "where segment_ids change", marks=pytest.mark.slow),
     ("future", 1, 2, 0, "the output at token 2 changes when token 3 changes: the layer looks ahead"),
-    ("rows", 6, 0, 0, "of a row changes when row 1 of the batch changes"),
-    ("tail", 2, 3, 0, "the state returned at token 2 does not hold"),
-    ("counter", 2, 3, 0, "a counter"),
-    ("incoming", 2, 3, 0, "the state returned at token 2 does not hold"),
-    ("padding", 4, 0, 0, "the output at token 0 is not zero although its segment id is 0"),
+    pytest.param("rows", 6, 0, 0, "of a row changes when row 1 of the batch changes", marks=pytest.mark.slow),
+    ("tail", 2, 3, 0, "the state that the call before it returned does not hold"),
+    pytest.param("counter", 2, 3, 0, "a counter", marks=pytest.mark.slow),
+    pytest.param("incoming", 2, 3, 0, "the state that the call before it returned does not hold", marks=pytest.mark.slow),
+    pytest.param("padding", 4, 0, 0, "the output at token 0 is not zero although its segment id is 0", marks=pytest.mark.slow),
     ("grows", 14, None, None, "must not change from call to call"),
   ],
 )
