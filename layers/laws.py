@@ -382,7 +382,7 @@ def sharded(trial: Trial) -> Iterator[Violation]:
     message = f"{{leaf}} {how} differs from that on one device, first at {{where}}"
     expected = {"y": whole.y[:, :tokens], "state": masked(whole.state, seen)}
     yield from trial.differences(11, message, {"y": y, "state": masked(state, seen)}, expected)
-  # Each device's share of the FLOPs, that nothing is gathered, and explicit mesh axes come here; `program`, compiled, has the first.
+  # Each device's share of the FLOPs comes here (compile `program` and count), and so do explicit mesh axes.
 
 
 @_check(12, TRACED)
