@@ -1,4 +1,4 @@
-"""Comparisons of memories: who enters, what is trained, that nothing is done twice, and what is shown."""
+"""Comparisons of memories: the entrants, their training, the reuse of finished trials, and the tables and pictures."""
 
 import json
 
@@ -13,12 +13,14 @@ from memzoo.train.config import build
 from memzoo.train.tasks import TASKS
 
 SMALL = ["MultiQueryRecall.tokens=64", "MultiQueryRecall.pairs=8", "MultiQueryRecall.vocabulary=32", "LanguageModel.width=16"]
-SMALL += ["GatedConv.channels=8", "size=4", "heads=1"]
+SMALL += ["size=4", "heads=1"]
+ONE_BLOCK = ["LanguageModel.mixers=[@DeltaNet]", "LanguageModel.depth=1"]
+PARITY = ["WordProblem.group='parity'", "WordProblem.tokens=4", "LanguageModel.width=16", "size=4", "heads=1", *ONE_BLOCK]
 BUDGET = Budget(learning_rates=(1e-2, 3e-2), seeds=2, steps=6, batch_size=4, evaluate_every=3, test_examples=8)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_has_a_config_whose_layer_a_comparison_replaces(task):
+def test_every_task_has_a_config_whose_memory_a_comparison_replaces(task):
   assert type(build(f"tasks/{task}").data.task) is TASKS[task]
   (entrant,) = enter(task, ["KimiDeltaAttention"])
   assert [type(mixer).__name__ for mixer in entrant.experiment.model.mixers] == ["GatedConv", "KimiDeltaAttention"]
@@ -26,7 +28,7 @@ def test_every_task_has_a_config_whose_layer_a_comparison_replaces(task):
   assert entrant.state_bytes == entrant.experiment.model.state_bytes(1, entrant.task.length)
 
 
-def test_overrides_of_a_layer_count_for_it_alone_and_scopes_for_theirs():
+def test_overrides_of_a_layer_or_scope_apply_to_it_alone():
   overrides = [*SMALL, "DeltaNet.key_dim=6", "wide/DeltaNet.value_dim=8", "LanguageModel.depth=4"]
   plain, wide, other = enter("mqar", ["DeltaNet", "wide/DeltaNet", "LinearAttention"], overrides)
   mixers = [entrant.experiment.model.mixers[-1] for entrant in (plain, wide, other)]
@@ -34,7 +36,7 @@ def test_overrides_of_a_layer_count_for_it_alone_and_scopes_for_theirs():
   assert all(entrant.experiment.model.depth == 4 for entrant in (plain, wide, other))
 
 
-def test_a_pattern_of_mixers_that_is_set_holds_but_for_its_last_place():
+def test_a_comparison_replaces_only_the_last_mixer():
   (entrant,) = enter("mqar", ["DeltaNet"], [*SMALL, "LanguageModel.mixers=[@Attention, @GatedConv, @LinearAttention]"])
   assert [type(mixer).__name__ for mixer in entrant.experiment.model.mixers] == ["Attention", "GatedConv", "DeltaNet"]
 
@@ -55,20 +57,20 @@ def test_entrants_of_equal_state_and_of_equal_parameters():
     (("mqarr", ["DeltaNet"]), "there is no config 'mqarr'"),
     (("quickstart", ["DeltaNet"]), "quickstart has no task"),
     (("mqar", ["DeltaNett"]), "did you mean 'DeltaNet'"),
-    (("mqar", []), "Want some of"),
+    (("mqar", []), "Expected some of"),
     (("mqar", ["DeltaNet"], ["MultiQueryRecall.pairs=99"]), "at least 396 tokens"),
-    (("mqar", ["DeltaNet"], ["MultiQueryRecall.tokens=0"]), "want at least 64 tokens"),
+    (("mqar", ["DeltaNet"], ["MultiQueryRecall.tokens=0"]), "expected at least 64 tokens"),
     (("mqar", ["DeltaNet"], ["MultiQueryRecall.vocabulary=8"]), "an even vocabulary of at least 34"),
     (("mqar", ["DeltaNet"], ["LinearAttention.key_dim=8"]), "it changes nothing"),
   ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_is_compiled(arguments, words, monkeypatch):
+def test_impossible_comparisons_are_refused_before_anything_is_compiled(arguments, words, monkeypatch):
   monkeypatch.setattr(jax, "jit", None)
   with pytest.raises(ValueError, match=words):
     enter(*arguments)
 
 
-def test_impossible_budgets_are_named():
+def test_impossible_budgets_are_refused():
   for field in ({"steps": 0}, {"learning_rates": ()}, {"learning_rates": (-1.0,)}, {"seeds": 0}):
     with pytest.raises(ValueError, match=f"{next(iter(field))} is "):
       Budget(**field)
@@ -76,9 +78,9 @@ def test_impossible_budgets_are_named():
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-  """A small comparison and where it lies."""
+  """The entrants of a small comparison, its folder and its result."""
   folder = tmp_path_factory.mktemp("comparison")
-  entrants = enter("mqar", ["DeltaNet", "LinearAttention"], SMALL, state_bytes=[300, 600])
+  entrants = enter("word_problem", ["LinearAttention"], PARITY, state_bytes=[200, 550])
   return entrants, folder, compare(entrants, BUDGET, folder)
 
 
@@ -95,14 +97,14 @@ def test_a_comparison_has_a_score_of_every_seed_on_every_test(done):
 
 
 @pytest.mark.slow
-def test_a_comparison_that_was_interrupted_goes_on_with_what_is_left(done, monkeypatch, tmp_path):
+def test_an_interrupted_comparison_continues_with_the_remaining_trials(done, monkeypatch, tmp_path):
   entrants, folder, comparison = done
-  monkeypatch.setattr(module, "run_trial", None)  # what is done is not done again
+  monkeypatch.setattr(module, "run_trial", None)  # a finished trial is not run again
   assert compare(entrants, BUDGET, folder) == comparison
   runs = []
 
-  def interrupted(entrant, budget, say):
-    if len(runs) == 2:
+  def interrupted(entrant, budget, report):
+    if len(runs) == 1:
       raise KeyboardInterrupt
     runs.append(entrant.title)
     return next(trial for trial in comparison.trials if (trial.name, trial.state_bytes) == (entrant.name, entrant.state_bytes))
@@ -117,7 +119,7 @@ def test_a_comparison_that_was_interrupted_goes_on_with_what_is_left(done, monke
 
 
 @pytest.mark.slow
-def test_trials_are_reproducible_and_another_budget_is_another_trial(done):
+def test_trials_are_reproducible_and_named_by_their_budget(done):
   entrants, _, comparison = done
   again = module.run_trial(entrants[0], BUDGET)
   assert (again.scores, again.training) == (comparison.trials[0].scores, comparison.trials[0].training)
@@ -126,8 +128,8 @@ def test_trials_are_reproducible_and_another_budget_is_another_trial(done):
 
 
 @pytest.mark.slow
-def test_a_lane_is_what_it_would_be_alone(done):
-  """Learning rates and seeds that are trained together do not see each other."""
+def test_a_run_trained_with_others_equals_the_run_alone(done):
+  """Learning rates and seeds that are trained together do not affect each other."""
   entrants, _, comparison = done
   alone = module.run_trial(entrants[0], Budget(**{**vars(BUDGET), "learning_rates": (3e-2,), "seeds": 1}))
   losses = [look[1][0] for look in comparison.trials[0].training["0.03"]]
@@ -135,7 +137,7 @@ def test_a_lane_is_what_it_would_be_alone(done):
 
 
 @pytest.mark.slow
-def test_a_memory_learns_a_small_task_and_stops_there(tmp_path):
+def test_training_ends_once_a_memory_has_learned_the_task(tmp_path):
   budget = Budget(learning_rates=(1e-2,), seeds=1, steps=400, batch_size=32, evaluate_every=50, stop_at=0.95)
   overrides = ["WordProblem.group='parity'", "WordProblem.tokens=4", "LanguageModel.width=32", "size=8", "heads=1"]
   comparison = compare(enter("word_problem", ["DeltaNet"], overrides), budget, tmp_path)
@@ -147,36 +149,37 @@ def test_a_memory_learns_a_small_task_and_stops_there(tmp_path):
 
 @pytest.mark.slow
 def test_continuous_tasks_are_scored_by_their_error(tmp_path):
-  overrides = [f"Regression.{name}" for name in ("tokens=8", "piece=4", "key_dim=2", "value_dim=2")] + ["VectorModel.width=8"]
+  overrides = [f"Regression.{name}" for name in ("tokens=8", "piece=4", "key_dim=2", "value_dim=2")]
+  overrides += ["VectorModel.width=8", "VectorModel.mixers=[@DeltaNet]", "VectorModel.depth=1"]
   budget = Budget(learning_rates=(1e-3,), seeds=1, steps=2, batch_size=2, evaluate_every=2, test_examples=4)
-  comparison = compare(enter("regression", ["DeltaNet"], [*overrides, "size=4", "heads=1"]), budget, tmp_path)
+  comparison = compare(enter("regression", ["LinearAttention"], [*overrides, "size=4", "heads=1"]), budget, tmp_path)
   assert comparison.continuous
   assert comparison.trials[0].scores["4"][0] == pytest.approx(comparison.chance["4"], rel=0.9)
   assert {path.name for path in draw(comparison, tmp_path)} == {"scores.png", "kinds.png"}
 
 
 @pytest.mark.slow
-def test_tables_and_pictures_say_it_all(done, tmp_path):
+def test_tables_and_pictures_show_all_trials(done, tmp_path):
   entrants, _, comparison = done
   table = markdown(comparison)
-  assert table.count("\n| DeltaNet |") == 2
+  assert table.count("\n| LinearAttention |") == 2
   assert "| without memory |" in table
   assert "± " in table
-  assert {path.name for path in draw(comparison, tmp_path)} == {"scores.png", "frontier.png"}
-  assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("scores.png", "frontier.png"))
+  assert {path.name for path in draw(comparison, tmp_path)} == {"scores.png", "frontier.png", "kinds.png"}
+  assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
   board = Board(entrants)
   board(entrants[0], {"step": 3, "loss": 1.0, "score": 0.5})
   board(entrants[1], {"trial": comparison.trials[1]})
   assert board.__rich__().row_count == len(entrants)
   comparison.save(tmp_path / "results.json")
-  assert json.loads((tmp_path / "results.json").read_text())["trials"][0]["name"] == "DeltaNet"
+  assert json.loads((tmp_path / "results.json").read_text())["trials"][0]["name"] == "LinearAttention"
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_it_says(monkeypatch, capsys, tmp_path):
+def test_the_command_writes_the_files_that_it_names(monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(cli, "_start", lambda cache=True: None)
-  settings = [f"--set={text}" for text in SMALL]
-  command = ["memzoo", "compare", "mqar", "--layers", "DeltaNet", *settings]
+  settings = [f"--set={text}" for text in [*SMALL, *ONE_BLOCK]]
+  command = ["memzoo", "compare", "mqar", "--layers", "LinearAttention", *settings]
   command += ["--steps", "2", "--seeds", "1", "--learning-rates", "0.01"]
   monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path / "c")])
   with pytest.raises(SystemExit, match="0"):
@@ -186,7 +189,7 @@ def test_the_command_writes_what_it_says(monkeypatch, capsys, tmp_path):
   for name in ("table.md", "results.json"):
     assert (tmp_path / "c" / name).exists()
     assert name in out
-  monkeypatch.setattr("sys.argv", [*command[:4], "DeltaNet", "--learning-rates", "fast"])
+  monkeypatch.setattr("sys.argv", [*command[:4], "LinearAttention", "--learning-rates", "fast"])
   with pytest.raises(SystemExit, match="2"):
     cli.main()
-  assert "--learning-rates is 'fast'; want numbers" in capsys.readouterr().err
+  assert "--learning-rates is 'fast'; expected numbers" in capsys.readouterr().err

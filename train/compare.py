@@ -1,8 +1,8 @@
-"""Memories side by side on one task: the same backbone, optimiser, examples and budget for each.
+"""Compares memories on one task: the same backbone, optimiser, examples and budget for each.
 
-An entrant is a layer, at one of several sizes; a trial trains it at several learning rates from several seeds, all at once
-under `vmap`, and tests what comes out on ever harder tasks. A trial that is finished is a file: a comparison that was
-interrupted goes on with the next.
+An entrant is a layer at one size. A trial trains it at several learning rates and from several seeds, all at once under
+`vmap`, and tests the best learning rate on harder and harder tasks. A finished trial is a file, so an interrupted
+comparison continues with the next trial.
 """
 
 import bisect
@@ -27,7 +27,7 @@ from .step import create_state, make_train_step, score_targets
 from .tasks import TASKS, Task
 from .tasks.data import TaskData, as_batch
 
-_AT_ONCE = 25  # steps in a compiled call
+_STEPS_PER_CALL = 25  # training steps in one compiled call
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Entrant:
   """A layer in the comparison, at one size.
 
   Attributes:
-    name: as it was asked for: "DeltaNet", "reflecting/DeltaNet".
+    name: as given to `enter`: "DeltaNet", "reflecting/DeltaNet".
     experiment: its model, task and optimiser.
-    state_bytes: that the model keeps of one sequence.
-    parameters: of the model.
+    state_bytes: bytes of the model's state for one sequence.
+    parameters: number of the model's parameters.
   """
 
   name: str
@@ -57,17 +57,17 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Budget:
-  """What each entrant is given.
+  """The training budget of each entrant.
 
   Attributes:
-    learning_rates: each is tried; the best on the training task is taken.
-    seeds: of parameters and examples; results have a mean and a spread over them.
-    steps: at most; fewer where `stop_at` is reached.
-    batch_size: examples a step.
-    stop_at: a share of right answers on the training task that is enough, once every seed has it at one learning rate;
-      above 1 for never.
-    evaluate_every: steps between two looks at that.
-    test_examples: for each test.
+    learning_rates: all are tried; the best on the training task counts.
+    seeds: number of seeds for parameters and examples; results have a mean and a spread over them.
+    steps: the largest number of training steps; training ends earlier when `stop_at` is reached.
+    batch_size: examples per step.
+    stop_at: training ends when all seeds of one learning rate reach this share of right answers on the training task; a value
+      above 1 never ends it early.
+    evaluate_every: steps between two evaluations on the training task.
+    test_examples: examples of each test.
   """
 
   learning_rates: tuple[float, ...] = (1e-3, 3e-3)
@@ -81,21 +81,21 @@ class Budget:
   def __post_init__(self):
     at_least(1, self, "seeds", "steps", "batch_size", "evaluate_every", "test_examples")
     if not self.learning_rates or min(self.learning_rates) <= 0:
-      raise ValueError(f"Budget.learning_rates is {self.learning_rates}; want at least one, all positive.")
+      raise ValueError(f"Budget.learning_rates is {self.learning_rates}; expected at least one, all positive.")
 
 
 @dataclass(frozen=True)
 class Trial:
-  """What an entrant came to. Scores are shares of right answers, or for continuous tasks squared errors.
+  """The result of an entrant. Scores are shares of right answers, or squared errors for continuous tasks.
 
   Attributes:
     name, state_bytes, parameters: the entrant's.
-    steps: taken.
-    seconds: that took, compilation included.
-    learning_rate: the best.
-    scores: by test, of each seed.
-    kinds: by test, by kind, of each seed.
-    training: by learning rate, (step, loss, score of each seed) at every look.
+    steps: training steps taken.
+    seconds: their duration, compilation included.
+    learning_rate: the best one.
+    scores: for each test, the score of each seed.
+    kinds: for each test and each kind of answer, the score of each seed.
+    training: for each learning rate, (step, loss of each seed, score of each seed) at every evaluation.
   """
 
   name: str
@@ -114,12 +114,12 @@ class Comparison:
   """All trials on one task.
 
   Attributes:
-    task: as it was written.
-    grows: what grows from test to test.
-    chance: by test, the score of one without memory.
-    continuous: scores are errors, the smaller the better.
-    budget: of each.
-    trials: in the order they were asked for.
+    task: the task with its parameters, as text.
+    grows: the quantity that grows from test to test.
+    chance: for each test, the score without memory.
+    continuous: scores are squared errors; smaller is better.
+    budget: of each trial.
+    trials: in the order of the entrants.
   """
 
   task: str
@@ -134,19 +134,19 @@ class Comparison:
     path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
-Say = Callable[[Entrant, dict[str, Any]], None]
+Report = Callable[[Entrant, dict[str, Any]], None]
 
 
 def compare(
-  entrants: Sequence[Entrant], budget: Budget, directory: str | Path, say: Say = lambda entrant, news: None
+  entrants: Sequence[Entrant], budget: Budget, directory: str | Path, report: Report = lambda entrant, progress: None
 ) -> Comparison:
-  """Trains and tests each of `entrants`, or takes up what `directory` has of it from an earlier call.
+  """Trains and tests each of `entrants`; takes finished trials of earlier calls from `directory`.
 
   Args:
     entrants: from `enter`; all on the same task.
-    budget: of each.
-    directory: for `trials/`, one file for each.
-    say: called with an entrant and news of it: "step", "loss" and "score" while it trains, "trial" when it is done.
+    budget: of each entrant.
+    directory: the folder of `trials/`, which holds one file per trial.
+    report: called with an entrant and its progress: "step", "loss" and "score" while it trains, then "trial".
   """
   folder = Path(directory) / "trials"
   folder.mkdir(parents=True, exist_ok=True)
@@ -156,11 +156,11 @@ def compare(
     if path.exists():
       trial = Trial(**json.loads(path.read_text()))
     else:
-      trial = run_trial(entrant, budget, partial(say, entrant))
-      partly = path.with_suffix(".part")
-      partly.write_text(json.dumps(asdict(trial)))
-      partly.replace(path)  # complete or absent
-    say(entrant, {"trial": trial})
+      trial = run_trial(entrant, budget, partial(report, entrant))
+      unfinished = path.with_suffix(".part")
+      unfinished.write_text(json.dumps(asdict(trial)))
+      unfinished.replace(path)  # so that the file is complete or absent
+    report(entrant, {"trial": trial})
     trials.append(trial)
   task = entrants[0].task
   chance = {name: test.chance for name, test in task.tests().items()}
@@ -168,37 +168,37 @@ def compare(
 
 
 def _file_name(entrant: Entrant, budget: Budget) -> str:
-  """Of a trial: the same only if everything that it depends on is."""
+  """The name of a trial's file; it contains a digest of everything that the trial depends on."""
   text = f"{entrant.name}\n{entrant.experiment.text}\n{budget}"
   digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
   return f"{entrant.name.replace('/', '_')}-{entrant.state_bytes}-{digest}"
 
 
-def run_trial(entrant: Entrant, budget: Budget, say: Callable[[dict[str, Any]], None] = lambda news: None) -> Trial:
-  """Trains an entrant at every learning rate from every seed, and tests the best."""
-  began = time.perf_counter()
-  lanes = _Lanes(entrant, budget)
+def run_trial(entrant: Entrant, budget: Budget, report: Callable[[dict[str, Any]], None] = lambda progress: None) -> Trial:
+  """Trains an entrant at every learning rate and from every seed, and tests the best learning rate."""
+  started = time.perf_counter()
+  runs = VmappedRuns(entrant, budget)
   history: dict[str, list[list[Any]]] = {f"{rate:g}": [] for rate in budget.learning_rates}
   step, worst = 0, np.inf if entrant.task.continuous else -np.inf
   while step < budget.steps:
-    step, loss = lanes.train(min(budget.steps, (step // budget.evaluate_every + 1) * budget.evaluate_every))
-    score = lanes.score(entrant.task.training())
+    step, loss = runs.train(min(budget.steps, (step // budget.evaluate_every + 1) * budget.evaluate_every))
+    score = runs.score(entrant.task.training())
     for rate, losses, scores in zip(history, loss, score, strict=True):
       history[rate].append([step, losses.tolist(), scores.tolist()])
     means = np.nan_to_num(score.mean(axis=1), nan=worst)
     best = int(means.argmin() if entrant.task.continuous else means.argmax())
-    say({"step": step, "loss": float(loss[best].mean()), "score": float(means[best])})
+    report({"step": step, "loss": float(loss[best].mean()), "score": float(means[best])})
     if not entrant.task.continuous and score[best].min() >= budget.stop_at:
       break
   scores, kinds = {}, {}
   for name, test in entrant.task.tests().items():
-    scores[name], kinds[name] = lanes.test(test, best)
+    scores[name], kinds[name] = runs.test(test, best)
   return Trial(
     name=entrant.name,
     state_bytes=entrant.state_bytes,
     parameters=entrant.parameters,
     steps=step,
-    seconds=time.perf_counter() - began,
+    seconds=time.perf_counter() - started,
     learning_rate=budget.learning_rates[best],
     scores=scores,
     kinds=kinds,
@@ -214,16 +214,16 @@ def enter(
   state_bytes: Sequence[int] | None = None,
   parameters: int | None = None,
 ) -> list[Entrant]:
-  """The entrants of a comparison.
+  """Builds the entrants of a comparison.
 
   Args:
-    config: of the task: its name, such as "mqar" for the shipped "tasks/mqar", or any config whose data is a `TaskData`.
-      Each layer takes the last place in the pattern of its model's mixers.
-    layers: names of layers, or scoped ones ("reflecting/DeltaNet") whose bindings `overrides` give.
-    overrides: further bindings. One of a layer, or of its options (`linear/Network.depth=1`), counts for that layer alone.
-    state_bytes: each layer enters once at each of these sizes of its model's state, as near as its width (or, for
-      attention, its window) comes.
-    parameters: of every model, as near as its width comes; what the config says unless given.
+    config: a task's name, such as "mqar" for the shipped "tasks/mqar", or any config whose data is a `TaskData`. Each layer
+      replaces the last of the config's mixers.
+    layers: names of layers, or scoped names ("reflecting/DeltaNet") whose fields `overrides` sets.
+    overrides: further bindings. A binding of a layer or of its options (`linear/Network.depth=1`) applies to that layer only.
+    state_bytes: each layer enters once for each of these sizes of the model's state, matched as closely as possible by its
+      key and value width, or by its window for attention.
+    parameters: number of parameters of every model, matched as closely as possible by its width; `None` keeps the config's.
 
   Raises:
     ValueError: if the config or a layer cannot be built.
@@ -236,12 +236,12 @@ def enter(
   groups = {group for layer in LAYERS.values() for group in groups_of(layer)}
   base = build(config, [text for text in overrides if _bound(text) not in LAYERS.keys() | groups])
   if not isinstance(base.data, TaskData):
-    raise ValueError(f"{config} has no task{did_you_mean(config, TASKS)} Want one of {', '.join(TASKS)}.")
+    raise ValueError(f"{config} has no task{did_you_mean(config, TASKS)} Expected one of {', '.join(TASKS)}.")
   entering = {name.rpartition("/")[2] for name in layers}
   grouped = {group for name in entering & LAYERS.keys() for group in groups_of(LAYERS[name])}
   unknown = next((name for name in layers if name.rpartition("/")[2] not in LAYERS), None)
   if unknown is not None or not layers:
-    raise ValueError(f"--layers names {unknown!r}{did_you_mean(unknown or '', LAYERS)} Want some of {', '.join(LAYERS)}.")
+    raise ValueError(f"--layers names {unknown!r}{did_you_mean(unknown or '', LAYERS)} Expected some of {', '.join(LAYERS)}.")
 
   def counts(text: str, layer: str) -> bool:
     """Whether an override is for `layer`: it is not about another entrant, nor in a scope other than the layer's."""
@@ -272,12 +272,12 @@ def enter(
 
 
 def _bound(override: str) -> str:
-  """The class that an override is about."""
+  """The class that an override sets a field of."""
   return override.partition("=")[0].strip().rpartition(".")[0].rpartition("/")[2]
 
 
 def _fitted(experiment: Any) -> Any:
-  """The experiment with a model that knows just the tokens, or the dimensions, of its task."""
+  """The experiment with the model's vocabulary, or dimensions, set to those of the task."""
   task = experiment.data.task
   known = {"input_dim": task.input_dim, "output_dim": task.output_dim} if task.continuous else {"vocab_size": task.vocab_size}
   experiment.data.check_model(model := experiment.model.clone(**known))
@@ -294,21 +294,24 @@ def _count(experiment: Any) -> int:
 
 
 def _size_for(layer: str, experiment: Any, size: int) -> list[str]:
-  """Overrides that bring the model's state nearest to `size` bytes."""
+  """The overrides that bring the model's state closest to `size` bytes."""
   mixer = experiment.model.mixers[-1]
   fields = [name for name in ("key_dim", "value_dim") if hasattr(mixer, name)] or ["window"]
 
-  def distance(width: int) -> float:
+  def state_bytes(width: int) -> int:
     sized = mixer.clone(parent=None, **dict.fromkeys(fields, width))
     model = experiment.model.clone(mixers=(*experiment.model.mixers[:-1], sized))
-    return abs(math.log(model.state_bytes(1, experiment.data.task.length) / size))
+    return model.state_bytes(1, experiment.data.task.length)
 
-  width = min(range(4, 1025, 4), key=distance)
+  widths = range(4, 1025, 4)
+  first = bisect.bisect_left(widths, size, key=state_bytes)
+  near = widths[max(0, first - 1) : first + 1]
+  width = min(near, key=lambda width: abs(math.log(state_bytes(width) / size)))
   return [f"{layer}.{name}={width}" for name in fields]
 
 
 def _width_for(build_one: Callable[[str], Any], base: Any, parameters: int) -> str:
-  """The override that brings the model nearest to so many parameters."""
+  """The override that brings the model closest to so many parameters."""
   name = f"{type(base.model).__name__}.width"
   widths = range(8, 1025, 8)
   first = bisect.bisect_left(widths, parameters, key=lambda width: _count(build_one(f"{name}={width}")))
@@ -316,13 +319,13 @@ def _width_for(build_one: Callable[[str], Any], base: Any, parameters: int) -> s
   return min((f"{name}={width}" for width in near), key=lambda text: abs(_count(build_one(text)) - parameters))
 
 
-class _Lanes:
-  """A model trained at several learning rates from several seeds at once: everything has axes [rates, seeds] in front."""
+class VmappedRuns:
+  """Trains a model at several learning rates and from several seeds at once; arrays have leading axes [rates, seeds]."""
 
   def __init__(self, entrant: Entrant, budget: Budget):
     self.model, self.budget, self.step = entrant.experiment.model, budget, 0
     task = entrant.task.training()
-    unit = replace(entrant.experiment.optimizer, learning_rate=1.0)  # AdamW's updates are in proportion to it
+    unit = replace(entrant.experiment.optimizer, learning_rate=1.0)  # AdamW's updates are proportional to it
     transform, schedule = unit.build(budget.steps), unit.schedule(budget.steps)
     self.rates = jnp.asarray(budget.learning_rates, jnp.float32)
     seeds = jnp.arange(budget.seeds, dtype=jnp.uint32)
@@ -352,10 +355,10 @@ class _Lanes:
     self._scorers: dict[Task, Callable] = {}
 
   def train(self, until: int) -> tuple[int, np.ndarray]:
-    """Trains up to a step; the step and the mean loss since the last time, [rates, seeds]."""
+    """Trains up to a step; returns the step and the mean loss since the last call, [rates, seeds]."""
     losses = []
     while self.step < until:
-      count = min(_AT_ONCE, until - self.step)
+      count = min(_STEPS_PER_CALL, until - self.step)
       steps = jnp.arange(self.step, self.step + count)
       self.state, loss = self.advance(self.rates, self.seeds, self.state, steps)
       losses.append((count, loss))
@@ -364,12 +367,12 @@ class _Lanes:
     return self.step, np.average([np.asarray(loss) for _, loss in losses], axis=0, weights=weights)
 
   def score(self, task: Task) -> np.ndarray:
-    """On examples that no training step sees, [rates, seeds]."""
+    """Scores on examples that no training step uses, [rates, seeds]."""
     sums, counts = self._sums(task, self.state.params, self.budget.test_examples)
     return sums.sum(axis=-1) / counts.sum(axis=-1)
 
   def test(self, task: Task, rate: int) -> tuple[list[float], dict[str, list[float]]]:
-    """Scores at one learning rate: of each seed, and by kind."""
+    """Scores at one learning rate: for each seed, and for each kind of answer and seed."""
     params = jax.tree.map(lambda leaf: leaf[rate : rate + 1], self.state.params)
     sums, counts = (array[0] for array in self._sums(task, params, self.budget.test_examples))
     with np.errstate(invalid="ignore"):
@@ -378,8 +381,8 @@ class _Lanes:
     return (sums.sum(axis=-1) / counts.sum(axis=-1)).tolist(), kinds
 
   def _sums(self, task: Task, params: Any, examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores summed over answers, and their number, by kind: [rates, seeds, kinds]."""
-    rows = max(1, min(examples, 16384 // task.length))  # in one batch
+    """Sums of scores and numbers of answers by kind, [rates, seeds, kinds] each."""
+    rows = max(1, min(examples, 16384 // task.length))  # of one batch
     if task not in self._scorers:
       scored = jax.vmap(jax.vmap(partial(score_answers, self.model, len(task.kinds)), (0, None)), (0, None))
       make = jax.jit(lambda key: task.batch(key, rows))
@@ -390,13 +393,13 @@ class _Lanes:
 
 
 def summed(parts: Iterable[tuple[jax.Array, jax.Array]]) -> tuple[np.ndarray, np.ndarray]:
-  """Scores and counts of several batches, added up in float64."""
+  """Adds up the scores and counts of several batches in float64."""
   scores, counts = zip(*parts, strict=True)
   return tuple(np.sum([np.asarray(array, np.float64) for array in arrays], axis=0) for arrays in (scores, counts))
 
 
 def score_answers(model: nn.Module, kinds: int, params: Any, example: Any) -> tuple[jax.Array, jax.Array]:
-  """By kind: right answers (or squared errors) summed over a batch of examples, and answers asked for; float32 [kinds]."""
+  """For each kind: right answers (or squared errors) summed over a batch, and the number of answers; float32 [kinds]."""
   outputs, _ = model.apply(params, example.tokens, segment_ids=example.segment_ids)
   losses, right = score_targets(outputs, example.targets)
   score = losses if jnp.issubdtype(example.targets.dtype, jnp.floating) else right.astype(jnp.float32)

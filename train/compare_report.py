@@ -1,4 +1,4 @@
-"""What a comparison came to: a table for the screen and for Markdown, and pictures."""
+"""The results of a comparison as tables, for the screen and in Markdown, and as pictures."""
 
 import math
 import statistics
@@ -8,44 +8,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
 from rich.table import Table
 
+from ..zoo.formats import binary, table
 from .compare import Comparison, Entrant, Trial
 
 
 class Board:
-  """The live table: what each entrant is at. Feed it with `compare`'s news."""
+  """The live table of all entrants' progress; pass it to `compare` as `report`."""
 
   def __init__(self, entrants: Iterable[Entrant]):
     self._rows: dict[str, dict[str, Any]] = {entrant.title: {"entrant": entrant} for entrant in entrants}
     self.continuous = any(row["entrant"].task.continuous for row in self._rows.values())
 
-  def __call__(self, entrant: Entrant, news: dict[str, Any]) -> None:
-    """Takes in news of an entrant."""
-    self._rows[entrant.title].update(news)
+  def __call__(self, entrant: Entrant, progress: dict[str, Any]) -> None:
+    """Records the progress of an entrant."""
+    self._rows[entrant.title].update(progress)
 
   def __rich__(self) -> Table:
     tests = list(next(iter(self._rows.values()))["entrant"].task.tests())
-    table = Table("layer", box=SIMPLE)
-    for heading in ("state, bytes", "parameters", "step", "loss", "training", *tests):
-      table.add_column(heading, justify="right")
+    rows = []
     for row in self._rows.values():
       entrant, trial = row["entrant"], row.get("trial")
       scores = [_spread(trial.scores[test], self.continuous) for test in tests] if trial else [""] * len(tests)
       step = trial.steps if trial else row.get("step", "")
       now = [f"{row[name]:.3f}" if name in row else "" for name in ("loss", "score")]
-      table.add_row(entrant.name, f"{entrant.state_bytes:,}", f"{entrant.parameters:,}", str(step), *now, *scores)
-    return table
+      rows.append((entrant.name, binary(entrant.state_bytes), f"{entrant.parameters:,}", str(step), *now, *scores))
+    return table(None, ("layer", "state", "parameters", "step", "loss", "training", *tests), rows)
 
 
 def markdown(comparison: Comparison) -> str:
-  """The table of results: mean over seeds, and the half of the range where there are several."""
+  """The table of results in Markdown: means over seeds, and half the range where there are several seeds."""
   tests = list(comparison.chance)
-  what = "squared error" if comparison.continuous else "right answers"
   heading = ["layer", "state, bytes", "parameters", "steps", "rate", *tests]
+  spread = f"mean of {comparison.budget.seeds} seeds ± half their range"
   lines = [
-    f"`{comparison.task}`: {what} over {comparison.grows}, mean of {comparison.budget.seeds} seeds ± half their range",
+    f"`{comparison.task}`: {_measure(comparison)} by {comparison.grows}, {spread}",
     "",
     _row(heading),
     _row(["---", *["---:"] * (len(heading) - 1)]),
@@ -60,10 +58,10 @@ def markdown(comparison: Comparison) -> str:
 
 
 def draw(comparison: Comparison, directory: Path) -> list[Path]:
-  """Draws all pictures that there is something to see on; their paths.
+  """Draws the pictures that the comparison has data for; returns their paths.
 
-  `scores.png`: over the tests, a line for each layer. `frontier.png`: over state bytes, where layers have several sizes.
-  `kinds.png`: over what the task breaks results down by, as a map where all tests share it.
+  `scores.png`: scores over the tests, a line for each layer. `frontier.png`: scores over the bytes of state, if layers have
+  several sizes. `kinds.png`: scores by kind of answer, as maps if all tests have the same kinds.
   """
   drawn = []
   if len(comparison.chance) > 1:
@@ -97,7 +95,7 @@ def _draw_frontier(comparison: Comparison, path: Path) -> Path:
     _line(axes, [trial.state_bytes for trial in trials], seeds, name, {"color": colour, "marker": "o"})
   axes.axhline(comparison.chance[hardest], linestyle=":", color="0.5", linewidth=1, label="without memory")
   axes.set_xscale("log", base=2)
-  axes.xaxis.set_major_formatter(lambda size, _: _binary(size))
+  axes.xaxis.set_major_formatter(lambda size, _: binary(int(size)))
   axes.set(xlabel="state of one sequence", title=_title(comparison, f", on {hardest} {comparison.grows}"))
   return _finish(figure, axes, path)
 
@@ -140,7 +138,7 @@ def _draw_maps(comparison: Comparison, path: Path) -> Path:
     axes.set_yticks(range(len(kinds)), kinds, size=8)
   for axes in list(grid.flat)[len(trials) :]:
     axes.set_axis_off()
-  figure.colorbar(image, ax=grid, label="squared error" if comparison.continuous else "share of right answers", shrink=0.8)
+  figure.colorbar(image, ax=grid, label=_measure(comparison), shrink=0.8)
   figure.suptitle(_title(comparison), size=10)
   figure.savefig(path, dpi=120)
   return path
@@ -151,7 +149,7 @@ def _canvas(comparison: Comparison) -> tuple[Any, Any]:
 
   figure = Figure(figsize=(8, 4.5), layout="constrained")
   axes = figure.add_subplot()
-  axes.set_ylabel("squared error" if comparison.continuous else "share of right answers")
+  axes.set_ylabel(_measure(comparison))
   if not comparison.continuous:
     axes.set_ylim(-0.02, 1.02)
   axes.grid(alpha=0.25)
@@ -159,7 +157,7 @@ def _canvas(comparison: Comparison) -> tuple[Any, Any]:
 
 
 def _line(axes: Any, x: Iterable, seeds: list[list[float]], label: str, style: dict[str, Any]) -> None:
-  """The mean over seeds, and their range as a band."""
+  """Draws the mean over seeds as a line and their range as a band."""
   x, means = list(x), [float(np.mean(values)) for values in seeds]
   axes.plot(x, means, label=label, **({"marker": "o", "markersize": 4} | style))
   axes.fill_between(x, [min(v) for v in seeds], [max(v) for v in seeds], color=style["color"], alpha=0.15, linewidth=0)
@@ -177,7 +175,7 @@ def _colours(comparison: Comparison) -> dict[str, str]:
 
 
 def _styles(comparison: Comparison) -> list[dict[str, Any]]:
-  """A colour for each layer; of its sizes, the smaller the paler."""
+  """A colour for each layer; smaller sizes of a layer are paler."""
   colours, styles = _colours(comparison), []
   for trial in comparison.trials:
     sizes = sorted(other.state_bytes for other in comparison.trials if other.name == trial.name)
@@ -188,16 +186,16 @@ def _styles(comparison: Comparison) -> list[dict[str, Any]]:
 
 def _label(comparison: Comparison, trial: Trial) -> str:
   several = sum(other.name == trial.name for other in comparison.trials) > 1
-  return f"{trial.name}, {_binary(trial.state_bytes)}" if several else trial.name
+  return f"{trial.name}, {binary(trial.state_bytes)}" if several else trial.name
 
 
 def _title(comparison: Comparison, more: str = "") -> str:
-  """The task as it was written, and more, in lines that fit above a picture."""
+  """The task and `more`, in lines that fit above a picture."""
   return "\n".join(textwrap.wrap(comparison.task + more, 80))
 
 
-def _binary(count: int) -> str:
-  return f"{count / 1024:.3g} KiB" if count < 2**20 else f"{count / 2**20:.3g} MiB"
+def _measure(comparison: Comparison) -> str:
+  return "squared error" if comparison.continuous else "share of right answers"
 
 
 def _spread(seeds: list[float], continuous: bool) -> str:

@@ -1,6 +1,6 @@
-"""What a trained language model remembers: by position, by depth, and at what cost over length.
+"""Probes of a trained language model: perplexity by position, a needle by length and depth, speed by length.
 
-For `memzoo evaluate RUN --task ...`. Each probe returns plain numbers by name; `table` and `draw` show them.
+They are what `memzoo evaluate RUN --task NAME` runs. A probe returns a table of numbers; `table` and `draw` show it.
 """
 
 import json
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from rich.box import SIMPLE
 from rich.table import Table
 
+from ..zoo import formats
 from .compare import score_answers, summed
 from .data import Corpus, stack_rows
 from .tasks import Needle
@@ -27,13 +27,13 @@ from .tasks import Needle
 
 @dataclass(frozen=True)
 class Probe:
-  """What a probe found.
+  """The result of a probe.
 
   Attributes:
     name: of the probe.
-    title: what was asked.
-    rows, columns: names.
-    values: [rows, columns]; nan where there was nothing to measure.
+    title: what the numbers are.
+    rows, columns: their names.
+    values: [rows, columns]; nan where nothing could be measured.
   """
 
   name: str
@@ -50,8 +50,7 @@ class Probe:
 def perplexity(model: nn.Module, params: Any, corpus: Corpus, *, factor: int = 4, rows: int = 32) -> Probe:
   """Bits per byte of the validation text by position in the document, up to `factor` times the training length.
 
-  Where a memory is of use, what comes later is easier to predict than what comes first, also beyond the length that the
-  model was trained on.
+  If the memory helps, later positions are easier to predict than earlier ones, also beyond the training length.
   """
   length = corpus.data.sequence_length
   split = replace(corpus.validation, sequence_length=factor * length)
@@ -78,7 +77,7 @@ def perplexity(model: nn.Module, params: Any, corpus: Corpus, *, factor: int = 4
 
 
 def needle(model: nn.Module, params: Any, data: Any, *, factor: int = 4, examples: int = 32) -> Probe:
-  """The share of a pass key's digits predicted right, by length of the text and by depth of the needle in it."""
+  """The share of a pass key's digits that the model predicts right, by length of the text and depth of the key in it."""
   length = max(128, data.sequence_length // 2)
   tests = [Needle(tokens=size) for size in _doublings(factor * data.sequence_length) if size >= length]
   score = jax.jit(partial(score_answers, model, len(tests[0].kinds), params))
@@ -94,7 +93,7 @@ def needle(model: nn.Module, params: Any, data: Any, *, factor: int = 4, example
 
 
 def speed(model: nn.Module, params: Any, data: Any, *, factor: int = 16) -> Probe:
-  """Tokens a second of a forward pass over one sequence, a token a time as well, and bytes kept of it, over its length."""
+  """Tokens per second for one sequence, in one pass and token by token, and bytes of its state, by length."""
   from ..pallas_kernels.measure import seconds_per_call
 
   forward = jax.jit(lambda tokens: model.apply(params, tokens))
@@ -106,42 +105,48 @@ def speed(model: nn.Module, params: Any, data: Any, *, factor: int = 16) -> Prob
     _, state = forward(tokens)
     single = seconds_per_call(partial(step, tokens[:, :1], state), seconds=0.3)
     values.append([length / whole, 1 / single, float(model.state_bytes(1, length))])
-  columns = ["tokens/s, all at once", "tokens/s, one by one", "bytes of state"]
-  return Probe("speed", "Cost over length, of one sequence", [f"{length:,}" for length in lengths], columns, values)
+  columns = ["tokens/s in one pass", "tokens/s one by one", "bytes of state"]
+  return Probe("speed", "Speed and state of one sequence by length", [f"{length:,}" for length in lengths], columns, values)
 
 
 PROBES: dict[str, Callable[..., Probe]] = {"perplexity": perplexity, "needle": needle, "speed": speed}
 
 
 def probe(name: str, directory: str | Path, *, best: bool = False, say: Callable[[str], None] = print) -> tuple[Probe, int]:
-  """A probe of a run's newest or best checkpoint, and the step that it is from.
+  """Probes a run's newest or best checkpoint; returns the result and the checkpoint's step.
 
   Raises:
-    ValueError: if there is no such probe, or the run is not one on text.
+    ValueError: if there is no such probe, or the run was not trained on text.
   """
   from .evaluation import load_run
 
   if name not in PROBES:
-    raise ValueError(f"--task is {name!r}; want one of {', '.join(PROBES)}.")
+    raise ValueError(f"--task is {name!r}; expected one of {', '.join(PROBES)}.")
   experiment, params, step = load_run(directory, best=best, say=say)
   if not hasattr(experiment.data, "sources"):
-    raise ValueError(f"{directory} was trained on {experiment.data.task}; want a run on text for --task.")
+    raise ValueError(f"{directory} was trained on {experiment.data.task}; --task must have a run on text.")
   if name == "needle" and experiment.data.tokenizer != "bytes":
-    raise ValueError(f"TextData.tokenizer is {experiment.data.tokenizer!r}; want bytes, which --task needle is made of.")
-  of = experiment.data.load() if name == "perplexity" else experiment.data
-  return PROBES[name](experiment.model, params, of), step
+    raise ValueError(f"TextData.tokenizer is {experiment.data.tokenizer!r}; --task needle must have 'bytes'.")
+  data = experiment.data.load() if name == "perplexity" else experiment.data
+  return PROBES[name](experiment.model, params, data), step
 
 
 def table(found: Probe) -> Table:
-  """For the screen."""
-  shown = Table("", *found.columns, title=found.title, title_justify="left", box=SIMPLE)
-  for name, values in zip(found.rows, found.values, strict=True):
-    shown.add_row(name, *("" if math.isnan(value) else f"{value:,.3f}" if value < 100 else f"{value:,.0f}" for value in values))
-  return shown
+  """The result as a table for the screen."""
+  rows = [(name, *map(_cell, found.columns, values)) for name, values in zip(found.rows, found.values, strict=True)]
+  return formats.table(found.title, ("", *found.columns), rows)
+
+
+def _cell(column: str, value: float) -> str:
+  if math.isnan(value):
+    return ""
+  if column == "bytes of state":
+    return formats.binary(int(value))
+  return f"{value:,.3f}" if value < 100 else f"{value:,.0f}"
 
 
 def draw(found: Probe, path: Path) -> None:
-  """As a picture: a map of the needles; else a curve for each column that is not a count."""
+  """Draws the result: a map for needles, otherwise a curve for each column that is not a count."""
   from matplotlib.figure import Figure
 
   values = np.array(found.values)
@@ -165,12 +170,12 @@ def draw(found: Probe, path: Path) -> None:
 
 
 def _doublings(end: int) -> list[int]:
-  """0, 16, 32, ... up to `end`, which is the last."""
+  """0, 16, 32, ..., doubling, with `end` as the last."""
   return [0, *(16 * 2**i for i in range(64) if 16 * 2**i < end), end]
 
 
 def _positions(segment_ids: np.ndarray) -> np.ndarray:
-  """int32 [T]: the position of each token in its document's part of the row."""
+  """The position of each token in its document's part of the row, int32 [T]."""
   starts = np.flatnonzero(np.diff(segment_ids, prepend=-1))
   return (np.arange(len(segment_ids)) - np.repeat(starts, np.diff([*starts, len(segment_ids)]))).astype(np.int32)
 

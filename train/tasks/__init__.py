@@ -1,4 +1,4 @@
-"""Tasks that tell memories apart, by name."""
+"""Tasks that show the differences between memories, by name."""
 
 from .copying import Induction, SelectiveCopying
 from .data import TaskData

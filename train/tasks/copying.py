@@ -1,4 +1,4 @@
-"""Copying what was scattered, and going on as it went on before."""
+"""Copying tasks: scattered tokens, and the token that followed a marker."""
 
 from dataclasses import dataclass, replace
 
@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .task import Example, Task, sequence, want
+from .task import Example, Task, require, sequence
 
 
 @dataclass(frozen=True)
 class SelectiveCopying(Task):
-  """Selective copying (Gu & Dao 2023, arXiv:2312.00752): tokens scattered among blanks, to be given back in order.
+  """Selective copying (Gu & Dao 2023, arXiv:2312.00752): copy tokens that are scattered among blanks.
 
       . . a . b . . . c . ? ? ?   ->   a b c   at the question marks
 
   Attributes:
-    tokens: among which the data is scattered.
-    data: tokens to copy.
-    vocabulary: of the data; the blank and the question mark are two tokens more.
+    tokens: length of the part that contains the data.
+    data: number of tokens to copy.
+    vocabulary: number of data tokens; the blank and the question mark are two more.
   """
 
   tokens: int = 128
@@ -26,8 +26,8 @@ class SelectiveCopying(Task):
   vocabulary: int = 16
 
   def __post_init__(self):
-    want(self, "data of at least one token, and no more than there are tokens", 1 <= self.data <= self.tokens)
-    want(self, "a vocabulary of at least 2", self.vocabulary >= 2)
+    require(self, "data of 1 to `tokens` tokens", 1 <= self.data <= self.tokens)
+    require(self, "a vocabulary of at least 2", self.vocabulary >= 2)
 
   @property
   def length(self) -> int:
@@ -57,31 +57,31 @@ class SelectiveCopying(Task):
     tokens = np.asarray(example.tokens)[: self.tokens]
     return np.concatenate([np.zeros(self.tokens, int), tokens[tokens != self.vocabulary]])
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
-    return chance.integers(0, self.vocabulary, self.length)
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
+    return random.integers(0, self.vocabulary, self.length)
 
   def tests(self) -> dict[str, Task]:
-    """Scattered over more and more tokens, up to four times these."""
+    """The same data among up to four times as many tokens."""
     return {str(factor * self.tokens): replace(self, tokens=factor * self.tokens) for factor in (1, 2, 4)}
 
 
 @dataclass(frozen=True)
 class Induction(Task):
-  """Induction heads (Olsson et al. 2022, arXiv:2209.11895), in the form of arXiv:2312.00752: what followed the sign before?
+  """Induction heads (Olsson et al. 2022, arXiv:2209.11895), as in arXiv:2312.00752: repeat what followed the marker.
 
       . . . ! x . . . . . . !   ->   x
 
   Attributes:
-    tokens: of the example.
-    vocabulary: of what is not the sign.
+    tokens: length of the example.
+    vocabulary: number of tokens besides the marker.
   """
 
   tokens: int = 128
   vocabulary: int = 16
 
   def __post_init__(self):
-    want(self, "at least 3 tokens", self.tokens >= 3)
-    want(self, "a vocabulary of at least 2", self.vocabulary >= 2)
+    require(self, "at least 3 tokens", self.tokens >= 3)
+    require(self, "a vocabulary of at least 2", self.vocabulary >= 2)
 
   @property
   def length(self) -> int:
@@ -107,9 +107,9 @@ class Induction(Task):
     tokens = np.asarray(example.tokens)
     return np.full(self.tokens, tokens[np.flatnonzero(tokens == self.vocabulary)[0] + 1])
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
-    return chance.integers(0, self.vocabulary, self.length)
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
+    return random.integers(0, self.vocabulary, self.length)
 
   def tests(self) -> dict[str, Task]:
-    """Longer and longer, up to eight times these."""
+    """Up to eight times as many tokens."""
     return {str(factor * self.tokens): replace(self, tokens=factor * self.tokens) for factor in (1, 2, 4, 8)}

@@ -1,4 +1,4 @@
-"""A task as the data of a run: batches without end, made where they are used."""
+"""A task as the data of a run: an endless series of batches, made on demand."""
 
 import hashlib
 import math
@@ -14,17 +14,17 @@ from ..checks import at_least, check_seed
 from ..data import check_documents
 from .task import Example, Task
 
-_VALIDATION = 2**31  # batches of validation are numbered from here: no run comes that far
+_VALIDATION = 2**31  # validation batches are numbered from here; no run has so many training batches
 
 
 @dataclass(frozen=True)
 class TaskData:
-  """Examples of a task to train on, made as they are needed and never twice.
+  """Training examples of a task, made on demand; none is repeated.
 
   Attributes:
-    task: one of `memzoo.train.tasks`; its `training()` is what is trained on.
+    task: one of `memzoo.train.tasks`; the run trains on its `training()`.
     batch_size: examples in a batch.
-    validation_batches: that all evaluations of a run are on, unless they want fewer.
+    validation_batches: number of batches of a full evaluation.
     seed: of the examples.
   """
 
@@ -39,7 +39,7 @@ class TaskData:
 
   @property
   def vocab_size(self) -> int:
-    """Number of tokens that the task is made of; a model's `vocab_size` must be at least this."""
+    """Number of different tokens; the model's `vocab_size` must be at least this."""
     return self.task.vocab_size
 
   @property
@@ -49,18 +49,18 @@ class TaskData:
 
   @property
   def source(self) -> str:
-    """The task, in words."""
+    """The task with its parameters, as text."""
     return str(self.task)
 
   @property
   def one_token(self) -> np.ndarray:
-    """What a model may be initialised with: a batch of one sequence of one token."""
+    """An input to initialise a model with: one sequence of one token."""
     return np.zeros((1, 1, self.task.input_dim), np.float32) if self.task.continuous else np.zeros((1, 1), np.int32)
 
   tokenizer_digest = None
 
   def check_tokenizer(self, digest: None) -> None:
-    """There is none."""
+    """Does nothing: a task has no tokenizer."""
 
   def check_model(self, model: Any) -> None:
     """Raises `ValueError` if `model` does not fit the task's tokens, or its vectors."""
@@ -70,21 +70,21 @@ class TaskData:
       dims = (self.task.input_dim, self.task.output_dim)
       if not isinstance(model, VectorModel) or (model.input_dim, model.output_dim) != dims:
         raise ValueError(
-          f"{self.task} goes from vectors to vectors; want a VectorModel of input_dim={dims[0]} and output_dim={dims[1]}."
+          f"{self.task} maps vectors to vectors; expected a VectorModel of input_dim={dims[0]} and output_dim={dims[1]}."
         )
     elif isinstance(model, VectorModel) or model.vocab_size < self.vocab_size:
       raise ValueError(
-        f"LanguageModel.vocab_size is {model.vocab_size}; want at least {self.vocab_size}, the number of tokens of "
+        f"LanguageModel.vocab_size is {model.vocab_size}; expected at least {self.vocab_size}, the number of tokens of "
         f"{self.task}."
       )
     check_documents(model, self.task.training().documents, "choose a task with fewer examples in a row")
 
   def encode(self, text: str) -> list[int]:
-    """Raises `ValueError`: tasks are not made of text."""
-    raise ValueError(f"{self.task} is not made of text; want a run on text to generate from.")
+    """Raises `ValueError`: a task is not made of text."""
+    raise ValueError(f"{self.task} is not made of text; expected a run on text to generate from.")
 
   def load(self) -> "TaskCorpus":
-    """The examples. Nothing is read; see `TaskCorpus`."""
+    """The corpus of the task's examples; reads nothing."""
     return TaskCorpus(self)
 
 
@@ -96,44 +96,44 @@ class TaskCorpus:
 
   @property
   def measure(self) -> str:
-    """What a loss is told in."""
+    """The unit of a reported loss."""
     return "squared_error" if self.data.task.continuous else "bits_per_answer"
 
   def measured(self, loss: float, validation: bool = False) -> float:
-    """A loss in nats per answer, in bits; the squared error of vectors, as it is."""
+    """Converts a loss: nats per answer to bits; a squared error stays as it is."""
     return loss if self.data.task.continuous else loss / math.log(2)
 
   def baselines(self, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
-    """What one without memory scores: bits, if all the answers that it guesses among are equally likely."""
+    """The score without memory; in bits, if all answers to guess among are equally likely."""
     chance = self.data.task.training().chance
     return {"without memory": chance if self.data.task.continuous else -math.log2(chance)}
 
   @property
   def fingerprint(self) -> str:
-    """A digest of all that decides the examples."""
+    """A digest of everything that determines the examples."""
     return hashlib.blake2b(f"{self.data.task} {self.data.seed}".encode(), digest_size=16).hexdigest()
 
   def summary(self, steps: int) -> str:
     """One line about the task."""
     task = self.data.task.training()
-    return f"{self.data.task}: {steps * self.data.batch_size:,} examples of {task.length}, none seen twice."
+    return f"{self.data.task}: {steps * self.data.batch_size:,} examples of {task.length} tokens, none repeated."
 
   @cached_property
   def batch_on_device(self) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """The batch of a number, jitted."""
+    """A jitted function from a batch's number to the batch."""
     task, size, seed = self.data.task.training(), self.data.batch_size, self.data.seed
     return jax.jit(lambda number: as_batch(task.batch(jax.random.fold_in(jax.random.key(seed), number), size)))
 
   def batch(self, number: int) -> dict[str, np.ndarray]:
-    """The batch of a number, whole."""
+    """The whole batch of a number, on the host."""
     return jax.device_get(self.batch_on_device(np.uint32(number)))
 
   def batches(self, share: int = 0, shares: int = 1) -> "TaskBatches":
-    """Training batches without end; see `Corpus.batches`."""
+    """An endless iterator over training batches; see `Corpus.batches`."""
     return TaskBatches(self, partial(_rows, share=share, shares=shares))
 
   def validation_batches(self, count: int) -> list[dict[str, np.ndarray]]:
-    """At most `count` batches that no training step sees; 0 means all there are."""
+    """At most `count` batches that no training step uses; 0 means `validation_batches`."""
     wanted = self.data.validation_batches if count == 0 else min(count, self.data.validation_batches)
     return [self.batch(_VALIDATION + number) for number in range(wanted)]
 
@@ -152,16 +152,16 @@ class TaskBatches:
     return self._rows(self._corpus.batch(self._next - 1))
 
   def get_state(self) -> dict[str, int]:
-    """The position."""
+    """The position, to be saved."""
     return {"next": self._next}
 
   def set_state(self, state: dict[str, int]) -> None:
-    """Goes to a position."""
+    """Restores a position."""
     self._next = state["next"]
 
 
 def as_batch(example: Example) -> dict[str, Any]:
-  """What a training step takes, of a batch of examples."""
+  """The fields of a batch of examples that a training step takes."""
   return {name: getattr(example, name) for name in ("tokens", "targets", "weights", "segment_ids")}
 
 

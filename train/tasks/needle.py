@@ -1,4 +1,4 @@
-"""Needles in real text: pass keys hidden at some depth, asked for at the end."""
+"""Needles in real text: pass keys hidden at some depth and asked for at the end."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .task import Example, Task, distinct, sequence, want
+from .task import Example, Task, distinct, require, sequence
 
 _DIGITS = np.frombuffer(b"0123456789", np.uint8).astype(np.int32)
 _NAMES = [f"{a}{b}" for a in "ABCDEFGH" for b in "KLMNPRST"]
@@ -15,7 +15,7 @@ _NAMES = [f"{a}{b}" for a in "ABCDEFGH" for b in "KLMNPRST"]
 
 @lru_cache
 def haystack(sources: str | tuple[str, ...], size: int) -> np.ndarray:
-  """The first `size` bytes of a text, uint8; see `TextData.sources`."""
+  """The first `size` bytes of the text of `sources` (see `TextData.sources`), uint8."""
   from ..sources import read_documents
 
   parts, total = [], 0
@@ -29,20 +29,19 @@ def haystack(sources: str | tuple[str, ...], size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Needle(Task):
-  """Pass keys in text (Mohtashami & Jaggi 2023, arXiv:2305.16300): bytes, of which some lines say what is asked at the end.
+  """Pass keys in text (Mohtashami & Jaggi 2023, arXiv:2305.16300): recall a number that one line of the text states.
 
       ...text...  \\nThe pass key of AK is 40713.\\n  ...text...  \\nThe pass key of AK is   ->   40713
 
-  Every answer's digit is predicted from the text before it, the digits before it included. An example counts digits; its
-  first digit is the one that recall alone can know.
+  Each digit of the answer is predicted from the text before it, including the previous digits. Scores count digits.
 
   Attributes:
-    tokens: bytes of the example.
-    needles: hidden in it, each under a name of its own; one of them is asked for.
-    digits: of a pass key.
-    shallowest, deepest: where the needle that is asked for lies, from 0 (the beginning) to 1 (the end).
-    sources: of the text, as for `TextData.sources`.
-    text_bytes: of it that passages are taken from.
+    tokens: length of the example in bytes.
+    needles: number of pass keys in it, each with its own name; one of them is asked for.
+    digits: number of digits of a pass key.
+    shallowest, deepest: range of the depth of the requested needle, from 0 (the beginning) to 1 (the end).
+    sources: of the text, as in `TextData.sources`.
+    text_bytes: passages are taken from this many bytes at the start of the text.
   """
 
   tokens: int = 256
@@ -54,12 +53,12 @@ class Needle(Task):
   text_bytes: int = 1_000_000
 
   def __post_init__(self):
-    want(self, "at least one of digits", self.digits >= 1)
-    want(self, f"1 to {len(_NAMES)} needles", 1 <= self.needles <= len(_NAMES))
-    want(self, "0 <= shallowest <= deepest <= 1", 0 <= self.shallowest <= self.deepest <= 1)
+    require(self, "at least one of digits", self.digits >= 1)
+    require(self, f"1 to {len(_NAMES)} needles", 1 <= self.needles <= len(_NAMES))
+    require(self, "0 <= shallowest <= deepest <= 1", 0 <= self.shallowest <= self.deepest <= 1)
     fewest = (self.needles + 1) * self._line
-    want(self, f"at least {fewest} tokens, for the needles and the question", self.tokens >= fewest)
-    want(self, f"text_bytes of more than the tokens, {self.tokens}", self.text_bytes > self.tokens)
+    require(self, f"at least {fewest} tokens, for the needles and the question", self.tokens >= fewest)
+    require(self, f"text_bytes of more than the tokens, {self.tokens}", self.text_bytes > self.tokens)
 
   @property
   def _line(self) -> int:
@@ -84,14 +83,14 @@ class Needle(Task):
   def example(self, key: jax.Array) -> Example:
     for_text, for_names, for_digits, for_depth, for_others = jax.random.split(key, 5)
     text = jnp.asarray(haystack(self.sources, self.text_bytes))
-    question = self._line - 2  # without the full stop and the end of the line
-    room = self.tokens - question  # for the text and the needles
+    question = self._line - 2  # without the full stop and the line break
+    room = self.tokens - question  # for the text with its needles
     start = jax.random.randint(for_text, (), 0, max(1, len(text) - room))
     passage = jax.lax.dynamic_slice(text, (start,), (room,)).astype(jnp.int32)
     names = distinct(for_names, self.needles, 0, len(_NAMES))
     digits = jax.random.randint(for_digits, (self.needles, self.digits), 0, 10)
     lines = jax.vmap(self._needle)(names, digits)
-    slots = room // self._line  # needles lie on a grid, so that none hides another
+    slots = room // self._line  # needles lie on a grid, so that none overwrites another
     depth = jax.random.uniform(for_depth, minval=self.shallowest, maxval=self.deepest)
     slot = jnp.minimum((depth * slots).astype(jnp.int32), slots - 1)
     others = (slot + distinct(for_others, self.needles - 1, 1, slots)) % slots if self.needles > 1 else jnp.zeros(0, jnp.int32)
@@ -115,11 +114,11 @@ class Needle(Task):
     answer = text[found : found + self.digits]
     return np.concatenate([np.zeros(self.tokens - self.digits - 1, int), np.frombuffer(answer, np.uint8), [0]])
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
-    return chance.choice(_DIGITS, self.tokens)
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
+    return random.choice(_DIGITS, self.tokens)
 
   def tests(self) -> dict[str, Task]:
-    """Twice the length each time, up to sixteen times."""
+    """Lengths that double, up to sixteen times the length."""
     lengths = [factor * self.tokens for factor in (1, 2, 4, 8, 16) if factor * self.tokens < self.text_bytes]
     return {str(length): replace(self, tokens=length) for length in lengths}
 

@@ -1,4 +1,4 @@
-"""Recall by key: plain, from noisy writes, and of what has been superseded since."""
+"""Recall by key: plain, after overwriting, from noisy writes, and of facts that were superseded."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -7,25 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .task import Example, Mixture, Task, distinct, sequence, want
+from .task import Example, Mixture, Task, distinct, require, sequence
 
 
 @dataclass(frozen=True)
 class MultiQueryRecall(Task):
-  """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927), by the generator of its authors.
+  """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927), with its authors' generator.
 
       k_1 v_1 k_2 v_2 ... k_n v_n   then, among filler, each key once:  ... k_i ...  -> v_i
 
-  Keys are different tokens of the lower half of the vocabulary (without 0), values different ones of the upper half. The
-  queries lie on even positions; the gap of each, counted in slots of two after the pairs, is drawn without replacement
-  in proportion to slot^(power - 1): mostly soon.
+  Keys are different tokens from the lower half of the vocabulary (without 0), values from the upper half. Queries are at
+  even positions. The gap of each query, in slots of two tokens after the pairs, is drawn without replacement with
+  probability proportional to slot^(power - 1), so most queries come soon.
 
   Attributes:
-    tokens: of the example; even, at least four for each pair.
-    pairs: to remember.
-    vocabulary: half keys, half values.
-    power: how soon queries come; 1 is any time.
-    filler: what is neither pair nor query is a random token; otherwise 0.
+    tokens: length of the example; even, at least four for each pair.
+    pairs: number of pairs to remember.
+    vocabulary: number of tokens; half are keys, half are values.
+    power: how soon queries come; with 1 all gaps are equally likely.
+    filler: whether random tokens fill the positions between queries; otherwise they are 0.
   """
 
   grows: ClassVar[str] = "pairs"
@@ -37,12 +37,12 @@ class MultiQueryRecall(Task):
   filler: bool = True
 
   def __post_init__(self):
-    want(self, "at least one of pairs", self.pairs >= 1)
-    want(self, "an even number of tokens", self.tokens % 2 == 0)
-    want(self, f"at least {4 * self.pairs} tokens, four for each of pairs={self.pairs}", self.tokens >= 4 * self.pairs)
+    require(self, "at least one of pairs", self.pairs >= 1)
+    require(self, "an even number of tokens", self.tokens % 2 == 0)
+    require(self, f"at least {4 * self.pairs} tokens, four for each of pairs={self.pairs}", self.tokens >= 4 * self.pairs)
     fewest = 2 * (self.pairs + 1)
-    want(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
-    want(self, "a power between 0 and 1, 0 excluded", 0 < self.power <= 1)
+    require(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
+    require(self, "a power between 0 and 1, 0 excluded", 0 < self.power <= 1)
 
   @property
   def length(self) -> int:
@@ -76,11 +76,11 @@ class MultiQueryRecall(Task):
     memory = {int(key): int(value) for key, value in pairs}
     return np.array([memory.get(int(token), 0) for token in example.tokens])
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
-    return chance.choice(np.asarray(example.tokens)[1 : 2 * self.pairs : 2], self.tokens)
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
+    return random.choice(np.asarray(example.tokens)[1 : 2 * self.pairs : 2], self.tokens)
 
   def training(self) -> Task:
-    """Its authors' mix of 4 to 64 pairs in 64 to 256 tokens, as far as it is no harder than this, and this; packed."""
+    """Its authors' mix of 4 to 64 pairs in 64 to 256 tokens, up to the size of this task, and this task; packed."""
     sizes = [size for size in _TRAINING if size[1] <= self.pairs and size[0] <= self.tokens]
     if self.tokens <= _TRAINING[-1][0] and (self.tokens, self.pairs) not in [size[:2] for size in sizes]:
       sizes.append((self.tokens, self.pairs, 20))
@@ -88,7 +88,7 @@ class MultiQueryRecall(Task):
     return Mixture(tasks, tuple(count for *_, count in sizes))
 
   def tests(self) -> dict[str, Task]:
-    """Twice the pairs each time, up to these; none is longer than need be."""
+    """Numbers of pairs that double, up to this task's; each at its shortest length."""
     sizes = [size for size in _TESTS if size[1] <= self.pairs and size[0] <= self.tokens]
     sizes = sizes if (self.tokens, self.pairs) in sizes else [*sizes, (self.tokens, self.pairs)]
     return {str(pairs): replace(self, tokens=tokens, pairs=pairs) for tokens, pairs in sizes}
@@ -100,7 +100,7 @@ _TESTS = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 2
 
 
 class _Rewritten(Task):
-  """`pairs` keys, each written `writes` times, then each asked for once."""
+  """`pairs` keys, each written `writes` times and then asked for once."""
 
   @property
   def length(self) -> int:
@@ -113,14 +113,14 @@ class _Rewritten(Task):
 
 @dataclass(frozen=True)
 class Overwriting(_Rewritten):
-  """Recall of what was written last under a key (Schlag et al. 2021, arXiv:2102.11174, section 6.1): sums cannot know it.
+  """Recall of the last value of a key (Schlag et al. 2021, arXiv:2102.11174, section 6.1), which a sum of writes cannot tell.
 
       k v  j w  k u  j x ...   then each key once:   k -> u   j -> x
 
   Attributes:
-    pairs: keys to remember the last value of.
-    writes: of each key, all of different values, in random order among all.
-    vocabulary: half keys, half values.
+    pairs: number of keys.
+    writes: writes of each key, all with different values; the writes of all keys are in random order.
+    vocabulary: number of tokens; half are keys, half are values.
   """
 
   grows: ClassVar[str] = "writes of a key"
@@ -130,9 +130,9 @@ class Overwriting(_Rewritten):
   vocabulary: int = 128
 
   def __post_init__(self):
-    want(self, "at least one of pairs and of writes", min(self.pairs, self.writes) >= 1)
+    require(self, "at least one of pairs and of writes", min(self.pairs, self.writes) >= 1)
     fewest = 2 * max(self.pairs + 1, self.pairs * self.writes)
-    want(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
+    require(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
 
   @property
   def chance(self) -> float:
@@ -156,25 +156,25 @@ class Overwriting(_Rewritten):
     memory = {int(key): int(value) for key, value in tokens[:total].reshape(-1, 2)}
     return np.array([0] * total + [memory[int(key)] for key in tokens[total:]])
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
-    return chance.choice(np.asarray(example.tokens)[1 : 2 * self.pairs * self.writes : 2], self.length)
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
+    return random.choice(np.asarray(example.tokens)[1 : 2 * self.pairs * self.writes : 2], self.length)
 
   def tests(self) -> dict[str, Task]:
-    """Each key written once, and more and more often, up to this."""
+    """More and more writes of each key, from one up to `writes`."""
     return {str(writes): replace(self, writes=writes) for writes in sorted({1, (1 + self.writes) // 2, self.writes})}
 
 
 @dataclass(frozen=True)
 class NoisyRecall(_Rewritten):
-  """Recall of values that were written several times, now and then wrongly: the answer is what was written most.
+  """Recall of values that were written several times, sometimes wrongly: the answer is the most frequent value of a key.
 
       k v  k v'  j w  k v  j w ...   then each key once:   k -> v
 
   Attributes:
-    pairs: to remember.
-    writes: of each pair, in random order among all.
-    outliers: share of writes whose value is wrong; of no pair as many as half.
-    vocabulary: half keys, half values.
+    pairs: number of pairs to remember.
+    writes: writes of each pair; the writes of all pairs are in random order.
+    outliers: share of writes with a wrong value; always fewer than half of a pair's writes.
+    vocabulary: number of tokens; half are keys, half are values.
   """
 
   grows: ClassVar[str] = "writes that are wrong"
@@ -185,11 +185,11 @@ class NoisyRecall(_Rewritten):
   vocabulary: int = 256
 
   def __post_init__(self):
-    want(self, "at least one of pairs", self.pairs >= 1)
-    want(self, "at least 3 writes of each pair, so that one can be wrong", self.writes >= 3)
-    want(self, "outliers from 0 to less than 0.5", 0 <= self.outliers < 0.5)
+    require(self, "at least one of pairs", self.pairs >= 1)
+    require(self, "at least 3 writes of each pair, so that one can be wrong", self.writes >= 3)
+    require(self, "outliers from 0 to less than 0.5", 0 <= self.outliers < 0.5)
     fewest = 2 * (self.pairs + 2)
-    want(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
+    require(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
 
   @property
   def chance(self) -> float:
@@ -201,7 +201,7 @@ class NoisyRecall(_Rewritten):
     keys = distinct(for_keys, self.pairs, 1, half)
     values = distinct(for_values, self.pairs, half, self.vocabulary)
     wrong = jax.random.bernoulli(for_outliers, self.outliers, (self.pairs, self.writes))
-    wrong = wrong & (jnp.cumsum(wrong, axis=1) <= (self.writes - 1) // 2)  # the first so many: the right ones stay ahead
+    wrong = wrong & (jnp.cumsum(wrong, axis=1) <= (self.writes - 1) // 2)  # keeps fewer wrong than right writes of each pair
     shift = jax.random.randint(for_wrong, wrong.shape, 1, half)
     written = jnp.where(wrong, half + (values[:, None] - half + shift) % half, values[:, None])
     order = jax.random.permutation(for_order, total)
@@ -218,18 +218,18 @@ class NoisyRecall(_Rewritten):
     most = [np.bincount(values[keys == key]).argmax() for key in tokens[total:]]
     return np.concatenate([np.zeros(total, int), most])
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
-    return chance.choice(np.unique(self.solve(example)[-self.pairs :]), self.length)
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
+    return random.choice(np.unique(self.solve(example)[-self.pairs :]), self.length)
 
   def tests(self) -> dict[str, Task]:
-    """More and more outliers, up to these."""
+    """More and more outliers, from none up to this share."""
     shares = sorted({0.0, self.outliers / 2, self.outliers})
     return {f"{share:.0%}": replace(self, outliers=share) for share in shares}
 
 
 @dataclass(frozen=True)
 class StaleFacts(Task):
-  """Facts that are superseded under another key: what the old key said must be gone, without the new one being touched.
+  """Facts of which some are superseded by a write under another key: the old key must then read as "gone".
 
       - k v    - j w    ...    k m u    ...    k -> gone    m -> u    j -> w
 
@@ -237,9 +237,9 @@ class StaleFacts(Task):
   once, by a key that was not in use. Queries, one for each key, follow the writes: the value, or "gone".
 
   Attributes:
-    facts: at the beginning.
-    superseded: of them, later on.
-    vocabulary: half keys, half values; "-" and "gone" are two tokens more.
+    facts: number of facts that supersede none.
+    superseded: number of these that are superseded later.
+    vocabulary: number of keys and values, half each; "-" and "gone" are two more tokens.
   """
 
   grows: ClassVar[str] = "facts superseded"
@@ -249,9 +249,9 @@ class StaleFacts(Task):
   vocabulary: int = 128
 
   def __post_init__(self):
-    want(self, "at least one of facts, and 0 to facts of them superseded", 0 <= self.superseded <= self.facts >= 1)
+    require(self, "at least one of facts, and superseded from 0 to facts", 0 <= self.superseded <= self.facts >= 1)
     fewest = 2 * (self.facts + self.superseded)
-    want(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
+    require(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
 
   @property
   def _keys(self) -> int:
@@ -267,7 +267,7 @@ class StaleFacts(Task):
 
   @property
   def chance(self) -> float:
-    """Guessing "gone" as often as it is right, and else one of the values."""
+    """For guessing "gone" as often as it is right, and otherwise one of the values."""
     gone = self.superseded / self._keys
     return gone**2 + (1 - gone) * (1 - gone) / self._keys
 
@@ -282,7 +282,7 @@ class StaleFacts(Task):
     values = distinct(for_values, total, half, self.vocabulary)
     old = jax.random.choice(for_old, self.facts, (self.superseded,), replace=False)
     supersedes = jnp.full(total, none).at[self.facts :].set(keys[old])
-    # In any order in which a fact is written before it is superseded: where it is not, the two change places.
+    # A random order. Where a fact would come after the one that supersedes it, the two are swapped.
     place = jax.random.permutation(for_order, total)
     first, second = place[old], place[self.facts :]
     place = place.at[old].set(jnp.minimum(first, second)).at[self.facts :].set(jnp.maximum(first, second))
@@ -308,12 +308,12 @@ class StaleFacts(Task):
         memory[int(old)] = self.vocabulary + 1
     return np.array([0] * 3 * total + [memory[int(key)] for key in tokens[3 * total :]])
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
     values = np.asarray(example.tokens)[2 : 3 * self._keys : 3]
-    gone = chance.random(self.length) < self.superseded / self._keys
-    return np.where(gone, self.vocabulary + 1, chance.choice(values, self.length))
+    gone = random.random(self.length) < self.superseded / self._keys
+    return np.where(gone, self.vocabulary + 1, random.choice(values, self.length))
 
   def tests(self) -> dict[str, Task]:
-    """The same number of facts, more and more of them superseded."""
+    """The same number of facts, of which more and more are superseded."""
     counts = sorted({self.superseded // 2, self.superseded, self.facts})
     return {str(count): replace(self, superseded=count) for count in counts}

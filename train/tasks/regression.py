@@ -1,4 +1,4 @@
-"""Regression in context: vectors instead of tokens, and a map that may change on the way."""
+"""In-context regression: vectors instead of tokens, and a linear map that may change within a sequence."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -7,24 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .task import Example, Task, sequence, want
+from .task import Example, Task, require, sequence
 
 
 @dataclass(frozen=True)
 class Regression(Task):
-  """In-context regression (Garg et al. 2022, arXiv:2208.01066), stationary or by pieces (arXiv:2510.01450, section 5).
+  """In-context regression (Garg et al. 2022, arXiv:2208.01066), stationary or piecewise (arXiv:2510.01450, section 5).
 
       token t = (k_t, W k_t + noise, k_{t+1})   ->   W k_{t+1}          k uniform on the sphere, W_ij ~ N(0, 1)
 
-  What a test-time regression is about: each token writes a pair and asks about the next. W is drawn anew for every piece,
-  without a sign; the last token of a piece asks nothing. The error is the squared distance over the value's dimension:
-  zero says 1.
+  Each token writes a pair and asks for the value of the next key. W is drawn anew for every piece, without a signal; the
+  last token of a piece asks for nothing. The error is the squared distance divided by the value's dimension; answering zero
+  has an error of 1.
 
   Attributes:
-    tokens: of the example.
-    piece: tokens from one W to the next; divides `tokens`, and where it equals them W stays.
-    key_dim, value_dim: of k and of W k.
-    noise: standard deviation of what is added to written values; it is not asked for.
+    tokens: length of the example.
+    piece: number of tokens with the same W; divides `tokens`. If the two are equal, W never changes.
+    key_dim, value_dim: dimensions of k and of W k.
+    noise: standard deviation of the noise on written values; targets have none.
   """
 
   continuous: ClassVar[bool] = True
@@ -37,9 +37,9 @@ class Regression(Task):
   noise: float = 0.0
 
   def __post_init__(self):
-    want(self, "a piece of at least 2 tokens that divides them", self.piece >= 2 and self.tokens % self.piece == 0)
-    want(self, "at least one of tokens, key_dim and value_dim", min(self.tokens, self.key_dim, self.value_dim) >= 1)
-    want(self, "a noise of 0 or more", self.noise >= 0)
+    require(self, "a piece of at least 2 that divides tokens", self.piece >= 2 and self.tokens % self.piece == 0)
+    require(self, "at least one of tokens, key_dim and value_dim", min(self.tokens, self.key_dim, self.value_dim) >= 1)
+    require(self, "a noise of 0 or more", self.noise >= 0)
 
   @property
   def length(self) -> int:
@@ -55,7 +55,7 @@ class Regression(Task):
 
   @property
   def chance(self) -> float:
-    """The error, not an accuracy: of answering zero."""
+    """The error of answering zero."""
     return 1.0
 
   @property
@@ -80,7 +80,7 @@ class Regression(Task):
     )
 
   def solve(self, example: Example) -> np.ndarray:
-    """Least squares on the piece so far, of least norm: exact after `key_dim` tokens of it, where there is no noise."""
+    """Least squares of least norm on the piece so far; exact after `key_dim` tokens if there is no noise."""
     tokens = np.asarray(example.tokens, np.float64).reshape(-1, self.piece, self.input_dim)
     answers = np.zeros((*tokens.shape[:2], self.value_dim))
     for piece, answer in zip(tokens, answers, strict=True):
@@ -89,9 +89,9 @@ class Regression(Task):
         answer[i] = asked[i] @ np.linalg.lstsq(keys[: i + 1], values[: i + 1], rcond=1e-6)[0]
     return answers.reshape(self.tokens, -1)
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
     return np.zeros((self.tokens, self.value_dim))
 
   def tests(self) -> dict[str, Task]:
-    """These pieces, and one that lasts."""
+    """These pieces, and one map for the whole sequence."""
     return {str(piece): replace(self, piece=piece) for piece in dict.fromkeys((self.piece, self.tokens))}

@@ -1,4 +1,4 @@
-"""Two lists with one token in common: which?"""
+"""Find the one token that two lists share."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -7,21 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .task import Example, Mixture, Task, distinct, sequence, want
+from .task import Example, Mixture, Task, distinct, require, sequence
 
 
 @dataclass(frozen=True)
 class SetDisjointness(Task):
-  """Set disjointness (Arora et al. 2024, arXiv:2407.05483): a memory must hold the list that comes first, short or long.
+  """Set disjointness (Arora et al. 2024, arXiv:2407.05483): find the one element that two lists share.
 
       [1] a b c [2] d b e f g [3]   ->   b
 
-  The elements of both lists are all different but for one. Where the long list comes first, a memory smaller than it cannot
-  know what to keep; the other way round the short list will do.
+  All other elements of both lists are different. A memory must hold the whole first list, so the task is easier when the
+  shorter list comes first.
 
   Attributes:
-    first, second: elements of the lists.
-    vocabulary: all tokens, with 0 (for nothing) and the three signs.
+    first, second: number of elements of each list.
+    vocabulary: number of tokens, including 0 (unused) and the three markers.
   """
 
   grows: ClassVar[str] = "elements of the first list, of the second"
@@ -31,9 +31,9 @@ class SetDisjointness(Task):
   vocabulary: int = 2048
 
   def __post_init__(self):
-    want(self, "at least one element in each list", min(self.first, self.second) >= 1)
+    require(self, "at least one element in each list", min(self.first, self.second) >= 1)
     fewest = self.first + self.second + 3
-    want(self, f"a vocabulary of at least {fewest}", self.vocabulary >= fewest)
+    require(self, f"a vocabulary of at least {fewest}", self.vocabulary >= fewest)
 
   @property
   def length(self) -> int:
@@ -68,17 +68,17 @@ class SetDisjointness(Task):
     (common,) = set(self._lists(example)[0].tolist()) & set(self._lists(example)[1].tolist())
     return np.full(self.length, common)
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
-    return np.full(self.length, chance.choice(min(self._lists(example), key=len)))
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
+    return np.full(self.length, random.choice(min(self._lists(example), key=len)))
 
   def training(self) -> Task:
-    """Both orders in equal numbers, padded to the same rows by packing one in each."""
+    """Both orders in equal numbers; both have the same length."""
     if self.first == self.second:
       return self
     return Mixture((self, replace(self, first=self.second, second=self.first)), (1, 1))
 
   def tests(self) -> dict[str, Task]:
-    """Both orders of these lists, and of lists of which the longer is half as long and twice as long."""
+    """Both orders, with the longer list at half, once and twice its length."""
     short, long = sorted((self.first, self.second))
     lengths = dict.fromkeys(min(longer, self.vocabulary - short - 3) for longer in (max(short, long // 2), long, 2 * long))
     orders = [order for longer in lengths for order in dict.fromkeys(((short, longer), (longer, short)))]

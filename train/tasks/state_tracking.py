@@ -1,4 +1,4 @@
-"""Keeping track of a state that every token changes: words of a group, and things that change places."""
+"""Tracking a state that every token changes: products in a group, and things that swap places."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .task import Example, Task, sequence, want
+from .task import Example, Task, require, sequence
 
 GROUPS = ("parity", "S3", "S4", "A5", "S5")
 _EIGHTHS = 8
@@ -38,24 +38,24 @@ def multiplication(group: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class WordProblem(Task):
-  """The word problem of a group (Merrill et al. 2024, arXiv:2404.08819): after each element, the product so far.
+  """The word problem of a group (Merrill et al. 2024, arXiv:2404.08819): give the product so far after each element.
 
       g_1 g_2 g_3 ...   ->   g_1,  g_2 g_1,  g_3 g_2 g_1, ...
 
-  "parity" has two elements, S3, S4, S5 all permutations, A5 the 60 even ones of five. A5 and S5 are not solvable groups:
-  constant depth in parallel (attention, diagonal memories) cannot track them at any length.
+  "parity" has two elements; S3, S4 and S5 have all permutations; A5 has the 60 even permutations of five. A5 and S5 are not
+  solvable: models of constant parallel depth (attention, diagonal memories) cannot track them at every length.
 
   Attributes:
     group: one of `GROUPS`.
-    tokens: of the example; it is tested on up to four times as many.
+    tokens: length of the example; tests are up to four times as long.
   """
 
   group: str = "S3"
   tokens: int = 128
 
   def __post_init__(self):
-    want(self, f"a group out of {', '.join(GROUPS)}", self.group in GROUPS)
-    want(self, "at least one of tokens", self.tokens >= 1)
+    require(self, f"a group out of {', '.join(GROUPS)}", self.group in GROUPS)
+    require(self, "at least one of tokens", self.tokens >= 1)
 
   @property
   def length(self) -> int:
@@ -67,7 +67,7 @@ class WordProblem(Task):
 
   @property
   def chance(self) -> float:
-    """At the first token the answer is the token."""
+    """For guessing an element, except at the first token, where the answer is the token."""
     return 1 / self.vocab_size + (1 - 1 / self.vocab_size) / self.tokens
 
   @property
@@ -88,28 +88,28 @@ class WordProblem(Task):
       answers.append(elements.index(state))
     return np.array(answers)
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
-    answers = chance.integers(0, self.vocab_size, self.tokens)
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
+    answers = random.integers(0, self.vocab_size, self.tokens)
     answers[0] = example.tokens[0]
     return answers
 
   def tests(self) -> dict[str, Task]:
-    """Longer and longer, up to four times the length."""
+    """Up to four times as many tokens."""
     return {str(factor * self.tokens): replace(self, tokens=factor * self.tokens) for factor in (1, 2, 4)}
 
 
 @dataclass(frozen=True)
 class Swaps(Task):
-  """Things that change places: after each swap of two, what lies at a third place?
+  """Things that swap places: after each swap, say which thing lies at a third place.
 
       a b ?c   a' b' ?c' ...   ->   what lies at c, at c', ...
 
-  At first place i holds thing i. A step is three tokens: the two places, which may be one and the same, and the place asked
-  for, each role with tokens of its own.
+  At first, place i holds thing i. A step has three tokens: the two places, which may be equal, and the requested place; each
+  of the three roles has its own tokens.
 
   Attributes:
-    places: and things.
-    swaps: it is tested on up to four times as many.
+    places: number of places, and of things.
+    swaps: number of swaps; tests have up to four times as many.
   """
 
   grows: ClassVar[str] = "swaps"
@@ -118,8 +118,8 @@ class Swaps(Task):
   swaps: int = 32
 
   def __post_init__(self):
-    want(self, "at least 2 places", self.places >= 2)
-    want(self, "at least one of swaps", self.swaps >= 1)
+    require(self, "at least 2 places", self.places >= 2)
+    require(self, "at least one of swaps", self.swaps >= 1)
 
   @property
   def length(self) -> int:
@@ -131,8 +131,8 @@ class Swaps(Task):
 
   @property
   def chance(self) -> float:
-    """Of two moves the first few leave most things in place: one who bets on that is right a little more often at first."""
-    kept = 1 - 2 * (self.places - 1) / self.places**2  # chance that a swap leaves what lies at a place alone
+    """For guessing that a thing never moved, which is right more often after few swaps."""
+    kept = 1 - 2 * (self.places - 1) / self.places**2  # probability that a swap does not touch a given place
     back = (1 - kept) / (self.places - 1)
     ratio = kept - back
     home = 1 / self.places + (1 - 1 / self.places) * ratio * (1 - ratio**self.swaps) / (1 - ratio) / self.swaps
@@ -162,20 +162,20 @@ class Swaps(Task):
       answers += [0, 0, things[asked]]
     return np.array(answers)
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
     return np.asarray(example.tokens) % self.places
 
   def tests(self) -> dict[str, Task]:
-    """More and more swaps, up to four times as many."""
+    """Up to four times as many swaps."""
     return {str(factor * self.swaps): replace(self, swaps=factor * self.swaps) for factor in (1, 2, 4)}
 
 
 def eighth(length: int) -> jax.Array:
-  """int32 [length]: which eighth of the sequence a position is in; every position its own, in one shorter than that."""
+  """The eighth of the sequence that each position is in, int32 [length]; in sequences of fewer than 8, the position itself."""
   return jnp.arange(length) * min(_EIGHTHS, length) // length
 
 
 def positions(length: int) -> tuple[str, ...]:
-  """Names for what `eighth` counts: the last position of each, from 1."""
+  """Names of the eighths: the last position of each, counted from 1."""
   count = min(_EIGHTHS, length)
   return tuple(f"to {math.ceil((i + 1) * length / count)}" for i in range(count))

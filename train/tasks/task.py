@@ -1,4 +1,4 @@
-"""What every memory task is: a seeded source of sequences, some of whose positions ask about earlier ones."""
+"""The base of all memory tasks: sequences made from random keys, in which some positions ask about earlier ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ import numpy as np
 
 
 class Example(NamedTuple):
-  """One sequence, or with a leading axis a batch of them.
+  """One sequence, or a batch of them with a leading axis.
 
   Attributes:
-    tokens: int32 [T]; or float32 [T, input_dim], for tasks whose inputs are continuous.
-    targets: int32 [T], the answer to give at each position; or float32 [T, output_dim].
-    weights: float32 [T]; 1 where an answer is asked for, 0 elsewhere.
-    segment_ids: int32 [T]; documents that are packed into the sequence, counted from 1; 0 is padding.
-    kind: int32 [T]; which of the task's `kinds` an answer is counted under.
+    tokens: int32 [T]; float32 [T, input_dim] for continuous tasks.
+    targets: the right answer at each position, int32 [T]; float32 [T, output_dim] for continuous tasks.
+    weights: float32 [T]; 1 where an answer is required, 0 elsewhere.
+    segment_ids: int32 [T]; the number of the packed document, from 1; 0 is padding.
+    kind: int32 [T]; the index of the answer's kind in the task's `kinds`.
   """
 
   tokens: jax.Array
@@ -29,13 +29,13 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-  """A task is a frozen dataclass: its fields are its parameters, checked when it is made.
+  """A task is a frozen dataclass whose fields are its parameters; they are checked when it is made.
 
-  `example` is a pure function of a random key, of one shape whatever the key, that jits and vmaps.
+  `example` is a pure function of a random key with one output shape for all keys; it can be jitted and vmapped.
 
   Class attributes:
-    continuous: inputs and answers are vectors, and the error is squared; otherwise tokens, and answers are right or not.
-    grows: what it is that grows over `tests()`.
+    continuous: inputs and answers are vectors, scored by squared error; otherwise tokens, scored as right or wrong.
+    grows: the quantity that grows over `tests()`.
   """
 
   continuous: ClassVar[bool] = False
@@ -43,27 +43,27 @@ class Task:
 
   @property
   def length(self) -> int:
-    """Tokens in an example."""
+    """Number of tokens in an example."""
     raise NotImplementedError
 
   @property
   def vocab_size(self) -> int:
-    """Tokens that examples are made of, answers included."""
+    """Number of different tokens in examples and answers."""
     raise NotImplementedError
 
   @property
   def chance(self) -> float:
-    """The share of answers that `guess` gets right: one who knows the rules and the last token, and remembers nothing else."""
+    """The share of answers that `guess` gets right: it knows the rules and the last token, and remembers nothing else."""
     raise NotImplementedError
 
   @property
   def documents(self) -> int:
-    """Documents in an example, at most."""
+    """The largest number of documents in an example."""
     return 1
 
   @property
   def kinds(self) -> tuple[str, ...]:
-    """What results are broken down by, such as positions or distances."""
+    """Names of the groups that results are divided into, such as positions or distances."""
     return ("all",)
 
   def example(self, key: jax.Array) -> Example:
@@ -71,28 +71,28 @@ class Task:
     raise NotImplementedError
 
   def batch(self, key: jax.Array, size: int) -> Example:
-    """`size` examples, each of a key of its own."""
+    """`size` examples, each from its own key."""
     return jax.vmap(self.example)(jax.random.split(key, size))
 
   def solve(self, example: Example) -> np.ndarray:
-    """The answers [T] (any where none is asked for) by brute force, from what the example shows and nothing else."""
+    """The answers [T] by brute force, from the example's inputs alone; arbitrary where no answer is required."""
     raise NotImplementedError
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
-    """Answers [T] of one who has no memory; see `chance`."""
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
+    """Answers [T] without memory; see `chance`."""
     raise NotImplementedError
 
   def training(self) -> "Task":
-    """The task to train on in order to be tested on this one and on `tests()`."""
+    """The task to train on for this task and its `tests()`."""
     return self
 
   def tests(self) -> dict[str, "Task"]:
-    """The tasks, easy to hard, that tell how far a memory goes; by what it is that grows."""
+    """The tasks to test on, from easy to hard, keyed by the quantity that grows."""
     return {str(self.length): self}
 
 
 def sequence(tokens: jax.Array, targets: jax.Array, weights: jax.Array, kind: jax.Array | int = 0) -> Example:
-  """An `Example` that is one document."""
+  """An `Example` of one document."""
   length = tokens.shape[0]
   return Example(
     tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else tokens.astype(jnp.int32),
@@ -103,25 +103,25 @@ def sequence(tokens: jax.Array, targets: jax.Array, weights: jax.Array, kind: ja
   )
 
 
-def want(task: Task, what: str, condition: bool) -> None:
-  """Raises `ValueError` with the task as it was written, and what it should be, unless `condition` holds."""
+def require(task: Task, expected: str, condition: bool) -> None:
+  """Raises a `ValueError` that shows the task and what is expected, unless `condition` holds."""
   if not condition:
-    raise ValueError(f"{task} cannot be; want {what}.")
+    raise ValueError(f"{task} is impossible; expected {expected}.")
 
 
 def distinct(key: jax.Array, count: int, first: int, end: int) -> jax.Array:
-  """`count` different integers out of first .. end - 1, int32, in random order."""
+  """`count` different integers from first to end - 1, int32, in random order."""
   return jax.random.choice(key, jnp.arange(first, end, dtype=jnp.int32), (count,), replace=False)
 
 
 @dataclass(frozen=True)
 class Mixture(Task):
-  """Rows of `row_length` tokens, each filled with examples of one of `tasks`, packed as documents of their own.
+  """Rows of `row_length` tokens, each filled with examples of one of `tasks` that are packed as separate documents.
 
   Attributes:
-    tasks: each of a length that divides `row_length`.
-    counts: examples of each, relative to each other.
-    row_length: tokens in a row; the longest task's unless given.
+    tasks: their lengths divide `row_length`.
+    counts: the relative number of examples of each task.
+    row_length: tokens in a row; `None` means the length of the longest task.
   """
 
   tasks: tuple[Task, ...] = ()
@@ -129,10 +129,10 @@ class Mixture(Task):
   row_length: int | None = None
 
   def __post_init__(self):
-    want(self, "at least one task, and a positive count for each", bool(self.tasks) and min(self.counts, default=0) > 0)
-    want(self, "a count for each task", len(self.tasks) == len(self.counts))
+    require(self, "at least one task, and a positive count for each", bool(self.tasks) and min(self.counts, default=0) > 0)
+    require(self, "a count for each task", len(self.tasks) == len(self.counts))
     lengths = [task.length for task in self.tasks]
-    want(self, f"a row_length that all of {lengths} divide", all(self.length % length == 0 for length in lengths))
+    require(self, f"a row_length that all of {lengths} divide", all(self.length % length == 0 for length in lengths))
 
   @property
   def length(self) -> int:
@@ -155,7 +155,7 @@ class Mixture(Task):
     return max(self.length // task.length * task.documents for task in self.tasks)
 
   def _answers(self) -> np.ndarray:
-    """Answers that each task asks for, relative to each other: those of an example may differ, so count some."""
+    """The relative number of answers of each task, counted in 64 examples because examples of a task may differ."""
     asked = [float(task.batch(jax.random.key(0), 64).weights.sum()) for task in self.tasks]
     return np.array(self.counts) * np.array(asked)
 
@@ -174,7 +174,7 @@ class Mixture(Task):
     return row._replace(segment_ids=documents, kind=jnp.full(self.length, number, jnp.int32))
 
   def _apart(self, example: Example) -> Sequence[tuple[Task, Example]]:
-    """The examples that a row was packed from, each with its task."""
+    """The examples of a packed row, each with its task."""
     task = self.tasks[int(example.kind[0])]
     bounds = range(0, self.length, task.length)
     return [(task, Example(*(field[start : start + task.length] for field in example))) for start in bounds]
@@ -182,5 +182,5 @@ class Mixture(Task):
   def solve(self, example: Example) -> np.ndarray:
     return np.concatenate([task.solve(part) for task, part in self._apart(example)])
 
-  def guess(self, example: Example, chance: np.random.Generator) -> np.ndarray:
-    return np.concatenate([task.guess(part, chance) for task, part in self._apart(example)])
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
+    return np.concatenate([task.guess(part, random) for task, part in self._apart(example)])
