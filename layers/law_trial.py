@@ -132,6 +132,12 @@ class Trial:
     return (rng.normal(size=shape.shape) + rng.normal(size=shape.shape[2:])).astype(shape.dtype)
 
   @functools.cached_property
+  def other(self) -> np.ndarray:
+    """Like `x`, and different from it at every token."""
+    other = self.inputs(seed=1)
+    return (self.x + 1 + other % (self.given.vocab_size - 1)) % self.given.vocab_size if self.takes_tokens else other
+
+  @functools.cached_property
   def boxed(self) -> Any:
     """Shapes of the parameters, with the names of their axes where the layer gives any."""
     return jax.eval_shape(lambda x: self.layer.init(jax.random.key(7), x), self.example(1, 2))

@@ -177,9 +177,8 @@ def causality(trial: Trial) -> Iterator[Violation]:
   """The output at a token does not depend on later tokens."""
   starts = (0, 3, 4, 11, 21)
   x, state = (jax.tree.map(lambda a: np.repeat(a[:1], ROWS, axis=0), tree) for tree in (trial.x, trial.used))
-  other = trial.inputs(seed=1)[0]
   for row, start in enumerate(starts):  # the last row is as it was
-    x[row, start:] = other[start:]
+    x[row, start:] = trial.other[0, start:]
   y = trial.at_once(x, state, ONE).y
   for row, start in enumerate(starts):
     message = f"the output at {{where}} changes when token {start} changes: the layer looks ahead. A convolution needs "
@@ -273,7 +272,7 @@ def fresh_state(trial: Trial) -> Iterator[Violation]:
 def rows(trial: Trial) -> Iterator[Violation]:
   """A row of the batch does not depend on the others, in outputs, state and gradients."""
   x, others = trial.x.copy(), np.delete(np.arange(ROWS), 1)
-  x[1] = trial.inputs(seed=1)[1]
+  x[1] = trial.other[1]
   base, changed = trial.at_once(trial.x, trial.used, PACKED), trial.at_once(x, trial.used, PACKED)
   message = "{leaf} of a row changes when row 1 of the batch changes: nothing may be shared, sorted or averaged over axis 0"
   yield from _row_differences(trial, message, others, *({"y": p.y, "state": p.state} for p in (changed, base)))
