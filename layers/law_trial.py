@@ -109,7 +109,7 @@ class Trial:
 
   def example(self, batch: int, tokens: int) -> jax.ShapeDtypeStruct:
     """The shape and dtype of an input."""
-    if hasattr(self.given, "example"):
+    if self.is_model:
       shape = self.given.example(batch, tokens)
       return shape if self._is_integer(shape) else jax.ShapeDtypeStruct(shape.shape, self.dtype)
     return jax.ShapeDtypeStruct((batch, tokens, self.width), self.dtype)
@@ -118,6 +118,11 @@ class Trial:
   def takes_tokens(self) -> bool:
     """Whether the input is token ids."""
     return self._is_integer(self.example(1, 1))
+
+  @property
+  def is_model(self) -> bool:
+    """Whether it is a whole model, which says itself what its input is like, and whose outputs at padding mean nothing."""
+    return hasattr(self.given, "example")
 
   @property
   def input_name(self) -> str:
@@ -342,8 +347,12 @@ class Trial:
     """A call at once and by token, of a used state; what is invisible in their states is zero. Remembered by `name`."""
     if name not in self._passes:
       seen = self.visible(self.by_token(x, self.used, segment_ids).state)
+      is_token = (segment_ids != 0)[..., None]
       weights = self.weights(seen)
+      weights[0] = weights[0] * is_token
       passes = (program(x, self.used, segment_ids, weights) for program in (self.at_once, self.by_token))
+      if self.is_model:
+        passes = (out._replace(y=np.where(is_token, out.y, 0)) for out in passes)
       self._passes[name] = tuple(out._replace(state=masked(out.state, seen)) for out in passes)
     return self._passes[name]
 

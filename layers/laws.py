@@ -215,7 +215,7 @@ def documents(trial: Trial) -> Iterator[Violation]:
 def padding(trial: Trial) -> Iterator[Violation]:
   """Padding left, right and between documents leaves the state untouched and yields zeros, whatever the input holds there."""
   x = trial.x if trial.takes_tokens else np.where(PADDED[..., None] == 0, 1e6, trial.x).astype(trial.x.dtype)
-  if not trial.takes_tokens:
+  if not trial.is_model:
     y = trial.at_once(x, trial.used, PADDED).y
     message = "the output at {where} is not zero although its segment id is 0: end with where(segment_ids != 0, y, 0)"
     yield from trial.differences(4, message, {"y": np.where(PADDED[..., None] == 0, y, 0)}, {"y": np.zeros_like(y)})
