@@ -156,7 +156,8 @@ class Mixture(Task):
 
   def _answers(self) -> np.ndarray:
     """The relative number of answers of each task, counted in 64 examples because examples of a task may differ."""
-    asked = [float(task.batch(jax.random.key(0), 64).weights.sum()) for task in self.tasks]
+    key = jax.random.key(0)
+    asked = [float(jax.jit(lambda key, task=task: task.batch(key, 64).weights.sum())(key)) for task in self.tasks]
     return np.array(self.counts) * np.array(asked)
 
   def example(self, key: jax.Array) -> Example:
