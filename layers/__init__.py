@@ -8,7 +8,7 @@ from .gated_conv import GatedConv
 from .linear_attention import LinearAttention
 from .memory_layer import MemoryLayer
 from .swiglu import SwiGLU
-from .titans import Memora, Moneta, TitansMemory, Yaad
+from .titans import Gating, Loss, Memora, Moneta, Network, Retention, TitansMemory, Update, Yaad
 from .titans_wirings import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from .ttt import TTTMLP, TTTLinear
 
@@ -22,16 +22,21 @@ __all__ = [
   "EraseThenDelta",
   "GatedConv",
   "GatedDeltaNet",
+  "Gating",
   "KimiDeltaAttention",
   "LinearAttention",
+  "Loss",
   "Memora",
   "MemoryAsContext",
   "MemoryAsGate",
   "MemoryAsLayer",
   "MemoryLayer",
   "Moneta",
+  "Network",
+  "Retention",
   "SwiGLU",
   "TTTLinear",
   "TitansMemory",
+  "Update",
   "Yaad",
 ]
