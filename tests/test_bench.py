@@ -24,6 +24,7 @@ def test_every_operation_accepts_its_inputs(operation):
   assert all(x.dtype == jnp.float32 for x in inputs)
 
 
+@pytest.mark.slow
 def test_a_report_has_all_timings_and_is_written(tmp_path, monkeypatch):
   from rich.console import Console
 

@@ -88,6 +88,7 @@ def _like(condition, array):
   return condition.reshape(-1, *[1] * (array.ndim - 1))
 
 
+@pytest.mark.slow
 def test_a_loosely_written_correct_layer_obeys_all_laws():
   report = memzoo.check_layer(RunningMean(), width=8)
   report.raise_if_broken()
@@ -180,6 +181,7 @@ def my_layers(tmp_path, monkeypatch, readme_blocks):
   del sys.modules["my_layers"]
 
 
+@pytest.mark.slow
 def test_the_layer_of_the_guide_obeys_all_laws(my_layers):
   report = memzoo.check_layer(my_layers.LeakyAverage(channels=6), width=8)
   report.raise_if_broken()

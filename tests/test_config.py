@@ -389,7 +389,10 @@ def count_parameters(experiment) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(shapes)))
 
 
-@pytest.mark.parametrize("name", shipped())
+CONFIGS = [pytest.param(name, marks=pytest.mark.slow) if name.endswith("_130m") else name for name in shipped()]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_shipped_config_builds_and_has_the_size_of_its_name(name):
   experiment = build(name)
   assert build_text(experiment.text, experiment.name) == experiment

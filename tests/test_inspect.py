@@ -326,6 +326,7 @@ def one_answer(tokens):
   return Example(tokens, ones, jnp.array([[0, 0, 1]], jnp.float32), ones, ones)
 
 
+@pytest.mark.slow
 def test_figures_show_what_was_found(tmp_path):
   numbers = np.random.default_rng(0)
   places, times, steps = ("block 0/memory", "block 2/memory"), np.array([4, 8, 12]), np.arange(1, 13)

@@ -78,6 +78,7 @@ def operands(module, params, x):
 
 
 @pytest.mark.parametrize("layer", [TitansMemory, Yaad, Moneta, Memora])
+@pytest.mark.slow
 def test_at_the_largest_step_a_fresh_memory_stores_pairs(layer):
   """Initial weights and the largest step fit each other: each key retrieves a value nearest to its own."""
   gates = dataclasses.replace(layer.gates, step_bias=20.0)
@@ -107,6 +108,7 @@ def test_no_error_of_a_fresh_memory_is_an_outlier():
   assert np.all(error < gates.threshold)
 
 
+@pytest.mark.slow
 def test_every_document_begins_with_the_persistent_tokens_written():
   module, params, x = built(TitansMemory(**SIZES, persistent_tokens=3))
   ids = jnp.repeat(jnp.array([1, 2], jnp.int32), 6)[None].repeat(2, 0)
@@ -120,6 +122,7 @@ def test_every_document_begins_with_the_persistent_tokens_written():
 @pytest.mark.parametrize(
   "module", [TTTLinear(**SIZES), MemoryAsContext(**SIZES, segment=4)], ids=lambda m: type(m).__name__
 )
+@pytest.mark.slow
 def test_a_row_of_whole_chunks_is_the_same_with_ids_and_in_pieces(module):
   module, params, x = built(module)
   run = jax.jit(module.apply)
@@ -143,6 +146,7 @@ def test_a_context_of_float64_has_a_memory_of_float64():
   assert {leaf.dtype.name for leaf in jax.tree.leaves((y, state))} == {"float64", "int32"}
 
 
+@pytest.mark.slow
 def test_a_row_with_too_many_documents_is_nan_and_no_other():
   for module in (TitansMemory(**SIZES, max_documents=2), MemoryAsContext(**SIZES, segment=4, max_documents=2)):
     module, params, x = built(module)
@@ -164,6 +168,7 @@ def test_attention_of_gate_and_context_reaches_its_window_and_its_segment():
     assert np.flatnonzero(np.abs(change).max(axis=(0, 2)) > 1e-6).tolist() == changed
 
 
+@pytest.mark.slow
 def test_inner_losses_weights_and_gates_have_the_shapes_and_signs_they_must():
   module, params, x = initialised(TitansMemory(**SIZES))
   ids = jnp.asarray(np.arange(12)[None] < np.array([[12], [7]]), jnp.int32)
