@@ -62,7 +62,7 @@ def test_a_misspelt_field_prints_one_line_and_no_traceback(memzoo):
     (["train", "quickstart", "--steps", "0"], "Trainer.steps is 0"),
     (["evaluate", "nowhere"], "nowhere"),
     (["generate", "nowhere", "def "], "nowhere"),
-    (["describe", "quickstart", "--set", "LanguageModel.depth=x"], "want an integer"),
+    (["describe", "quickstart", "--set", "LanguageModel.depth=x"], "expected an integer"),
     (["bench", "delta_ruel"], "delta_ruel"),
     (["compare", "mqarr", "--layers", "DeltaNet"], "there is no config 'mqarr'"),
     (["compare", "mqar", "--layers", "DeltaNett"], "did you mean 'DeltaNet'?"),
@@ -119,7 +119,7 @@ def test_an_unreadable_corpus_prints_one_line(memzoo, tmp_path, monkeypatch):
   [
     ("EraseThenDelta.num_key_heads=3", "num_key_heads"),
     ("LanguageModel.mixers=[@DeltaNett]", "did you mean"),
-    ("LanguageModel.width='wide'", "want an integer"),
+    ("LanguageModel.width='wide'", "expected an integer"),
     ("MeshShape.data=3", "batch_size is 4, which does not divide over 3 devices"),
     ("MeshShape.fsdp=64", "64 devices, but there are"),
     ("LanguageModel.vocab_size=100", "expected at least 256"),
@@ -138,7 +138,7 @@ def test_an_unwritable_folder_prints_one_line(memzoo, tmp_path):
   sources = corpus(tmp_path, b"the memory writes. " * 200)
   status, out, err = memzoo("train", "quickstart", *TINY, sources, "--out", str(tmp_path / "text.txt" / "run"))
   assert (status, out, err.count("\n")) == (2, "", 1), err
-  assert "run cannot be written to (Not a directory); want a folder of your own" in err
+  assert "run cannot be written to (Not a directory); expected a folder of your own" in err
 
 
 def test_debug_shows_the_traceback_at_any_place_in_the_line(memzoo):
@@ -218,7 +218,7 @@ def test_a_folder_that_holds_another_config_shows_the_difference(memzoo, saved):
   before = sorted(path.name for path in run.rglob("*"))
   status, out, err = memzoo(*train, "--set=LanguageModel.width=32", "--steps", "9")
   assert (status, out, err.count("\n")) == (2, "", 1), err
-  assert f"{run} holds a run with another config: LanguageModel.width = 16 there, 32 here. Want the same" in err
+  assert f"{run} holds a run with another config: LanguageModel.width = 16 there, 32 here. Expected the same" in err
   assert sorted(path.name for path in run.rglob("*")) == before
 
 

@@ -114,22 +114,22 @@ TextData.sources = {sources!r}
   [
     ("EraseThenDelta.head=4", "EraseThenDelta has no field 'head': did you mean 'num_heads'? Its fields: num_heads, "),
     ("EraseThenDleta.num_heads=4", "nothing called 'EraseThenDleta': did you mean 'EraseThenDelta'?"),
-    ("LanguageModel.depth=four", "LanguageModel.depth = 'four': want an integer."),
-    ("LanguageModel.depth=2.5", "LanguageModel.depth = 2.5: want an integer."),
-    ("LanguageModel.depth=True", "LanguageModel.depth = True: want an integer."),
-    ("LanguageModel.tie_embeddings=1", "want True or False"),
-    ("LanguageModel.mixers=@Attention", "want a list, each item a layer, such as @Attention"),
-    ("LanguageModel.mixers=[@Trainer]", "want a layer, such as @Attention"),
+    ("LanguageModel.depth=four", "LanguageModel.depth = 'four': expected an integer."),
+    ("LanguageModel.depth=2.5", "LanguageModel.depth = 2.5: expected an integer."),
+    ("LanguageModel.depth=True", "LanguageModel.depth = True: expected an integer."),
+    ("LanguageModel.tie_embeddings=1", "expected True or False"),
+    ("LanguageModel.mixers=@Attention", "expected a list, each item a layer, such as @Attention"),
+    ("LanguageModel.mixers=[@Trainer]", "expected a layer, such as @Attention"),
     ("LanguageModel.mixers=[@Atention]", "nothing called 'Atention': did you mean 'Attention'?"),
-    ("Attention.dtype=int32", "want the name of a floating type: float16, bfloat16, float32, float64"),
-    ("Attention.window=[1,", "want an integer or None"),
+    ("Attention.dtype=int32", "expected the name of a floating type: float16, bfloat16, float32, float64"),
+    ("Attention.window=[1,", "expected an integer or None"),
     ("Attention.window=%wdth", "%wdth is not set: did you mean 'width'?"),
-    ("TextData.sources=3", "want a string or a list, each item a string"),
-    ("GatedDeltaNet.num_heads=2", "it changes nothing, for this experiment is made of LanguageModel, EraseThenDelta"),
+    ("TextData.sources=3", "expected a string or a list, each item a string"),
+    ("GatedDeltaNet.num_heads=2", "it changes nothing: this experiment is made of LanguageModel, EraseThenDelta"),
     ("locl/Attention.window=3", "it changes nothing"),
-    ("depth=3", "want Configurable.field=value"),
-    ("LanguageModel.depth", "want Configurable.field=value"),
-    ("LanguageModel.depth=", "want Configurable.field=value"),
+    ("depth=3", "expected Configurable.field=value"),
+    ("LanguageModel.depth", "expected Configurable.field=value"),
+    ("LanguageModel.depth=", "expected Configurable.field=value"),
   ],
 )
 def test_an_impossible_override_is_refused_with_what_would_do(small, override, words):
@@ -143,8 +143,8 @@ def test_an_impossible_override_is_refused_with_what_would_do(small, override, w
   ("text", "words"),
   [
     ("LanguageModel.vocab_size = 256\n\nLanguageModel.witdh = 3", "bad:3: LanguageModel has no field 'witdh'"),
-    ("Attention.window = 'wide'\n" + SMALL, "bad:1: Attention.window = 'wide': want an integer"),
-    ("GatedDeltaNet.num_heads = 'x'\n" + SMALL, "bad:1: GatedDeltaNet.num_heads = 'x': want an integer"),
+    ("Attention.window = 'wide'\n" + SMALL, "bad:1: Attention.window = 'wide': expected an integer"),
+    ("GatedDeltaNet.num_heads = 'x'\n" + SMALL, "bad:1: GatedDeltaNet.num_heads = 'x': expected an integer"),
     ("locl/Attention.window = 3\n" + SMALL, "bad:1: it changes nothing"),
     ("LanguageModel.vocab_size = 256", "LanguageModel.mixers has no default and is not set. Set it"),
     (SMALL.replace("num_heads = 2", "", 1), "EraseThenDelta.num_heads has no default"),
@@ -154,7 +154,7 @@ def test_an_impossible_override_is_refused_with_what_would_do(small, override, w
     ("@@", "bad:1: "),
     ("include 'nowhere.gin'", "bad:1: cannot include 'nowhere.gin'"),
     ("import nowhere_at_all", "bad:1: cannot import nowhere_at_all"),
-    ("Nonsense:\n  x = 1", "bad:1: there is nothing called 'Nonsense'"),
+    ("Nonsense:\n  x = 1", "bad:1: nothing is called 'Nonsense'"),
   ],
 )
 def test_a_wrong_file_is_refused_with_the_place(text, words):
@@ -292,10 +292,10 @@ def test_option_groups_of_a_layer_of_ones_own(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("override", "words"),
   [
-    ("Loss.kind=cubic", "Loss.kind = 'cubic': want one of 'squared', 'dot'"),
+    ("Loss.kind=cubic", "Loss.kind = 'cubic': expected one of 'squared', 'dot'"),
     ("Loss.knd=huber", "Loss has no field 'knd': did you mean 'kind'?"),
     ("Gating.max_step=-1", "Gating.max_step=-1.0; expected at least 0"),
-    ("TitansMemory.loss=3", "TitansMemory.loss = 3: want a Loss."),
+    ("TitansMemory.loss=3", "TitansMemory.loss = 3: expected a Loss."),
     ("other/Loss.scale=2", "it changes nothing"),
     ("TitansMemory.loss_scale=0.5", "TitansMemory.loss_scale is Loss.scale now (in Python loss=Loss(scale=...))."),
     ("Moneta.retention=norm", "Moneta.retention is Retention.kind now"),
@@ -379,7 +379,7 @@ def test_a_run_of_an_earlier_version_is_the_same_run_if_its_renewed_text_is(tmp_
   check_same_run(tmp_path, today)
   for now, there, here in (("/Loss.scale", 0.5, 1.5), ("LanguageModel.mlp_ratio", 8 / 3, 2.0)):
     other = today.replace(f"{now} = {there}", f"{now} = {here}").replace(f"{now[1:]} = {there}", f"{now[1:]} = {here}")
-    with pytest.raises(ValueError, match=rf"{now.strip('/')} = {there} there, {here} here\. Want"):
+    with pytest.raises(ValueError, match=rf"{now.strip('/')} = {there} there, {here} here\. Expected"):
       check_same_run(tmp_path, other)
 
 
@@ -449,7 +449,7 @@ def test_values_become_what_the_type_has(value, annotation, expected):
   ],
 )
 def test_values_of_another_type_are_refused(value, annotation):
-  with pytest.raises(Mismatch, match="want"):
+  with pytest.raises(Mismatch, match="expected"):
     convert(value, annotation)
 
 

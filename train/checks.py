@@ -1,10 +1,10 @@
-"""Checks of numbers among settings, with one wording of the errors."""
+"""Checks of numeric settings, all with the same error messages."""
 
 from typing import Any
 
 
 def at_least(least: int, settings: Any, *names: str) -> None:
-  """Raises `ValueError` for the first of these fields that is less than `least`, or not a number."""
+  """Raises `ValueError` for the first of these fields that is less than `least`, or NaN."""
   for name in names:
     value = getattr(settings, name)
     if not value >= least:

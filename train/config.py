@@ -1,4 +1,4 @@
-"""From a gin file to an experiment: a model, its data, optimiser, mesh and trainer. The only file that knows gin.
+"""Builds an experiment from a gin file: a model, its data, optimiser, mesh and trainer. The only file that knows gin.
 
     include 'parts/language_model.gin'
     LanguageModel.mixers = [@EraseThenDelta, @EraseThenDelta, @local/Attention]
@@ -12,9 +12,8 @@ value of `name = ...`. A layer of your own needs no registration: `import my_pac
 `@my_package.my_layers.MyLayer`.
 
 Some fields of layers are option groups, frozen dataclasses such as `Loss` of `TitansMemory`. They are bound like a layer,
-`Loss.kind = "huber"`, and replace fields of the layer's own default. In full: a group that no reference is bound to
-(`TitansMemory.loss = @other/Loss`) takes the bindings of `Loss` in the scope of its layer, and in the scope
-`TitansMemory/loss` below it.
+`Loss.kind = "huber"`, and replace fields of the layer's own default. A group takes the bindings of `Loss` in the scope of its
+layer and in the scope `TitansMemory/loss` below it, unless a reference is bound to it (`TitansMemory.loss = @other/Loss`).
 
 Every value is checked against the annotated type of its field, whether or not the experiment uses it.
 """
@@ -46,17 +45,17 @@ from .values import Mismatch, convert, did_you_mean, to_dtype
 
 _PACKAGE = __package__.rpartition(".")[0]
 _RUN = {"data": "TextData", "optimizer": "Optimizer", "mesh": "MeshShape", "trainer": "Trainer"}
-_INSTEAD = {"LanguageModel": "VectorModel", "TextData": "TaskData"}  # where a configuration says anything of the second
+_INSTEAD = {"LanguageModel": "VectorModel", "TextData": "TaskData"}  # if a config sets a field of the second
 
 
 @dataclass(frozen=True)
 class Experiment:
-  """All that a run is made of.
+  """The parts of a run.
 
   Attributes:
     name: of the configuration.
-    model: an unbound `LanguageModel`; a `VectorModel` where the configuration sets one of its fields.
-    data, optimizer, mesh, trainer: `TextData` (`TaskData`, where the configuration sets one of its fields), `Optimizer`,
+    model: an unbound `LanguageModel`, or a `VectorModel` if the configuration sets one of its fields.
+    data, optimizer, mesh, trainer: `TextData` (or `TaskData`, if the configuration sets one of its fields), `Optimizer`,
       `MeshShape` and `Trainer` of `memzoo.train`.
     text: the operative configuration: every field of the above, defaults included, as gin text from which `build_text`
       makes an equal experiment.
@@ -79,9 +78,9 @@ def build(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     overrides: further bindings, which win: "LanguageModel.depth=4". A value that is not a Python literal is a string.
 
   Raises:
-    ValueError: if there is no such configuration, or it says something that cannot be; the message has the place, the
-      field and what would do.
-    FileNotFoundError: if `config` is a path where no file is.
+    ValueError: if there is no such configuration, or it has an error; the message gives the place, the field and what is
+      expected.
+    FileNotFoundError: if `config` is the path of a file that does not exist.
   """
   source = _find(str(config))
   bindings = _Bindings()
@@ -95,7 +94,7 @@ def build_text(text: str, name: str) -> Experiment:
   """Builds an experiment from gin text, such as the operative configuration beside a checkpoint.
 
   Args:
-    text: the configuration; what it includes is looked for among the shipped ones.
+    text: the configuration; it can include shipped ones.
     name: the name to give the experiment.
 
   Raises:
@@ -107,13 +106,13 @@ def build_text(text: str, name: str) -> Experiment:
 
 
 def shipped() -> list[str]:
-  """Names of the configurations that come with the package: those that are whole experiments, not parts of some."""
+  """Names of the shipped configurations that are whole experiments, not parts to include."""
   return sorted(name for name in _walk(resources.files(f"{_PACKAGE}.configs"), "") if not name.startswith("parts/"))
 
 
 @dataclass(frozen=True)
 class _Reference:
-  """`@scope/name`: an object to be built from what is bound to `name`, and to `name` in `scope`."""
+  """`@scope/name`: an object, built from the bindings of `name` and of `name` in `scope`."""
 
   scope: str
   name: str
@@ -127,7 +126,7 @@ class _Reference:
 
 @dataclass(frozen=True)
 class _Macro:
-  """`%name`: what `name` was set to."""
+  """`%name`: the value of `name = ...`."""
 
   name: str
 
@@ -143,14 +142,14 @@ class _Binding(NamedTuple):
 class _Source(NamedTuple):
   name: str
   text: str
-  folder: Path | None  # None: among the shipped configurations
+  folder: Path | None  # None for a shipped configuration
 
 
 class _Delegate(config_parser.ParserDelegate):
-  """Tells gin's parser what references and macros become; which of them exist is seen later."""
+  """Tells gin's parser what to make of references and macros. Whether they exist is checked later."""
 
   def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
-    del evaluate  # `@X()` and `@X` mean the same here: one object for every mention
+    del evaluate  # `@X()` and `@X` mean the same here: a new object for every mention
     scope, _, name = scoped_configurable_name.rpartition("/")
     return _Reference(scope, name)
 
@@ -160,16 +159,16 @@ class _Delegate(config_parser.ParserDelegate):
 
 @dataclass
 class _Bindings:
-  """What files and overrides say: (scope, configurable) -> field -> value."""
+  """The bindings of files and overrides: (scope, configurable) -> field -> value."""
 
   values: dict[tuple[str, str], dict[str, _Binding]] = field(default_factory=dict)
   macros: dict[str, _Binding] = field(default_factory=dict)
   modules: list[str] = field(default_factory=list)
   must_be_used: dict[tuple[str, str], str] = field(default_factory=dict)
-  old: dict[tuple[str, str], dict[str, _Binding]] = field(default_factory=dict)  # of fields that earlier versions had
+  old: dict[tuple[str, str], dict[str, _Binding]] = field(default_factory=dict)  # of fields of earlier versions
 
   def read(self, source: _Source, including: tuple[str, ...] = ()) -> None:
-    """Takes in a file and, where it says so, the files that it includes."""
+    """Reads a file and the files that it includes."""
     if source.name in including:
       raise ValueError(f"{including[-1]} includes {source.name}, which includes it in turn.")
     for statement in _parse(source.text, source.name):
@@ -185,20 +184,20 @@ class _Bindings:
           self._import(statement, where)
 
   def override(self, text: str) -> None:
-    """Takes in one "Configurable.field=value"."""
+    """Adds one binding, "Configurable.field=value"."""
     key, equals, value = text.partition("=")
     where = f"override {text!r}"
     if not equals or not key.strip() or not value.strip():
-      raise ValueError(f"{where}: want Configurable.field=value, such as LanguageModel.depth=4.")
+      raise ValueError(f"{where}: expected Configurable.field=value, such as LanguageModel.depth=4.")
     try:
       (statement,) = _parse(text, where)
-    except ValueError:  # shells eat quotes: what is no literal is a string
+    except ValueError:  # shells remove quotes, so anything that is not a literal is a string
       (statement,) = _parse(f"{key}={value.strip()!r}", where)
     scope, name, argument = statement.scope, statement.selector, statement.arg_name
     if argument:
       self.must_be_used[scope, name] = where
     elif name not in self.macros:
-      raise ValueError(f"{where}: want Configurable.field=value, such as LanguageModel.depth=4.")
+      raise ValueError(f"{where}: expected Configurable.field=value, such as LanguageModel.depth=4.")
     self._bind(statement, where)
 
   def resolve(self, name: str, where: str) -> type:
@@ -210,16 +209,16 @@ class _Bindings:
     found = getattr(import_module(module), attribute, None) if module in self.modules else None
     if isinstance(found, type) and (issubclass(found, nn.Module) or _is_group(found)):
       return found
-    raise ValueError(f"{where}: there is nothing called {name!r}{did_you_mean(name, known)} There are {', '.join(known)}.")
+    raise ValueError(f"{where}: nothing is called {name!r}{did_you_mean(name, known)} Expected one of {', '.join(known)}.")
 
   def bound_to(self, scope: str, name: str) -> dict[str, _Binding]:
-    """Field -> binding for `@scope/name`: the unscoped ones, then those of every level of the scope."""
+    """The bindings of `@scope/name` by field; a longer scope wins over a shorter one, and over none."""
     parts = scope.split("/") if scope else []
     scopes = ["/".join(parts[:i]) for i in range(len(parts) + 1)]
     return {f: b for s in scopes for f, b in self.values.get((s, name), {}).items()}
 
   def without_macros(self, value: Any, where: str) -> Any:
-    """`value` with each `%name` in it replaced by what `name` was set to."""
+    """`value` with each `%name` in it replaced by the value of `name = ...`."""
     match value:
       case _Macro(name):
         if name not in self.macros:
@@ -247,13 +246,13 @@ class _Bindings:
     self.values.setdefault((scope, name), {})[argument] = binding
 
   def renew(self) -> None:
-    """Moves the fields of operative configs of earlier versions to where they are now; refuses such fields otherwise."""
+    """Moves the values of fields of earlier versions to their new fields; see `old_configs.renewed`."""
     for (scope, name), fields in self.old.items():
       binding = next(iter(fields.values()))
       moved = old_configs.renewed(name, self.resolve(name, binding.where), {f: b.where for f, b in fields.items()})
       for argument, (group, group_name, field_name) in moved.items():
         inner = "/".join(filter(None, (scope, _last(name), group))), group_name
-        if field_name not in self.values.get(("", group_name), {}):  # such bindings are overrides
+        if field_name not in self.values.get(("", group_name), {}):  # else an override sets it
           self.values.setdefault(inner, {})[field_name] = fields[argument]
 
   def _import(self, statement: config_parser.ImportStatement, where: str) -> None:
@@ -265,14 +264,14 @@ class _Bindings:
 
 
 class _Builder:
-  """Makes objects of what is bound, and remembers what it made, and of what."""
+  """Builds objects from bindings. `made` has the class and the bound values of each."""
 
   def __init__(self, bindings: _Bindings):
     self.bindings = bindings
     self.made: dict[_Reference, tuple[type, dict[str, Any]]] = {}
 
   def make(self, reference: Any, where: str) -> Any:
-    """The object that a reference stands for; anything that is no reference, as it is."""
+    """Builds the object of a reference; returns any other value unchanged."""
     if not isinstance(reference, _Reference):
       return reference
     name = reference.name
@@ -299,7 +298,7 @@ class _Builder:
     return _Reference(scope, name) if name in _configurables() or cls.__module__ in self.bindings.modules else None
 
   def _replace(self, default: Any, reference: _Reference) -> Any:
-    """The option group `default` with the fields that are bound to `reference`."""
+    """The option group `default` with the fields that are bound to `reference` replaced."""
     cls, bound = type(default), self.bindings.bound_to(reference.scope, reference.name)
     options = {f: self.convert(reference.name, cls, f, b) for f, b in bound.items()}
     try:
@@ -310,7 +309,7 @@ class _Builder:
     return found
 
   def convert(self, name: str, cls: type, argument: str, binding: _Binding) -> Any:
-    """The bound value as the field's type has it."""
+    """The bound value, converted to the type of its field."""
     value = self.bindings.without_macros(binding.value, binding.where)
     try:
       if _is_dtype(argument):
@@ -320,18 +319,18 @@ class _Builder:
       raise ValueError(f"{binding.where}: {name}.{argument} = {value!r}: {mismatch}.") from None
 
   def check_all(self) -> None:
-    """Looks at bindings that nothing asked for: they must be right, and those meant for this experiment must count."""
+    """Checks the types of all bindings. Raises `ValueError` if an override or a scoped binding changes nothing."""
     for (scope, name), where in self.bindings.must_be_used.items():
       if not any(made.name == name and f"{made.scope}/".startswith(f"{scope}/" if scope else "") for made in self.made):
         made = ", ".join(map(str, self.made))
-        raise ValueError(f"{where}: it changes nothing, for this experiment is made of {made}.")
+        raise ValueError(f"{where}: it changes nothing: this experiment is made of {made}.")
     spare = _Builder(self.bindings)
     for (_, name), fields in self.bindings.values.items():
       for argument, binding in fields.items():
         spare.convert(name, self.bindings.resolve(name, binding.where), argument, binding)
 
   def text(self) -> str:
-    """Everything made, field by field, as gin text."""
+    """All fields of everything that was built, as gin text."""
     paragraphs = ["\n".join(f"import {module}" for module in self.bindings.modules)]
     for reference, (cls, bound) in self._with_short_names().items():
       values = {f.name: _literal(bound[f.name] if f.name in bound else _default(f)) for f in _fields(cls)}
@@ -339,7 +338,7 @@ class _Builder:
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
   def _with_short_names(self) -> dict[_Reference, tuple[type, dict[str, Any]]]:
-    """`made`, with `@Loss` for `@TitansMemory/loss/Loss` where all that is made of `Loss` is equal."""
+    """`made`, with `@Loss` for `@TitansMemory/loss/Loss` if all objects of class `Loss` are equal."""
     kinds: dict[str, list[tuple[_Reference, Any]]] = {}
     for reference, made in self.made.items():
       kinds.setdefault(reference.name, []).append((reference, made))
@@ -398,7 +397,7 @@ def _last(name: str) -> str:
 
 
 def _parse(text: str, name: str) -> list[Any]:
-  """gin's statements in `text`; a `ValueError` with the line where it is not gin."""
+  """gin's statements in `text`. Raises `ValueError` with the line of a syntax error."""
   try:
     return list(config_parser.ConfigParser(io.StringIO(text), _Delegate()))
   except SyntaxError as error:
@@ -417,20 +416,20 @@ def _find(config: str) -> _Source:
   if path.suffix == ".gin":
     raise FileNotFoundError(f"there is no file {config}")
   raise ValueError(
-    f"there is no config {config!r}{did_you_mean(config, shipped())} Want the path of a .gin file, or one of "
+    f"there is no config {config!r}{did_you_mean(config, shipped())} Expected the path of a .gin file, or one of "
     f"{', '.join(shipped())}."
   )
 
 
 def _find_included(filename: str, folder: Path | None, where: str) -> _Source:
-  """An included file: beside the one that includes it, or among the shipped ones."""
+  """An included file: one beside the including file, or else a shipped one."""
   if folder is not None and (folder / filename).is_file():
     path = folder / filename
     return _Source(str(path), path.read_text(encoding="utf-8"), path.parent)
   if filename.removesuffix(".gin") in _walk(resources.files(f"{_PACKAGE}.configs"), ""):
     return _shipped_source(filename.removesuffix(".gin"))
   beside = f"in {folder} or " if folder is not None else ""
-  raise ValueError(f"{where}: cannot include {filename!r}: there is none {beside}among the shipped configurations.")
+  raise ValueError(f"{where}: cannot include {filename!r}: no such file {beside}among the shipped configurations.")
 
 
 def _shipped_source(name: str) -> _Source:
@@ -447,7 +446,7 @@ def _walk(folder: Any, prefix: str) -> Iterator[str]:
 
 
 def _fields(cls: type) -> list[dataclasses.Field]:
-  """The fields that configure `cls`, dtypes last; those by which Flax places a module in a tree are not among them."""
+  """The fields that configure `cls`, dtypes last, without the two that Flax adds to every module."""
   flax = ("parent", "name") if issubclass(cls, nn.Module) else ()
   fields = [f for f in dataclasses.fields(cls) if f.init and f.name not in flax]
   return sorted(fields, key=lambda f: _is_dtype(f.name))
@@ -479,7 +478,7 @@ def _is_dtype(argument: str) -> bool:
 
 
 def _literal(value: Any) -> str | None:
-  """gin text for `value`, or None where there is none (a function, say)."""
+  """gin text for `value`, or None if gin cannot express it (a function, for example)."""
   if isinstance(value, _Reference) or value is None or isinstance(value, (bool, int, float, str)):
     return repr(value)
   if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
 """Fields that earlier versions of the package had, and where they are now.
 
-An operative config (`config.gin` of a run) sets every field. Therefore, where a config sets all the old fields of a class, an
-earlier version wrote it, and its values move to where they are now. Where it sets only some of them, it was written by hand,
-and is refused with the new name.
+An operative config (`config.gin` of a run) sets every field. So a config that sets all old fields of a class was written by an
+earlier version, and its values move to the new fields. A config that sets only some of them was written by hand, and is refused
+with a message that gives the new name.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from ..zoo.language_model import VectorModel
 
 
 class Place(NamedTuple):
-  """Where a value is now: in the option group of class `name` at a layer's field `field`, as `option`."""
+  """The new place of a value: field `option` of the option group of class `name` at a layer's field `field`."""
 
   field: str
   name: str
@@ -50,12 +50,12 @@ _OLD: dict[type, dict[str, Place | None]] = {
   VectorModel: {"vocab_size": None, "tie_embeddings": None},
 }
 
-# Classes whose old runs cannot go on, and why.
+# Classes whose old runs cannot be continued, and why.
 _ENDED = {MemoryAsLayer: "has another norm now, so the parameters of this run do not fit"}
 
 
 def is_old(cls: type, field: str, value: Any) -> bool:
-  """Whether a binding of `field` of `cls` is one of an earlier version. `loss` and `retention` were strings."""
+  """Whether an earlier version bound `field` of `cls` to such a value. `loss` and `retention` were strings."""
   return field in _old(cls) and (field not in cls.__dataclass_fields__ or isinstance(value, str))
 
 
@@ -65,10 +65,10 @@ def renewed(name: str, cls: type, where: dict[str, str]) -> dict[str, Place]:
   Args:
     name: of the class, as the config has it.
     cls: the class.
-    where: the place in the config of each of the old fields that it sets.
+    where: the place in the config of each old field that it sets.
 
   Raises:
-    ValueError: if the config was written by hand, or by a version whose runs cannot go on.
+    ValueError: if the config was written by hand, or by a version whose runs cannot be continued.
   """
   old = _old(cls)
   if where.keys() != old.keys():
@@ -77,7 +77,7 @@ def renewed(name: str, cls: type, where: dict[str, str]) -> dict[str, Place]:
   for ended, reason in _ENDED.items():
     if issubclass(cls, ended):
       raise ValueError(
-        f"{next(iter(where.values()))}: {name} {reason}. Train it anew, or go on with the version of memzoo that began it."
+        f"{next(iter(where.values()))}: {name} {reason}. Train it anew, or continue with the version of memzoo that began it."
       )
   return {field: place for field, place in old.items() if place is not None}
 

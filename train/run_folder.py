@@ -14,15 +14,15 @@ class Result:
     directory: of the run.
     step: batches seen.
     interrupted: the signal that stopped it early, "SIGTERM" or "SIGINT"; None if it is finished.
-    skipped: batches among them whose loss or gradient was not finite.
-    validation_loss, validation_bits_per_byte: on the validation text; None if interrupted, as all that follow.
+    skipped: how many of them had a loss or gradient that was not finite.
+    validation_loss, validation_bits_per_byte: on the validation text; these and all below are None if interrupted.
     validation_accuracy: share of tokens, or of answers, whose likeliest prediction is right.
-    order_0_bits_per_byte, zlib_bits_per_byte: what the same text costs under its own byte frequencies, and zlib -9.
+    order_0_bits_per_byte, zlib_bits_per_byte: of the same text under its own byte frequencies, and compressed by zlib -9.
     tokens_per_second: from the end of the first step to the end of the last, all pauses included.
-    step_share: of that time, spent inside the compiled step.
-    flops_per_second: of matrix products within that share, a backward pass counted as two forward ones.
-    matmul_share: of what the devices reach in one large float32 matrix product, measured after the last step.
-    peak_bytes: held at the peak by the fullest device, or by this process where devices do not count theirs.
+    step_share: the share of that time inside the compiled step.
+    flops_per_second: of matrix products inside the compiled step; a backward pass counts as two forward ones.
+    matmul_share: `flops_per_second` divided by the devices' rate in one large float32 product, measured after the last step.
+    peak_bytes: peak memory of the fullest device, or of this process if devices do not report theirs.
   """
 
   directory: str
@@ -42,9 +42,9 @@ class Result:
 
 
 def check_same_run(directory: Path, text: str) -> None:
-  """Raises `ValueError` if `directory` holds a run whose config differs from `text` in what decides its steps.
+  """Raises `ValueError` if `directory` holds a run whose config differs from `text` in a setting that affects its steps.
 
-  A run that has not saved a checkpoint yet has nothing to lose, and may be started anew with any config.
+  A run without a checkpoint may be started anew with any config.
   """
   path = directory / "config.gin"
   if not path.exists() or not any((directory / "checkpoints").glob("[0-9]*")):
@@ -52,12 +52,12 @@ def check_same_run(directory: Path, text: str) -> None:
   there = path.read_text()
   if _differences(there, text) and (differences := _differences(_renewed(there, path), text)):
     raise ValueError(
-      f"{directory} holds a run with another config: {'; '.join(differences)}. Want the same, or a new directory."
+      f"{directory} holds a run with another config: {'; '.join(differences)}. Expected the same, or a new directory."
     )
 
 
 def _renewed(text: str, path: Path) -> str:
-  """The operative config in `text` as this version writes it: an earlier one had other fields. As it is, if it is none."""
+  """The operative config in `text` with the fields of this version; any other text unchanged."""
   from .config import build_text
 
   if "LanguageModel." not in text and "VectorModel." not in text:
@@ -66,7 +66,7 @@ def _renewed(text: str, path: Path) -> str:
 
 
 def _differences(there: str, here: str) -> list[str]:
-  """What differs between two operative configs, of what decides the steps of a run."""
+  """The settings that affect the steps of a run and differ between two operative configs."""
   old, new = _bindings(there), _bindings(here)
   return [
     f"{name} = {old.get(name, 'unset')} there, {new.get(name, 'unset')} here"
@@ -76,7 +76,7 @@ def _differences(there: str, here: str) -> list[str]:
 
 
 def check_writable(directory: Path) -> None:
-  """Makes `directory` where it is missing. Raises `ValueError` if nothing can be written there."""
+  """Creates `directory` if it is missing. Raises `ValueError` if nothing can be written there."""
   try:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory) as probe:
@@ -84,7 +84,7 @@ def check_writable(directory: Path) -> None:
       probe.flush()
   except OSError as error:
     raise ValueError(
-      f"{directory} cannot be written to ({error.strerror}); want a folder of your own, on a disk with space left."
+      f"{directory} cannot be written to ({error.strerror}); expected a folder of your own, on a disk with space left."
     ) from None
 
 
@@ -100,7 +100,7 @@ def _may_change(name: str) -> bool:
 
 
 def finished_result(directory: Path, steps: int) -> Result | None:
-  """The result of the run in `directory`, if it has gone through at least `steps` steps."""
+  """The result of the run in `directory`, if it has taken at least `steps` steps."""
   path = directory / "result.json"
   result = Result(**json.loads(path.read_text())) if path.exists() else None
   return result if result and result.step >= steps else None

@@ -1,4 +1,4 @@
-"""Checks a value that somebody wrote into a configuration against the type of the field that it is for."""
+"""Checks the values of a configuration against the types of their fields."""
 
 import difflib
 import types
@@ -16,19 +16,19 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 class Mismatch(Exception):
-  """A value is not of the type that was asked for; the message says what would be."""
+  """A value does not have the type of its field; the message says what is expected."""
 
 
 def convert(value: Any, annotation: Any, make: Callable[[Any], Any] | None = None) -> Any:
-  """The value as the annotated type has it: a list for a tuple becomes a tuple, an integer for a float a float.
+  """Converts a value to the annotated type: a list to a tuple, an integer to a float.
 
   Args:
     value: a literal: None, a boolean, number, string, or lists, tuples and dictionaries of these; or a reference.
     annotation: a type, as found on a dataclass's field.
-    make: turns a reference into the object that it stands for, and gives anything else back as it is.
+    make: builds the object of a reference, and returns anything else unchanged.
 
   Raises:
-    Mismatch: if the value is not one of that type.
+    Mismatch: if the value does not have that type.
   """
   origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
   if annotation is Any:
@@ -56,24 +56,24 @@ def convert(value: Any, annotation: Any, make: Callable[[Any], Any] | None = Non
     made = make(value) if make else value
     if isinstance(made, annotation) and not (annotation is int and isinstance(made, bool)):
       return made
-  raise Mismatch(f"want {in_words(annotation)}")
+  raise Mismatch(f"expected {in_words(annotation)}")
 
 
 def to_dtype(value: Any) -> Any:
-  """The JAX type of that name, of `FLOATS`: "bfloat16" gives `jnp.bfloat16`. None stays None.
+  """The JAX type of a name in `FLOATS`: "bfloat16" gives `jnp.bfloat16`. None stays None.
 
   Raises:
-    Mismatch: if it is none of them.
+    Mismatch: for any other value.
   """
   if value is None:
     return None
   if value in FLOATS:
     return getattr(jnp, value)
-  raise Mismatch(f"want the name of a floating type: {', '.join(FLOATS)}")
+  raise Mismatch(f"expected the name of a floating type: {', '.join(FLOATS)}")
 
 
 def in_words(annotation: Any) -> str:
-  """What a field of this type takes, as a phrase: "an integer or None"."""
+  """A phrase for the values that a field of this type takes: "an integer or None"."""
   origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
   if annotation in _WORDS:
     return _WORDS[annotation]
@@ -92,7 +92,7 @@ def in_words(annotation: Any) -> str:
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-  """The end of a sentence: ": did you mean 'num_heads'?" with the option nearest to `word`, or "." where none is."""
+  """The end of a sentence: ": did you mean 'num_heads'?" with the option nearest to `word`, or "." if none is near."""
   options = list(options)
   near = difflib.get_close_matches(word.lower(), [o.lower() for o in options], n=1)
   found = next((o for o in options if near and o.lower() == near[0]), None)
@@ -106,17 +106,17 @@ def _first_that_fits(value: Any, annotation: Any, arguments: tuple, make: Callab
       return convert(value, argument, make)
     except Mismatch:
       continue
-  raise Mismatch(f"want {in_words(annotation)}")
+  raise Mismatch(f"expected {in_words(annotation)}")
 
 
 def _convert_sequence(value: Any, annotation: Any, origin: Any, arguments: tuple, make: Any) -> Any:
   if not isinstance(value, (list, tuple)):
-    raise Mismatch(f"want {in_words(annotation)}")
+    raise Mismatch(f"expected {in_words(annotation)}")
   container = list if origin is list else tuple
   if not arguments:
     return container(value)
   if origin is tuple and Ellipsis not in arguments:
     if len(value) != len(arguments):
-      raise Mismatch(f"want a list of {len(arguments)}")
+      raise Mismatch(f"expected a list of {len(arguments)} items")
     return tuple(convert(item, argument, make) for item, argument in zip(value, arguments, strict=True))
   return container(convert(item, arguments[0], make) for item in value)
