@@ -206,17 +206,17 @@ def test_complaints_are_filtered_only_inside_unless_a_save_failed(tmp_path, save
       leave(tmp_path / "a", saved[1], KeyError())
     assert filters() == (False, 0)
   for _ in range(2):
-    with pytest.raises(OSError, match="None was saved before; mend that, and the same command starts anew"):
+    with pytest.raises(OSError, match="None was saved before; fix that, and the same command starts anew"):
       fail(tmp_path / "b", saved[1], errno.EIO)
     assert filters() == (True, 1)
 
 
 @pytest.mark.parametrize(
   ("number", "remedy"),
-  [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EFBIG, "make room"), (errno.EACCES, "mend that")],
+  [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EFBIG, "make room"), (errno.EACCES, "fix that")],
 )
 def test_a_failed_save_says_what_to_do(run, saved, filters, number, remedy):
-  words = rf"{os.strerror(number)}.*The one of step 3 is whole; {remedy}, and the same command resumes from there"
+  words = rf"{os.strerror(number)}.*The one of step 3 is complete; {remedy}, and the same command resumes from it"
   with pytest.raises(OSError, match=words):
     fail(run, saved[1], number)
 

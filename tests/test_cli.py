@@ -277,7 +277,7 @@ def test_a_full_disk_prints_one_line_and_loses_nothing(memzoo, tmp_path):
   full = subprocess.run([sys.executable, "-c", code, *train, "4"], capture_output=True, text=True)
   assert full.returncode == 2
   assert full.stderr.startswith("error: a checkpoint could not be saved in")
-  assert "(File too large). The one of step 2 is whole; make room" in full.stderr, full.stderr
+  assert "(File too large). The one of step 2 is complete; make room" in full.stderr, full.stderr
   assert full.stderr.count("\n") == 1, full.stderr
   status, out, err = memzoo(*train, "4")
   assert status == 0, err

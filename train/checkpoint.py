@@ -1,4 +1,4 @@
-"""Checkpoints: saved by Orbax while training goes on, and used only if they are whole.
+"""Checkpoints: saved by Orbax while training continues, and used only if they are complete and undamaged.
 
 `RUN/checkpoints/STEP/` holds the train state, the position in the data, the config as gin text and a checksum of every
 array. Orbax writes to a temporary folder and renames it at the end, so a run killed while saving leaves nothing that
@@ -56,7 +56,7 @@ class Checkpoints:
   Args:
     directory: of the run. Created where it is missing.
     kept: how many of the newest stay on disk, beside the one with the lowest validation loss.
-    say: takes the messages about checkpoints that cannot be read.
+    say: called with messages about checkpoints that cannot be read.
   """
 
   def __init__(self, directory: str | Path, *, kept: int = 2, say: Callable[[str], None] = print):
@@ -96,13 +96,13 @@ class Checkpoints:
   def save(
     self, step: int, state: TrainState, data: Any, facts: dict[str, Any], validation_loss: float | None = None
   ) -> None:
-    """Begins to save. Returns once `state` is copied, so that it may be donated.
+    """Begins to save. Returns once `state` is copied, so it may be donated then.
 
     Args:
       step: batches that `state` has seen.
       state: the train state.
       data: the iterator's `get_state()` after those batches.
-      facts: what else belongs to the run, as JSON.
+      facts: other values to save with the run, as JSON.
       validation_loss: of `state`, if it was evaluated.
     """
     facts = facts | {"checksums": checksums(state)}
@@ -122,7 +122,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
 
   def restore(self, abstract_state: TrainState) -> Restored | None:
-    """The newest checkpoint that is whole, or None. Newer ones are set aside, with a message for each.
+    """The newest undamaged checkpoint, or None. Newer ones are set aside, with a message for each.
 
     Args:
       abstract_state: shapes, dtypes and shardings, as in `Program.abstract_state`. The shardings may differ from those of
@@ -171,10 +171,10 @@ class Checkpoints:
       whole = max((int(path.name) for path in self.path.glob("[0-9]*") if path.name.isdigit()), default=None)
       raise OSError(
         f"a checkpoint could not be saved in {self.path} ({_in_short(error)}). "
-        + ("None was saved before; " if whole is None else f"The one of step {whole} is whole; ")
-        + ("make room" if any(words in str(error) for words in _NO_ROOM) else "mend that")
+        + ("None was saved before; " if whole is None else f"The one of step {whole} is complete; ")
+        + ("make room" if any(words in str(error) for words in _NO_ROOM) else "fix that")
         + ", and the same command "
-        + ("starts anew." if whole is None else "resumes from there.")
+        + ("starts anew." if whole is None else "resumes from it.")
       ) from None
 
   def __enter__(self) -> "Checkpoints":
@@ -192,7 +192,7 @@ class Checkpoints:
       self._leave_quietly()
 
   def _leave_quietly(self) -> None:
-    """Stops filtering complaints, unless a save failed: the writes that Orbax abandons then complain at any later time."""
+    """Stops filtering messages, unless a save failed: the writes that Orbax abandons then print messages at any later time."""
     if not self._failed:
       _abandoned.let_through()
       return
@@ -210,15 +210,15 @@ def restore_params(
   check: Callable[[dict[str, Any]], None] = lambda facts: None,
   say: Callable[[str], None] = print,
 ) -> tuple[Any, int]:
-  """The parameters of a run's newest whole checkpoint, for evaluation and generation, and its step.
+  """The parameters of a run's newest undamaged checkpoint, for evaluation and generation, and its step.
 
   Args:
-    directory: of the run. Nothing in it is changed.
+    directory: of the run; it is not changed.
     abstract_params: shapes and dtypes, as `jax.eval_shape` gives them, without boxes. Those without a sharding are placed on
       the first device.
     best: take the checkpoint with the lowest validation loss instead of the newest.
     check: called with the checkpoint's facts; raises `ValueError` if they do not fit.
-    say: takes the messages about checkpoints that cannot be read.
+    say: called with messages about checkpoints that cannot be read.
 
   Raises:
     ValueError: if the run has no checkpoint that can be read, or `check` raises it.
@@ -261,7 +261,7 @@ def _restore_params(manager: ocp.CheckpointManager, step: int, target: Any) -> t
   return state["params"], found.facts
 
 
-# Not Orbax's BestN: it reads the metrics of all checkpoints when a manager is made, and a damaged file of them raises there.
+# Not Orbax's BestN: it reads the metrics of all checkpoints when a manager is made, and raises if one of the files is damaged.
 @dataclass
 class _Best(PreservationPolicy):
   """Keeps the checkpoint with the lowest of `losses`, which are given by step."""
@@ -283,7 +283,7 @@ def _validation_losses(manager: ocp.CheckpointManager) -> dict[int, float]:
 def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
   """`load()` and None, or None and what is wrong with the files that it read.
 
-  A damaged file raises any of a dozen types of exception. All are caught, except those that are not the files' fault.
+  A damaged file raises any of a dozen types of exception. All are caught, except those with other causes.
   """
   hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
   try:
@@ -293,8 +293,8 @@ def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
       raise
     except Exception as error:
       damage = _in_short(error)
-    # Orbax abandons the reads of the other arrays, and each complains at length when it is collected or finishes. Most are
-    # collected here, now that no exception holds them.
+    # Orbax abandons the reads of the other arrays, and each prints a long message when it is collected or finishes. Most are
+    # collected here, now that no exception refers to them.
     gc.collect()
     time.sleep(0.2)
   finally:
@@ -314,7 +314,7 @@ def _in_short(error: Exception) -> str:
 class _Abandoned:
   """Silences the writes and reads that Orbax abandons when one of them fails. (The first failure is raised.)
 
-  They fail in other threads, from where nothing can be raised, and print long tracebacks.
+  They fail in other threads, where no caller can catch the exception, and print long tracebacks.
   """
 
   def __init__(self):

@@ -1,4 +1,4 @@
-"""The `memzoo` command. Each command imports what it needs, so that `--help` stays fast."""
+"""The `memzoo` command. Each command imports what it needs, so that `--help` is fast."""
 
 import os
 import sys
@@ -66,7 +66,7 @@ def _options(
   ] = False,
   debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-  del version, debug  # handled earlier: by the callback, and by `main` at any place in the line
+  del version, debug  # `_print_version` and `main` handle them
 
 
 @app.command(no_args_is_help=True)
@@ -290,10 +290,10 @@ def laws(
   settings: Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set a field of the layer; may be repeated.")
   ] = None,
-  width: Annotated[int, typer.Option(min=1, help="Of the layer's input.")] = 32,
-  only: Annotated[str | None, typer.Option(metavar="N,N,...", help="Numbers of the laws to try; all unless given.")] = None,
+  width: Annotated[int, typer.Option(min=1, help="Width of the layer's input.")] = 32,
+  only: Annotated[str | None, typer.Option(metavar="N,N,...", help="Numbers of the laws to check; all by default.")] = None,
 ) -> None:
-  """Try on a layer the laws that every layer of the zoo obeys: causality, splits, documents, padding and so on.
+  """Check a layer against the laws that every layer of the zoo obeys: causality, splits, documents, padding and so on.
 
   [bold]memzoo laws EraseThenDelta[/bold]
 
@@ -315,7 +315,7 @@ def laws(
 
 
 def _field(setting: str) -> tuple[str, object]:
-  """A name and a value, a Python literal or else a string, from "name=value"."""
+  """Parses "name=value". A value that is not a Python literal is a string."""
   import ast
 
   name, equals, value = setting.partition("=")
@@ -328,7 +328,7 @@ def _field(setting: str) -> tuple[str, object]:
 
 
 def _import_class(path: str) -> type:
-  """The class at "package.module.Class", looked for in the current folder too."""
+  """Imports the class "package.module.Class", also from the current folder."""
   from importlib import import_module
 
   module, _, name = path.rpartition(".")
@@ -346,7 +346,7 @@ def compare(
   task: Annotated[str, typer.Argument(help="A task (mqar, word_problem, ...; see `memzoo list`), or a config with one.")],
   layers: Annotated[str, typer.Option(help="Layers to compare, separated by commas.")],
   overrides: _Set = None,
-  learning_rates: Annotated[str, typer.Option(help="Each layer is trained at all; the best one counts.")] = "0.003,0.01",
+  learning_rates: Annotated[str, typer.Option(help="Each layer is trained at all of these; the best counts.")] = "0.003,0.01",
   seeds: Annotated[int, typer.Option(help="Number of seeds for parameters and examples.")] = 2,
   steps: Annotated[int, typer.Option(help="Largest number of training steps; see --stop-at.")] = 1000,
   batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 32,

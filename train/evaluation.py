@@ -22,11 +22,11 @@ class Evaluation:
 
   Attributes:
     loss: nats per token; for vectors, the squared error.
-    measured: the loss in another measure.
-    measure: the name of that measure, such as "bits_per_byte".
+    measured: the loss in the unit `measure`.
+    measure: the name of that unit, such as "bits_per_byte".
     accuracy: share of tokens whose likeliest prediction is right.
-    tokens: how many were predicted.
-    baselines: by name, the same measure without a model.
+    tokens: number of tokens predicted.
+    baselines: values without a model in the same unit, by name.
   """
 
   loss: float
@@ -46,20 +46,20 @@ def put_rows(batch: Batch, sharding: jax.sharding.NamedSharding) -> dict[str, ja
 
 def mean_loss(program: Program, params: Any, batches: Sequence[dict[str, jax.Array]]) -> tuple[float, float]:
   """Nats per token over `batches`, which are on the devices, and the share of tokens predicted right."""
-  # One after another. The devices of a CPU mesh are threads of one small pool: given all batches at once, each device could
-  # begin another batch, and they would wait for each other without end.
+  # One after another. The devices of a CPU mesh are threads of one small pool: given all batches at once, the devices could
+  # begin different batches and wait for each other forever.
   sums = [jax.device_get(program.evaluate(params, batch)) for batch in batches]
   nats, right, tokens = (sum(map(float, column)) for column in zip(*sums, strict=True))
   return nats / tokens, right / tokens
 
 
 def validation_row(corpus: Corpus, loss: float) -> dict[str, float]:
-  """A validation loss, under the names that `metrics.jsonl` has for it."""
+  """A validation loss, under its names in `metrics.jsonl`."""
   return {"validation_loss": loss, f"validation_{corpus.measure}": corpus.measured(loss, validation=True)}
 
 
 def evaluate(program: Program, params: Any, corpus: Corpus, batches: int = 0) -> Evaluation:
-  """Evaluates `params` on so many validation batches of `corpus`; 0 means all of them."""
+  """Evaluates `params` on at most `batches` validation batches of `corpus`; 0 means all of them."""
   rows = corpus.validation_batches(batches)
   loss, accuracy = mean_loss(program, params, [put_rows(batch, program.batch_sharding) for batch in rows])
   return Evaluation(
@@ -75,10 +75,10 @@ def evaluate(program: Program, params: Any, corpus: Corpus, batches: int = 0) ->
 def load_run(
   directory: str | Path, *, best: bool = False, say: Callable[[str], None] = print
 ) -> tuple[Experiment, Any, int]:
-  """A run's experiment, its newest or its best parameters (on the first device) and the step that they are from.
+  """A run's experiment, its newest or best parameters (on the first device) and their step.
 
   Raises:
-    ValueError: if `directory` is no run, or has no checkpoint that can be read.
+    ValueError: if `directory` is not a run, or has no checkpoint that can be read.
   """
   config = Path(directory) / "config.gin"
   if not config.is_file():

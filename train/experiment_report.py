@@ -1,4 +1,4 @@
-"""An experiment for the screen: its model, its run, and the memory of a training step."""
+"""Tables about an experiment: its model, its run, and the memory of a training step."""
 
 import math
 from typing import Any, NamedTuple
@@ -19,9 +19,9 @@ class Peak(NamedTuple):
 
   Attributes:
     state: parameters, moments and counters.
-    batch: a device's share of it.
+    batch: a device's share of the batch.
     temporaries: the rest: activations, gradients, results that do not reuse the state's buffers, and code.
-    backend: what the step was compiled for.
+    backend: the platform that the step was compiled for.
   """
 
   state: int
@@ -37,7 +37,7 @@ class Peak(NamedTuple):
 def predicted_peak(experiment: Any) -> Peak:
   """Compiles an experiment's training step for this machine, and returns the memory that it needs. Nothing is allocated.
 
-  The rest of the process is left out: Python, the text, the evaluation, other programs.
+  It does not include the rest of the process: Python, the text, the evaluation, other programs.
 
   Raises:
     ValueError: if the experiment cannot be run on any mesh of this machine.
@@ -122,7 +122,7 @@ def _memory(experiment: Any) -> str:
 
 
 def _interface(model: Any) -> str:
-  """What goes in and comes out of a model, in words."""
+  """The inputs and outputs of a model, in words."""
   if isinstance(model, VectorModel):
     return f"vectors of {model.input_dim} to vectors of {model.output_dim}"
   return f"{model.vocab_size} tokens"

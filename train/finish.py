@@ -1,4 +1,4 @@
-"""What a run does after its last step: it evaluates, draws, samples, and prints a summary."""
+"""The end of a run, after its last step: evaluation, pictures, a sample, and a summary."""
 
 import json
 from dataclasses import asdict
@@ -24,8 +24,8 @@ def finish(setup: Setup, state: TrainState, report: Report, watch: Stopwatch, st
     setup: of the run.
     state: after the last step.
     report: of the run.
-    watch: stopped; it ran from the end of the first of these steps to the end of the last.
-    steps: that this call of `train` has taken.
+    watch: a stopped watch that ran from the end of the first of these steps to the end of the last.
+    steps: number of steps that this call of `train` has taken.
   """
   corpus = setup.corpus
   evaluation = evaluate(setup.program, state.params, corpus, setup.experiment.trainer.final_evaluation_batches)

@@ -1,8 +1,7 @@
 """A run from its first step to its last, through any number of interruptions.
 
-A run is a folder. Calling `train` on it starts it, resumes it, or finds it finished. A checkpoint holds everything that
-decides a step, and every order is seeded. So on a CPU a run that was killed and resumed has the same losses, to the bit,
-as one that was not.
+A run is a folder. Calling `train` on it starts it, resumes it, or finds it finished. A checkpoint holds everything that a step
+depends on, and every order is seeded. So on a CPU a run that was killed and resumed has bitwise the losses of one that was not.
 
 The host stays one step ahead of the device: it starts a step before it reads the numbers of the last one. Reading,
 writing and drawing then cost the device nothing as long as they take less than a step.
@@ -39,7 +38,7 @@ def train(experiment: Experiment, directory: str | Path, *, progress: bool = Tru
 
   Args:
     experiment: as `memzoo.build` gives it.
-    directory: of the run, made where it is missing. If it holds a run, the configs may differ only in `MeshShape` and
+    directory: of the run, created if missing. If it holds a run, the configs may differ only in `MeshShape` and
       `Trainer` (without its seed).
     progress: False prints nothing.
 
@@ -51,7 +50,7 @@ def train(experiment: Experiment, directory: str | Path, *, progress: bool = Tru
   directory = Path(directory)
   if finished := find_finished(experiment, directory):
     if progress and jax.process_index() == 0:
-      print(f"{directory} is finished: {finished.step} steps. To go on, ask for more with Trainer.steps.")
+      print(f"{directory} is finished: {finished.step} steps. To continue, raise Trainer.steps.")
     return finished
   setup, messages = set_up(experiment, directory), []
   with Checkpoints(directory, kept=experiment.trainer.checkpoints_kept, say=messages.append) as checkpoints:
@@ -69,7 +68,7 @@ def train(experiment: Experiment, directory: str | Path, *, progress: bool = Tru
 
 
 class _Run:
-  """A run under way: what changes from step to step."""
+  """A run in progress: everything that changes from step to step."""
 
   def __init__(self, setup: Setup, checkpoints: Checkpoints, restored: Restored | None, progress: bool):
     self.setup, self.trainer, self.program = setup, setup.experiment.trainer, setup.program
@@ -95,7 +94,7 @@ class _Run:
     )
 
   def go(self) -> Result:
-    """Takes the steps that are left, and finishes."""
+    """Takes the remaining steps, and finishes."""
     with interruptions() as caught:
       interrupted = self.train_until(caught)
     if interrupted and self.step < self.trainer.steps:
@@ -104,7 +103,7 @@ class _Run:
     return finish(self.setup, self.state, self.report, self.watch, self.step - self.first_step)
 
   def stop(self, interrupted: str) -> Result:
-    """Saves, because of the signal `interrupted`."""
+    """Saves after the signal `interrupted`."""
     self.save()
     self.checkpoints.wait()
     draw(self.setup, self.report)
@@ -115,9 +114,9 @@ class _Run:
     return Result(str(self.setup.directory), self.step, interrupted, int(self.state.skipped))
 
   def train_until(self, caught: list[signal.Signals]) -> str | None:
-    """Steps until the last, or until a process has `caught` a signal, whose name it returns.
+    """Takes steps until the last one, or until a process has `caught` a signal; returns the signal's name.
 
-    Every step's numbers have been written on return.
+    When it returns, the numbers of every step are written.
     """
     stopped_by, began = 0, time.perf_counter()
     while self.step < self.trainer.steps and not (stopped_by := self.vote(caught[0] if caught else 0)):
@@ -130,7 +129,7 @@ class _Run:
     return signal.Signals(stopped_by).name if stopped_by else None
 
   def take_step(self) -> None:
-    """Starts a step on the device, and meanwhile records the one before."""
+    """Starts a step on the device, and meanwhile records the previous one."""
     with self.watch("input"):
       batch = put_batch(next(self.batches), self.program.batch_sharding)
     with self.watch("step"):
@@ -141,7 +140,7 @@ class _Run:
       self.record(*previous)
 
   def warm_up(self, began: float) -> None:
-    """Waits for the first step, compiles what will be called between steps, and starts the clocks anew."""
+    """Waits for the first step, compiles the functions that run between steps, and restarts the clocks."""
     jax.block_until_ready(self.state)
     mean_loss(self.program, self.state.params, self.validation[:1])
     checksums(self.state)
@@ -150,7 +149,7 @@ class _Run:
     self.report.restart_clock(self.step)
 
   def evaluate_and_save(self) -> None:
-    """Evaluates and saves, where that is due after this step."""
+    """Evaluates and saves, if that is due after this step."""
     trainer, loss, last = self.trainer, None, self.step == self.trainer.steps
     if _due(self.step, trainer.evaluate_every) and not last:
       loss = self.drain(evaluate=True)
@@ -180,7 +179,7 @@ class _Run:
   def record(
     self, step: int, metrics: Metrics, batch: dict[str, jax.Array], validation: dict[str, float] | None = None
   ) -> None:
-    """Waits for a step's numbers and writes them; ends the run if too many in a row were not finite."""
+    """Waits for a step's numbers and writes them; raises if too many steps in a row were not finite."""
     with self.watch("step"):
       metrics = jax.device_get(metrics)
     with self.watch("reporting"):
@@ -193,7 +192,7 @@ class _Run:
         self.report_skip(step, metrics, batch)
 
   def row(self, step: int, metrics: Metrics) -> dict:
-    """A step's numbers, as `metrics.jsonl` has them."""
+    """A step's numbers, under their names in `metrics.jsonl`."""
     loss, corpus = float(metrics.loss), self.setup.corpus
     row = {
       "step": step,
@@ -223,7 +222,7 @@ class _Run:
     )
 
   def save(self, validation_loss: float | None = None) -> None:
-    """Begins to save a checkpoint of this step, unless there is one."""
+    """Begins to save a checkpoint of this step, unless it exists."""
     if self.checkpoints.latest_step == self.step:
       return
     self.report.flush()

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and clipping (Loshchilov & Hutter 2019, arXiv:1711.05101), from optax's parts."""
+"""AdamW with warm-up, cosine decay and clipping (Loshchilov & Hutter 2019, arXiv:1711.05101), built from optax's parts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ import optax
 from ..zoo.stack import PERIODS
 from .checks import at_least
 
-# Gates, offsets and scales of any shape, which weight decay would pull towards a value that means something else.
+# Gates, offsets and scales of any shape. They do not decay, because zero is not a neutral value for them.
 UNDECAYED_NAMES = frozenset({"A_log", "dt_bias", "bias", "scale"})
 
 
 @dataclass(frozen=True)
 class Optimizer:
-  """AdamW as memzoo trains with it; `build(steps)` gives the `optax.GradientTransformation`.
+  """The settings of AdamW; `build(steps)` gives the `optax.GradientTransformation`.
 
   Attributes:
     learning_rate: at the peak, after `warmup_steps`.
@@ -56,7 +56,7 @@ class Optimizer:
     updates = max(1, steps // self.accumulate_steps)
     warmup = min(self.warmup_steps // self.accumulate_steps, updates // 10)
     schedule = optax.schedules.warmup_cosine_decay_schedule(
-      init_value=self.learning_rate / (warmup + 1),  # at a rate of zero the first update would be lost
+      init_value=self.learning_rate / (warmup + 1),  # a rate of zero would waste the first update
       peak_value=self.learning_rate,
       warmup_steps=warmup,
       decay_steps=max(updates, warmup + 1),
@@ -91,8 +91,8 @@ def _with_usual_promotion(function: Callable) -> Callable:
 def decay_mask(params: Any) -> Any:
   """A tree like `params`: True for matrices and embeddings, which decay.
 
-  False for what has fewer than two axes or a name in `UNDECAYED_NAMES`. The leading axis of what lies under `PERIODS`
-  counts layers, and is not one of these axes.
+  False for parameters with fewer than two axes or a name in `UNDECAYED_NAMES`. Under `PERIODS` the leading axis counts layers
+  and is not one of these axes.
   """
 
   def decays(path, leaf) -> bool:
