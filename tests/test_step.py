@@ -263,7 +263,7 @@ def test_meshes_that_do_not_fit_are_errors(tmp_path):
     MeshShape(data=8).build()
   with pytest.raises(ValueError, match="needs a multiple of 3 devices, but there are 4"):
     MeshShape(tensor=3).build()
-  with pytest.raises(ValueError, match="is no mesh"):
+  with pytest.raises(ValueError, match="is not a mesh"):
     MeshShape(data=-1, fsdp=-1)
   with pytest.raises(ValueError, match=r"batch_size is 4, which does not divide over 3.*multiple of 3"):
     program_of(tiny_experiment(tmp_path, mesh=MeshShape(data=3)))

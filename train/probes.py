@@ -1,6 +1,6 @@
 """Probes of a trained language model: perplexity by position, a needle by length and depth, speed by length.
 
-They are what `memzoo evaluate RUN --task NAME` runs. A probe returns a table of numbers; `table` and `draw` show it.
+`memzoo evaluate RUN --task NAME` runs one of them. A probe returns a table of numbers; `table` and `draw` show it.
 """
 
 import json
@@ -31,7 +31,7 @@ class Probe:
 
   Attributes:
     name: of the probe.
-    title: what the numbers are.
+    title: a description of the numbers.
     rows, columns: their names.
     values: [rows, columns]; nan where nothing could be measured.
   """
@@ -124,9 +124,9 @@ def probe(name: str, directory: str | Path, *, best: bool = False, say: Callable
     raise ValueError(f"--task is {name!r}; expected one of {', '.join(PROBES)}.")
   experiment, params, step = load_run(directory, best=best, say=say)
   if not hasattr(experiment.data, "sources"):
-    raise ValueError(f"{directory} was trained on {experiment.data.task}; --task must have a run on text.")
+    raise ValueError(f"{directory} was trained on {experiment.data.task}; expected a run on text for --task.")
   if name == "needle" and experiment.data.tokenizer != "bytes":
-    raise ValueError(f"TextData.tokenizer is {experiment.data.tokenizer!r}; --task needle must have 'bytes'.")
+    raise ValueError(f"TextData.tokenizer is {experiment.data.tokenizer!r}; expected 'bytes' for --task needle.")
   data = experiment.data.load() if name == "perplexity" else experiment.data
   return PROBES[name](experiment.model, params, data), step
 
@@ -170,12 +170,12 @@ def draw(found: Probe, path: Path) -> None:
 
 
 def _doublings(end: int) -> list[int]:
-  """0, 16, 32, ..., doubling, with `end` as the last."""
+  """0, 16, 32, ..., doubling up to `end`, which comes last."""
   return [0, *(16 * 2**i for i in range(64) if 16 * 2**i < end), end]
 
 
 def _positions(segment_ids: np.ndarray) -> np.ndarray:
-  """The position of each token in its document's part of the row, int32 [T]."""
+  """The position of each token within its document in the row, int32 [T]."""
   starts = np.flatnonzero(np.diff(segment_ids, prepend=-1))
   return (np.arange(len(segment_ids)) - np.repeat(starts, np.diff([*starts, len(segment_ids)]))).astype(np.int32)
 

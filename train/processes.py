@@ -1,7 +1,7 @@
-"""Several processes as one run: how they find each other, which rows each reads, and how they agree.
+"""Several processes as one run: how they connect, which rows each reads, and how they agree.
 
 Every process runs the same program, and all must take part in every collective. So an error or a signal in one process is
-broadcast to all before any acts on it.
+broadcast to all before any process acts on it.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 def join(
   coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, detect: bool = False
 ) -> None:
-  """Joins the other processes of a run, and returns when all are there. Call it before anything else that uses JAX.
+  """Joins the other processes of a run, and returns when all have joined. Call it before anything else that uses JAX.
 
   Args:
     coordinator: HOST:PORT of process 0.
-    processes: how many there are.
-    process: the number of this one, from 0.
-    detect: take what is not given from SLURM, Open MPI, Kubernetes or the TPU's metadata. With no argument at all there is
-      one process, and nothing happens.
+    processes: number of processes.
+    process: number of this process, from 0.
+    detect: take missing values from SLURM, Open MPI, Kubernetes or the TPU's metadata. Without any argument there is one
+      process, and nothing happens.
 
   Raises:
     ValueError: if one of the three is neither given nor detected, or they do not fit together.
@@ -43,7 +43,7 @@ def join(
     jax.distributed.initialize(*given, cluster_detection_method=None if detect else "deactivate")
   except (ValueError, TypeError) as error:
     raise ValueError(
-      f"the processes of this run do not know of each other ({' '.join(str(error).split())}); expected --coordinator "
+      f"the processes of this run cannot connect ({' '.join(str(error).split())}); expected --coordinator "
       "HOST:PORT, --processes N and --process I for each, or --distributed under SLURM, Open MPI, Kubernetes or on a "
       "TPU pod."
     ) from None
@@ -61,7 +61,7 @@ def together() -> Iterator[None]:
     any_process(True)
     raise
   if any_process(False):
-    raise ValueError("another process could not go on; see its own message.")
+    raise ValueError("another process failed; see its message.")
 
 
 def any_process(flag: bool) -> bool:
@@ -70,7 +70,7 @@ def any_process(flag: bool) -> bool:
 
 
 def check_equal(**values: str) -> None:
-  """Raises `ValueError` in every process unless each of `values` is the same in all."""
+  """Raises `ValueError` in every process unless each of `values` is the same in all processes."""
   if jax.process_count() == 1:
     return
   digests = [hashlib.blake2b(value.encode(), digest_size=4).digest() for value in values.values()]
@@ -91,20 +91,20 @@ def row_share(sharding: NamedSharding, rows: int) -> tuple[int, int]:
     rows: of the global batch.
 
   Raises:
-    ValueError: if no device of the mesh is this process's, or the rows of its devices are not contiguous.
+    ValueError: if the mesh has no device of this process, or the rows of its devices are not contiguous.
   """
   held = {index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows, 1)).values()}
   if not held:
     raise ValueError(
-      f"MeshShape uses {sharding.mesh.size} devices, none of which is process {jax.process_index()}'s; expected a mesh over "
-      f"all {jax.device_count()}."
+      f"MeshShape uses {sharding.mesh.size} devices, none of process {jax.process_index()}; expected a mesh over all "
+      f"{jax.device_count()} devices."
     )
   first, last = min(start for start, _ in held), max(end for _, end in held)
   own = sum(end - start for start, end in held)
   if own != last - first or first % own:
     raise ValueError(
-      f"the devices of process {jax.process_index()} hold rows from here and there ({sorted(held)}); expected a mesh in which "
-      "those of a process are neighbours along data and fsdp."
+      f"the devices of process {jax.process_index()} hold rows that are not contiguous ({sorted(held)}); expected a mesh in "
+      "which the devices of a process are neighbours along data and fsdp."
     )
   return first // own, rows // own
 

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on, and what it leaves for people: metrics, curves and a table."""
+"""The output of a run: progress on the screen, and files with metrics and curves."""
 
 import itertools
 import json
@@ -21,18 +21,18 @@ MEASURES = {"bits_per_byte": "bits/byte", "bits_per_answer": "bits/answer", "squ
 
 
 class Report:
-  """Takes a row of numbers at every step and passes it on: to the screen, to `metrics.jsonl`, to TensorBoard.
+  """Takes a row of numbers at every step and writes it to the screen, to `metrics.jsonl` and to TensorBoard.
 
   A context manager. On a terminal it draws a bar; elsewhere it prints a line every `log_every` steps.
 
   Args:
     directory: of the run.
     first_step, last_step: steps taken before, and steps in all.
-    tokens_per_step: for the rate.
+    tokens_per_step: from which the rate is computed.
     log_every: steps between two lines, and between two points in TensorBoard.
-    measure: what rows have beside the loss, one of `MEASURES`.
+    measure: the number in each row besides the loss, one of `MEASURES`.
     progress: False shows nothing.
-    primary: False writes no files and shows nothing, for all processes but the first.
+    primary: False writes no files and shows nothing; it is for all processes but the first.
   """
 
   def __init__(
@@ -78,11 +78,11 @@ class Report:
     self._console.print(message, markup=False, soft_wrap=True)
 
   def restart_clock(self, step: int) -> None:
-    """Leaves the time until now, such as compilation, out of the rates."""
+    """Excludes the time until now, such as compilation, from the rates."""
     self._since = (time.perf_counter(), step)
 
   def row(self, row: Row) -> None:
-    """Takes the numbers of one step, "step", "loss" and the measure among them. They are written at the next `flush`."""
+    """Takes the numbers of one step, including "step", "loss" and the measure. They are written at the next `flush`."""
     if self._primary:
       self._metrics.write(json.dumps(_finite_or_none(row)) + "\n")
     self._recent.append(row)
@@ -92,7 +92,7 @@ class Report:
       self._bar.update(self._task, completed=row["step"])
 
   def _summarise(self, row: Row) -> None:
-    """Shows and logs the mean of the rows since the last time."""
+    """Shows and logs the means over the rows since the last summary."""
     now, step = time.perf_counter(), row["step"]
     seconds, steps = now - self._since[0], step - self._since[1]
     self._since = (now, step)
@@ -185,7 +185,7 @@ def plot_losses(
 
 
 def smoothed(values: np.ndarray, span: float = 0.02) -> np.ndarray:
-  """Exponential moving average over about `span` of the curve, without the bias of its start. It skips nan."""
+  """Exponential moving average over about the share `span` of the curve, without start-up bias. It skips nan."""
   decay = 1 - 1 / max(1.0, span * len(values))
   total = weight = 0.0
   means = np.full(len(values), np.nan)

@@ -1,4 +1,4 @@
-"""What a run needs from its process: a quiet start, signals that wait until a step is done, and a stopwatch."""
+"""What a run needs from its process: a quiet start, signals that wait until a step has ended, and a stopwatch."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ def start_quietly() -> None:
   """Starts JAX's backends without their libraries' warnings about absent accelerators.
 
   Some warnings come from C++ and do not pass through Python's streams, so the file descriptors are redirected. If the start
-  fails, what was written is shown.
+  fails, the redirected output is shown.
   """
   for stream in (sys.stdout, sys.stderr):
     stream.flush()
@@ -67,7 +67,7 @@ class Stopwatch:
 
 @contextmanager
 def interruptions() -> Iterator[list[signal.Signals]]:
-  """Catches SIGTERM and SIGINT inside a `with` block, and yields a list to which they are appended.
+  """Catches SIGTERM and SIGINT inside a `with` block. Yields a list to which they are appended.
 
   A second SIGINT raises `KeyboardInterrupt` as usual. Outside the main thread Python delivers no signals, and the list
   stays empty.

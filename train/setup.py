@@ -1,4 +1,4 @@
-"""All that a run needs, made and checked before its first step."""
+"""Prepares and checks everything that a run needs, before its first step."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from .step import Program, build_program
 
 
 class Setup(NamedTuple):
-  """What a run is made of. Nothing here changes from step to step.
+  """The fixed parts of a run; none changes from step to step.
 
   Attributes:
     experiment: as `memzoo.build` gives it.
@@ -40,7 +40,7 @@ class Setup(NamedTuple):
     return self.experiment.data.batch_size * self.experiment.data.sequence_length
 
   def facts(self) -> dict[str, Any]:
-    """What a checkpoint says of the run, beside its state."""
+    """What a checkpoint holds about the run besides its state."""
     data = self.experiment.data
     return {"config": self.experiment.text, "fingerprint": self.corpus.fingerprint, "tokenizer": data.tokenizer_digest}
 
@@ -50,8 +50,8 @@ class Setup(NamedTuple):
     data.check_tokenizer(facts.get("tokenizer"))
     if facts["fingerprint"] != self.corpus.fingerprint:
       raise ValueError(
-        f"{data.source} is no longer what {self.directory} was trained on; expected the same (and, for the standard library, "
-        "the same Python), or a new directory."
+        f"{data.source} has changed since {self.directory} was trained on it; expected the same text (for the standard "
+        "library, the same Python), or a new directory."
       )
 
 

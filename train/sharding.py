@@ -1,4 +1,4 @@
-"""Where parameters and batches live: a mesh with the axes data, fsdp and tensor.
+"""The placement of parameters and batches on a mesh with the axes data, fsdp and tensor.
 
 * `data`: each device has a copy of the parameters and its share of the batch.
 * `fsdp`: the batch is split further, and so are the parameters, along their embedding axis (Rajbhandari et al. 2020,
@@ -26,7 +26,7 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 @dataclass(frozen=True)
 class MeshShape:
-  """Devices along each axis of the mesh. One axis may be -1: as many as are left over.
+  """Devices along each axis of the mesh. One axis may be -1: all remaining devices.
 
   Attributes:
     data: copies of the model, each with its share of the batch.
@@ -41,13 +41,13 @@ class MeshShape:
   def __post_init__(self):
     sizes = (self.data, self.fsdp, self.tensor)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-      raise ValueError(f"{self} is no mesh; expected sizes of at least 1, and -1 (the rest) for at most one of them.")
+      raise ValueError(f"{self} is not a mesh; expected sizes of at least 1, and -1 (the rest) for at most one of them.")
 
   def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices`, by default all of them. Where the sizes ask for fewer, the rest stay unused.
+    """The mesh over `devices`, by default all of them. If the sizes need fewer, the rest stay unused.
 
     Raises:
-      ValueError: if the sizes ask for more devices than there are, or -1 cannot share out the rest evenly.
+      ValueError: if the sizes need more devices than there are, or do not divide their number where one size is -1.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [self.data, self.fsdp, self.tensor]
@@ -55,7 +55,7 @@ class MeshShape:
     if named > len(devices) or (-1 in sizes and len(devices) % named):
       raise ValueError(
         f"{self} needs {'a multiple of ' if -1 in sizes else ''}{named} devices, but there are {len(devices)}; expected "
-        "sizes whose product divides that."
+        "sizes whose product divides that number."
       )
     if -1 in sizes:
       sizes[sizes.index(-1)] = len(devices) // named
@@ -106,8 +106,8 @@ def _check_divides(name: str, shape: tuple[int, ...], sharding: NamedSharding) -
     shares = math.prod(sharding.mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
     if size % shares:
       raise ValueError(
-        f"parameter {name} of shape {list(shape)} does not divide over MeshShape.{axis}={shares}; expected an axis of a "
-        f"multiple of {shares} instead of {size}, or a smaller MeshShape.{axis}."
+        f"parameter {name} of shape {list(shape)} does not divide over MeshShape.{axis}={shares}; expected a multiple "
+        f"of {shares} instead of {size}, or a smaller MeshShape.{axis}."
       )
 
 
