@@ -1,4 +1,4 @@
-"""What `memzoo.check_layer` found: laws held, broken and not tried, as plain text."""
+"""The report of `memzoo.check_layer`: which laws were held, broken or not tried, as plain text."""
 
 import re
 import textwrap
@@ -18,9 +18,9 @@ class Violation:
 
   Attributes:
     law: its number.
-    message: what differs, where, by how much, and what would do.
-    token, row: the first token and its batch row; `None` where the difference has no place.
-    error, tolerance: relative; `None` where nothing was compared.
+    message: what differs, where, and how to fix it.
+    token, row: the first token and its batch row; `None` if the difference has no place.
+    error, tolerance: relative error and its limit; `None` if nothing was compared.
   """
 
   law: int
@@ -32,7 +32,7 @@ class Violation:
 
   @property
   def place(self) -> str:
-    """Where, and by how much; empty where neither is known."""
+    """Token, row and error as text; empty if none is known."""
     parts = [f"{name} {value}" for name, value in (("token", self.token), ("batch row", self.row)) if value is not None]
     if self.error is not None:
       parts.append(f"relative error {self.error:.1e} (tolerance {self.tolerance:.0e})")
@@ -44,12 +44,12 @@ class Violation:
 
 @dataclass(frozen=True)
 class Result:
-  """What became of one law.
+  """The outcome of one law.
 
   Attributes:
     law, title: its number and name.
-    violations: empty where it holds.
-    not_tried: why it was not tried; `None` where it was.
+    violations: empty if none were found.
+    not_tried: why a check of it was not tried; `None` if all were.
   """
 
   law: int
@@ -70,10 +70,10 @@ class Report:
   """The laws that were tried on a layer, in the order of their numbers.
 
   Attributes:
-    layer: its class's name.
-    precision: "float64" where the layer computes in its input's precision, else "float32"; it sets the tolerances.
-    results: one a law.
-    first_broken: the number of the law to mend first, which often mends others; `None` where none is broken.
+    layer: name of the layer's class.
+    precision: "float64" if the layer computes in its input's precision, else "float32"; it sets the tolerances.
+    results: one per law.
+    first_broken: the number of the law to fix first, since others may follow from it; `None` if none is broken.
   """
 
   layer: str
@@ -83,7 +83,7 @@ class Report:
 
   @property
   def violations(self) -> tuple[Violation, ...]:
-    """All of them, those of `first_broken` first."""
+    """All violations, those of `first_broken` first."""
     found = [violation for result in self.results for violation in result.violations]
     return tuple(sorted(found, key=lambda violation: violation.law != self.first_broken))
 
@@ -93,7 +93,7 @@ class Report:
     return not self.violations
 
   def raise_if_broken(self) -> None:
-    """Raises `AssertionError`, with the whole report, where a law is broken."""
+    """Raises `AssertionError`, with the whole report, if a law is broken."""
     if not self.ok:
       raise AssertionError(f"\n{self}")
 
@@ -118,12 +118,12 @@ class Report:
 
 
 def differences(law: int, message: str, actual: Any, expected: Any, allowed: float) -> Iterator[Violation]:
-  """A `Violation` for the first leaf by which two dictionaries of trees differ, y before all others.
+  """Yields a `Violation` for the first leaf that differs between two dictionaries of trees; "y" is compared first.
 
   Args:
-    law, message: of the violation; the message may mention {leaf} and {where}, as "token 3".
+    law, message: of the violation; {leaf} and {where} ("token 3") in the message are filled in.
     actual, expected: trees by name. "y" and "x" have tokens, [B, T, ...]; "state" has rows, [B, ...].
-    allowed: relative error.
+    allowed: largest relative error.
   """
   try:
     errors = relative_errors(actual, expected)

@@ -1,8 +1,8 @@
-"""A layer on trial: its parameters, inputs and states, and the few compiled programs that all laws share.
+"""A layer under test: its parameters, inputs and states, and the few compiled programs that all laws share.
 
-Compilation is nearly all that a law costs, so one program of outputs, state and all gradients, at one shape, serves most of
-them: incoming states, documents, padding and the weights of the loss are its arguments. The other large program is the same
-call a token at a time. Everything around them is NumPy, since each operation of `jax.numpy` outside a program is one more.
+Nearly all the cost of a law is compilation. One program, which computes outputs, state and all gradients at one shape, serves
+most laws: incoming states, documents, padding and the weights of the loss are its arguments. The other large program makes the
+same call token by token. The code around them is NumPy, because each `jax.numpy` operation outside a program compiles another.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from .memory_layer import MemoryLayer
 from .tolerances import tolerance
 
 CHUNK = 4
-ROWS, TOKENS = 6, 22  # no multiple of a chunk
+ROWS, TOKENS = 6, 22  # TOKENS is not a multiple of CHUNK
 HOSTILE = 70  # tokens of hostile inputs, so that decays add up
 
-# Sizes for the fields that a layer has of these: small, and odd where they can be.
+# Sizes for the fields of these names that a layer has: small, and odd if possible.
 SMALL = {
   "num_heads": 4,
   "num_key_heads": 2,
@@ -38,7 +38,7 @@ SMALL = {
   "segment": 6,
   "negative_eigenvalues": True,
 }
-_STEPS = ("chunk_size", "window", "segment")  # of these, parameters do not depend on the size
+_STEPS = ("chunk_size", "window", "segment")  # fields that are lengths in tokens
 
 
 def _documents(*rows: tuple[int, ...]) -> np.ndarray:
@@ -46,7 +46,7 @@ def _documents(*rows: tuple[int, ...]) -> np.ndarray:
 
 
 ONE = np.ones((ROWS, TOKENS), np.int32)
-# Documents of 1 to 3 tokens, of a chunk and longer, on the chunk grid and off it, some with the id of one before.
+# Documents of 1 to 3 tokens, of one chunk and longer, on and off the chunk grid; some reuse an earlier id.
 PACKED = _documents((1, 3, 2, 7, 1, 8), (1, 1, 1, 19), (4, 4, 4, 10), (9, 13), (2, 3, 2, 3, 2, 3, 2, 5), (21, 1))
 PACKED[4] = 1 + PACKED[4] % 2
 PADDED = np.array(
@@ -63,7 +63,7 @@ PADDED = np.array(
 
 
 class Pass(NamedTuple):
-  """What comes out of a call, as NumPy's arrays: y, the state, and the gradients of a weighted sum of both, by argument."""
+  """The results of a call as NumPy arrays: y, the state, and the gradients of a weighted sum of both, by argument."""
 
   y: np.ndarray
   state: Any
@@ -71,19 +71,19 @@ class Pass(NamedTuple):
 
 
 class Trial:
-  """A layer, and everything that the laws try it with.
+  """A layer, with the inputs, states and programs that the laws use.
 
   Args:
-    layer: a module with the contract of `MemoryLayer`; it takes vectors, or token ids where its `example` says so.
-    width: of the vectors.
+    layer: a module with the contract of `MemoryLayer`; it takes vectors, or token ids if its `example` is integer.
+    width: width of the vectors.
     float64: whether to compare in float64; `None` to find out whether the layer computes in the precision of its input.
-    wide: the same kind of layer and its width for laws in float32, at sizes where rounding is as in practice; the layer itself
-      unless given.
+    wide: a layer of the same kind, and its width, for laws in float32, at sizes with realistic rounding; `None` for the layer
+      itself.
 
   Attributes:
     layer, params: the layer, and parameters whose matrices are as varied as trained ones.
     x: an input [ROWS, TOKENS, width], or [ROWS, TOKENS] token ids.
-    fresh, used: a state of `ROWS` rows that has seen nothing, and one in the middle of a chunk.
+    fresh, used: a fresh state of `ROWS` rows, and one in the middle of a chunk.
   """
 
   def __init__(
@@ -101,7 +101,7 @@ class Trial:
 
   @functools.cached_property
   def float32(self) -> "Trial":
-    """The same in float32."""
+    """The same trial in float32."""
     layer, width = self.wide or (self.given, self.width)
     return Trial(layer, width, float64=False)
 
@@ -121,16 +121,16 @@ class Trial:
 
   @property
   def is_model(self) -> bool:
-    """Whether it is a whole model, which says itself what its input is like, and whose outputs at padding mean nothing."""
+    """Whether the layer is a whole model: it describes its input by `example`, and its outputs at padding have no meaning."""
     return hasattr(self.given, "example")
 
   @property
   def input_name(self) -> str:
-    """What the layer calls its input."""
+    """The name of the layer's input argument."""
     return list(inspect.signature(type(self.given).__call__).parameters)[1]
 
   def inputs(self, batch: int = ROWS, tokens: int = TOKENS, seed: int = 0) -> np.ndarray:
-    """Token ids; or floats with a direction in common, so that keys are correlated as trained ones are."""
+    """Token ids, or floats that share a direction, so that keys are correlated like trained ones."""
     rng, shape = np.random.default_rng(seed), self.example(batch, tokens)
     if self.takes_tokens:
       return rng.integers(0, self.given.vocab_size, shape.shape).astype(shape.dtype)
@@ -138,7 +138,7 @@ class Trial:
 
   @functools.cached_property
   def other(self) -> np.ndarray:
-    """Like `x`, and different from it at every token."""
+    """An input that differs from `x` at every token."""
     other = self.inputs(seed=1)
     return (self.x + 1 + other % (self.given.vocab_size - 1)) % self.given.vocab_size if self.takes_tokens else other
 
@@ -159,7 +159,7 @@ class Trial:
 
   @functools.cached_property
   def _vectors(self) -> list[np.ndarray]:
-    """The parameters with less than two axes as initialised; compiling matrices too would cost five times as much."""
+    """The initial values of parameters with less than two axes. Compiling the matrices too would cost five times as much."""
 
     def vectors(x):
       return [leaf for leaf in jax.tree.leaves(nn.meta.unbox(self.layer.init(jax.random.key(7), x))) if leaf.ndim < 2]
@@ -167,7 +167,7 @@ class Trial:
     return jax.device_get(jax.jit(vectors)(self.inputs(1, 2)))
 
   def params_of(self, gain: float = 1.0) -> Any:
-    """Parameters: vectors near to what they are at the start, matrices random, their outputs `gain` times their inputs."""
+    """Parameters: vectors near their initial values, and random matrices whose outputs are about `gain` times their inputs."""
     rng, vectors = np.random.default_rng(7), iter(self._vectors)
 
     def fill(leaf):
@@ -184,7 +184,7 @@ class Trial:
     return self.params_of()
 
   def shardings(self, mesh: jax.sharding.Mesh, over: dict[str, str]) -> Any:
-    """For each parameter the sharding that lays its axes of the names in `over` along the mesh's, where the size permits."""
+    """The sharding of each parameter: an axis named in `over` is split over that mesh axis if its size is a multiple."""
     kind = jax.sharding.PartitionSpec
 
     def sharding(spec, leaf):
@@ -203,7 +203,7 @@ class Trial:
     return jax.eval_shape(lambda params: self.initial_state(params, batch), self.param_shapes)
 
   def fresh_of(self, batch: int) -> Any:
-    """A fresh state, as NumPy's arrays."""
+    """A fresh state, as NumPy arrays."""
     return jax.device_get(jax.jit(self.initial_state, static_argnums=1)(self.params, batch))
 
   @functools.cached_property
@@ -228,14 +228,14 @@ class Trial:
     return jax.eval_shape(self.apply, self.param_shapes, x, state, segment_ids)
 
   def shapes_of(self, tokens: int) -> Any:
-    """(y, state) of a call of `ROWS` rows of so many tokens on a fresh state, as shapes."""
+    """(y, state) of a call of `ROWS` rows of `tokens` tokens on a fresh state, as shapes."""
     if tokens not in self._shapes:
       self._shapes[tokens] = self.shapes(self.example(ROWS, tokens), self.fresh_shapes(ROWS))
     return self._shapes[tokens]
 
   @functools.cached_property
   def run(self) -> Any:
-    """The call by itself, compiled for each shape that it meets: `run(params, x, state, segment_ids)`."""
+    """The call alone, compiled once per shape: `run(params, x, state, segment_ids)`."""
     return jax.jit(self.apply)
 
   def at_once(self, x: Any, state: Any, segment_ids: Any, weights: Any = None) -> Pass:
@@ -243,9 +243,9 @@ class Trial:
     return self._pass(self._at_once, x, state, segment_ids, weights)
 
   def by_token(self, x: Any, state: Any, segment_ids: Any, weights: Any = None) -> Pass:
-    """The same, a row at a time by `vmap` and a token at a time by `scan`, each recomputed in the backward pass.
+    """The same, one row at a time by `vmap` and one token at a time by `scan`; the backward pass recomputes each token.
 
-    The layer is never told of documents: where one starts, the state is a fresh one; padding it does not see at all.
+    The layer gets no segment ids: each document starts from a fresh state, and padding is skipped.
     """
     return self._pass(self._by_token, x, state, segment_ids, weights)
 
@@ -321,7 +321,7 @@ class Trial:
   # States.
 
   def weights(self, visible: list[Any] | None = None) -> list[np.ndarray]:
-    """Weights of y and of the state's leaves in the loss, so that its gradient sees all outputs and the state's cotangent.
+    """Weights of y and of the state's leaves in the loss, so that gradients depend on all outputs and on the state.
 
     Those of the state are zero where `visible` is false.
     """
@@ -334,9 +334,9 @@ class Trial:
     return self.shapes(self.example(ROWS, TOKENS), self.fresh, ONE)
 
   def visible(self, state: Any) -> list[Any]:
-    """For each leaf of a state, where the next outputs depend on it; true throughout for integers.
+    """For each leaf of a state, a mask of the entries that later outputs depend on; true for all integers.
 
-    The slots of a ring of which nothing is in sight any more may hold anything.
+    Other entries may hold anything, such as slots of a ring that the window has passed.
     """
     weights = self.weights([np.zeros(())] * len(jax.tree.leaves(state)))
     gradients = self.at_once(self.inputs(seed=12), state, ONE, weights).gradients["state"]
@@ -344,7 +344,7 @@ class Trial:
     return [g != 0 if f else np.array(True) for g, f in zip(jax.tree.leaves(gradients), is_float, strict=True)]
 
   def both_ways(self, name: str, x: np.ndarray, segment_ids: np.ndarray) -> tuple[Pass, Pass]:
-    """A call at once and by token, of a used state; what is invisible in their states is zero. Remembered by `name`."""
+    """One call and token-by-token calls from a used state; state entries that are not visible are zero. Cached by `name`."""
     if name not in self._passes:
       seen = self.visible(self.by_token(x, self.used, segment_ids).state)
       is_token = (segment_ids != 0)[..., None]
@@ -359,11 +359,11 @@ class Trial:
   def differences(
     self, law: int, message: str, actual: Any, expected: Any, *, gradients: bool = False, dtype: Any = None
   ) -> Iterator[Violation]:
-    """`law_report.differences`, to the tolerance of the trial's precision or of `dtype`."""
+    """`law_report.differences`, with the tolerance of the trial's precision or of `dtype`."""
     return differences(law, message, actual, expected, tolerance(dtype or self.dtype, gradients))
 
   def _follows_float64(self) -> bool:
-    """Whether all that the layer computes of float64 is float64."""
+    """Whether the layer computes in float64 throughout when its input is float64."""
     self.float64 = True
     with jax.enable_x64(True):
       self.layer = _in(self.given, self.dtype)
@@ -373,7 +373,7 @@ class Trial:
         jaxpr, (_, state) = run(self.param_shapes, self.example(1, 5), fresh, jax.ShapeDtypeStruct((1, 5), np.int32))
         same = jax.tree.map(lambda a: a.dtype, fresh) == jax.tree.map(lambda a: a.dtype, state)
         return same and not re.search(r"\b(f32|bf16|f16)\[", str(jaxpr))
-      except Exception:  # in float64 only; what fails in float32 too is told there
+      except Exception:  # an error that also occurs in float32 is reported there
         return False
       finally:
         for name in ("boxed", "param_shapes"):
@@ -385,7 +385,7 @@ class Trial:
 
 
 def first(tokens: int) -> np.ndarray:
-  """Segment ids of that many tokens, and padding behind them."""
+  """Segment ids of one document of `tokens` tokens, followed by padding."""
   return np.broadcast_to(np.arange(TOKENS) < tokens, (ROWS, TOKENS)).astype(np.int32)
 
 
@@ -400,10 +400,10 @@ def has_field(layer: nn.Module, name: str) -> bool:
 
 
 def small(layer_type: type[nn.Module], **fields: Any) -> nn.Module:
-  """A layer of this class with `fields`, and small sizes for others that it has of the names in `SMALL`.
+  """A layer of this class with `fields`, and with the sizes in `SMALL` for its other fields.
 
   Raises:
-    ValueError: if that does not build it; the message names the fields that are missing.
+    ValueError: if a field does not exist or is missing; the message names it.
   """
   known = {field.name for field in dataclasses.fields(layer_type) if field.init} - {"parent", "name"}
   if unknown := sorted(fields.keys() - known):
@@ -412,17 +412,17 @@ def small(layer_type: type[nn.Module], **fields: Any) -> nn.Module:
   try:
     return layer_type(**settings)
   except TypeError as error:
-    raise ValueError(f"{layer_type.__name__} cannot be built with {settings}: {error}. Set what is missing.") from None
+    raise ValueError(f"{layer_type.__name__} cannot be built with {settings}: {error}. Set the missing fields.") from None
 
 
 def with_small_steps(layer: nn.Module) -> nn.Module:
-  """The layer with chunks, windows and segments so short that the laws' inputs are longer; as it is where it refuses them."""
+  """The layer with chunks, windows and segments that are shorter than the laws' inputs."""
   long = {n: SMALL[n] for n in _STEPS if has_field(layer, n) and (getattr(layer, n) is None or getattr(layer, n) > 8)}
   return layer.clone(**long) if long else layer
 
 
 def _in(layer: nn.Module, dtype: Any) -> nn.Module:
-  """The layer with its fields `dtype` and `param_dtype`, where it has them, set."""
+  """The layer with its fields `dtype` and `param_dtype`, if any, set to `dtype`."""
   return layer.clone(**{name: dtype for name in ("dtype", "param_dtype") if has_field(layer, name)})
 
 

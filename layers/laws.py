@@ -1,11 +1,11 @@
-"""The laws that every memory layer obeys, and `check_layer`, which tries them on any layer:
+"""The laws that every memory layer obeys, and `check_layer`, which tests any layer against them:
 
     import memzoo
     report = memzoo.check_layer(MyLayer(num_heads=4), width=64)
-    print(report)                  # each law, held or broken; where, by how much, and what would do
+    print(report)                  # each law: held or broken, where, by how much, and how to fix it
     report.raise_if_broken()
 
-Each law is one check or a few: functions of a `Trial` that yield `Violation`s. `tests/test_laws.py` runs the same checks on
+Each law has one or more checks: functions of a `Trial` that yield `Violation`s. `tests/test_laws.py` runs the same checks on
 every layer of the registry. A layer needs only the contract of `MemoryLayer`, and need not inherit from it: it is called as
 `layer.apply(params, x, state, segment_ids)`, and has methods `initial_state(batch_size)` and `state_bytes(batch_size, length)`.
 """
@@ -31,23 +31,23 @@ from .tolerances import wide
 
 TITLES = {
   1: "causality",
-  2: "any split is one pass",
+  2: "any split equals one call",
   3: "packed documents are separate documents",
   4: "padding is a no-op",
-  5: "at once, by token and from a fresh state agree",
+  5: "one call equals token by token",
   6: "batch rows are independent",
   7: "any length",
   8: "bfloat16 activations",
   9: "transformations compose",
   10: "hostile inputs stay finite",
-  11: "sharded is unsharded",
+  11: "sharded equals unsharded",
   12: "the state survives a checkpoint",
   13: "mistakes are named",
   14: "the state does not grow",
   15: "runs under flax.nnx",
-  # 16, plasticity after 50,000 tokens, comes here.
+  # To add: 16, plasticity after 50,000 tokens.
 }
-# A broken law breaks others: the first of these is the one to mend.
+# A broken law often breaks others. The first broken law in this order is the one to fix first.
 _CAUSES_FIRST = (14, 6, 1, 2, 3, 4, 5, 7, 9, 12, 15, 11, 10, 8, 13)
 
 TRACED, SHARED, COMPILED = "traced", "shared", "compiled"
@@ -55,14 +55,14 @@ TRACED, SHARED, COMPILED = "traced", "shared", "compiled"
 
 @dataclass(frozen=True)
 class Check:
-  """One way to try a law: called with a `Trial`, it yields violations.
+  """A check of a law. Called with a `Trial`, it returns violations.
 
   Attributes:
-    law, name: its law's number, and its own name.
-    find: the function.
-    cost: `TRACED` where nothing is compiled; `SHARED` where only the programs are that all laws share; `COMPILED` otherwise.
-    float32: whether it is made in float32 whatever the layer's precision.
-    devices: that it needs.
+    law, name: the number of the law, and the name of the check.
+    find: the function that yields the violations.
+    cost: `TRACED` compiles nothing, `SHARED` only the programs that all laws share, `COMPILED` programs of its own.
+    float32: whether it runs in float32 whatever the layer's precision.
+    devices: number of devices that it needs.
   """
 
   law: int
@@ -76,7 +76,7 @@ class Check:
     return f"{self.law:02d}_{self.name}"
 
   def __call__(self, trial: Trial) -> list[Violation]:
-    """The violations; an exception that the layer raises is one."""
+    """Returns the violations. An exception raised by the layer counts as one."""
     with jax.enable_x64(trial.float64 and not self.float32):
       try:
         return list(self.find(trial.float32 if self.float32 else trial))
@@ -97,20 +97,20 @@ def _check(law: int, cost: str, **options: Any) -> Callable:
 
 
 def check_layer(layer: nn.Module, width: int = 64, *, laws: Iterable[int] | None = None) -> Report:
-  """Tries the laws on a layer.
+  """Tests a layer against the laws.
 
   Args:
-    layer: a module with the contract of `MemoryLayer`. Where it has fields `chunk_size`, `window` or `segment`, they are set to
-      small numbers, so that the inputs, which are short, are longer.
-    width: of its input [B, T, width].
-    laws: numbers of the laws to try; all unless given.
+    layer: a module with the contract of `MemoryLayer`. Its fields `chunk_size`, `window` and `segment`, if any, are set
+      to small numbers, so that the short inputs of the laws exceed them.
+    width: width of its input, [B, T, width].
+    laws: numbers of the laws to try; `None` for all.
 
   Returns:
     A report: `report.ok`, `report.violations`, `print(report)`, `report.raise_if_broken()`. Outputs are compared in float64
-    where the layer computes in the precision of its input, else in float32.
+    if the layer computes in the precision of its input, else in float32.
 
   Raises:
-    ValueError: if there is no such law, or the layer does not have the contract's methods or cannot be called.
+    ValueError: if a law does not exist, or the layer lacks the contract's methods or cannot be called.
   """
   wanted = sorted(set(TITLES if laws is None else laws))
   if unknown := set(wanted) - set(TITLES):
@@ -138,7 +138,7 @@ def check_layer(layer: nn.Module, width: int = 64, *, laws: Iterable[int] | None
 
 
 def _on_trial(layer: nn.Module, width: int) -> Trial:
-  """A `Trial` of a layer that can be called at all."""
+  """Returns a `Trial` of the layer if the layer can be called."""
   for method in ("initial_state", "state_bytes"):
     if not callable(getattr(layer, method, None)):
       raise ValueError(f"{type(layer).__name__} has no method {method}; see the contract in memzoo.layers.MemoryLayer.")
@@ -177,20 +177,20 @@ def causality(trial: Trial) -> Iterator[Violation]:
   """The output at a token does not depend on later tokens."""
   starts = (0, 3, 4, 11, 21)
   x, state = (jax.tree.map(lambda a: np.repeat(a[:1], ROWS, axis=0), tree) for tree in (trial.x, trial.used))
-  for row, start in enumerate(starts):  # the last row is as it was
+  for row, start in enumerate(starts):  # the last row is unchanged
     x[row, start:] = trial.other[0, start:]
   y = trial.at_once(x, state, ONE).y
   for row, start in enumerate(starts):
     message = f"the output at {{where}} changes when token {start} changes: the layer looks ahead. A convolution needs "
-    message += "padding on its left alone, a mask must exclude later tokens, a norm or mean over tokens must be a running one"
+    message += "padding on its left only, a mask must exclude later tokens, a norm or mean over tokens must be a running one"
     yield from trial.differences(1, message, {"y": y[row : row + 1, :start]}, {"y": y[-1:, :start]})
     if np.allclose(y[row, start:], y[-1, start:]):
-      yield Violation(1, f"no output changes when all tokens from {start} on change: the layer does not see its input", start)
+      yield Violation(1, f"no output changes when all tokens from {start} on change: the layer ignores its input", start)
 
 
 @_check(2, COMPILED)
 def splits(trial: Trial) -> Iterator[Violation]:
-  """Calls of any lengths, each with the state of the one before, are one call, in outputs and in the last state."""
+  """Calls of any lengths, each continuing the state of the one before, equal one call in outputs and final state."""
   pieces, state, ys = (3, 3, 1, 3, 1, 1, 3, 3, 1, 3), trial.used, []
   for piece in np.split(trial.x, np.cumsum(pieces)[:-1], axis=1):
     y, state = trial.run(trial.params, piece, state)
@@ -199,15 +199,15 @@ def splits(trial: Trial) -> Iterator[Violation]:
   seen = trial.visible(whole.state)
   actual = {"y": np.concatenate(jax.device_get(ys), axis=1), "state": masked(jax.device_get(state), seen)}
   message = f"calls of {pieces} tokens differ from one call in {{leaf}}, first at {{where}}: the state that the call before it "
-  message += "returned does not hold all that is needed to go on (the tail of a convolution, a counter, a partial chunk)"
+  message += "returned does not hold all that is needed to continue (the tail of a convolution, a counter, a partial chunk)"
   yield from trial.differences(2, message, actual, {"y": whole.y, "state": masked(whole.state, seen)})
 
 
 @_check(3, SHARED)
 def documents(trial: Trial) -> Iterator[Violation]:
-  """Documents packed in a row are documents alone, in values and gradients; a change of `segment_ids` forgets everything."""
+  """Documents packed in a row have the values and gradients of each alone: a change of `segment_ids` forgets everything."""
   message = "{leaf} of packed documents differs from that of each document alone: where segment_ids change (at {where} or "
-  message += "before it), the memory, the convolutions and the positions must start anew, without a trace in the gradient"
+  message += "before it), the memory, the convolutions and the positions must start anew, in the gradient too"
   yield from _passes(trial, 3, message, "packed", trial.x, PACKED)
 
 
@@ -219,13 +219,13 @@ def padding(trial: Trial) -> Iterator[Violation]:
     y = trial.at_once(x, trial.used, PADDED).y
     message = "the output at {where} is not zero although its segment id is 0: end with where(segment_ids != 0, y, 0)"
     yield from trial.differences(4, message, {"y": np.where(PADDED[..., None] == 0, y, 0)}, {"y": np.zeros_like(y)})
-  message = "{leaf} among padding (segment id 0) differs from that without padding, first at {where}: padding must not "
+  message = "{leaf} of padded input (segment id 0) differs from that without padding, first at {where}: padding must not "
   message += "enter the memory, a convolution or a position"
   yield from _passes(trial, 4, message, "padded", x, PADDED)
 
 
 def _passes(trial: Trial, law: int, message: str, *case: Any) -> Iterator[Violation]:
-  """What differs between a call at once and by token; gradients only where values agree."""
+  """Differences between one call and token-by-token calls; gradients are compared only if values agree."""
   once, token = trial.both_ways(*case)
   values = list(trial.differences(law, message, *({"y": p.y, "state": p.state} for p in (once, token))))
   message = message.replace("{leaf}", "the gradient by {leaf}")
@@ -234,7 +234,7 @@ def _passes(trial: Trial, law: int, message: str, *case: Any) -> Iterator[Violat
 
 @_check(4, COMPILED)
 def padded_prompts(trial: Trial) -> Iterator[Violation]:
-  """A batch of prompts of different lengths, padded on the right, decodes on as if each prompt were alone."""
+  """Prompts of different lengths, padded on the right to one batch, are continued as if each were alone."""
   lengths, more = np.array([7, 1, 4, 9, 2, 12])[:, None], 6
   state = trial.at_once(trial.x, trial.fresh, (np.arange(TOKENS) < lengths).astype(np.int32)).state
   row, columns, ys = np.arange(ROWS)[:, None], lengths + np.arange(more), []
@@ -243,7 +243,7 @@ def padded_prompts(trial: Trial) -> Iterator[Violation]:
     ys.append(y)
   actual, expected = np.concatenate(jax.device_get(ys), axis=1), trial.at_once(trial.x, trial.fresh, ONE).y[row, columns]
   message = (
-    "after prompts padded on the right, what is decoded at {where} differs from that after the prompt alone: the state must "
+    "after prompts padded on the right, the output decoded at {where} differs from that after the prompt alone: the state must "
   )
   message += "be the one after the last real token of each row"
   yield from trial.differences(4, message, {"y": actual}, {"y": expected})
@@ -251,14 +251,14 @@ def padded_prompts(trial: Trial) -> Iterator[Violation]:
 
 @_check(5, SHARED)
 def oracle(trial: Trial) -> Iterator[Violation]:
-  """A call is the layer a token at a time, in its reference form if it has one: values, all gradients, the state's too."""
-  message = "{leaf} of one call differs from that of a token at a time, first at {where}"
+  """One call equals token-by-token calls of the reference form (if any), in values and all gradients, the state's too."""
+  message = "{leaf} of one call differs from that of token-by-token calls, first at {where}"
   yield from _passes(trial, 5, message, "plain", trial.x, ONE)
 
 
 @_check(5, SHARED)
 def fresh_state(trial: Trial) -> Iterator[Violation]:
-  """`state=None` means `initial_state`, in values and gradients: the call as training makes it."""
+  """`state=None`, which training uses, equals `initial_state(B)` in values and gradients."""
   nothing, state = trial.from_nothing(trial.x, PACKED), trial.at_once(trial.x, trial.fresh, PACKED)
   seen = trial.visible(state.state)
   message = "{leaf} without a state differs from that with a fresh one, first at {where}: None must mean initial_state(B)"
@@ -279,7 +279,7 @@ def rows(trial: Trial) -> Iterator[Violation]:
   gradients = ({k: v for k, v in p.gradients.items() if k != "params"} for p in (changed, base))
   yield from _row_differences(trial, f"the gradient by {message}", others, *gradients, gradients=True)
   if np.allclose(changed.y[1], base.y[1]):
-    yield Violation(6, "the output of row 1 does not change when its input does: the layer does not see its input", None, 1)
+    yield Violation(6, "the output of row 1 does not change when its input does: the layer ignores its input", None, 1)
 
 
 def _row_differences(trial: Trial, message: str, others: Any, changed: Any, base: Any, **kind: bool) -> Iterator[Violation]:
@@ -290,17 +290,17 @@ def _row_differences(trial: Trial, message: str, others: Any, changed: Any, base
 
 @_check(7, TRACED)
 def length_shapes(trial: Trial) -> Iterator[Violation]:
-  """Inputs of any length give as many outputs."""
+  """An input of any length gives one output per token."""
   chunk = getattr(trial.layer, "chunk_size", None) or CHUNK
   for tokens in sorted({1, 2, chunk, 3 * chunk + 5}):
     x, (y, _) = trial.example(ROWS, tokens), trial.shapes_of(tokens)
     if y.shape[:2] != x.shape[:2]:
-      yield Violation(7, f"y has shape {list(y.shape)} for an input {list(x.shape)}; expected one output a token", tokens - 1)
+      yield Violation(7, f"y has shape {list(y.shape)} for an input {list(x.shape)}; expected one output per token", tokens - 1)
 
 
 @_check(7, COMPILED)
 def lengths(trial: Trial) -> Iterator[Violation]:
-  """Lengths short of a chunk and of exactly one give what a longer call gives, with no state and no segment ids."""
+  """Calls shorter than a chunk, or of exactly one, without state and segment ids, equal the start of a longer call."""
   for tokens in (2, CHUNK):
     y, state = jax.device_get(trial.run(trial.params, trial.x[:, :tokens]))
     whole = trial.at_once(trial.x, trial.fresh, first(tokens))
@@ -312,7 +312,7 @@ def lengths(trial: Trial) -> Iterator[Violation]:
 
 @_check(8, COMPILED, float32=True)
 def bfloat16(trial: Trial) -> Iterator[Violation]:
-  """With bfloat16 activations the output is that of float32, within the rounding; the state keeps its dtypes."""
+  """With bfloat16 activations the output equals float32's within rounding, and the state keeps its dtypes."""
   tokens, long = 17, trial.inputs(2, HOSTILE)
   params, has_dtype = trial.params_of(0.25), has_field(trial.layer, "dtype")
   narrow = trial.layer.clone(dtype=jnp.bfloat16) if has_dtype else trial.layer
@@ -324,12 +324,12 @@ def bfloat16(trial: Trial) -> Iterator[Violation]:
   yield from trial.differences(8, message, {"y": wide(y)}, {"y": wide(expected)[:, :tokens]}, dtype=jnp.bfloat16)
   began = jax.eval_shape(lambda: narrow.apply(params, 2, method="initial_state"))
   if has_dtype and _dtypes(state) != _dtypes(began):
-    yield Violation(8, f"the state comes back as {_dtypes(state)}; expected {_dtypes(began)}, as it began")
+    yield Violation(8, f"the state comes back as {_dtypes(state)}; expected {_dtypes(began)}, as in initial_state")
 
 
 @_check(9, TRACED)
 def equal_shapes(trial: Trial) -> Iterator[Violation]:
-  """A second call of equal shapes is not compiled anew: a returned state has the dtypes of a fresh one, weak or not."""
+  """A second call of equal shapes does not compile again: a returned state has the dtypes and weak types of a fresh one."""
   once = trial.shapes_of(1)[1]
   twice = trial.shapes(trial.example(ROWS, 1), once)[1]
   for before, after in ((trial.fresh_shapes(ROWS), once), (once, twice)):
@@ -337,13 +337,13 @@ def equal_shapes(trial: Trial) -> Iterator[Violation]:
       if (a.dtype, a.weak_type) != (b.dtype, b.weak_type):
         kinds = [f"{'weakly typed ' * leaf.weak_type}{leaf.dtype}" for leaf in (b, a)]
         message = f"state{jax.tree_util.keystr(path)} goes in as {kinds[0]} and comes out as {kinds[1]}"
-        yield Violation(9, f"{message}: cast it to the dtype that it began with")
+        yield Violation(9, f"{message}: cast it to the dtype that it has in initial_state")
         return
 
 
 @_check(9, SHARED)
 def transformations(trial: Trial) -> Iterator[Violation]:
-  """`jit`, `vmap`, `scan`, `checkpoint` and `grad` of the layer compose, and go over every token."""
+  """`jit`, `vmap`, `scan`, `checkpoint` and `grad` compose around the layer, which is called on each token."""
   found = trial.both_ways("plain", trial.x, ONE)[1].gradients
   for name, gradient in found.items():
     if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient)):
@@ -354,21 +354,21 @@ def transformations(trial: Trial) -> Iterator[Violation]:
 def hostile(trial: Trial) -> Iterator[Violation]:
   """Zero, equal and huge inputs, and strong gates, over 70 tokens give finite outputs and gradients in float32."""
   x, state = trial.inputs(2, HOSTILE), trial.fresh_of(2)
-  kinds = {"strong": x, "zero": 0 * x}  # from the second on, the state is a used one, whose memory is full
+  kinds = {"strong": x, "zero": 0 * x}  # the kinds after "strong" start from the state it left: a full memory
   if not trial.takes_tokens:
     kinds |= {"repeated": x[:, :1] + 1e-3 * x, "huge": 1e4 * x}
   for kind, inputs in kinds.items():
     out = trial.at_length(trial.params_of(30.0 if kind == "strong" else 4.0), inputs, state, np.ones((2, HOSTILE), bool))
     broken = [path for path, leaf in jax.tree.leaves_with_path(out._asdict()) if not np.all(np.isfinite(wide(leaf)))]
     if broken:
-      message = f"{jax.tree_util.keystr(broken[0])} is not finite for {kind} inputs: bound what goes into exp before it, divide"
+      message = f"{jax.tree_util.keystr(broken[0])} is not finite for {kind} inputs: bound the argument of every exp, divide"
       yield Violation(10, f"{message} by a norm plus a small number, and keep memories from growing without bound")
     state = out.state if kind == "strong" and not broken else state
 
 
 @_check(11, COMPILED, devices=4)
 def sharded(trial: Trial) -> Iterator[Violation]:
-  """Rows and named parameter axes over a mesh of 2 x 2 devices, or rows by `shard_map`, change nothing."""
+  """Sharding rows and named parameter axes over a mesh of 2 x 2 devices, or rows by `shard_map`, changes nothing."""
   mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
   rows, tokens = NamedSharding(mesh, P("data")), 2 * CHUNK
   params = jax.device_put(trial.params, trial.shardings(mesh, {"heads": "tensor", "mlp": "tensor"}))
@@ -381,12 +381,12 @@ def sharded(trial: Trial) -> Iterator[Violation]:
     message = f"{{leaf}} {how} differs from that on one device, first at {{where}}"
     expected = {"y": whole.y[:, :tokens], "state": masked(whole.state, seen)}
     yield from trial.differences(11, message, {"y": y, "state": masked(state, seen)}, expected)
-  # Each device's share of the FLOPs comes here (compile `program` and count), and so do explicit mesh axes.
+  # To add: each device's share of the FLOPs (compile `program` and count), and explicit mesh axes.
 
 
 @_check(12, TRACED)
 def numpy_state(trial: Trial) -> Iterator[Violation]:
-  """A state restored as NumPy's arrays will do."""
+  """A call accepts a state of NumPy arrays, such as a restored one."""
   state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), trial.fresh_shapes(ROWS))
   jax.eval_shape(lambda params, x: trial.apply(params, x, state), trial.param_shapes, trial.example(ROWS, 3))
   yield from ()
@@ -394,7 +394,7 @@ def numpy_state(trial: Trial) -> Iterator[Violation]:
 
 @_check(12, SHARED)
 def checkpoint(trial: Trial) -> Iterator[Violation]:
-  """The state survives being saved and restored by Orbax, to the bit."""
+  """A state that Orbax saves and restores is bitwise the same."""
   import orbax.checkpoint as ocp
 
   with TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
@@ -402,14 +402,14 @@ def checkpoint(trial: Trial) -> Iterator[Violation]:
     checkpointer.wait_until_finished()
     restored = checkpointer.restore(Path(folder) / "state", trial.used)
   if jax.tree.structure(restored) != jax.tree.structure(trial.used):
-    yield Violation(12, f"the state is restored as {jax.tree.structure(restored)}: make it a tree of arrays alone")
+    yield Violation(12, f"the state is restored as {jax.tree.structure(restored)}; expected a tree of arrays only")
   elif not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(trial.used), strict=True)):
-    yield Violation(12, "the state is restored with other numbers")
+    yield Violation(12, "the restored state has other values than the saved one")
 
 
 @_check(13, TRACED)
 def mistakes(trial: Trial) -> Iterator[Violation]:
-  """A caller's mistake raises `ValueError` with the argument's name, what it is and what would do."""
+  """A caller's mistake raises a `ValueError` that names the argument, its value and what is expected."""
   x, shape = trial.example(ROWS, TOKENS), jax.ShapeDtypeStruct
   fresh = trial.fresh_shapes(ROWS)
   empty = shape((ROWS, 0, *x.shape[2:]), x.dtype)
@@ -425,7 +425,7 @@ def mistakes(trial: Trial) -> Iterator[Violation]:
     integers = jax.tree.map(lambda a: shape(a.shape, np.int32), fresh)
     mistakes.append(("a state of integers", "state", "int32", (x, integers)))
   for mistake, name, value, args in mistakes:
-    wanted = f"expected a ValueError with the name {name.split('|')[-1]}, what it is and what would do"
+    wanted = f"expected a ValueError that names {name.split('|')[-1]}, its value and what is expected"
     try:
       trial.shapes(*args)
       yield Violation(13, f"{mistake}: nothing is raised; {wanted}")
@@ -439,7 +439,7 @@ def mistakes(trial: Trial) -> Iterator[Violation]:
 
 @_check(14, TRACED)
 def state_size(trial: Trial) -> Iterator[Violation]:
-  """The state has one structure, and shapes and dtypes that do not change, with a leading batch axis on every leaf."""
+  """The structure, shapes and dtypes of the state never change, and every leaf has a leading batch axis."""
   few, fresh = trial.fresh_shapes(ROWS - 1), trial.fresh_shapes(ROWS)
   for (path, leaf), other in zip(jax.tree.leaves_with_path(fresh), jax.tree.leaves(few), strict=True):
     if leaf.shape[:1] != (ROWS,) or other.shape != (ROWS - 1, *leaf.shape[1:]):
@@ -455,7 +455,7 @@ def state_size(trial: Trial) -> Iterator[Violation]:
 
 @_check(14, TRACED, float32=True)
 def state_bytes(trial: Trial) -> Iterator[Violation]:
-  """`state_bytes` says what the state takes, in the dtypes that the layer has in practice."""
+  """`state_bytes` returns the size of the state, in the layer's usual dtypes."""
   held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trial.fresh_shapes(ROWS)))
   for length in (17, 1_000_000):
     said = trial.layer.state_bytes(ROWS, length)
@@ -476,12 +476,12 @@ def nnx_shapes(trial: Trial) -> Iterator[Violation]:
 
   y, more = jax.eval_shape(run, trial.example(2, 5))
   if y.shape != more.shape:
-    yield Violation(15, f"under flax.nnx a second call gives {list(more.shape)}, the first {list(y.shape)}")
+    yield Violation(15, f"under flax.nnx the second call returns shape {list(more.shape)}, the first {list(y.shape)}")
 
 
 @_check(15, COMPILED)
 def nnx_values(trial: Trial) -> Iterator[Violation]:
-  """As a Flax NNX module with the same parameters it gives the same outputs."""
+  """As a Flax NNX module with the same parameters, the layer gives the same outputs."""
   from flax import nnx
 
   def run(params, x):

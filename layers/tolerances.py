@@ -1,4 +1,4 @@
-"""How close is equal: the one table, for the laws and for every test. Errors are ratios of root mean squares."""
+"""The one table of tolerances, for the laws and for every test. Errors are ratios of root mean squares."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ def relative_errors(actual: Any, expected: Any) -> list[tuple[str, float, float]
   """(path, relative error, size) of every leaf of two trees of arrays.
 
   A leaf's error is divided by its size: its root mean square, or a thousandth of the largest leaf's where the leaf is smaller
-  than that, since a gradient that vanishes exactly on paper is rounding in practice. The error of what is not finite is
-  infinite.
+  than that, since a gradient that is exactly zero on paper is rounding in practice. The error of a leaf that is not
+  finite is infinite.
 
   Raises:
     AssertionError: if the trees differ in structure or in a shape.
@@ -59,5 +59,5 @@ def wide(x: Any) -> np.ndarray:
 
 
 def rms(x: Any) -> float:
-  """The root mean square; 0 for nothing."""
+  """The root mean square; 0 for an empty array."""
   return float(np.sqrt(np.mean(np.square(wide(x))))) if np.size(x) else 0.0
