@@ -123,7 +123,7 @@ def test_an_unreadable_corpus_prints_one_line(memzoo, tmp_path, monkeypatch):
     ("MeshShape.data=3", "batch_size is 4, which does not divide over 3 devices"),
     ("MeshShape.fsdp=64", "64 devices, but there are"),
     ("LanguageModel.vocab_size=100", "expected at least 256"),
-    ("TextData.tokenizer=no.json", "TextData.tokenizer is 'no.json', no file"),
+    ("TextData.tokenizer=no.json", "TextData.tokenizer is 'no.json', not a file"),
   ],
 )
 def test_an_impossible_setting_prints_one_line_and_leaves_no_folder(memzoo, tmp_path, setting, words):

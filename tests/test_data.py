@@ -308,9 +308,9 @@ def test_bytes_round_trip_through_the_default_tokenizer():
 
 def test_wrong_tokenizers_are_named(tmp_path, monkeypatch):
   (tmp_path / "tokenizer.json").write_text("{}")
-  with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
+  with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
     _ = TextData(tokenizer=str(tmp_path / "tokenizer.json")).vocab_size
-  with pytest.raises(ValueError, match="no file"):
+  with pytest.raises(ValueError, match="not a file"):
     _ = TextData(tokenizer="byte").vocab_size
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(ValueError, match=r"pip install .memzoo\[hub\]."):

@@ -45,14 +45,14 @@ class TextData:
     tokenizer: "bytes" (256 tokens), or the path of a tokenizer.json.
     sequence_length: tokens in a row.
     batch_size: rows in a batch, over all devices and processes.
-    validation_fraction: the share of the documents, picked by a hash of their names, that is kept for validation. Where that
+    validation_fraction: the share of the documents, picked by a hash of their names, that is kept for validation. If that
       picks none or all, as from a single file, the end of every document is kept instead.
     seed: of the order of the rows.
     weights: for a mixture, the relative number of rows from each source; `None` takes every row of every source once an
       epoch.
     text_field: the field of objects in *.jsonl files that holds the text.
-    max_documents: the most documents in a row, which ends before one more; `None` for any number. Layers with a chunk grid
-      need a bound.
+    max_documents: the most documents in a row; a row ends early if one more would follow. `None` for any number. Layers with
+      a chunk grid need a bound.
   """
 
   sources: str | tuple[str, ...] = "stdlib"
@@ -99,11 +99,11 @@ class TextData:
 
   @property
   def source(self) -> str:
-    """Where the text comes from, in words."""
+    """A description of the source of the text."""
     return f"TextData.sources={self.sources!r}, {self.tokenizer} as tokens"
 
   def check_model(self, model: Any) -> None:
-    """Raises `ValueError` if `model` has too few tokens for the tokenizer, or a layer too few documents for a row."""
+    """Raises `ValueError` if `model` has fewer tokens than the tokenizer, or a layer takes fewer documents than a row holds."""
     known = getattr(model, "vocab_size", 0)
     if known < self.vocab_size:
       raise ValueError(
@@ -113,11 +113,11 @@ class TextData:
     check_documents(model, self.max_documents or self.sequence_length, "set TextData.max_documents")
 
   def check_tokenizer(self, digest: str | None) -> None:
-    """Raises `ValueError` unless the tokenizer is the one with this `tokenizer_digest`, of when a run began."""
+    """Raises `ValueError` unless the tokenizer has this `tokenizer_digest`, which was saved when the run began."""
     if digest not in (None, self.tokenizer_digest):
       raise ValueError(
         f"TextData.tokenizer is {self.tokenizer!r}, whose content is not what the model was trained with; expected the file "
-        "as it was then: the model knows no other tokens."
+        "as it was during training."
       )
 
   @cached_property
@@ -131,7 +131,7 @@ class TextData:
     """Reads, splits and tokenises all text.
 
     Raises:
-      ValueError: if a source is missing, unreadable, empty or broken, or there is less than a row of text to train on.
+      ValueError: if a source is missing, unreadable, empty or malformed, or there is less than a row of text to train on.
     """
     sources = read_sources(self.sources, self.text_field)
     if self.weights is None:
@@ -174,7 +174,7 @@ def check_documents(model: Any, most: int, remedy: str) -> None:
 def split_documents(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
   """Splits `documents` into training and validation by a hash of their names.
 
-  Where a document goes does not depend on the others, so adding text moves none. Where one side would be empty, the last
+  The split of a document does not depend on the others, so adding text moves none. If one side would be empty, the last
   `fraction` of every document is validation instead.
   """
 
@@ -199,7 +199,7 @@ class Split:
 
   Attributes:
     tokens: [tokens] of unsigned integers.
-    document_ends: [documents], ascending; where each document ends in `tokens`.
+    document_ends: [documents], ascending; the end of each document in `tokens`.
     num_bytes: of the text.
     sequence_length: tokens in a row.
     max_documents: the most documents in a row; `None` for any number.
@@ -218,7 +218,7 @@ class Split:
 
   @property
   def num_targets(self) -> int:
-    """Targets of non-zero weight in all rows. The last token of a document has none."""
+    """Number of targets of non-zero weight in all rows. The last token of a document has no target."""
     return self.tokens.size - np.count_nonzero(np.diff(self.document_ends, prepend=0))
 
   def documents(self, start: int, end: int) -> "Split":
@@ -231,7 +231,7 @@ class Split:
 
   @cached_property
   def bounds(self) -> np.ndarray:
-    """[rows + 1], ascending; where each row begins in `tokens`, and where the last one ends."""
+    """[rows + 1], ascending; the start of each row in `tokens`, and the end of the last one."""
     length, last = self.sequence_length, max(1, self.tokens.size - 1)
     if self.max_documents is None:
       return np.minimum(np.arange(math.ceil(last / length) + 1) * length, self.tokens.size)
@@ -278,7 +278,7 @@ class Corpus:
   measure: ClassVar[str] = "bits_per_byte"
 
   def measured(self, loss: float, validation: bool = False) -> float:
-    """A loss in nats per token, in bits per byte of a split's text."""
+    """Converts a loss in nats per token to bits per byte of a split's text."""
     return loss / math.log(2) / (self.validation if validation else self.training).bytes_per_token
 
   def baselines(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -305,16 +305,16 @@ class Corpus:
     )
 
   def batches(self, share: int = 0, shares: int = 1) -> "grain.DatasetIterator":
-    """Endless training batches: tokens, targets, segment_ids and weights, each [rows, sequence_length].
+    """An endless iterator over training batches: tokens, targets, segment_ids, weights, each [rows, sequence_length].
 
-    Every epoch has its own order, and in a mixture every part its own epochs. `get_state()` and `set_state(state)` save
-    and restore the position.
+    Every epoch has its own order; in a mixture, every part has its own epochs. `get_state()` and `set_state(state)` save and
+    restore the position.
 
     Args:
-      share, shares: take only this one of so many equal shares of every batch's rows; see `processes.row_share`. A batch
-        holds the same rows for any number of shares.
+      share, shares: the index of this share, and the number of equal shares that the rows of each batch are divided into; see
+        `processes.row_share`. A batch holds the same rows for any number of shares.
     """
-    import grain  # here, because it takes a second and only training needs it
+    import grain  # here, because the import takes a second and only training needs it
 
     # Not Grain's endless repetition: in batches of one row, its length is too large for len().
     parts = [grain.MapDataset.source(part).shuffle(self.data.seed).repeat(_EPOCHS) for part in self.parts]
@@ -355,8 +355,8 @@ class Baselines:
   """Bits per byte of a text without a model.
 
   Attributes:
-    order_0: the entropy of single bytes, each taken alone.
-    zlib: compressed at level 9.
+    order_0: the entropy of its byte frequencies.
+    zlib: its size after compression by zlib at level 9.
   """
 
   order_0: float

@@ -1,4 +1,4 @@
-"""What went wrong: losses that jump, and numbers that are not finite."""
+"""Diagnosis of jumps in the loss and of numbers that are not finite."""
 
 import re
 import statistics
@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from ..zoo.stack import Stack, unroll_params
 
-_ORDER = ("embedding", "blocks", "mixer_norm", "mixer", "mlp_norm", "mlp", "final_norm", "head")  # as data flows
+_ORDER = ("embedding", "blocks", "mixer_norm", "mixer", "mlp_norm", "mlp", "final_norm", "head")  # by data flow
 
 
 class NonFiniteError(ArithmeticError):
@@ -24,8 +24,8 @@ class Spikes:
   """Notices losses far above the median of recent ones: by more than `deviations` median deviations, and by a tenth.
 
   Args:
-    window: losses that count as recent. None is noticed before half as many have been seen.
-    deviations: the distance from which a loss is far above the median, in median deviations.
+    window: number of losses that count as recent. No jump is noticed before half as many have been seen.
+    deviations: how far above the median a loss must be, in median deviations.
   """
 
   def __init__(self, window: int = 50, deviations: float = 10.0):
@@ -44,13 +44,13 @@ class Spikes:
 
 
 def nonfinite_groups(groups: Sequence[str], nonfinite: Sequence[bool]) -> str:
-  """The names of the groups of parameters whose gradients were not finite, for a message."""
+  """Names the groups of parameters whose gradients were not finite, for a message."""
   bad = [group for group, is_bad in zip(groups, nonfinite, strict=True) if is_bad]
   return "every group" if len(bad) == len(groups) else ", ".join(bad) or "none, but their sum is not"
 
 
 def first_nonfinite_module(model: nn.Module, params: Any, batch: dict[str, jax.Array]) -> str | None:
-  """The first module, as data flows, whose output on `batch` is not finite, such as "blocks_2/mixer".
+  """The first module, in the order of the data flow, whose output on `batch` is not finite, such as "blocks_2/mixer".
 
   None if all outputs are finite (the backward pass is then at fault), or only the model's own output is not.
   """
@@ -61,7 +61,7 @@ def first_nonfinite_module(model: nn.Module, params: Any, batch: dict[str, jax.A
   )
   outputs = {path[:-1]: calls for path, calls in flatten_dict(variables["intermediates"]).items() if len(path) > 1}
   bad = [path for path, calls in outputs.items() if any(not _is_finite(call) for call in calls)]
-  # A module that holds a bad one has a bad output too. The innermost tells the most.
+  # A module that contains a bad one has a bad output too. The innermost is the most specific.
   innermost = [path for path in bad if not any(other[: len(path)] == path and other != path for other in bad)]
   return "/".join(min(innermost, key=_position)) if innermost else None
 
@@ -73,7 +73,7 @@ def _is_finite(output: Any) -> bool:
 
 
 def _position(path: tuple[str, ...]) -> tuple:
-  """A sort key: the order in which data flows, as far as names tell."""
+  """A sort key: the order of the data flow, inferred from names."""
 
   def rank(name: str) -> tuple:
     stem, number = re.fullmatch(r"(.*?)_?(\d*)", name).groups()

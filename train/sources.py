@@ -1,4 +1,4 @@
-"""Text from the standard library's source, files, folders and globs, and its tokenizers."""
+"""Text from the standard library's source, files, folders and globs; and tokenizers."""
 
 import glob
 import gzip
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Tests, and tables of character sets, which are near copies of one another and would leak from training to validation.
+# Tests and tables of character sets. They are near copies of one another and would leak from training to validation.
 _NOT_STDLIB_TEXT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
 
 
@@ -29,7 +29,7 @@ def read_documents(sources: str | Sequence[str], field: str = "text") -> list[Do
 
 
 def read_sources(sources: str | Sequence[str], field: str = "text") -> list[list[Document]]:
-  """The documents of each of `sources`, in the order of the names within it.
+  """The documents of each of `sources`, sorted by name within each.
 
   Args:
     sources: one or several of "stdlib" (the *.py files of Python's standard library), a file, a folder (its text files at
@@ -38,7 +38,7 @@ def read_sources(sources: str | Sequence[str], field: str = "text") -> list[list
     field: the field of a JSONL line's object that holds the text.
 
   Raises:
-    ValueError: if a source is missing, cannot be read or holds no text, or a line of JSONL is broken.
+    ValueError: if a source is missing, cannot be read or holds no text, or a line of JSONL is malformed.
   """
   sources = [sources] if isinstance(sources, str) else list(sources)
   if not sources:
@@ -101,7 +101,7 @@ def _json_lines(path: Path, name: str, text: bytes, field: str) -> Iterator[Docu
 
 
 def _walk(root: Path, left_out: frozenset[str]) -> Iterator[Path]:
-  """Files under `root` in the order of their names, without hidden ones and folders named in `left_out`."""
+  """Files under `root` sorted by name, without hidden ones and folders named in `left_out`."""
   for folder, folders, files in os.walk(root):
     folders[:] = sorted(name for name in folders if name not in left_out and not name.startswith((".", "__pycache__")))
     yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
@@ -130,7 +130,7 @@ class ByteTokenizer:
     return list(text.encode())
 
   def decode(self, tokens: Sequence[int]) -> str:
-    """The text of `tokens`. Bytes that are no UTF-8 become U+FFFD."""
+    """The text of `tokens`. Bytes that are not valid UTF-8 become U+FFFD."""
     return bytes(int(token) & 255 for token in tokens).decode(errors="replace")
 
   def encode_documents(self, documents: Sequence[Document]) -> list[np.ndarray]:
@@ -145,17 +145,17 @@ class FileTokenizer:
     """Loads the file at `path`.
 
     Raises:
-      ValueError: if the library is not installed, or the file is missing or is no tokenizer.
+      ValueError: if the library is not installed, or the file is missing or is not a tokenizer.
     """
     _need_tokenizers(f"TextData.tokenizer is {path!r}, which")
     from tokenizers import Tokenizer
 
     if not os.path.isfile(path):
-      raise ValueError(f'TextData.tokenizer is {path!r}, no file; expected "bytes" or the path of a tokenizer.json.')
+      raise ValueError(f'TextData.tokenizer is {path!r}, not a file; expected "bytes" or the path of a tokenizer.json.')
     try:
       self._tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the library raises bare Exception
-      raise ValueError(f"TextData.tokenizer is {path!r}, which is no tokenizer.json: {error}.") from None
+      raise ValueError(f"TextData.tokenizer is {path!r}, which is not a tokenizer.json: {error}.") from None
     self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
   def encode(self, text: str) -> list[int]:
@@ -193,7 +193,7 @@ def train_tokenizer(sources: str | Sequence[str], vocab_size: int, path: str | o
 
   Args:
     sources, field: as for `read_sources`.
-    vocab_size: tokens, the 256 bytes among them.
+    vocab_size: number of tokens, including the 256 bytes.
     path: of the file to write.
 
   Returns:
