@@ -12,7 +12,7 @@ class InnerLearner(MemoryLayer, kw_only=True):
   """A layer over `memzoo.pallas_kernels.test_time_memory`.
 
   Attributes:
-    max_documents: largest number of documents in a row; rows with more return NaN, unless their chunks fit. See `run`.
+    max_documents: largest number of documents in a row; rows with more return NaN, unless their chunks fit; see `ttm.run`.
     implementation: of the operation, "auto", "xla" or "recurrent".
   """
 
@@ -39,7 +39,7 @@ class InnerLearner(MemoryLayer, kw_only=True):
     segment_ids: jax.Array | None,
     max_documents: int | None = None,
   ) -> ttm.Result:
-    """Writes and reads every token; arguments as of `run`. `memzoo.zoo.inspect` intercepts this method."""
+    """Writes and reads every token; arguments as in `ttm.run`. `memzoo.zoo.inspect` intercepts this method."""
     return ttm.run(
       self.spec,
       initial,

@@ -1,4 +1,4 @@
-"""The contract that every memory layer obeys: `MemoryLayer`. `tests/test_laws.py` holds every layer of the registry to it."""
+"""The contract that every memory layer obeys: `MemoryLayer`. `tests/test_laws.py` tests every layer of the registry."""
 
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from ..pallas_kernels.states import check_state
 
 Dtype = Any
 
-# What fields of these names must at least be, in whatever layer.
+# The least values of fields with these names, in every layer.
 _LEAST = {
   "num_heads": 1,
   "num_key_heads": 1,
@@ -41,7 +41,7 @@ class MemoryLayer(nn.Module, kw_only=True):
     y [B, T, D], and the state after the last token. Fed to the next call it continues the sequence exactly, whatever the
     split; generation is the same call with T = 1.
 
-  Memories are float32 whatever `dtype` is (float64 where the inputs are), caches of activations have the activations' dtype.
+  Memories are float32 whatever `dtype` is (float64 where the inputs are); caches of activations have the activations' dtype.
   A layer defines `__call__` and `initial_state`; both may be called on an unbound module through `apply`.
 
   Attributes:
@@ -49,7 +49,7 @@ class MemoryLayer(nn.Module, kw_only=True):
     param_dtype: of the parameters.
 
   Raises:
-    ValueError: in words that say what would do; see `begin`.
+    ValueError: for invalid sizes or arguments; see `begin`.
   """
 
   # Whether the output already contains the input (and the norms that the layer needs). A stack then passes its residual
@@ -66,22 +66,22 @@ class MemoryLayer(nn.Module, kw_only=True):
   def state_bytes(self, batch_size: int, length: int) -> int:
     """Bytes that the state of `batch_size` sequences takes after `length` tokens.
 
-    The state has one size from the first token to the last, so `length` matters only to layers that say otherwise.
+    The size of a state never changes, so the result is the same for every `length`.
     """
     del length
     state = jax.eval_shape(lambda: self.apply({}, batch_size, method="initial_state"))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
   def matrices(self, state: Any) -> dict[str, jax.Array]:
-    """The matrices in `state` that values are read from by a key, [B, H, K, V] each, by name; none unless a layer names them.
+    """The matrices in `state` from which a key reads a value, [B, H, K, V] each, by name; none unless a layer overrides this.
 
-    `memzoo.zoo.inspect` looks at these.
+    `memzoo.zoo.inspect` shows them.
     """
     del state
     return {}
 
   def activation_dtype(self, x: jax.Array | None = None) -> Dtype:
-    """`dtype`, or the input's where none was asked for."""
+    """`dtype`; if it is `None`, that of `x`, or `param_dtype` without `x`."""
     if self.dtype is not None:
       return jnp.dtype(self.dtype)
     return jnp.dtype(self.param_dtype) if x is None else x.dtype
@@ -96,11 +96,11 @@ class MemoryLayer(nn.Module, kw_only=True):
     for name, least in _LEAST.items():
       value = getattr(self, name, None)
       if value is not None and value < least:
-        raise ValueError(f"{type(self).__name__}.{name}={value}; want at least {least}.")
+        raise ValueError(f"{type(self).__name__}.{name}={value}; expected at least {least}.")
     if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-      raise ValueError(f"x is {x.dtype}{list(x.shape)}; want floats of shape [batch, tokens, width].")
+      raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected floats of shape [batch, tokens, width].")
     if 0 in x.shape[:2]:
-      raise ValueError(f"x has shape {list(x.shape)}, no {'tokens' if x.shape[0] else 'rows'}; want at least one.")
+      raise ValueError(f"x has shape {list(x.shape)}, no {'tokens' if x.shape[0] else 'rows'}; expected at least one.")
     check_segment_ids(segment_ids, x.shape[:2])
     fresh = self.initial_state(x.shape[0])
     if state is None:
@@ -110,12 +110,12 @@ class MemoryLayer(nn.Module, kw_only=True):
 
 
 def silence_padding(y: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-  """Zeros in `y` [B, T, D] where `segment_ids` [B, T] say padding."""
+  """`y` [B, T, D] with zeros at padding, where `segment_ids` [B, T] are 0."""
   return y if segment_ids is None else jnp.where(segment_ids[..., None] != 0, y, 0)
 
 
 def count_key_heads(num_heads: int, num_key_heads: int | None) -> int:
-  """Key heads that `num_heads` share: `num_key_heads`, a divisor, or as many unless given."""
+  """The number of key heads: `num_key_heads`, a divisor of `num_heads`; if `None`, `num_heads`."""
   heads = num_key_heads or num_heads
   if num_heads % heads:
     raise ValueError(f"num_heads={num_heads} is not a multiple of num_key_heads={heads}.")

@@ -19,7 +19,7 @@ The papers leave open -> we do:
   output is zero; not in Moneta, which divides by the norm of its matrices.
 - persistent tokens -> written before every document, in a chunk of their own. No convolution reaches back to them.
 - the length of a write -> the gradient of each matrix is clipped to a norm of 10. For the last matrix that norm is 2 |h| |e|:
-  with 256 hidden units, errors beyond one half are clipped, also those of values that grow in training.
+  with 256 hidden units, errors beyond one half are clipped, including those of values that grow in training.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ class Update:
       with the squared loss; results are then the same for every `chunk_size`.
     order: of decay and gradient, for the token anchor: "gradient_first" or "decay_first".
     read: "after" the token's own write, "before" it, or at the "chunk_start".
-    clip: largest norm of a token's gradient by the output, and by each matrix; `None` for no clipping.
+    clip: largest norm of a token's gradient, by the output and by each matrix; `None` for no clipping.
   """
 
   anchor: Literal["chunk", "token"] = "chunk"
@@ -303,7 +303,7 @@ def _longest_step(spec: ttm.Spec) -> float:
 
 
 def _start(spec: ttm.Spec, name: str) -> Any:
-  """The initialiser of an accumulated matrix [H, in, out]; see the module."""
+  """The initialiser of an accumulated matrix [H, in, out]; see the docstring of the module."""
   memory, names = spec.memory, list(spec.memory.shapes())
   meets_keys, last = name in (names[:2] if memory.gated else names[:1]), name == names[-1]
 
@@ -327,8 +327,8 @@ class Yaad(TitansMemory, kw_only=True):
       M_t = (1 - alpha_t) M_{t-1} - theta_t grad l      l = |e|^2 where |e| <= delta_t, else 2 delta_t sum_i |e_i|
 
   As printed, the loss jumps at the threshold; `Loss("huber_norm")` is the continuous variant. Thresholds start at
-  2 sqrt(head_dim), twice the length of a layer norm's output. From half of that many writes are signs, and recall is hardly
-  learned.
+  2 sqrt(head_dim), twice the length of a layer norm's output. Started at half of that, many writes are signs, and recall is
+  hardly learned.
 
   Attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
   """

@@ -4,7 +4,7 @@
 
 for the tokens i = 1..C of a chunk: the running average of the chunk's steps, with gradients at its initial weights W_0.
 Source: Sun et al. 2024 (arXiv:2407.04620), in the form of the authors' code: queries and keys share one projection and have a
-convolution each, rotary positions count within the chunk, a layer norm over all heads and a GELU gate follow.
+convolution each; rotary positions count within the chunk; a layer norm over all heads and a GELU gate follow.
 
 The paper leaves open -> we do:
 

@@ -214,7 +214,7 @@ def test_a_state_of_another_stack_is_refused():
   model = Stack(mixers=(NoteReader(channels=6),), depth=4, mlp_ratio=0, scan=True)
   x = jnp.zeros((2, 3, 8))
   params = filled_params(model, x)
-  with pytest.raises(ValueError, match=r"state is a tuple of 4; want a tuple of 1"):
+  with pytest.raises(ValueError, match=r"state is a tuple of 4; expected a tuple of 1"):
     model.apply(params, x, model.clone(scan=False).initial_state(2))
   with pytest.raises(ValueError, match=r"state.* has shape"):
     model.apply(params, x, model.initial_state(3))

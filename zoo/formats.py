@@ -11,7 +11,7 @@ def thousands(number: float, unit: str = "") -> str:
   """Three significant digits and a decimal prefix: 1234567 is "1.23M", and with the unit "B" it is "1.23 MB"."""
   space = " " if unit else ""
   for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-    if number >= 0.9995 * size:  # what three digits round up to it
+    if number >= 0.9995 * size:  # three digits of 0.9995 size round up to size
       return f"{number / size:.3g}{space}{prefix}{unit}"
   return f"{number:.3g}{space}{unit}"
 
@@ -48,12 +48,12 @@ def table(
   """A table for the screen. Cells are shown as they are, without rich's markup.
 
   Args:
-    title: above it.
-    columns: headings; where all are empty, none are shown.
-    rows: of cells.
-    words: so many columns hold words, and are aligned left; the others hold numbers, and are aligned right.
+    title: shown above the table.
+    columns: headings; if all are empty, none are shown.
+    rows: lists of cells.
+    words: number of leading columns that hold words, aligned left; the others hold numbers, aligned right.
     footer: a cell for each column.
-    caption: below it.
+    caption: shown below the table.
   """
   shown = Table(
     title=title and escape(title),

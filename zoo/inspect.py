@@ -68,7 +68,7 @@ class Retention(NamedTuple):
   Attributes:
     times: [N], tokens read.
     cosine: between the value read and the value written, [N, B, T, r, H]; token t is written from time t + 1 on.
-    share: of the written value that is read, (S^T k . v) / |v|^2, [N, B, T, r, H].
+    share: share of the written value that is read, (S^T k . v) / |v|^2, [N, B, T, r, H].
     floor: mean cosine between the value read and the values that all tokens write, [N, B, T, r, H]. Values resemble each other,
       so only what lies above the floor is memory.
   """
@@ -317,7 +317,7 @@ def _write(module, method, args, result):
 def _capture(model, capture, params, inputs, segment_ids) -> dict[str, Any]:
   """The results of `capture(module, method, args, result)` for all calls of one forward pass, by place, where not `None`.
 
-  Of several calls of one module the last counts: the calls before it read persistent tokens.
+  If a module is called several times, the last call counts: the earlier ones read persistent tokens.
   """
   model, params = _unrolled(model, params)
   segmented = {}
@@ -403,7 +403,7 @@ def _visible(times: np.ndarray, shape: tuple[int, int], segment_ids: jax.Array |
 def by_lag(found: Retention) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
   """Averages a `Retention` over writes of the same age: lags [N] in tokens, and mean cosine, share and floor [N, H].
 
-  A lag of 0 is right after the token that wrote. Lags without a write are left out.
+  A lag of 0 is right after the write. Lags without a write are left out.
   """
   length = found.cosine.shape[2]
   lag = found.times[:, None] - 1 - np.arange(length)
@@ -412,7 +412,7 @@ def by_lag(found: Retention) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 
 
 def _mean(a: np.ndarray) -> np.ndarray:
-  """The mean over all axes but the last, without nan; nan where everything is."""
+  """The mean over all axes but the last, ignoring nan; nan if all values are nan."""
   a = a.reshape(-1, a.shape[-1])
   there = ~np.isnan(a)
   count = there.sum(axis=0)
@@ -422,7 +422,7 @@ def _mean(a: np.ndarray) -> np.ndarray:
 def linear_response(function: Callable[[jax.Array], jax.Array], x: jax.Array, position: int) -> jax.Array:
   """How strongly an input affects later outputs: |d y_{t+n} / d x_t| / |d y_t / d x_t|, in Frobenius norms.
 
-  Exact, by one Jacobian-vector product for each of the D directions of x_t. Each product is made of two transposed ones,
+  Exact, by one Jacobian-vector product for each of the D directions of x_t. Each is made of two vector-Jacobian products,
   because the layers' hand-written gradients exist only in reverse mode.
 
   Args:

@@ -35,7 +35,7 @@ class LanguageModel(Stack, kw_only=True):
   def __call__(
     self, tokens: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Logits for the token after each.
+    """Returns logits for the token after each token.
 
     Args:
       tokens: int32 [B, T].
@@ -46,10 +46,10 @@ class LanguageModel(Stack, kw_only=True):
       Logits [B, T, vocab_size], and the state.
 
     Raises:
-      ValueError: for tokens that are not integers [B, T], a state of another model, or anything a layer objects to.
+      ValueError: for tokens that are not integers [B, T], a state of another model, or arguments that a layer refuses.
     """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-      raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; want integers [batch, tokens].")
+      raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; expected integers [batch, tokens].")
     self.check_state(state, tokens.shape[0])
     embedding = self.param("embedding", named(INIT, "vocab", "embed"), (self.vocab_size, self.width), self.param_dtype)
     x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
@@ -90,9 +90,9 @@ class VectorModel(Stack, kw_only=True):
   def __call__(
     self, vectors: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """vectors, floats [B, T, input_dim], to ([B, T, output_dim], state); otherwise as `LanguageModel`."""
+    """Maps vectors, floats [B, T, input_dim], to ([B, T, output_dim], state); otherwise as `LanguageModel`."""
     if vectors.ndim != 3 or vectors.shape[2] != self.input_dim or not jnp.issubdtype(vectors.dtype, jnp.floating):
-      raise ValueError(f"vectors is {vectors.dtype}{list(vectors.shape)}; want floats [batch, tokens, {self.input_dim}].")
+      raise ValueError(f"vectors is {vectors.dtype}{list(vectors.shape)}; expected floats [batch, tokens, {self.input_dim}].")
     self.check_state(state, vectors.shape[0])
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = dense(self.width, (None, "embed"), name="embedding", **types)(vectors)

@@ -206,18 +206,18 @@ class Stack(nn.Module, kw_only=True):
     return nn.remat(module, policy=REMAT_POLICIES[self.remat], **options)
 
   def check_state(self, state: tuple[Any, ...] | None, batch_size: int) -> None:
-    """Raises `ValueError` for settings that make no stack, or a state that is not one of its own."""
+    """Raises `ValueError` for invalid settings, or for a state that does not belong to this stack."""
     if self.remat not in REMAT_POLICIES:
-      raise ValueError(f"remat={self.remat!r}; want one of {list(REMAT_POLICIES)}.")
+      raise ValueError(f"remat={self.remat!r}; expected one of {list(REMAT_POLICIES)}.")
     if self.depth < 1 or not self.mixers:
-      raise ValueError(f"depth={self.depth}, mixers has {len(self.mixers)} entries; want at least one block and one entry.")
+      raise ValueError(f"depth={self.depth}, mixers has {len(self.mixers)} entries; expected at least one block and entry.")
     if () in self.mixers:
-      raise ValueError(f"mixers[{self.mixers.index(())}] is (); want at least one layer in each entry.")
+      raise ValueError(f"mixers[{self.mixers.index(())}] is (); expected at least one layer in each entry.")
     if state is None:
       return
     count = sum(map(len, self._parts()))
     if not isinstance(state, tuple) or len(state) != count:
-      raise ValueError(f"state is a {type(state).__name__} of {len(state)}; want a tuple of {count}, one a block.")
+      raise ValueError(f"state is a {type(state).__name__} of {len(state)}; expected a tuple of {count}, one per block.")
     check_state("state", type(self).__name__, state, jax.eval_shape(lambda: self.initial_state(batch_size)))
 
 
