@@ -161,7 +161,7 @@ def read(spec: Spec, initial: InitialWeights, weights: Weights, q: jax.Array) ->
 
 def explain(*, implementation: str = "auto") -> Choice:
   """Returns the implementation that would run, and why the others would not."""
-  return choose("test_time_memory", implementation, {"xla": None, "recurrent": "one dependent step a token: the oracle"})
+  return choose("test_time_memory", implementation, {"xla": None, "recurrent": "one dependent step per token: the oracle"})
 
 
 def _check(spec, initial, q, k, v, gates, initial_state, segment_ids, max_documents) -> None:

@@ -1,6 +1,6 @@
 """The chunk-parallel form. It computes the gradients of a whole chunk at once and never forms the weights of single tokens.
 
-Gradients of a chunk are taken at its anchor, so with gates and steps they are known inputs of a linear recurrence. Its solution
+Gradients of a chunk are taken at its anchor, so like gates and steps they are known inputs of a linear recurrence. Its solution
 has the same triangular coefficients for every matrix of the memory,
 
     W_t = A_t W_0 + f_t S_0 - sum_{j<=t} P_tj g_j        S_t = m_t S_0 - sum_{j<=t} R_tj g_j
@@ -30,7 +30,7 @@ _FORGOTTEN = -1e4
 
 
 class Coefficients(NamedTuple):
-  """The coefficients of a chunk of C tokens; see the module.
+  """The coefficients of a chunk of C tokens; see the docstring of the module.
 
   Attributes:
     keep: A [C].
@@ -217,7 +217,7 @@ def errors(
 ) -> tuple[Weights, Weights, jax.Array]:
   """Gradients of the tokens' losses at `weights`, as factors: x [C, in] and delta [C, out] of each matrix, and loss [C].
 
-  delta is the gradient by zeros that are added to the output of each matrix.
+  delta is the gradient with respect to zeros that are added to the output of each matrix.
   """
   shapes = spec.memory.shapes()
 

@@ -19,10 +19,10 @@ class Layout(NamedTuple):
     is_token: bool [B, N, C].
     position: int32 [B, N, C], of the token in its chunk; for an empty slot, that of the last token before it.
     fresh: bool [B, N], whether the chunk begins a document other than that of the incoming state.
-    open: bool [B, N], whether the chunk lacks its last token, so that a later call continues it.
+    open: bool [B, N], whether the chunk is not full, so that a later call can continue it.
     continues: bool [B, N], whether the chunk has tokens of an earlier call.
     count: int32 [B], tokens in the chunk that is open at the end.
-    overflow: bool [B], rows with too many documents for N chunks, or with an incoming chunk longer than `chunk_size`. `fresh`,
+    overflow: bool [B], rows with too many documents for N chunks, or with `chunk_size` or more in the incoming chunk. `fresh`,
       `open`, `continues` and `overflow` are `None` where they are known to be false everywhere.
     source: int32 [B, N, C], column of the token; `None` if the tokens are already in place.
     slot: int32 [B, T], n * C + c of each column's token, -1 for padding; `None` likewise.
@@ -64,7 +64,7 @@ class Layout(NamedTuple):
 
 
 def count_chunks(tokens: int, chunk_size: int, documents: int) -> int:
-  """The number of chunks that suffices for a row of so many tokens and documents; the first chunk may continue a state."""
+  """The number of chunks that always suffices for `tokens` tokens in `documents` documents; the first may continue a state."""
   waste = (documents + 1) * (chunk_size - 1)
   return min(tokens, (tokens + waste) // chunk_size)
 
