@@ -1,9 +1,9 @@
-"""Measures what a run adds to its compiled step: input, logging and saving.
+"""Measures the time that input, logging and saving add to a run's compiled step.
 
     python -m memzoo.train.bench_overhead models/erase_then_delta_10m --rows 4
 
-Prints a table of medians, all of the same compiled step: the step alone on one batch; the step with a run's input and
-logging; and the steps taken while a checkpoint is saved.
+Prints a table of medians: the step alone on one batch; a run's input and logging around the same step; and the time that
+saving a checkpoint adds to the steps taken meanwhile.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .sharding import put_batch
 
 
 class _Bench:
-  """A run whose parts can be timed apart."""
+  """A run whose parts can be timed separately."""
 
   def __init__(self, config: str, rows: int, folder: Path):
     self.experiment = build(config, [f"TextData.batch_size={rows}", "Trainer.evaluation_batches=1", "Trainer.log_every=1"])
@@ -54,7 +54,7 @@ class _Bench:
     return read - began, time.perf_counter() - stepped
 
   def saving(self, step: float) -> tuple[float, float, int]:
-    """Seconds for which a save stops the run, seconds that it adds until it is on disk, and the steps taken meanwhile."""
+    """Seconds that a save stops the run, seconds that it adds in all until it is on disk, and the steps taken meanwhile."""
     began = time.perf_counter()
     self.run.save()
     stopped, count = time.perf_counter() - began, 0
@@ -68,8 +68,8 @@ def main() -> None:
   """Measures and prints."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("config", nargs="?", default="models/erase_then_delta_10m")
-  parser.add_argument("--rows", type=int, default=4, help="of a batch")
-  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
+  parser.add_argument("--rounds", type=int, default=5, help="number of measurements")
   arguments = parser.parse_args()
   start_quietly()
   with tempfile.TemporaryDirectory() as folder:

@@ -60,12 +60,12 @@ class Budget:
   """The training budget of each entrant.
 
   Attributes:
-    learning_rates: all are tried; the best on the training task counts.
+    learning_rates: all are tried; the one with the best score on the training task counts.
     seeds: number of seeds for parameters and examples; results have a mean and a spread over them.
     steps: the largest number of training steps; training ends earlier when `stop_at` is reached.
     batch_size: examples per step.
-    stop_at: training ends when all seeds of one learning rate reach this share of right answers on the training task; a value
-      above 1 never ends it early.
+    stop_at: training ends when all seeds of one learning rate reach this share of right answers on the training task; with a
+      value above 1 it never ends early.
     evaluate_every: steps between two evaluations on the training task.
     test_examples: examples of each test.
   """
@@ -244,7 +244,7 @@ def enter(
     raise ValueError(f"--layers names {unknown!r}{did_you_mean(unknown or '', LAYERS)} Expected some of {', '.join(LAYERS)}.")
 
   def counts(text: str, layer: str) -> bool:
-    """Whether an override is for `layer`: it is not about another entrant, nor in a scope other than the layer's."""
+    """Whether an override is for `layer`: it does not name another entrant, nor a scope other than the layer's."""
     (scope, _, name), bound, target = layer.rpartition("/"), _bound(text), text.partition(".")[0].strip()
     if (bound in entering and bound != name) or (bound in grouped and bound not in groups_of(LAYERS[name])):
       return False
@@ -311,7 +311,7 @@ def _size_for(layer: str, experiment: Any, size: int) -> list[str]:
 
 
 def _width_for(build_one: Callable[[str], Any], base: Any, parameters: int) -> str:
-  """The override that brings the model closest to so many parameters."""
+  """The override that brings the model closest to `parameters` parameters."""
   name = f"{type(base.model).__name__}.width"
   widths = range(8, 1025, 8)
   first = bisect.bisect_left(widths, parameters, key=lambda width: _count(build_one(f"{name}={width}")))
@@ -325,7 +325,7 @@ class VmappedRuns:
   def __init__(self, entrant: Entrant, budget: Budget):
     self.model, self.budget, self.step = entrant.experiment.model, budget, 0
     task = entrant.task.training()
-    unit = replace(entrant.experiment.optimizer, learning_rate=1.0)  # AdamW's updates are proportional to it
+    unit = replace(entrant.experiment.optimizer, learning_rate=1.0)  # updates of AdamW are proportional to the rate
     transform, schedule = unit.build(budget.steps), unit.schedule(budget.steps)
     self.rates = jnp.asarray(budget.learning_rates, jnp.float32)
     seeds = jnp.arange(budget.seeds, dtype=jnp.uint32)

@@ -1,4 +1,4 @@
-"""The results of a comparison as tables, for the screen and in Markdown, and as pictures."""
+"""Shows the results of a comparison: a table for the screen, one in Markdown, and pictures."""
 
 import math
 import statistics
@@ -38,7 +38,7 @@ class Board:
 
 
 def markdown(comparison: Comparison) -> str:
-  """The table of results in Markdown: means over seeds, and half the range where there are several seeds."""
+  """The table of results in Markdown: means over seeds, and half their range if there are several seeds."""
   tests = list(comparison.chance)
   heading = ["layer", "state, bytes", "parameters", "steps", "rate", *tests]
   spread = f"mean of {comparison.budget.seeds} seeds ± half their range"
@@ -60,8 +60,8 @@ def markdown(comparison: Comparison) -> str:
 def draw(comparison: Comparison, directory: Path) -> list[Path]:
   """Draws the pictures that the comparison has data for; returns their paths.
 
-  `scores.png`: scores over the tests, a line for each layer. `frontier.png`: scores over the bytes of state, if layers have
-  several sizes. `kinds.png`: scores by kind of answer, as maps if all tests have the same kinds.
+  `scores.png` has scores over the tests, a line for each layer. `frontier.png` has scores over the bytes of state, if layers
+  have several sizes. `kinds.png` has scores by kind of answer, as maps if all tests have the same kinds.
   """
   drawn = []
   if len(comparison.chance) > 1:

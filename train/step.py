@@ -27,8 +27,8 @@ class TrainState(NamedTuple):
   Attributes:
     step: int32; batches seen.
     skipped: int32; how many of them had a loss or a gradient that was not finite.
-    skipped_in_a_row: int32; how many of these came since the last finite one.
-    key: uint32; the data of a random key. Every step folds its number into it.
+    skipped_in_a_row: int32; how many were skipped since the last finite one.
+    key: uint32; the data of a random key. Every step folds its number into this key.
     params: the model's variables, as `model.apply` takes them.
     opt_state: the optimiser's.
   """
@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-  """What a step reports, on its devices.
+  """The numbers that a step returns, on its devices.
 
   Attributes:
     loss: float32; nats per token.
@@ -50,7 +50,7 @@ class Metrics(NamedTuple):
     group_norms: float32 [groups]; the same for each group of parameters, in the order of `parameter_groups`.
     learning_rate: float32; of this step's update.
     skipped_in_a_row: int32; 0 if this step updated the parameters.
-    nonfinite_groups: bool [groups]; which groups of parameters had a non-finite gradient.
+    nonfinite_groups: bool [groups]; whether each group of parameters had a non-finite gradient.
   """
 
   loss: jax.Array
@@ -62,13 +62,13 @@ class Metrics(NamedTuple):
 
 
 class Program(NamedTuple):
-  """A run's compiled functions and where its arrays live.
+  """A run's compiled functions, and the shardings of its arrays.
 
   Attributes:
     create: `create() -> TrainState`, fresh.
     train: `train(state, batch) -> (TrainState, Metrics)`. It consumes `state`.
     evaluate: `evaluate(params, batch) -> (nats, right, tokens)`: the loss summed over the batch's targets, how many of them
-      are the likeliest prediction, and their number.
+      were the likeliest prediction, and their number.
     abstract_state: the state's shapes, dtypes and shardings.
     batch_sharding: of every array of a batch.
     groups: names of the parameter groups.
@@ -131,8 +131,8 @@ def build_program(
 def compiler_options(mesh: Mesh) -> dict[str, str]:
   """Options for XLA.
 
-  On a CPU, to schedule for memory. By default XLA schedules for concurrency that a CPU does not have; a model that recomputes
-  its blocks (`LanguageModel.remat`) then takes four times the memory, and a tenth more time.
+  On a CPU they make XLA schedule for memory. By default it schedules for concurrency that a CPU does not have; a model that
+  recomputes its blocks (`LanguageModel.remat`) then takes four times the memory and a tenth more time.
   """
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
@@ -192,7 +192,7 @@ def sum_loss(
 def sum_scores(
   model: nn.Module, params: Any, batch: dict, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """As `sum_loss`, with the number of targets that are the likeliest prediction in between (0 for float targets)."""
+  """Like `sum_loss`, with the number of targets that are the likeliest prediction in between (0 for float targets)."""
   rngs = None if key is None else {"dropout": key}
   logits, _ = model.apply(params, batch["tokens"], segment_ids=batch["segment_ids"], rngs=rngs)
   losses, right = score_targets(logits, batch["targets"])
@@ -201,9 +201,9 @@ def sum_scores(
 
 
 def score_targets(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """For each integer target [B, T], its cross-entropy and whether it is the likeliest prediction.
+  """For integer targets [B, T]: the cross-entropy of each, and whether it is the likeliest prediction.
 
-  For float targets [B, T, D], the mean squared error over D, and False.
+  For float targets [B, T, D]: the mean squared error over D, and `False`.
   """
   if jnp.issubdtype(targets.dtype, jnp.floating):
     return jnp.square(outputs - targets).mean(axis=-1), jnp.zeros(targets.shape[:-1], bool)
@@ -225,7 +225,7 @@ def group_squares(gradients: Any) -> jax.Array:
 
 
 def _group(path: tuple) -> str:
-  """The group of a parameter: of a block, or of a block repeated under `PERIODS`, its module; else the top module."""
+  """The group of a parameter: in a block (also one under `PERIODS`) the block's module, elsewhere the top module."""
   names = [str(entry.key) for entry in path if str(entry.key) != "params"]
   depth = 3 if names[0] == PERIODS else 2 if names[0].startswith("blocks") else 1
   return "/".join(names[:depth])

@@ -1,4 +1,4 @@
-"""The settings of a run apart from its model, data, optimiser and mesh."""
+"""The settings of a run besides its model, data, optimiser and mesh."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ class Trainer:
   Everything here except `seed` may be changed when a run is resumed.
 
   Attributes:
-    steps: batches to train on in all, those before a resumption included.
+    steps: batches to train on in total, including those before a resumption.
     log_every: steps between two printed lines and two TensorBoard points. `metrics.jsonl` has every step.
     evaluate_every: steps between two evaluations on the validation text; 0 evaluates only at the end.
     evaluation_batches: batches in such an evaluation, spread evenly over the validation text; 0 means all of it.
@@ -21,8 +21,8 @@ class Trainer:
     checkpoints_kept: how many of the newest checkpoints stay on disk, beside the best one.
     save_best: also save after each evaluation that is the best so far.
     log_group_norms: write the gradient norm of every group of parameters to `metrics.jsonl`.
-    nonfinite_limit: how many non-finite steps in a row end the run. Each is skipped: it does not change the parameters.
-    sample_prompt: the text that a sample continues when the run ends.
+    nonfinite_limit: number of non-finite steps in a row that ends the run. Each is skipped: it does not change the parameters.
+    sample_prompt: the text that the sample at the end of the run continues.
     sample_tokens: length of that sample in tokens; 0 writes none.
     seed: of the parameters, and of any randomness in the model.
   """
@@ -46,7 +46,7 @@ class Trainer:
     at_least(0, self, "evaluate_every", "evaluation_batches", "final_evaluation_batches", "checkpoint_every")
     if self.sample_tokens < 0 or (self.sample_tokens and not self.sample_prompt):
       raise ValueError(
-        f"Trainer.sample_tokens is {self.sample_tokens} with the sample_prompt {self.sample_prompt!r}; expected 0 or more, "
-        "and a prompt of at least a character unless it is 0."
+        f"Trainer.sample_tokens is {self.sample_tokens} with the sample_prompt {self.sample_prompt!r}; expected 0, or "
+        "more with a prompt of at least one character."
       )
     check_seed(self)
