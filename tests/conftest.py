@@ -12,7 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join([
   os.environ.get("XLA_FLAGS", ""),
   "--xla_force_host_platform_device_count=4",
   "--xla_backend_optimization_level=0",
-  # XLA's older emitters of fusions compile twice as fast; JAX 0.11 has them no more and would not start.
+  # XLA's older emitters of fusions compile twice as fast; JAX 0.11 no longer has them and would not start with this flag.
   "--xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else "",
 ])
 
@@ -27,7 +27,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 @pytest.fixture(autouse=True)
 def few_memory_maps():
-  """Forgets what was compiled before its memory maps come near Linux's bound of 65,530 a process, where XLA crashes."""
+  """Clears compiled programs before their memory maps reach Linux's limit of 65,530 per process, at which XLA crashes."""
   yield
   maps = Path("/proc/self/maps")
   if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
@@ -42,7 +42,7 @@ def float64():
 
 
 def pytest_terminal_summary(terminalreporter):
-  """What the laws cost, layer by layer, against the budgets of `subjects.py`."""
+  """Prints what the laws cost for each layer, beside the budgets of `subjects.py`."""
   reports = [report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "user_properties")]
   costs = {}
   for report in reports:

@@ -1,6 +1,6 @@
 """Specs of memories that learn at test time, arguments like those of the layers, and the comparison with the oracle.
 
-Arguments and states are made in NumPy, and calls are compiled whole: only the number of compiled programs costs time.
+Arguments and states are made in NumPy, and calls are compiled whole, because nearly all time is spent on compiling programs.
 """
 
 import functools
@@ -85,7 +85,7 @@ def used(spec, dtype=jnp.float64, seed=9):
 
 
 def values_and_gradients(spec, args, state, ids, implementation):
-  """The result, and the gradient of a weighted sum of all of it by everything that goes in."""
+  """The result, and the gradients of a weighted sum of all its parts with respect to every input."""
 
   def scalar(args, floats):
     result = run(spec, args, None if state is None else state._replace(**floats), ids, implementation)

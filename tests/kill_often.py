@@ -1,8 +1,8 @@
-"""Kills a run at random moments, start-up, evaluations and saves included, and compares it with one left alone.
+"""Kills a run at random moments, start-up, evaluations and saves included, and compares it with an undisturbed run.
 
     python tests/kill_often.py --kills 10 --seed 0
 
-Prints where each kill fell. Exits with 1 unless the losses of both runs are equal to the bit, no step missing or twice.
+Prints where each kill fell. Exits with 1 unless both runs have bitwise equal losses, with every step once.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> int:
     start = time.perf_counter()
     subprocess.run(command(text, alone, arguments.steps), check=True, stdout=subprocess.DEVNULL)
     duration = time.perf_counter() - start
-    print(f"left alone: {duration:.1f} s")
+    print(f"undisturbed: {duration:.1f} s")
     for number in range(arguments.kills):
       process = subprocess.Popen(command(text, killed, arguments.steps), stdout=subprocess.DEVNULL)
       moment = moments.uniform(0.1, arguments.latest)
@@ -62,12 +62,12 @@ def main() -> int:
       process.send_signal(signal.SIGKILL)
       finished = process.wait() == 0
       saved = sorted(int(path.name) for path in killed.glob("checkpoints/*") if path.name.isdigit())
-      late = ", too late: more --steps" if finished else ""
+      late = ", too late: pass more --steps" if finished else ""
       print(f"kill {number + 1}: after {moment:.1f} s; saved {saved}{late}", flush=True)
     subprocess.run(command(text, killed, arguments.steps), check=True, stdout=subprocess.DEVNULL)
     equal = losses(killed) == losses(alone)
     whole = [step for step, _ in losses(killed)] == list(range(1, arguments.steps + 1))
-    print(f"{arguments.steps} losses {'equal to the bit' if equal else 'DIFFER'}, steps {'complete' if whole else 'MISSING'}")
+    print(f"{arguments.steps} losses {'bitwise equal' if equal else 'DIFFER'}, steps {'complete' if whole else 'MISSING'}")
     return 0 if equal and whole else 1
 
 

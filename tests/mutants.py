@@ -1,11 +1,11 @@
-"""Small wrong edits of the product, each with the test that must notice it.
+"""Small wrong edits of the code, each with the test that must notice it.
 
     python tests/mutants.py                  # all of them, in scratch copies; exit status 1 if one survives
     python tests/mutants.py attention loop   # those whose path or description has one of these words
     python tests/mutants.py --list
 
 The mutants are in `mutants.toml`. Each is applied to a copy of the repository, in which its test must fail; without a mutant
-all tests pass (`make test`). Whoever adds an operation adds its mutants.
+all tests pass (`make test`). Add mutants with every new operation.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def scratch_copy():
     copy = Path(folder) / "memzoo"
     shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
     (ROOT / ".jax_cache").mkdir(exist_ok=True)
-    (copy / ".jax_cache").symlink_to(ROOT / ".jax_cache")  # programs that a mutant leaves alone are not compiled again
+    (copy / ".jax_cache").symlink_to(ROOT / ".jax_cache")  # programs that a mutant does not change are not compiled again
     yield copy
 
 

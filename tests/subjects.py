@@ -1,4 +1,4 @@
-"""What the laws are tried on: every layer of the registry at a small size, and models; and what that may cost."""
+"""The subjects of the laws, every layer of the registry at a small size and models of them, and budgets of their cost."""
 
 import contextlib
 import functools
@@ -22,10 +22,10 @@ class Kind(NamedTuple):
   """A kind of layer: which checks it gets, and what they may cost.
 
   Attributes:
-    seconds: of a processor, on a quiet machine.
-    programs: compiled; `test_laws.py` asserts this one.
-    costs: of the checks.
-    without: names of checks that it does not get, since others that it gets run the same code.
+    seconds: CPU seconds, on a quiet machine.
+    programs: number of compiled programs; `test_laws.py` asserts it.
+    costs: costs of the checks that it gets.
+    without: names of checks that it does not get, because its other checks run the same code.
   """
 
   seconds: int
@@ -54,7 +54,8 @@ KIND_OF = {
   "Memora": "variant",
   "TTTMLP": "variant",
 }
-# Tried whole by `make check`; of the others, what needs no compilation. It has decays, an erase, convolutions and a matrix.
+# `make check` runs all laws for this layer, which has decays, an erase, convolutions and a matrix; for the others, those that
+# compile nothing.
 QUICK = "EraseThenDelta"
 
 
@@ -85,9 +86,9 @@ def module(name: str, width: int, **fields: Any) -> nn.Module:
   return MODELS[name](width, **fields) if name in MODELS else layer(name, **fields)
 
 
-@functools.lru_cache(maxsize=1)  # the tests of a layer follow one another
+@functools.lru_cache(maxsize=1)  # the tests of one layer run in a row
 def trial(name: str) -> Trial:
-  """A layer on trial, in float64; in float32 with heads as wide as real ones: a norm over five numbers magnifies rounding."""
+  """The trial of a layer in float64. In float32 its heads have a realistic width: a norm over 5 numbers magnifies rounding."""
   jax.clear_caches()
   wide = module(name, WIDE, key_dim=16, value_dim=16, head_dim=16), WIDE
   return Trial(module(name, WIDTH), WIDTH, float64=True, wide=wide)
@@ -103,10 +104,10 @@ def checks(name: str) -> list[Check]:
 
 
 class Meter:
-  """Programs compiled by this process, and what was spent on each layer.
+  """Counts the programs that this process compiles, and the cost of each layer.
 
   Attributes:
-    compiled: programs, so far.
+    compiled: number of programs so far.
     programs, seconds: by layer, for what ran within `measured`.
   """
 
@@ -119,7 +120,7 @@ class Meter:
 
   @contextlib.contextmanager
   def measured(self, name: str) -> Iterator[None]:
-    """Adds what is spent within to what `name` costs."""
+    """Adds the cost of the code in this context to that of `name`."""
     programs, seconds = self.compiled, time.process_time()
     yield
     self.programs[name] += self.compiled - programs

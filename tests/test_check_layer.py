@@ -1,4 +1,4 @@
-"""`check_layer` on layers from outside the package: a correct one passes, and each broken one is told which law it breaks."""
+"""`check_layer` on layers from outside the package: a correct one passes, and for each broken one the report names the law."""
 
 import importlib
 import re
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.xdist_group("check_layer")
 
 
 class RunningMean(nn.Module):
-  """A convolution over two tokens, and the mean of all that came out of it so far; correct unless it has a `fault`.
+  """A convolution over two tokens, then the running mean of its outputs; correct unless it has a `fault`.
 
-  Written as a user may: nothing inherited, float32 by hand, dtypes and ranks promoted, a plain tuple for the state.
+  Written as a user might: it inherits nothing, casts to float32, relies on promotion, and has a plain tuple as state.
   """
 
   features: int = 8
@@ -164,7 +164,7 @@ def test_a_layer_of_the_package_is_tried_in_float64_with_short_chunks():
 
 @pytest.fixture
 def readme_blocks():
-  """Blocks of code of the guide to a layer of one's own, by language."""
+  """The code blocks of the guide "Write a layer of your own", by language."""
   text = (Path(memzoo.__file__).parent / "zoo" / "README.md").read_text().partition("## Write a layer of your own")[2]
   blocks = re.findall(r"^ *```(\w+)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
   return {language: [textwrap.dedent(code) for name, code in blocks if name == language] for language, _ in blocks}

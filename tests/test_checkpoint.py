@@ -169,7 +169,7 @@ def test_a_save_cut_short_leaves_no_checkpoint(run, target):
 
 @pytest.fixture
 def filters(monkeypatch):
-  """Counts the filters of complaints: on the hook for unraisable exceptions, and in asyncio's logger."""
+  """Counts the filters of late errors: on the hook for unraisable exceptions, and in asyncio's logger."""
   logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
   monkeypatch.setattr(module, "_abandoned", module._Abandoned())
   monkeypatch.setattr(sys, "unraisablehook", hook)

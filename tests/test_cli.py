@@ -258,7 +258,7 @@ def test_settings_that_save_memory_keep_the_losses(memzoo, tmp_path):
 
 
 def losses(memzoo, folder, *arguments: str) -> np.ndarray:
-  """The losses of four steps, unless told otherwise, on one long document, so that every row has as many targets."""
+  """The losses of four steps by default, on one long document, so that all rows have the same number of targets."""
   folder.mkdir()
   text = corpus(folder, b"".join(b"the memory writes %d things. " % i for i in range(100)))
   settings = [*FAST, text, "--set=Trainer.sample_tokens=0", "--set=Trainer.final_evaluation_batches=1"]
@@ -269,7 +269,7 @@ def losses(memzoo, folder, *arguments: str) -> np.ndarray:
 
 @pytest.mark.slow
 def test_a_full_disk_prints_one_line_and_loses_nothing(memzoo, tmp_path):
-  """In a process whose files may not grow beyond a limit, which for the writer is a full disk."""
+  """Runs in a process with a limit on file size, which fails the writer like a full disk."""
   sources, run = corpus(tmp_path, b"the memory writes what the gate lets through. " * 100), tmp_path / "run"
   train = ["train", "quickstart", *FAST, sources, "--set=LanguageModel.width=64", "--out", str(run), "--steps"]
   assert memzoo(*train, "2")[0] == 0

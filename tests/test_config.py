@@ -1,4 +1,4 @@
-"""Configurations: what they build, what they refuse and in which words, and that they leave no global state behind."""
+"""Configurations: what they build, which errors they raise, and that they leave no global state behind."""
 
 import dataclasses
 import re

@@ -42,7 +42,7 @@ def test_an_update_of_strength_0_is_not_there(absent):
 
 @pytest.mark.parametrize("variant", [PRODUCT, THREE, ERASE_SCALAR, ERASE], ids=str)
 def test_no_transition_expands(variant):
-  """For strengths up to 2, unit keys and decays: neither a token's nor that of several."""
+  """The transition of one token or several, for strengths up to 2, unit keys and decays."""
   for seed in range(8):
     args = inputs(variant, seed)
     for some in (args, only_token(args)):
@@ -88,7 +88,7 @@ def test_erasing_nothing_is_the_rule_without_an_erase(variant, plain):
 
 
 def test_erasing_where_it_writes_is_one_stronger_erase():
-  """(1 - beta)(1 - gamma) is left of what was there, and beta v is written."""
+  """What was stored is scaled by (1 - beta)(1 - gamma), and beta v is added."""
   args = inputs(ERASE)
   args["erase_key"] = args["k"]
   beta, gamma = args["beta"], args["erase_strength"]

@@ -31,7 +31,7 @@ def cases(names, *rows, marks=()):
 
 
 # Two rows of 75 tokens: documents of 1 to 3 tokens and longer than a chunk, off every chunk grid; padding left, right and
-# between, inside a document too; a document number that comes back.
+# between, inside a document too; a document number that is reused.
 SEGMENTS = np.stack([
   np.repeat([0, 1, 2, 3, 0, 3, 4, 5, 0, 6, 0], [2, 1, 2, 3, 1, 4, 1, 33, 5, 20, 3]),
   np.repeat([1, 2, 3, 1, 1, 0, 0, 7], [37, 1, 2, 14, 14, 3, 3, 1]),
@@ -41,7 +41,7 @@ TOKENS = SEGMENTS.shape[1]
 
 
 def inputs(variant, dtype=jnp.float64, cosine=0.5):
-  """Of one shape for all tests, so that each needs few programs."""
+  """Inputs of one shape for all tests, so that each needs few programs."""
   return variant.inputs(TOKENS, dtype=dtype, key_dim=7, value_dim=5, cosine=cosine)
 
 
@@ -206,7 +206,7 @@ def test_float32_chunks_are_the_float64_recurrence_however_hostile_the_inputs(va
 )
 def test_float32_with_a_bound_on_the_decays_is_the_float64_recurrence(variant, chunk_size, kind):
   args = hostile(kind, inputs(variant, jnp.float32, cosine=0.9))
-  if kind == "runs at -5":  # runs of the strongest decay, and of next to none
+  if kind == "runs at -5":  # runs of the strongest decay, and of almost none
     strong = (jnp.arange(args["log_decay"].size) // 48 % 2 == 0).reshape(args["log_decay"].shape)
     args["log_decay"] = jnp.where(strong, -5.0, -1e-3).astype(jnp.float32)
   if kind == "all at -5":

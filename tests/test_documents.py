@@ -1,4 +1,4 @@
-"""What segment ids mean, against a loop that reads them one at a time."""
+"""Documents and positions from segment ids, against a loop that reads the ids one at a time."""
 
 import jax.numpy as jnp
 import numpy as np

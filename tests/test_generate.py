@@ -19,7 +19,7 @@ PROMPTS = [[5, 3, 9], [7], list(range(1, 20)), [2, 2]]
 
 
 class Recurrence(nn.Module):
-  """The interface of `LanguageModel` over h <- tanh(h W + E[token]): compiles fast, for all that does not depend on layers."""
+  """The interface of `LanguageModel` over h <- tanh(h W + E[token]): compiles fast, for tests that do not depend on layers."""
 
   vocab_size: int = 32
   width: int = 8
@@ -66,14 +66,14 @@ def params(model):
 
 @pytest.mark.compat
 def test_greedy_generation_is_the_argmax_of_the_whole_forward_pass():
-  """Of a hybrid, for prompts of several lengths in one batch."""
+  """A hybrid model, with prompts of several lengths in one batch."""
   mixers = layer("EraseThenDelta"), layer("Attention")
   model = LanguageModel(vocab_size=32, width=16, depth=2, mixers=mixers, tie_embeddings=False)
   params = filled(model, jnp.zeros((1, 1), jnp.int32), std=0.5)
   found = generate(model, params, PROMPTS, max_new_tokens=8, temperature=0)
   rows = np.zeros((len(PROMPTS), max(map(len, PROMPTS)) + 8), np.int32)
   for row, prompt, tokens in zip(rows, PROMPTS, found, strict=True):
-    row[: len(prompt) + 8] = prompt + tokens  # what stands after it changes nothing before it
+    row[: len(prompt) + 8] = prompt + tokens  # later tokens do not change earlier outputs
   logits, _ = jax.jit(model.apply)(params, rows)
   for row, prompt, tokens in zip(logits, PROMPTS, found, strict=True):
     assert tokens == row[len(prompt) - 1 : len(prompt) + 7].argmax(-1).tolist()
@@ -81,7 +81,7 @@ def test_greedy_generation_is_the_argmax_of_the_whole_forward_pass():
 
 @pytest.mark.parametrize("name", ["EraseThenDelta", "Attention", "TitansMemory", "MemoryAsContext"])
 def test_two_hundred_greedy_bytes_are_the_argmax(name):
-  """Past the window and past many chunks; near-ties aside, which the two forms may round differently."""
+  """Beyond the window and many chunks; except near-ties, which the two forms may round differently."""
   model = LanguageModel(vocab_size=256, width=16, depth=1, mixers=(layer(name),), tie_embeddings=False)
   params = filled(model, jnp.zeros((1, 1), jnp.int32), std=0.5)
   prompt = list(b"def memory(")
@@ -96,7 +96,7 @@ def test_two_hundred_greedy_bytes_are_the_argmax(name):
 
 
 def test_no_two_tokens_share_their_noise():
-  """Of ten thousand equally likely tokens, no row and no step draws one that another has drawn."""
+  """Among ten thousand equally likely tokens, no two rows or steps draw the same one."""
   drawn = generate(Flat(), {}, [[1], [1]], max_new_tokens=12)
   assert len({token for row in drawn for token in row}) == 24
 

@@ -266,7 +266,7 @@ def test_the_response_of_a_layer_is_that_of_its_jacobian():
 
 
 class LooksBack(nn.Module):
-  """Answers with what followed the same token last time, where that is at most `window` tokens ago."""
+  """Answers with the token that followed the same token last time, if that is at most `window` tokens ago."""
 
   vocab_size: int
   window: int
@@ -321,7 +321,7 @@ def test_mistakes_are_refused(call, words):
 
 
 def one_answer(tokens):
-  """A batch of one sequence of three tokens that asks at the last, for what was never written."""
+  """A batch of one sequence of three tokens, the last of which asks for a value that was never written."""
   ones = jnp.ones((1, 3), jnp.int32)
   return Example(tokens, ones, jnp.array([[0, 0, 1]], jnp.float32), ones, ones)
 

@@ -1,7 +1,7 @@
 """The laws of a memory layer (`memzoo.layers.laws`), for every layer of the registry and for models of them.
 
-A layer added to `memzoo.zoo.registry.LAYERS` is held to all of them without a line here; its kind, in `subjects.py`, says what
-that may cost.
+A layer added to `memzoo.zoo.registry.LAYERS` is tested against all of them without a line here; its kind, in `subjects.py`,
+sets the budget.
 """
 
 import jax
@@ -49,7 +49,7 @@ def test_laws_compile_no_more_programs_than_a_layer_of_its_kind_may(name):
 
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_leaves_of_a_fresh_state_are_arrays_of_their_own_and_counted_in_their_dtypes(name):
-  """Each may be given away, as a loop that generates will do."""
+  """Each leaf can then be donated, as generation does."""
   module = layer(name, dtype=jnp.bfloat16)
   state = module.apply({}, 2, method="initial_state")
   places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]

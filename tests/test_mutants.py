@@ -1,4 +1,4 @@
-"""The list of mutants fits the code; `mutants.py` itself shows that each is noticed."""
+"""The list of mutants fits the code; running `mutants.py` shows that a test notices each."""
 
 from mutants import load, misplaced
 

@@ -84,7 +84,7 @@ attempt("not finite", model=Spoiled(), nonfinite_limit=3)
 
 
 def run_two_processes(folder):
-  """What each of two processes of one device said of `SCRIPT`."""
+  """The output of `SCRIPT` in each of two processes of one device."""
   environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": import_path()}
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
@@ -112,7 +112,7 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, quick_runs):
-  """A folder with a run of each layout, and one of "both" that stopped halfway; and what two processes said."""
+  """A folder with a run of each layout, and one of "both" that stopped halfway; and the output of two processes."""
   folder = tmp_path_factory.mktemp("layouts")
   for layout in ONE_PROCESS:
     train(experiment(folder, layout), folder / layout, progress=False)
@@ -121,7 +121,7 @@ def runs(tmp_path_factory, quick_runs):
 
 
 def halfway(folder, run, name):
-  """A copy of a run as it was after half of it."""
+  """A copy of a run as it was halfway."""
   shutil.copytree(folder / run, folder / name)
   shutil.rmtree(folder / name / "checkpoints" / str(STEPS))
   (folder / name / "result.json").unlink()

@@ -68,7 +68,7 @@ def test_parameters_convert_between_the_scanned_and_the_unrolled_form():
 @IN_FLOAT64
 @pytest.mark.parametrize("scan", [False, True])
 def test_notes_are_those_of_lower_layers_only(scan):
-  """Blocks add nothing to the stream but for one, so that its output shows what it reads."""
+  """Only one block adds to the stream, so that the output shows what it reads."""
   stack = Stack(mixers=(NoteReader(channels=6),), depth=3, mlp_ratio=0, scan=scan, **FLOAT64)
   x, run = vectors(), jax.jit(stack.apply)
   params = unroll_params(stack, filled_params(stack, x))[1]

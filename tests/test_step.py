@@ -185,7 +185,7 @@ def test_weight_decay_leaves_gates_norms_and_biases_alone():
 
 
 def test_a_scanned_model_decays_and_is_grouped_as_an_unrolled_one():
-  """The parameters of repeats are stacked over a leading axis, which makes no matrix of a scale."""
+  """The parameters of repeats are stacked over a leading axis, which does not turn a scale into a matrix."""
   block = {
     "mixer": {"kernel": (4, 4), "gate": (4,), "A_log": (4, 4)},
     "mixer_norm": {"scale": (4,)},

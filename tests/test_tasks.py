@@ -1,4 +1,4 @@
-"""The memory tasks: the solver is always right, guessing without memory as often as stated, and runs on tasks resume."""
+"""The memory tasks: the solver is always right, guesses are right as often as stated, and runs on tasks resume."""
 
 import functools
 import itertools

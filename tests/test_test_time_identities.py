@@ -182,7 +182,7 @@ def test_losses_have_the_slopes_they_are_known_for():
   for kind, slope in slopes.items():
     v = jnp.ones_like(e)
     found = jax.grad(lambda out, kind=kind, v=v: Loss(kind)(out, v, jnp.full(50, delta)).sum())(e + v)
-    if kind == "huber_norm":  # where both branches meet, |e| with and without its epsilon may differ in which is taken
+    if kind == "huber_norm":  # where the branches meet, the epsilon in |e| may decide which is taken
       keep = np.abs(np.asarray(size[:, 0]) - delta) > 1e-3
       found, slope = found[keep], slope[keep]
     assert_close(found, slope)

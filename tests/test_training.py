@@ -254,7 +254,7 @@ def test_the_first_block_of_a_scanned_model_that_is_not_finite_is_found(tmp_path
 
 
 def test_a_killed_run_goes_on_to_bitwise_the_same_losses(tmp_path):
-  """SIGKILL at some moment in a process of its own; the rest here, and a run without a stop to compare with."""
+  """The run is killed in another process and continued in this one; its losses are those of a run without a stop."""
   settings = {"model": convolution_model(), "steps": 100, "checkpoint_every": 10, "evaluate_every": 0}
   train(tiny_experiment(tmp_path, **settings), tmp_path / "whole", progress=False)
   script = (

@@ -113,7 +113,7 @@ def make_runs_quick(patch: pytest.MonkeyPatch) -> None:
 
 
 def import_path() -> str:
-  """PYTHONPATH for another process: the tests, and what this process was given."""
+  """PYTHONPATH for another process: the folder of the tests, then this process's own."""
   return os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 

@@ -1,4 +1,4 @@
-"""The one table of how close is equal lies with the laws, in `memzoo.layers.tolerances`; no test has tolerances of its own."""
+"""Re-exports the one table of tolerances, `memzoo.layers.tolerances`; no test has tolerances of its own."""
 
 from memzoo.layers.tolerances import assert_close, assert_finite
 
