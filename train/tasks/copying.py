@@ -1,4 +1,4 @@
-"""Copying tasks: scattered tokens, and the token that followed a marker."""
+"""Copying tasks: copy scattered tokens, or the token that followed a marker."""
 
 from dataclasses import dataclass, replace
 
@@ -61,7 +61,7 @@ class SelectiveCopying(Task):
     return random.integers(0, self.vocabulary, self.length)
 
   def tests(self) -> dict[str, Task]:
-    """The same data among up to four times as many tokens."""
+    """The same number of data tokens among up to four times as many tokens."""
     return {str(factor * self.tokens): replace(self, tokens=factor * self.tokens) for factor in (1, 2, 4)}
 
 

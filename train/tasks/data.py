@@ -19,7 +19,7 @@ _VALIDATION = 2**31  # validation batches are numbered from here; no run has so 
 
 @dataclass(frozen=True)
 class TaskData:
-  """Training examples of a task, made on demand; none is repeated.
+  """Training examples of a task, made on demand and never repeated.
 
   Attributes:
     task: one of `memzoo.train.tasks`; the run trains on its `training()`.
@@ -63,7 +63,7 @@ class TaskData:
     """Does nothing: a task has no tokenizer."""
 
   def check_model(self, model: Any) -> None:
-    """Raises `ValueError` if `model` does not fit the task's tokens, or its vectors."""
+    """Raises `ValueError` if `model` does not fit the task's tokens or vectors."""
     from ...zoo.language_model import VectorModel
 
     if self.task.continuous:
@@ -84,7 +84,7 @@ class TaskData:
     raise ValueError(f"{self.task} is not made of text; expected a run on text to generate from.")
 
   def load(self) -> "TaskCorpus":
-    """The corpus of the task's examples; reads nothing."""
+    """The corpus of the task's examples. It reads no file."""
     return TaskCorpus(self)
 
 
@@ -104,7 +104,7 @@ class TaskCorpus:
     return loss if self.data.task.continuous else loss / math.log(2)
 
   def baselines(self, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
-    """The score without memory; in bits, if all answers to guess among are equally likely."""
+    """The loss without memory: a squared error, or bits if the answers to guess from are equally likely."""
     chance = self.data.task.training().chance
     return {"without memory": chance if self.data.task.continuous else -math.log2(chance)}
 

@@ -1,4 +1,4 @@
-"""Needles in real text: pass keys hidden at some depth and asked for at the end."""
+"""Needles in real text: pass keys that are hidden at some depth and queried at the end."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -37,7 +37,7 @@ class Needle(Task):
 
   Attributes:
     tokens: length of the example in bytes.
-    needles: number of pass keys in it, each with its own name; one of them is asked for.
+    needles: number of pass keys in it, each with its own name; one of them is queried.
     digits: number of digits of a pass key.
     shallowest, deepest: range of the depth of the requested needle, from 0 (the beginning) to 1 (the end).
     sources: of the text, as in `TextData.sources`.
@@ -53,12 +53,12 @@ class Needle(Task):
   text_bytes: int = 1_000_000
 
   def __post_init__(self):
-    require(self, "at least one of digits", self.digits >= 1)
+    require(self, "at least one digit", self.digits >= 1)
     require(self, f"1 to {len(_NAMES)} needles", 1 <= self.needles <= len(_NAMES))
     require(self, "0 <= shallowest <= deepest <= 1", 0 <= self.shallowest <= self.deepest <= 1)
     fewest = (self.needles + 1) * self._line
     require(self, f"at least {fewest} tokens, for the needles and the question", self.tokens >= fewest)
-    require(self, f"text_bytes of more than the tokens, {self.tokens}", self.text_bytes > self.tokens)
+    require(self, f"text_bytes greater than tokens={self.tokens}", self.text_bytes > self.tokens)
 
   @property
   def _line(self) -> int:
@@ -118,7 +118,7 @@ class Needle(Task):
     return random.choice(_DIGITS, self.tokens)
 
   def tests(self) -> dict[str, Task]:
-    """Lengths that double, up to sixteen times the length."""
+    """Lengths that double, up to sixteen times this one."""
     lengths = [factor * self.tokens for factor in (1, 2, 4, 8, 16) if factor * self.tokens < self.text_bytes]
     return {str(length): replace(self, tokens=length) for length in lengths}
 

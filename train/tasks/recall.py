@@ -1,4 +1,4 @@
-"""Recall by key: plain, after overwriting, from noisy writes, and of facts that were superseded."""
+"""Recall by key: plain, after overwriting, from noisy writes, and of superseded facts."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -37,7 +37,7 @@ class MultiQueryRecall(Task):
   filler: bool = True
 
   def __post_init__(self):
-    require(self, "at least one of pairs", self.pairs >= 1)
+    require(self, "pairs of at least 1", self.pairs >= 1)
     require(self, "an even number of tokens", self.tokens % 2 == 0)
     require(self, f"at least {4 * self.pairs} tokens, four for each of pairs={self.pairs}", self.tokens >= 4 * self.pairs)
     fewest = 2 * (self.pairs + 1)
@@ -80,7 +80,7 @@ class MultiQueryRecall(Task):
     return random.choice(np.asarray(example.tokens)[1 : 2 * self.pairs : 2], self.tokens)
 
   def training(self) -> Task:
-    """Its authors' mix of 4 to 64 pairs in 64 to 256 tokens, up to the size of this task, and this task; packed."""
+    """The authors' mix of 4 to 64 pairs in 64 to 256 tokens, up to the size of this task, plus this task; packed."""
     sizes = [size for size in _TRAINING if size[1] <= self.pairs and size[0] <= self.tokens]
     if self.tokens <= _TRAINING[-1][0] and (self.tokens, self.pairs) not in [size[:2] for size in sizes]:
       sizes.append((self.tokens, self.pairs, 20))
@@ -100,7 +100,7 @@ _TESTS = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 2
 
 
 class _Rewritten(Task):
-  """`pairs` keys, each written `writes` times and then asked for once."""
+  """`pairs` keys, each written `writes` times and then queried once."""
 
   @property
   def length(self) -> int:
@@ -113,7 +113,7 @@ class _Rewritten(Task):
 
 @dataclass(frozen=True)
 class Overwriting(_Rewritten):
-  """Recall of the last value of a key (Schlag et al. 2021, arXiv:2102.11174, section 6.1), which a sum of writes cannot tell.
+  """Recall of the last value of a key (Schlag et al. 2021, arXiv:2102.11174, section 6.1). A sum of writes has no last value.
 
       k v  j w  k u  j x ...   then each key once:   k -> u   j -> x
 
@@ -130,7 +130,7 @@ class Overwriting(_Rewritten):
   vocabulary: int = 128
 
   def __post_init__(self):
-    require(self, "at least one of pairs and of writes", min(self.pairs, self.writes) >= 1)
+    require(self, "pairs and writes of at least 1", min(self.pairs, self.writes) >= 1)
     fewest = 2 * max(self.pairs + 1, self.pairs * self.writes)
     require(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
 
@@ -160,7 +160,7 @@ class Overwriting(_Rewritten):
     return random.choice(np.asarray(example.tokens)[1 : 2 * self.pairs * self.writes : 2], self.length)
 
   def tests(self) -> dict[str, Task]:
-    """More and more writes of each key, from one up to `writes`."""
+    """Increasing numbers of writes of each key, from one up to `writes`."""
     return {str(writes): replace(self, writes=writes) for writes in sorted({1, (1 + self.writes) // 2, self.writes})}
 
 
@@ -185,7 +185,7 @@ class NoisyRecall(_Rewritten):
   vocabulary: int = 256
 
   def __post_init__(self):
-    require(self, "at least one of pairs", self.pairs >= 1)
+    require(self, "pairs of at least 1", self.pairs >= 1)
     require(self, "at least 3 writes of each pair, so that one can be wrong", self.writes >= 3)
     require(self, "outliers from 0 to less than 0.5", 0 <= self.outliers < 0.5)
     fewest = 2 * (self.pairs + 2)
@@ -222,7 +222,7 @@ class NoisyRecall(_Rewritten):
     return random.choice(np.unique(self.solve(example)[-self.pairs :]), self.length)
 
   def tests(self) -> dict[str, Task]:
-    """More and more outliers, from none up to this share."""
+    """Increasing shares of outliers, from none up to `outliers`."""
     shares = sorted({0.0, self.outliers / 2, self.outliers})
     return {f"{share:.0%}": replace(self, outliers=share) for share in shares}
 
@@ -237,8 +237,8 @@ class StaleFacts(Task):
   once, by a key that was not in use. Queries, one for each key, follow the writes: the value, or "gone".
 
   Attributes:
-    facts: number of facts that supersede none.
-    superseded: number of these that are superseded later.
+    facts: number of facts that supersede no other.
+    superseded: number of these facts that are superseded later.
     vocabulary: number of keys and values, half each; "-" and "gone" are two more tokens.
   """
 
@@ -249,7 +249,7 @@ class StaleFacts(Task):
   vocabulary: int = 128
 
   def __post_init__(self):
-    require(self, "at least one of facts, and superseded from 0 to facts", 0 <= self.superseded <= self.facts >= 1)
+    require(self, "facts of at least 1, and superseded from 0 to facts", 0 <= self.superseded <= self.facts >= 1)
     fewest = 2 * (self.facts + self.superseded)
     require(self, f"an even vocabulary of at least {fewest}", self.vocabulary % 2 == 0 and self.vocabulary >= fewest)
 
@@ -267,7 +267,7 @@ class StaleFacts(Task):
 
   @property
   def chance(self) -> float:
-    """For guessing "gone" as often as it is right, and otherwise one of the values."""
+    """For guessing "gone" as often as it is the answer, and otherwise one of the values."""
     gone = self.superseded / self._keys
     return gone**2 + (1 - gone) * (1 - gone) / self._keys
 
@@ -314,6 +314,6 @@ class StaleFacts(Task):
     return np.where(gone, self.vocabulary + 1, random.choice(values, self.length))
 
   def tests(self) -> dict[str, Task]:
-    """The same number of facts, of which more and more are superseded."""
+    """The same number of facts, of which increasing numbers are superseded."""
     counts = sorted({self.superseded // 2, self.superseded, self.facts})
     return {str(count): replace(self, superseded=count) for count in counts}

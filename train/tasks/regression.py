@@ -16,9 +16,9 @@ class Regression(Task):
 
       token t = (k_t, W k_t + noise, k_{t+1})   ->   W k_{t+1}          k uniform on the sphere, W_ij ~ N(0, 1)
 
-  Each token writes a pair and asks for the value of the next key. W is drawn anew for every piece, without a signal; the
-  last token of a piece asks for nothing. The error is the squared distance divided by the value's dimension; answering zero
-  has an error of 1.
+  Each token writes a pair and queries the value of the next key. W is drawn anew for every piece, without a signal; the last
+  token of a piece has no query. The error is the squared distance divided by the value's dimension; an answer of zero has an
+  expected error of 1.
 
   Attributes:
     tokens: length of the example.
@@ -38,7 +38,7 @@ class Regression(Task):
 
   def __post_init__(self):
     require(self, "a piece of at least 2 that divides tokens", self.piece >= 2 and self.tokens % self.piece == 0)
-    require(self, "at least one of tokens, key_dim and value_dim", min(self.tokens, self.key_dim, self.value_dim) >= 1)
+    require(self, "tokens, key_dim and value_dim of at least 1", min(self.tokens, self.key_dim, self.value_dim) >= 1)
     require(self, "a noise of 0 or more", self.noise >= 0)
 
   @property
@@ -55,7 +55,7 @@ class Regression(Task):
 
   @property
   def chance(self) -> float:
-    """The error of answering zero."""
+    """The expected error of an answer of zero."""
     return 1.0
 
   @property
@@ -80,7 +80,7 @@ class Regression(Task):
     )
 
   def solve(self, example: Example) -> np.ndarray:
-    """Least squares of least norm on the piece so far; exact after `key_dim` tokens if there is no noise."""
+    """The least-squares solution of least norm on the piece so far; exact after `key_dim` tokens if there is no noise."""
     tokens = np.asarray(example.tokens, np.float64).reshape(-1, self.piece, self.input_dim)
     answers = np.zeros((*tokens.shape[:2], self.value_dim))
     for piece, answer in zip(tokens, answers, strict=True):
@@ -93,5 +93,5 @@ class Regression(Task):
     return np.zeros((self.tokens, self.value_dim))
 
   def tests(self) -> dict[str, Task]:
-    """These pieces, and one map for the whole sequence."""
+    """Pieces of this length, and one map for the whole sequence."""
     return {str(piece): replace(self, piece=piece) for piece in dict.fromkeys((self.piece, self.tokens))}

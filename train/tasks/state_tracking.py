@@ -30,7 +30,7 @@ def _is_even(permutation: np.ndarray) -> bool:
 
 @lru_cache
 def multiplication(group: str) -> np.ndarray:
-  """int32 [order, order]: `table[a, b]` is the element that first b and then a is."""
+  """int32 [order, order]: `table[a, b]` is the product a b, which applies b first."""
   elements = permutations(group)
   number = {tuple(element): i for i, element in enumerate(elements)}
   return np.array([[number[tuple(a[b])] for b in elements] for a in elements], np.int32)
@@ -54,8 +54,8 @@ class WordProblem(Task):
   tokens: int = 128
 
   def __post_init__(self):
-    require(self, f"a group out of {', '.join(GROUPS)}", self.group in GROUPS)
-    require(self, "at least one of tokens", self.tokens >= 1)
+    require(self, f"one of the groups {', '.join(GROUPS)}", self.group in GROUPS)
+    require(self, "at least one token", self.tokens >= 1)
 
   @property
   def length(self) -> int:
@@ -67,7 +67,7 @@ class WordProblem(Task):
 
   @property
   def chance(self) -> float:
-    """For guessing an element, except at the first token, where the answer is the token."""
+    """For guessing an element, except at the first token, which is its own answer."""
     return 1 / self.vocab_size + (1 - 1 / self.vocab_size) / self.tokens
 
   @property
@@ -119,7 +119,7 @@ class Swaps(Task):
 
   def __post_init__(self):
     require(self, "at least 2 places", self.places >= 2)
-    require(self, "at least one of swaps", self.swaps >= 1)
+    require(self, "at least one swap", self.swaps >= 1)
 
   @property
   def length(self) -> int:
@@ -171,7 +171,7 @@ class Swaps(Task):
 
 
 def eighth(length: int) -> jax.Array:
-  """The eighth of the sequence that each position is in, int32 [length]; in sequences of fewer than 8, the position itself."""
+  """The eighth of the sequence that each position is in, int32 [length]; with fewer than 8 positions, the position itself."""
   return jnp.arange(length) * min(_EIGHTHS, length) // length
 
 

@@ -53,7 +53,7 @@ class Task:
 
   @property
   def chance(self) -> float:
-    """The share of answers that `guess` gets right: it knows the rules and the last token, and remembers nothing else."""
+    """The expected share of right answers of `guess`, which knows the rules and the last token but nothing else."""
     raise NotImplementedError
 
   @property
@@ -67,7 +67,7 @@ class Task:
     return ("all",)
 
   def example(self, key: jax.Array) -> Example:
-    """The example of a random key."""
+    """The example for a random key."""
     raise NotImplementedError
 
   def batch(self, key: jax.Array, size: int) -> Example:
@@ -104,7 +104,7 @@ def sequence(tokens: jax.Array, targets: jax.Array, weights: jax.Array, kind: ja
 
 
 def require(task: Task, expected: str, condition: bool) -> None:
-  """Raises a `ValueError` that shows the task and what is expected, unless `condition` holds."""
+  """Raises a `ValueError` with the task and what is expected, unless `condition` holds."""
   if not condition:
     raise ValueError(f"{task} is impossible; expected {expected}.")
 
@@ -132,7 +132,7 @@ class Mixture(Task):
     require(self, "at least one task, and a positive count for each", bool(self.tasks) and min(self.counts, default=0) > 0)
     require(self, "a count for each task", len(self.tasks) == len(self.counts))
     lengths = [task.length for task in self.tasks]
-    require(self, f"a row_length that all of {lengths} divide", all(self.length % length == 0 for length in lengths))
+    require(self, f"a row_length that is a multiple of each of {lengths}", all(self.length % length == 0 for length in lengths))
 
   @property
   def length(self) -> int:
