@@ -173,7 +173,7 @@ def test_positions_restart_with_every_document(window):
 
 
 @IN_FLOAT64
-def test_the_window_is_what_counts_and_max_length_stands_in_for_it():
+def test_max_length_is_the_window_where_none_is_set():
   x, weights = inputs(23), params(layer())
   expected = run(layer(), weights, x)
   assert_close(run(layer(window=None, max_length=WINDOW), weights, x), expected)
@@ -183,7 +183,7 @@ def test_the_window_is_what_counts_and_max_length_stands_in_for_it():
 
 
 @IN_FLOAT64
-def test_a_fresh_state_is_no_state():
+def test_no_state_equals_a_fresh_state():
   module, x = layer(), inputs(12)
   weights = params(module)
   fresh = module.apply(weights, 2, method="initial_state")

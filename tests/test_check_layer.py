@@ -109,7 +109,7 @@ def test_a_loosely_written_correct_layer_obeys_all_laws():
     ("grows", 14, None, None, "must not change from call to call"),
   ],
 )
-def test_a_broken_layer_is_told_the_law_the_token_and_what_would_do(fault, law, token, row, hint):
+def test_the_report_of_a_broken_layer_names_the_law_the_token_and_a_remedy(fault, law, token, row, hint):
   others = (3, 4) if law in (3, 4) else (2,)
   report = memzoo.check_layer(RunningMean(fault=fault), width=8, laws=(1, *others, 6, 14))
   first = report.violations[0]
@@ -120,7 +120,7 @@ def test_a_broken_layer_is_told_the_law_the_token_and_what_would_do(fault, law, 
   assert f"Start with law {law}" in str(report)
 
 
-def test_mistakes_that_pass_in_silence_are_told():
+def test_mistakes_that_raise_nothing_are_reported():
   class Silent(nn.Module):
     def initial_state(self, batch_size):
       return (jnp.zeros((batch_size, 1)),)
@@ -138,7 +138,7 @@ def test_mistakes_that_pass_in_silence_are_told():
     report.raise_if_broken()
 
 
-def test_what_cannot_be_tried_is_a_value_error():
+def test_a_layer_that_cannot_be_called_is_a_value_error():
   class Nothing(nn.Module):
     pass
 
@@ -189,7 +189,7 @@ def test_the_layer_of_the_guide_obeys_all_laws(my_layers):
 
 
 @pytest.mark.slow
-def test_the_layer_of_the_guide_trains_as_it_says(my_layers, readme_blocks, tmp_path):
+def test_the_layer_of_the_guide_trains_as_the_guide_says(my_layers, readme_blocks, tmp_path):
   sizes = f"""
     my_layers.LeakyAverage.channels = 8
     LanguageModel.width = 16
@@ -206,7 +206,7 @@ def test_the_layer_of_the_guide_trains_as_it_says(my_layers, readme_blocks, tmp_
   assert train(experiment, tmp_path / "run").step == 3
 
 
-def test_the_laws_command_prints_the_report_and_says_by_its_status_whether_all_hold(my_layers, monkeypatch, capsys):
+def test_the_laws_command_prints_the_report_or_the_mistake(my_layers, monkeypatch, capsys):
   monkeypatch.setattr(cli, "_start", lambda cache=True: None)
 
   def run(*arguments):

@@ -98,7 +98,7 @@ def test_without_an_evaluation_there_is_no_best(saved, target):
     restore_params(saved[0], target.params, best=True)
 
 
-def test_a_state_given_away_while_it_is_being_saved_is_saved_whole(tmp_path):
+def test_a_state_donated_during_a_save_is_saved_whole(tmp_path):
   """The next step overwrites the buffers of a donated state, while Orbax may still be writing."""
   make = jax.jit(lambda: {"params": {f"{i}": jax.numpy.full((512, 512), i, "float32") for i in range(8)}})
   advance = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 100, tree), donate_argnums=0)
@@ -146,7 +146,7 @@ def test_a_state_that_reads_well_but_is_not_what_was_saved_is_set_aside(run, tar
   assert said[1].endswith("(ValueError: an array does not match its checksum).")
 
 
-def test_where_all_are_damaged_there_is_nothing_to_restore_and_nothing_complains_later(run, target, monkeypatch):
+def test_if_all_are_damaged_nothing_is_restored_and_no_late_error_is_shown(run, target, monkeypatch):
   said, later = [], []
   monkeypatch.setattr(module, "_abandoned", module._Abandoned())
   monkeypatch.setattr(sys, "unraisablehook", later.append)
@@ -195,7 +195,7 @@ def fail(directory, state, number: int) -> None:
     checkpoints.save(4, state, {}, {})
 
 
-def test_complaints_are_filtered_only_inside_unless_a_save_failed(tmp_path, saved, filters):
+def test_late_errors_are_filtered_only_inside_unless_a_save_failed(tmp_path, saved, filters):
   with Checkpoints(tmp_path / "a"):
     with Checkpoints(tmp_path / "b"):
       assert filters() == (True, 1)
@@ -221,7 +221,7 @@ def test_a_failed_save_says_what_to_do(run, saved, filters, number, remedy):
     fail(run, saved[1], number)
 
 
-def test_checksums_see_every_bit_and_every_place():
+def test_checksums_depend_on_every_bit_and_every_position():
   values = np.arange(12, dtype=np.float32).reshape(3, 4)
   before = checksums({"a": jax.numpy.asarray(values)})
   for place in np.ndindex(values.shape):
@@ -247,7 +247,7 @@ def test_parameters_alone_are_restored_for_evaluation(saved, run, target):
   assert (run / "checkpoints" / "3").exists()
 
 
-def test_parameters_of_no_run_are_an_error(tmp_path, run, target):
+def test_restoring_parameters_without_a_checkpoint_is_an_error(tmp_path, run, target):
   with pytest.raises(ValueError, match="holds no checkpoint; expected"):
     restore_params(tmp_path, target.params)
   for step in (1, 2, 3):

@@ -132,7 +132,7 @@ TextData.sources = {sources!r}
     ("LanguageModel.depth=", "expected Configurable.field=value"),
   ],
 )
-def test_an_impossible_override_is_refused_with_what_would_do(small, override, words):
+def test_an_impossible_override_is_refused_with_what_is_expected(small, override, words):
   with pytest.raises(ValueError, match="override") as error:
     build(small, [override])
   assert words in str(error.value)
@@ -187,7 +187,7 @@ def test_files_that_include_each_other_are_refused(tmp_path):
     build(tmp_path / "a.gin")
 
 
-def test_a_layer_of_ones_own_is_an_import_away(tmp_path, monkeypatch):
+def test_a_custom_layer_can_be_imported(tmp_path, monkeypatch):
   (tmp_path / "my_layers.py").write_text(
     "from memzoo.layers import GatedDeltaNet\nclass Mine(GatedDeltaNet):\n  extra: int = 1\n"
   )
@@ -201,7 +201,7 @@ def test_a_layer_of_ones_own_is_an_import_away(tmp_path, monkeypatch):
 
 
 @pytest.mark.compat
-def test_nothing_is_left_behind_even_by_an_error(small):
+def test_no_global_state_is_left_even_by_an_error(small):
   before = gin.config_str()
   build(small)
   with pytest.raises(ValueError, match="no field"):
@@ -276,7 +276,7 @@ def test_an_operative_text_has_short_names_for_option_groups_and_can_be_overridd
   assert build(tmp_path / "config.gin", ["Loss.kind=huber"]).model.mixers[0].loss == Loss("huber")
 
 
-def test_option_groups_of_a_layer_of_ones_own(tmp_path, monkeypatch):
+def test_option_groups_of_a_custom_layer(tmp_path, monkeypatch):
   (tmp_path / "own_layers.py").write_text(
     "from dataclasses import dataclass\nfrom memzoo.layers import DeltaNet\n"
     "@dataclass(frozen=True)\nclass Options:\n  rank: int = 1\n"
@@ -302,7 +302,7 @@ def test_option_groups_of_a_layer_of_ones_own(tmp_path, monkeypatch):
     ("VectorModel.vocab_size=3", "VectorModel.vocab_size does not exist any more; leave it out."),
   ],
 )
-def test_a_wrong_option_is_refused_with_what_would_do(override, words):
+def test_a_wrong_option_is_refused_with_what_is_expected(override, words):
   with pytest.raises(ValueError, match="override") as error:
     build_with(TITANS, override)
   assert words in str(error.value)
@@ -372,7 +372,7 @@ def test_a_run_of_an_earlier_memory_as_layer_is_refused():
     build_text(OLD.replace("MemoryAsGate", "MemoryAsLayer").replace("small/", ""), "old")
 
 
-def test_a_run_of_an_earlier_version_is_the_same_run_if_its_renewed_text_is(tmp_path):
+def test_a_run_of_an_earlier_version_continues_if_its_updated_text_is_the_same(tmp_path):
   (tmp_path / "checkpoints" / "3").mkdir(parents=True)
   (tmp_path / "config.gin").write_text(OLD)
   today = build_text(OLD, "old").text

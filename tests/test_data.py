@@ -239,7 +239,7 @@ def test_broken_line_of_jsonl_is_named(tmp_path, line):
     read_documents(str(path))
 
 
-def test_missing_source_says_what_would_do(tmp_path):
+def test_a_missing_source_is_an_error_that_says_what_is_expected(tmp_path):
   with pytest.raises(ValueError, match=r"no_such.*matches no file.*stdlib"):
     read_documents(str(tmp_path / "no_such*"))
 

@@ -54,7 +54,7 @@ ADDRESSES = ("q", "k", "erase_key")
 
 
 @pytest.mark.parametrize("variant", [DELTA, GATED, GATED_PRODUCT, ERASE_SCALAR, KIMI], ids=str)
-def test_a_rotation_of_the_keys_space_is_seen_only_by_channel_decays(variant):
+def test_only_channel_decays_are_affected_by_a_rotation_of_the_key_space(variant):
   args = inputs(variant)
   rotation = jnp.asarray(np.linalg.qr(np.random.default_rng(2).normal(size=(5, 5)))[0])
   turned = {name: x @ rotation.T if name in ADDRESSES else x for name, x in args.items()}

@@ -33,7 +33,7 @@ def test_one_update_per_token_is_the_delta_rule():
 
 
 @pytest.mark.parametrize("absent", [0, 1])
-def test_an_update_of_strength_0_is_not_there(absent):
+def test_an_update_of_strength_0_changes_nothing(absent):
   args = inputs(PRODUCT)
   args["beta"] = args["beta"].at[:, :, absent].set(0)
   single = args | {name: args[name][:, :, 1 - absent] for name in ("k", "v", "beta")}

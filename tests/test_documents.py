@@ -51,13 +51,13 @@ def test_positions_count_within_documents_and_the_first_continues(ids, offset):
 
 @given(segment_ids)
 @few_examples
-def test_documents_do_not_depend_on_their_names(ids):
+def test_documents_do_not_depend_on_the_values_of_ids(ids):
   renamed = np.where(ids == 0, 0, 7 - 3 * ids)
   for a, b in zip(documents(jnp.asarray(ids)), documents(jnp.asarray(renamed)), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
-def test_a_name_that_comes_back_is_another_document():
+def test_an_id_that_is_reused_is_another_document():
   docs = documents(jnp.array([[0, 5, 5, 0, 5, 2, 5, 0]], jnp.int32))
   np.testing.assert_array_equal(docs.index, [[0, 0, 0, 0, 0, 1, 2, 2]])
   np.testing.assert_array_equal(positions(docs, jnp.array([4], jnp.int32))[docs.is_token], [4, 5, 6, 0, 0])

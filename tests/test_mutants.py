@@ -3,7 +3,7 @@
 from mutants import load, misplaced
 
 
-def test_every_mutant_has_its_place_and_there_are_some_on_every_floor():
+def test_every_mutant_fits_its_file_and_every_folder_has_some():
   mutants = load()
   assert misplaced(mutants) == []
   floors = [mutant.path.split("/")[0] for mutant in mutants]

@@ -204,7 +204,7 @@ def test_a_mistake_with_the_context_is_named():
     ({"remat": "some"}, r"remat='some'.*none"),
   ],
 )
-def test_settings_that_make_no_stack_are_named(fields, message):
+def test_impossible_stacks_are_named(fields, message):
   model = Stack(**{"depth": 2, "mixers": (SwiGLU(),), **fields})
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2, 8), jnp.float32))

@@ -194,7 +194,7 @@ def test_a_fact_is_written_before_it_is_superseded_and_gone_after(facts, superse
     assert score(task, example, task.solve(example)) == 1
 
 
-def test_groups_are_groups():
+def test_multiplication_tables_are_those_of_groups():
   orders = {group: len(permutations(group)) for group in GROUPS}
   assert orders == {"parity": 2, "S3": 6, "S4": 24, "A5": 60, "S5": 120}
   for group, order in orders.items():

@@ -205,7 +205,7 @@ def test_views_and_their_starts(shape):
 
 
 @IN_FLOAT64
-def test_moneta_of_twos_and_yaad_of_no_threshold_are_plain_descent():
+def test_moneta_with_norm_2_and_yaad_with_a_huge_threshold_are_gradient_descent():
   plain = Spec(MEMORIES["norm"], chunk_size=4)
   initial, q, k, v, gates = problem(plain)
   expected = run(plain, (initial, q, k, v, gates))

@@ -68,7 +68,7 @@ def test_documents_on_the_grid_are_the_oracle_for_every_choice(choice):
   ("choice", "tokens", "packed"),
   [*itertools.product(["average", "token anchor", "clipped"], [16, 17], [False]), ("clipped", 17, True)],
 )
-def test_what_begins_fresh_is_the_oracle_too(choice, tokens, packed):
+def test_a_call_without_a_state_is_the_oracle(choice, tokens, packed):
   """As in training: without a state, and, for 16 tokens in one document, with chunks that are known to be whole."""
   spec = CHOICES[choice]
   args = problem(spec, tokens, decay=not spec.average)
@@ -140,7 +140,7 @@ def test_a_row_begun_in_chunks_of_another_size_is_nan():
 
 
 @IN_FLOAT64
-def test_nothing_but_padding_changes_nothing():
+def test_padding_alone_changes_nothing():
   spec = CHOICES["clipped"]
   args = problem(spec)
   state = used(spec)
@@ -179,7 +179,7 @@ def test_deep_memories_stay_finite_over_a_long_hostile_text():
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_bfloat16_goes_in_and_float32_is_kept(memory):
+def test_bfloat16_inputs_keep_a_float32_state(memory):
   spec = Spec(MEMORIES[memory], chunk_size=4, momentum=True)
   initial, q, k, v, gates = problem(spec, dtype=jnp.float32)
   narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
