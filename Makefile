@@ -1,11 +1,11 @@
-# Every target makes .venv and installs what it needs; nothing else has to be there but Python >= 3.11.
+# The targets create .venv and install what they need. Only Python >= 3.11 must be there already.
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: train test check bench clean
 
-# On Linux, glibc then asks for huge pages, without which a processor spends a quarter of a step on looking up addresses.
+# The tunable makes glibc on Linux request huge pages. Without them a quarter of a step is spent on looking up addresses.
 train: .venv/installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/memzoo train quickstart
 
