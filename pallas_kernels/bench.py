@@ -1,9 +1,9 @@
 """Times every operation against its oracle and against a lower bound for this machine.
 
 The oracle is the paper's recurrence, token by token. The lower bound ("floor") is the time that the matrix products of the
-chunked form alone would take at the rate of one large product (three times that for the gradient). Everything that is compared,
-including the large product, is measured in one process, in turns, warm; the median is reported. Other work on the machine then
-slows all of them alike.
+chunked form alone would take at the rate of one large product (three times that for the gradient). The oracle, the chunked form
+and the large product are measured in turns in one process, after a warm-up, so that other work on the machine slows all of them
+alike. The median is reported.
 
     python -m memzoo.pallas_kernels.bench --peak-memory gated_delta_rule 65536
 """
@@ -31,7 +31,7 @@ from .measure import count_flops, large_product, peak_bytes, seconds_per_call, t
 
 DIRECTIONS = ("forward", "gradient")
 LONG = (4096, 65536)  # the time per token should be equal at these lengths
-HALF_AS_WIDE = "test_time_mlp"  # its heads have half the width of the shape: the gradient of its oracle keeps weights per token
+HALF_AS_WIDE = "test_time_mlp"  # heads of half the width, because the gradient of its oracle stores weights for every token
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def bench(
 
 
 def make_inputs(operation: str, shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
-  """Inputs like those of a trained layer: unit keys, strengths in (0, 1), decays that keep hundreds of tokens."""
+  """Inputs like those of a trained layer: unit keys, strengths in (0, 1), decays with a memory of hundreds of tokens."""
   b, t, h, k, v = dataclasses.astuple(shape)
   keys = iter(jax.random.split(jax.random.key(seed), 16))
   normal = lambda *dims: jax.random.normal(next(keys), dims, jnp.float32)  # noqa: E731

@@ -1,6 +1,6 @@
-"""Choice of an operation's implementation, with the reason against each of the others.
+"""Chooses an operation's implementation, and gives the reason against each of the others.
 
-No environment variable changes the choice, and nothing falls back silently.
+No environment variable changes the choice, and there is no silent fallback.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def choose(operation: str, requested: str, candidates: Mapping[str, str | None])
   Args:
     operation: the operation's name, for the error message.
     requested: "auto" or the name of a candidate.
-    candidates: implementations in order of preference, each with the objection to it as a default, or `None`.
+    candidates: implementations in order of preference, each with the objection to choosing it by default, or `None`.
 
   Raises:
     ValueError: if `requested` is neither "auto" nor a candidate.

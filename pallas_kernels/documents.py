@@ -1,7 +1,7 @@
 """Packed documents and padding: the one place that defines what `segment_ids` mean.
 
 `segment_ids` is int32 [B, T]. Equal neighbours belong to one document, a change starts another document, and 0 is padding.
-Padding has no effect: the tokens on its two sides are neighbours. The first token of a call continues the incoming state.
+Padding has no effect: the tokens before and after it are neighbours. The first token of a call continues the incoming state.
 """
 
 from typing import Any, NamedTuple

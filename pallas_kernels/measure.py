@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-_SIDES = {"cpu": 1024}  # an accelerator needs more work per call before the call itself stops mattering
+_SIDES = {"cpu": 1024}  # accelerators get a larger product, so that the overhead of a call is negligible
 _LARGE_SIDE = 8192
 
 
@@ -54,7 +54,7 @@ def matmul_rate(seconds: float = 0.5) -> float:
 
 
 def peak_bytes() -> int:
-  """Peak memory so far in bytes: of the fullest device of this process, or of the process if devices do not report theirs."""
+  """Peak memory so far in bytes, of the fullest device of this process, or of the process if devices do not report theirs."""
   return max(_device_peaks(), default=0) or _peak_resident_bytes()
 
 
@@ -69,7 +69,7 @@ def _device_peaks() -> list[int]:
 
 
 def _peak_resident_bytes() -> int:
-  with suppress(OSError, IndexError):  # Linux; ru_maxrss would be the parent's if that is larger
+  with suppress(OSError, IndexError):  # Linux, where ru_maxrss is the parent's if that is larger
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
   import resource  # not available on every system
 
@@ -154,7 +154,7 @@ def take_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str,
 
 
 def _turns(times: dict[str, list[float]], name: str) -> int:
-  """How often to time a call in its turn: fast calls up to ten times as often as the slowest."""
+  """How many times to time a call in its turn: fast calls up to ten times for each call of the slowest."""
   if not all(times.values()):
     return 1
   return max(1, min(10, int(max(map(min, times.values())) / min(times[name]))))

@@ -17,7 +17,7 @@ def check_state(name: str, owner: str, state: Any, expected: Any) -> None:
   """
   if jax.tree.structure(state) != jax.tree.structure(expected):
     raise ValueError(
-      f"{name} is not one of {owner}'s: it has the structure {jax.tree.structure(state)}; expected "
+      f"{name} does not fit {owner}: it has the structure {jax.tree.structure(state)}; expected "
       f"{jax.tree.structure(expected)}, as returned by an earlier call, or None for a fresh state."
     )
   for (path, leaf), fitting in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):

@@ -4,9 +4,9 @@ Blocks are inverted recursively,
 
     [[I + A11, 0], [A21, I + A22]]^-1 = [[X11, 0], [-X22 A21 X11, X22]],      X = (I + A)^-1,
 
-so every intermediate is a block of the inverse and is no larger than it. The shorter formula (I - A)(I + A^2)(I + A^4)... is
-not usable: for correlated keys the powers of A grow like binomial coefficients and cancel only at the end (relative error 1e18
-in float32 for 64 equal keys).
+so every intermediate result is a block of the inverse and no larger than it. The shorter formula (I - A)(I + A^2)(I + A^4)...
+is not usable: for correlated keys the powers of A grow like binomial coefficients and cancel only at the end (relative error
+1e18 in float32 for 64 equal keys).
 """
 
 import jax

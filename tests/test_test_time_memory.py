@@ -120,7 +120,7 @@ def test_gates_may_be_shut_and_wide_open(value):
 
 
 @IN_FLOAT64
-def test_a_row_with_more_documents_than_there_is_room_for_is_nan_and_no_other():
+def test_only_rows_with_too_many_documents_are_nan():
   spec = Spec(MEMORIES["mlp"], chunk_size=16)
   initial, q, k, v, gates = problem(spec)
   ids = jnp.asarray(np.stack([np.arange(1, 18), np.ones(17)]).astype(np.int32))
@@ -163,7 +163,7 @@ def test_equal_keys_converge_below_the_bound_of_the_step_and_diverge_above():
     assert (loss[-1] < loss[0]) == (share < 1)
 
 
-def test_deep_memories_stay_finite_over_a_long_hostile_text():
+def test_deep_memories_stay_finite_on_long_hostile_inputs():
   spec = Spec(Memory(8, 8, depth=4), chunk_size=64, momentum=True, clip=1.0)
   key = jax.random.key(0)
   initial = InitialWeights({n: jax.random.normal(key, (1, *s)) * s[0] ** -0.5 for n, s in spec.memory.shapes().items()})
@@ -212,11 +212,11 @@ def test_mistakes_are_named():
   for message, bad in {
     r"initial_state.weights\['0'\] has shape \[2, 1, 3, 6\]; (want|expected) \[2, 2, 3, 6\]": ttm.start(spec, BATCH, 1),
     r"initial_state.weights\['0'\] has shape \[3, 2, 3, 6\]; (want|expected) \[2, 2, 3, 6\]": ttm.start(spec, 3, HEADS),
-    r"initial_state is not one of this spec's": ttm.start(CHOICES["huber"], BATCH, HEADS),
+    r"initial_state does not fit this spec": ttm.start(CHOICES["huber"], BATCH, HEADS),
   }.items():
     with pytest.raises(ValueError, match=message):
       run(spec, args, bad)
-  with pytest.raises(ValueError, match=r"weights is not one of this spec's"):
+  with pytest.raises(ValueError, match=r"weights does not fit this spec"):
     ttm.read(spec, initial, ttm.start(spec, BATCH, HEADS), q)
   with pytest.raises(ValueError, match=r"initial_state.count is float32; (want|expected) int32"):
     run(spec, args, jax.tree.map(lambda a: a.astype(jnp.float32), ttm.start(spec, BATCH, HEADS)))
