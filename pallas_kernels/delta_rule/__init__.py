@@ -2,7 +2,7 @@
 
     S <- Diag(exp g_t) S;   r times:  S <- S - k (a^T S) + k z^T;   o_t = S^T (scale q_t)
 
-Each token decays the state once (by nothing, by one factor per head, or by one per channel) and then makes r rank-1 updates.
+Each token decays the state once (not at all, by one factor per head, or by one per channel) and then makes r rank-1 updates.
 An update removes what the state holds along the covector `a` and writes the value `z` along `k`. Sources: linear attention
 (Katharopoulos et al. 2020), DeltaNet (Yang et al. 2024, arXiv:2406.06484), Gated DeltaNet (arXiv:2412.06464), Kimi Delta
 Attention (arXiv:2510.26692), DeltaProduct (arXiv:2502.10297), Erase-then-Delta Attention (arXiv:2606.26560).
@@ -56,8 +56,8 @@ class Options(TypedDict, total=False):
     scale: factor of the read; K ** -0.5 by default.
     initial_state: [B, Hv, K, V], float32 (float64 where inputs are); zeros by default.
     segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding. See `memzoo.pallas_kernels.documents`.
-    decay_bound: a lower bound of every log_decay, such as -5. It makes per-channel decays faster and has no other effect. The
-      results are wrong where a log_decay is lower.
+    decay_bound: a lower bound of every log_decay, such as -5. It makes per-channel decays faster and has no other effect. If a
+      log_decay is lower, the results are wrong.
     chunk_size: tokens per chunk, a power of two. It affects speed only; 32 by default.
     implementation: "auto" (default), "recurrent" (the oracle) or "xla" (chunk-parallel). `explain` says what "auto" chooses.
   """
@@ -121,7 +121,7 @@ def kimi_delta_rule(
 def delta_product(
   q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None = None, **options: Unpack[Options]
 ) -> tuple[jax.Array, jax.Array]:
-  """r delta-rule updates per token: the state is decayed before the first and read after the last (arXiv:2502.10297).
+  """r delta-rule updates per token; the state decays before the first and is read after the last (arXiv:2502.10297).
 
   Args:
     q: [B, T, Hk, K].
@@ -250,7 +250,7 @@ def _run(
   (batch, tokens, _, width), (heads, value_width) = q.shape, v.shape[-2:]
   _check_log_decay(log_decay, (batch, tokens, heads), width)
   if decay_bound is not None and decay_bound >= 0:
-    raise ValueError(f"decay_bound={decay_bound}; expected a negative number that no log_decay is below, or None.")
+    raise ValueError(f"decay_bound={decay_bound}; expected a negative lower bound of log_decay, or None.")
   check_segment_ids(segment_ids, (batch, tokens))
   dtype = accumulator(*operands, log_decay, initial_state)
   if initial_state is None:
@@ -287,9 +287,9 @@ def _check_tokens(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
       raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; expected floats [batch, tokens, heads, width].")
   if q.shape[1] == 0:
     raise ValueError("q has no tokens; expected at least one.")
-  _check("k", k, q.shape, "batch, tokens, key heads, key width, as q")
+  _check("k", k, q.shape, "batch, tokens, key heads, key width, like q")
   if v.shape[:2] != q.shape[:2]:
-    raise ValueError(f"v has shape {list(v.shape)}; expected {list(q.shape[:2])} (batch, tokens) first, as q.")
+    raise ValueError(f"v has shape {list(v.shape)}; expected {list(q.shape[:2])} (batch, tokens) first, like q.")
   if v.shape[2] % k.shape[2]:
     raise ValueError(f"v has {v.shape[2]} heads; expected a multiple of k's {k.shape[2]}.")
 

@@ -3,12 +3,12 @@
 With one row i = (t, m) per update, token-major, G the cumulative log-decay of the chunk and E_ij = exp(G_i - G_j),
 
     A_ij = sum_d a_id k_jd E_ijd      for j < i                 P_tj = sum_d q_td k_jd E_tjd      for j up to t's own updates
-    (I + A) U = Z - (a e^G) S         U: the rows that all updates of the chunk add, solved at once
+    (I + A) U = Z - (a e^G) S         U: the rows that the updates of the chunk add; one solve gives all
     O  = (q e^G) S + P U              S <- Diag(e^{G_C}) S + (k e^{G_C - G})^T U
 
 The decay between two tokens is computed from the sum of the log-decays between them, never as a quotient of cumulative
-products. No exponent is positive, so nothing overflows and nothing cancels, however strong the decays are. The one exception:
-where the caller bounds per-channel decays, they are split at the middle of a span of tokens into factors of at most e^40.
+products. No exponent is positive, so nothing overflows and nothing cancels, however strong the decays are. There is one
+exception: if the caller bounds per-channel decays, they are split at the middle of a span into factors of at most e^40.
 
 The gradient is written by hand. It keeps the inputs, U, (I + A)^-1 and the states at chunk boundaries, recomputes the rest,
 and goes through the chunks in reverse. D marks the cotangent of the quantity that follows it:
@@ -17,8 +17,8 @@ and goes through the chunks in reverse. D marks the cotangent of the quantity th
     D(q e^G) = DO S^T      D(a e^G) = -DR S^T      D(k e^{G_C - G}) = U DS^T
     DS <- Diag(e^{G_C}) DS + (q e^G)^T DO - (a e^G)^T DR
 
-Chunks are grouped in blocks: what does not depend on the state is computed for all chunks of a block at once. Large blocks
-keep a GPU or TPU busy. On a CPU a block is one chunk, so that these arrays stay in the core's cache.
+Chunks are grouped in blocks. Values that do not depend on the state are computed for all chunks of a block at once. Large
+blocks keep a GPU or TPU busy. On a CPU a block is one chunk, so that these arrays stay in the core's cache.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from ..documents import Documents
 from ..numerics import einsum, matmul, scaled
 from ..triangular import unit_lower_inverse
 
-# exp() of this is 0 in every float, and so is its gradient. Unlike -inf, it gives 0 when multiplied by the 0 of a mask.
+# exp() of this is 0 in every float type, and so is its gradient. Unlike -inf, it gives 0 when multiplied by the 0 of a mask.
 _MIN_LOG_DECAY = -1e4
 # The largest exponent of one factor of a split decay. Two factors multiply to e^80 at most, far from overflow in float32.
 _MAX_EXPONENT = 40.0
@@ -121,7 +121,7 @@ def _pad(x: jax.Array, missing: int) -> jax.Array:
   """Appends `missing` tokens, which have no effect, to x [B, T, ...]."""
   if not missing:
     return x
-  # Zeros write nothing. The document index is repeated, for the final state belongs to the last token's document.
+  # Zeros write nothing. The document index is repeated, because the final state belongs to the last token's document.
   mode = "edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant"
   return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
@@ -235,7 +235,7 @@ def _prepare(
   operands: Any,
   log_decay: jax.Array | None,
 ) -> Chunks:
-  """Computes what does not depend on the state, for all chunks of a block in parallel. JAX differentiates this function.
+  """Computes `Chunks` for all chunks of a block in parallel. JAX differentiates this function.
 
   Chunks, batch and heads are one leading axis here: XLA on a CPU is slow at products with several batch axes, and crashes on
   some.
@@ -285,7 +285,7 @@ def _prepare(
 
 
 def _causal(chunk_size: int, r: int) -> tuple[np.ndarray, np.ndarray]:
-  """Masks of the updates that precede each token's read, [C, 1, C, r], and each update, [C, r, C, r]."""
+  """Masks of the updates before each token's read, [C, 1, C, r], and before each update, [C, r, C, r]."""
   read, update = np.arange(chunk_size) * r + r - 1, np.arange(chunk_size * r)
   read_mask, update_mask = update <= read[:, None], update < update[:, None]
   return read_mask.reshape(chunk_size, 1, chunk_size, r), update_mask.reshape(chunk_size, r, chunk_size, r)
@@ -296,8 +296,8 @@ def _decayed_products(x: jax.Array, k: jax.Array, log_decay: jax.Array, decay_bo
 
   Per-channel decays multiply the factors. A span of tokens is split at its middle: rows of x in the later half are decayed from
   the middle on, rows of k in the earlier half up to the middle, so no exponent is positive. Spans start at single tokens and
-  double. With `decay_bound` they start at the longest span in which both halves can be decayed relative to the middle in one
-  product, with exponents up to 40 in size.
+  double. With `decay_bound` they start at the longest span whose halves can be decayed relative to the middle in one product,
+  with exponents of at most 40 in size.
 
   Args:
     x: [L, C, p, K].

@@ -1,4 +1,4 @@
-"""The delta rule as the papers write it, token by token. This is the oracle: every other form must equal it.
+"""The delta rule as in the papers, token by token. This is the oracle: every other form must equal it.
 
     S <- Diag(exp g_t) S                                            (where a document starts: S <- 0)
     for m = 1..r:   u = z_{t,m} - S^T a_{t,m};   S <- S + k_{t,m} u^T

@@ -1,4 +1,4 @@
-"""Short causal convolution of each channel over its own last W tokens, within documents and without padding.
+"""Short causal convolution of each channel over the last W tokens of the document, padding excluded.
 
     y_t = sum_{j=0}^{W-1} w_j x_{t-W+1+j},      x = 0 before the first token of a document
 
@@ -42,7 +42,7 @@ def short_conv(
   if x.ndim != 3 or x.shape[1] == 0:
     raise ValueError(f"x has shape {list(x.shape)}; expected [batch, tokens, channels] with at least one token.")
   if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[2]:
-    raise ValueError(f"weight has shape {list(weight.shape)}; expected [width, {x.shape[2]}], a column for each channel of x.")
+    raise ValueError(f"weight has shape {list(weight.shape)}; expected [width, {x.shape[2]}], one column per channel of x.")
   check_segment_ids(segment_ids, x.shape[:2])
   before = (x.shape[0], weight.shape[0] - 1, x.shape[2])
   if initial_state is None:

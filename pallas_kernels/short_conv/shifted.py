@@ -33,7 +33,7 @@ def shifted(
 
 
 def _convolve(inputs: jax.Array, weight: jax.Array, index: jax.Array | None) -> jax.Array:
-  """Computes y [B, T, D] from `inputs` [B, W - 1 + T, D]; in y_t, tokens whose `index` differs from t's count as zeros."""
+  """Computes y [B, T, D] from `inputs` [B, W - 1 + T, D]; in y_t, tokens with another `index` than t count as zeros."""
   width = weight.shape[0]
   tokens = inputs.shape[1] - width + 1
   wide = accumulator(inputs)
