@@ -156,7 +156,7 @@ def test_the_parts_of_a_peak_are_what_a_device_holds(tmp_path):
   logits = 4 * 4 * 32 * 256 // 4
   assert logits < peak.temporaries < 50 * logits
   assert peak.total == peak.state + peak.batch + peak.temporaries
-  assert f"{binary(peak.total)} a device in a training step, as compiled for cpu" in shown_of(two_blocks(), peak)
+  assert f"{binary(peak.total)} per device in a training step, as compiled for cpu" in shown_of(two_blocks(), peak)
   same = abstract_batch(experiment.data, program.batch_sharding)
   assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), same) == jax.tree.map(
     lambda x: (x.shape, x.dtype, x.sharding), batch

@@ -97,7 +97,7 @@ def test_a_run_names_the_settings_that_save_memory(tmp_path, capsys):
   model, optimizer = Model(remat="full", dtype=jnp.bfloat16), Optimizer(accumulate_steps=3)
   train(tiny_experiment(tmp_path, model=model, optimizer=optimizer, steps=1), tmp_path / "run")
   said = capsys.readouterr().out.splitlines()[0]
-  assert "k float32 parameters, bfloat16 activations, remat full, 3 batches an update, on 1 " in said
+  assert "k float32 parameters, bfloat16 activations, remat full, 3 batches per update, on 1 " in said
 
 
 @pytest.mark.compat
@@ -174,7 +174,7 @@ def test_text_that_changed_under_a_run_is_refused(tmp_path):
     train(experiment, tmp_path / "run", progress=False)
 
 
-def test_a_model_that_knows_too_few_tokens_is_refused(tmp_path):
+def test_a_model_with_too_small_a_vocabulary_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"vocab_size is 100; expected at least 256"):
     train(tiny_experiment(tmp_path, model=Model(vocab_size=100)), tmp_path / "run")
 

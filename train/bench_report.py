@@ -1,4 +1,4 @@
-"""The results of a benchmark: tables for the screen, and a picture."""
+"""Shows the results of a benchmark: tables for the screen, and a picture."""
 
 import math
 import statistics
@@ -30,7 +30,7 @@ def draw(report: Report, path: Path) -> None:
   for axes, direction in zip(figure.subplots(1, len(directions), sharey=True, squeeze=False)[0], directions, strict=True):
     _bars(axes, [timing for timing in report.timings if timing.direction == direction])
     axes.set_title(direction)
-    axes.set_xlabel("milliseconds a call (logarithmic)")
+    axes.set_xlabel("milliseconds per call (logarithmic)")
   axes = figure.axes[0]
   axes.invert_yaxis()
   figure.suptitle(_caption(report))
@@ -73,7 +73,7 @@ def _long(report: Report) -> Table:
   short, long = LONG
   lengths = (f"{short:,}", f"{long:,}", "ratio")
   columns = ("operation", f"forward {lengths[0]}", *lengths[1:], f"gradient {lengths[0]}", *lengths[1:], "peak", "inputs")
-  shown = table(f"From {short:,} to {long:,} tokens: microseconds a token", columns)
+  shown = table(f"From {short:,} to {long:,} tokens: microseconds per token", columns)
   for timing in report.long:
     cells = []
     for seconds in (timing.forward_seconds, timing.gradient_seconds):

@@ -94,7 +94,7 @@ def _facts_table(experiment: Any, description: Description, peak: Peak | None) -
   facts = {
     "model": f"width {model.width}, depth {model.depth}, {_interface(model)}, {jnp.dtype(model.dtype).name}",
     "state": f"{state}, for a sequence while generating",
-    "data": f"{data.source}, {data.batch_size} x {data.sequence_length} a step",
+    "data": f"{data.source}, {data.batch_size} x {data.sequence_length} per step",
     "optimiser": (
       f"AdamW, rate {optimizer.learning_rate:g} after {optimizer.warmup_steps} steps, cosine to "
       f"{optimizer.learning_rate * optimizer.final_fraction:g}, decay {optimizer.weight_decay:g}"
@@ -106,7 +106,7 @@ def _facts_table(experiment: Any, description: Description, peak: Peak | None) -
   }
   if peak:
     facts["peak"] = (
-      f"{binary(peak.total)} a device in a training step, as compiled for {peak.backend}: {binary(peak.state)} of state, "
+      f"{binary(peak.total)} per device in a training step, as compiled for {peak.backend}: {binary(peak.state)} of state, "
       f"{binary(peak.batch)} of batch, {binary(peak.temporaries)} of temporaries"
     )
   return table(None, ("", ""), facts.items(), words=2)

@@ -116,5 +116,5 @@ def _numerics(experiment: Experiment, params: Any) -> str:
   return (
     f"{thousands(sum(leaf.size for leaf in leaves))} {types} parameters, {jnp.dtype(model.dtype).name} activations"
     + (f", remat {model.remat}" if model.remat != "none" else "")
-    + (f", {accumulated} batches an update" if accumulated > 1 else "")
+    + (f", {accumulated} batches per update" if accumulated > 1 else "")
   )
