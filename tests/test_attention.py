@@ -90,7 +90,7 @@ def _plain(module, params, x, ids, mask, turn):
 @IN_FLOAT64
 @pytest.mark.compat
 @pytest.mark.parametrize(("tokens", "rope_base"), [(1, 100.0), (5, 100.0), (6, 100.0), (23, 100.0), (23, None)])
-def test_it_is_the_equation_within_and_beyond_the_window(tokens, rope_base):
+def test_attention_equals_the_equation_within_and_beyond_the_window(tokens, rope_base):
   module, x = layer(rope_base=rope_base), inputs(tokens)
   weights = params(module)
   assert_close(run(module, weights, x)[0], plain(module, weights, x))
@@ -98,7 +98,7 @@ def test_it_is_the_equation_within_and_beyond_the_window(tokens, rope_base):
 
 @IN_FLOAT64
 @pytest.mark.parametrize("window", [WINDOW, 23], ids=["blocked", "whole"])
-def test_documents_and_padding_in_values_and_gradients(window):
+def test_documents_and_padding_equal_the_equation_in_values_and_gradients(window):
   module, x, ids = layer(window=window), inputs(23), np.stack([PACKED, PADDED])
   weights, cotangent = params(module), inputs(23, seed=1)
 
@@ -127,7 +127,7 @@ def test_the_ring_holds_what_the_window_sees(pieces):
 
 
 @IN_FLOAT64
-def test_what_fell_out_of_the_window_is_forgotten():
+def test_tokens_outside_the_window_are_forgotten():
   module, x = layer(), inputs(23)
   weights = params(module)
   other = x.at[:, :10].set(inputs(10, seed=1))
@@ -137,7 +137,7 @@ def test_what_fell_out_of_the_window_is_forgotten():
 
 
 @IN_FLOAT64
-def test_only_distances_matter():
+def test_outputs_depend_only_on_distances_between_tokens():
   """A window far into a document reads like the same tokens at its start."""
   module, x = layer(), inputs(23)
   weights = params(module)
@@ -230,7 +230,7 @@ def test_the_reference_is_the_equation():
 
 @IN_FLOAT64
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_narrow_activations_and_their_cache(dtype):
+def test_narrow_activations_have_a_narrow_cache_and_the_outputs_of_float64(dtype):
   module, exact = layer(dtype), layer()
   x = inputs(23).astype(dtype)
   weights = jax.tree.map(lambda p: p.astype(dtype), params(exact, scale=4.0))
@@ -241,7 +241,7 @@ def test_narrow_activations_and_their_cache(dtype):
   assert_close(y, run(exact, wide, x.astype(jnp.float64), None, ids)[0], dtype)
 
 
-def test_rows_that_see_nothing_have_finite_gradients():
+def test_rows_without_visible_tokens_have_finite_gradients():
   """Padding before the first token, a row of nothing else, and logits of a thousand."""
   module, x = layer(jnp.float32), 30 * inputs(23, jnp.float32)
   weights, ids = params(module, scale=30.0), jnp.asarray(np.stack([PADDED, np.zeros_like(PADDED)]))

@@ -55,7 +55,7 @@ def test_builds_what_the_file_says(small):
   assert experiment.data.sources == ("a.txt", "b.txt")
 
 
-def test_a_scoped_reference_sees_its_scope_and_what_is_unscoped(small):
+def test_a_scoped_reference_uses_bindings_of_its_scope_and_unscoped_ones(small):
   _, local, everywhere = build(small).model.mixers
   assert (local.window, local.num_heads) == (8, 2)
   assert everywhere.window != 8
@@ -427,7 +427,7 @@ def test_every_layer_has_a_small_and_a_middling_model():
     ([None], typing.Any, [None]),
   ],
 )
-def test_values_become_what_the_type_has(value, annotation, expected):
+def test_values_are_converted_to_the_type_of_the_field(value, annotation, expected):
   converted = convert(value, annotation)
   assert converted == expected
   assert type(converted) is type(expected)

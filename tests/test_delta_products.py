@@ -134,7 +134,7 @@ def test_an_erase_leaves_1_minus_its_strength_along_its_key(gamma):
   assert_close(jnp.stack([before, after]), jnp.stack([before, (1 - gamma) * before]))
 
 
-def test_an_erase_is_not_seen_by_an_orthogonal_read():
+def test_an_erase_does_not_change_an_orthogonal_read():
   args = inputs(ERASE)
   q, e = args["q"], args["erase_key"]
   args |= {"beta": per_token(0, args), "q": q - jnp.sum(q * e, axis=-1, keepdims=True) * e}

@@ -119,7 +119,7 @@ def test_what_padding_holds_does_not_matter(variant):
 
 @IN_FLOAT64
 @pytest.mark.parametrize(("tokens", "scale"), [(32, None), (3, 0.7)])
-def test_without_a_state_documents_or_a_chunk_size(tokens, scale):
+def test_a_call_without_a_state_documents_or_a_chunk_size_is_the_recurrence(tokens, scale):
   """The plainest call, on the chunk grid and shorter than a chunk; and the scale of the read."""
   args = KIMI.inputs(tokens, batch=1)
   del args["initial_state"]
@@ -227,7 +227,7 @@ def test_long_inputs_with_strong_decays_are_right(variant):
 
 @IN_FLOAT64
 @pytest.mark.slow
-def test_the_gradient_of_the_gradient_is_the_recurrences():
+def test_second_gradients_are_those_of_the_recurrence():
   args, direction = (DELTA.inputs(3, batch=1, key_dim=3, value_dim=2, seed=seed) for seed in (0, 1))
 
   def second(args, implementation):

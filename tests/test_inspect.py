@@ -130,7 +130,7 @@ def test_documents_and_padding_may_lie_anywhere_between_pieces(every):
 
 
 @pytest.mark.slow
-def test_a_model_between_pieces_is_the_model_at_that_time(hybrid):
+def test_the_state_between_pieces_is_the_state_at_that_time(hybrid):
   model, params, tokens = hybrid
   found = curves_over_time(model, params, tokens, every=5)
   assert found.times.tolist() == [5, 10, 12]
@@ -143,7 +143,7 @@ def test_a_model_between_pieces_is_the_model_at_that_time(hybrid):
 
 
 @pytest.mark.slow
-def test_a_layer_with_documents_between_pieces_is_the_layer_of_one_pass():
+def test_a_layer_read_in_pieces_with_documents_between_them_equals_one_pass():
   module = GatedDeltaNet(**SMALL)
   x = jax.random.normal(jax.random.key(0), (2, 10, 8), jnp.float32)
   params = filled(module, x, std=0.3)

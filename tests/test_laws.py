@@ -48,7 +48,7 @@ def test_laws_compile_no_more_programs_than_a_layer_of_its_kind_may(name):
 
 
 @pytest.mark.parametrize("name", list(LAYERS))
-def test_leaves_of_a_fresh_state_are_arrays_of_their_own_and_counted_in_their_dtypes(name):
+def test_leaves_of_a_fresh_state_are_separate_arrays_counted_in_their_dtypes(name):
   """Each leaf can then be donated, as generation does."""
   module = layer(name, dtype=jnp.bfloat16)
   state = module.apply({}, 2, method="initial_state")

@@ -74,7 +74,7 @@ def test_the_solver_is_right_and_a_guess_as_often_as_stated(name, fields):
 
 
 @pytest.mark.parametrize(("name", "fields"), VARIANTS, ids=IDS)
-def test_examples_are_pure_functions_of_their_key_of_one_shape(name, fields):
+def test_examples_depend_only_on_their_key_and_have_one_shape(name, fields):
   task, make = TASKS[name](**fields), program(TASKS[name](**fields), 400)
   key = jax.random.key(7)
   one = jax.device_get(make(key))
@@ -157,7 +157,7 @@ def test_a_mixture_packs_whole_examples_in_the_stated_proportions():
 
 
 @pytest.mark.parametrize(("pairs", "writes", "outliers"), [(1, 3, 0.49), (8, 6, 0.3), (3, 4, 0.49), (5, 5, 0.0)])
-def test_of_noisy_writes_the_right_one_is_the_most_frequent(pairs, writes, outliers):
+def test_most_noisy_writes_of_a_key_have_the_right_value(pairs, writes, outliers):
   task = NoisyRecall(pairs, writes, outliers, 40)
   for example in examples(task, 20):
     keys, values = example.tokens[: 2 * pairs * writes].reshape(-1, 2).T

@@ -166,7 +166,7 @@ def test_factors_of_the_gradient_have_their_closed_form(memory):
 
 
 @IN_FLOAT64
-def test_losses_have_the_slopes_they_are_known_for():
+def test_losses_have_their_known_gradients():
   rng = np.random.default_rng(3)
   e = jnp.asarray(rng.normal(size=(50, 4)))
   size, delta = jnp.linalg.norm(e, axis=1, keepdims=True), 1.5
@@ -190,7 +190,7 @@ def test_losses_have_the_slopes_they_are_known_for():
 
 @IN_FLOAT64
 @pytest.mark.parametrize("shape", [(5, 3), (64, 256), (256, 64)])
-def test_views_and_their_starts(shape):
+def test_views_have_their_closed_form_and_undo_start(shape):
   w = jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)))
   for q in (2.0, 2.8, 4.0):
     retention = Retention("norm", norm=q)

@@ -109,7 +109,7 @@ def test_no_error_of_a_fresh_memory_is_an_outlier():
 
 
 @pytest.mark.slow
-def test_every_document_begins_with_the_persistent_tokens_written():
+def test_the_persistent_tokens_are_written_before_every_document():
   module, params, x = built(TitansMemory(**SIZES, persistent_tokens=3))
   ids = jnp.repeat(jnp.array([1, 2], jnp.int32), 6)[None].repeat(2, 0)
   y, _ = jax.jit(module.apply)(params, x, None, ids)
@@ -147,7 +147,7 @@ def test_a_context_of_float64_has_a_memory_of_float64():
 
 
 @pytest.mark.slow
-def test_a_row_with_too_many_documents_is_nan_and_no_other():
+def test_only_a_row_with_too_many_documents_is_nan():
   for module in (TitansMemory(**SIZES, max_documents=2), MemoryAsContext(**SIZES, segment=4, max_documents=2)):
     module, params, x = built(module)
     ids = jnp.asarray(np.stack([np.arange(1, 13), np.ones(12)]), jnp.int32)
@@ -169,7 +169,7 @@ def test_attention_of_gate_and_context_reaches_its_window_and_its_segment():
 
 
 @pytest.mark.slow
-def test_inner_losses_weights_and_gates_have_the_shapes_and_signs_they_must():
+def test_inner_losses_weights_and_gates_have_the_expected_shapes_and_signs():
   module, params, x = initialised(TitansMemory(**SIZES))
   ids = jnp.asarray(np.arange(12)[None] < np.array([[12], [7]]), jnp.int32)
   (found,) = inner_losses(module, params, x, ids).values()

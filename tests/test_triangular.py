@@ -21,7 +21,7 @@ def matrices(n):
 
 @IN_FLOAT64
 @pytest.mark.parametrize("n", [1, 3, 8, 9, 24, 64])
-def test_it_is_the_inverse_and_unit_lower_triangular(n):
+def test_the_result_is_the_inverse_and_unit_lower_triangular(n):
   a = matrices(n)
   inverse = jax.jit(unit_lower_inverse)(a)
   for actual, expected in zip(inverse, np.linalg.inv(np.eye(n) + a), strict=True):
@@ -39,7 +39,7 @@ def test_float32_loses_nothing_to_correlated_keys(n):
 
 
 @IN_FLOAT64
-def test_any_batch_shape():
+def test_any_batch_shape_is_accepted():
   a = matrices(24)
   expected = np.linalg.inv(np.eye(24) + a)
   assert_close(jax.jit(unit_lower_inverse)(a[0]), expected[0])
@@ -48,7 +48,7 @@ def test_any_batch_shape():
 
 @IN_FLOAT64
 @pytest.mark.parametrize("n", [3, 24])
-def test_its_gradient_is_that_of_a_triangular_solve(n):
+def test_the_gradient_is_that_of_a_triangular_solve(n):
   a, weight = matrices(n), np.random.default_rng(0).normal(size=(3, n, n))
 
   def loss(a, invert):
