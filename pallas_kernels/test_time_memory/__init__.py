@@ -109,8 +109,8 @@ def run(
     implementation: "auto", "xla" or "recurrent" (the oracle, which has no limit on documents).
 
   Raises:
-    ValueError: for shapes that do not fit the spec or each other, a state of another spec, gates that are missing or too
-      many, or an unknown implementation.
+    ValueError: for shapes that do not fit the spec or each other, a state of another spec, missing or unused
+      gates, or an unknown implementation.
   """
   _check(spec, initial, q, k, v, gates, initial_state, segment_ids, max_documents)
   batch, tokens, heads = q.shape[:3]
@@ -212,7 +212,7 @@ def _check_initial(spec: Spec, initial: InitialWeights, heads: int) -> None:
       raise ValueError(f"initial.{name} has shapes {found}; expected {shapes}.")
   if spec.memory.norm != (initial.norm is not None):
     found = "missing" if initial.norm is None else "given"
-    raise ValueError(f"initial.norm is {found}; expected it exactly if the memory has a norm.")
+    raise ValueError(f"initial.norm is {found}; expected a gain and a bias if and only if the memory has a norm.")
   if initial.norm is not None and any(a.shape != (heads, spec.memory.value_dim) for a in initial.norm):
     found, want = [list(a.shape) for a in initial.norm], [heads, spec.memory.value_dim]
     raise ValueError(f"initial.norm has shapes {found}; expected a gain and a bias of {want}.")

@@ -95,13 +95,13 @@ class Memory:
 
   def __post_init__(self):
     if self.key_dim < 1 or self.value_dim < 1:
-      raise ValueError(f"key_dim={self.key_dim}, value_dim={self.value_dim}; expected heads at least 1 wide.")
+      raise ValueError(f"key_dim={self.key_dim}, value_dim={self.value_dim}; expected at least 1 each.")
     if self.depth < 1:
       raise ValueError(f"depth={self.depth}; expected at least one matrix.")
     if self.activation not in ACTIVATIONS:
       raise ValueError(f"activation={self.activation!r}; expected one of {list(ACTIVATIONS)}.")
     if self.residual and self.key_dim != self.value_dim:
-      raise ValueError(f"value_dim={self.value_dim} differs from key_dim={self.key_dim}; expected equal ones, or no residual.")
+      raise ValueError(f"value_dim={self.value_dim} differs from key_dim={self.key_dim}; expected the same, or residual=False.")
     if self.hidden < 1 and (self.depth > 1 or self.gated):
       raise ValueError(f"expansion={self.expansion} of a width of {self.key_dim} has no hidden units; expected a larger one.")
 
@@ -334,7 +334,7 @@ class Spec:
     if self.average and self.momentum:
       raise ValueError("average=True with momentum=True; expected one of them.")
     if self.retention.kind == "simplex" and self.read != "chunk_start":
-      raise ValueError(f"read={self.read!r} with retention 'simplex', not linear in its writes; expected 'chunk_start'.")
+      raise ValueError(f"read={self.read!r} with retention 'simplex', which is not linear; expected 'chunk_start'.")
     if self.clip is not None and self.clip <= 0:
       raise ValueError(f"clip={self.clip}; expected a positive norm, or None.")
 
