@@ -53,7 +53,7 @@ class MemoryLayer(nn.Module, kw_only=True):
   """
 
   # Whether the output already contains the input (and the norms that the layer needs). A stack then passes its residual
-  # stream to the layer as it is, and adds nothing to what comes back.
+  # stream to the layer unchanged, and the output is the new residual stream.
   adds_input: ClassVar[bool] = False
 
   dtype: Dtype | None = None

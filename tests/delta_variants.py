@@ -153,7 +153,7 @@ def empty(args):
 
 
 def only_token(args, t=0):
-  """The same arguments, but no other token than t decays, erases or writes."""
+  """The same arguments, except that only token t decays, erases or writes."""
   gates = [name for name in ("beta", "erase_strength", "log_decay") if name in args]
   return args | {name: jnp.zeros_like(args[name]).at[:, t].set(args[name][:, t]) for name in gates}
 

@@ -159,7 +159,7 @@ def test_rotary_positions_tell_the_order(rope_base):
 @IN_FLOAT64
 @pytest.mark.parametrize("window", [WINDOW, 23], ids=["blocked", "whole"])
 def test_positions_restart_with_every_document(window):
-  """Also where the first continues an earlier call. The keys in the cache show it: their position rotates them."""
+  """Also if the first document continues an earlier call. The cached keys show the positions, which rotate them."""
   module, x = layer(window=window), inputs(23)
   weights, rows = params(module), np.ones((2, 23), np.int32)
   rows[0, 19:] = 2
@@ -242,7 +242,7 @@ def test_narrow_activations_have_a_narrow_cache_and_the_outputs_of_float64(dtype
 
 
 def test_rows_without_visible_tokens_have_finite_gradients():
-  """Padding before the first token, a row of nothing else, and logits of a thousand."""
+  """Padding before the first token, a row of padding alone, and logits of a thousand."""
   module, x = layer(jnp.float32), 30 * inputs(23, jnp.float32)
   weights, ids = params(module, scale=30.0), jnp.asarray(np.stack([PADDED, np.zeros_like(PADDED)]))
 

@@ -185,7 +185,7 @@ def leave(directory, state, error: Exception) -> None:
 
 
 def fail(directory, state, number: int) -> None:
-  """Makes a save fail with this error number of the system."""
+  """Makes a save fail with the error number `number`."""
 
   def save(*_, **__):
     raise OSError(number, os.strerror(number))

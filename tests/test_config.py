@@ -248,7 +248,7 @@ def build_with(text: str, override: str):
 
 
 def rebuilt(experiment):
-  """The experiment, whose operative text must build an equal one."""
+  """Returns the experiment, after checking that its operative text builds an equal one."""
   assert build_text(experiment.text, experiment.name) == experiment
   return experiment
 
@@ -408,7 +408,7 @@ def test_every_layer_has_a_small_and_a_middling_model():
 
   models = [name for name in shipped() if name.startswith("models/")]
   sizes = {(type(build(name).model.mixers[0]).__name__, name.rpartition("_")[2]) for name in models}
-  alone = LAYERS.keys() - {"GatedConv"}  # sees a few tokens: no language model by itself
+  alone = LAYERS.keys() - {"GatedConv"}  # sees only a few tokens: not a language model alone
   assert {(layer, size) for layer in alone for size in ("10m", "130m")} <= sizes
 
 

@@ -42,7 +42,7 @@ def test_perplexity_by_position_is_the_loss_sorted_by_position(subject):
   nats = []
 
   @jax.jit
-  def losses(part):  # [1, 129]: a part alone, from a fresh state; what follows it changes nothing
+  def losses(part):  # [1, 129]: one part from a fresh state; later parts do not affect it
     logits, _ = model.apply(params, part[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, part[:, 1:])[0]
 

@@ -96,7 +96,7 @@ def test_bfloat16_sums_are_float32(implementation):
   wide = jax.tree.map(lambda a: a.astype(jnp.float32), args)
   exact = values("recurrent", wide, jnp.asarray(IDS))
   assert_close(jax.tree.map(lambda a: a.astype(jnp.float32), narrow), exact, jnp.bfloat16)
-  # One rounding of the whole sum, and nothing else.
+  # Only the whole sum is rounded, once.
   np.testing.assert_array_equal(narrow[0], values(implementation, wide, jnp.asarray(IDS))[0].astype(jnp.bfloat16))
 
 

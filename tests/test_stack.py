@@ -117,7 +117,7 @@ def test_features_reach_the_blocks_that_they_are_for(scan):
 
 @pytest.mark.compat
 def test_a_block_is_made_of_any_sublayers():
-  """One model with and without an MLP, with two mixers in a block, and a layer that adds its own input."""
+  """One model has blocks with and without an MLP, a block with two mixers, and a layer that adds its own input."""
 
   class Doubled(DeltaNet):
     adds_input = True

@@ -130,7 +130,7 @@ def test_a_batch_without_targets_has_a_loss_of_zero_and_is_not_skipped(tmp_path)
 
 def test_only_targets_of_non_zero_weight_are_counted_as_right():
   class Fixed:
-    """Its variables are the logits."""
+    """A model whose variables are the logits."""
 
     @staticmethod
     def apply(logits, tokens, segment_ids, rngs):

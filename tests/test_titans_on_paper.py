@@ -151,7 +151,7 @@ def product(p, y, m):
 
 
 def window(p, x, persistent):
-  """Attention over the persistent tokens, at position 0, and the last few."""
+  """Attention over the persistent tokens, at position 0, and the last few tokens."""
   q, k, v = (heads(x @ p[name]["kernel"]) for name in ("query", "key", "value"))
   first_k, first_v = (heads(persistent @ p[name]["kernel"]) for name in ("key", "value"))
   out = np.zeros_like(v)
@@ -179,7 +179,7 @@ def context(p, x):
   queries = memory.streams(x)[0]
   for begin in range(0, len(x), SEGMENT):
     s = x[begin : begin + SEGMENT]
-    # What the memory, as it is after the last segment, retrieves for the queries of this one.
+    # What the memory retrieves for the queries of this segment, in its state after the previous segment.
     h = np.array([memory.read(q) for q in queries[begin : begin + SEGMENT]])
     h = rms_norm(h, p["context_norm"]["scale"], 1e-5).reshape(len(s), -1) @ p["context"]["kernel"]
     # Attention over [P; h; S]: token t sees neither later tokens nor what is retrieved for them.

@@ -198,7 +198,7 @@ def test_a_run_that_is_not_finite_stops_and_names_the_step_and_the_culprits(tmp_
 
 
 def test_spoiled_batches_are_skipped_and_five_in_a_row_end_the_run_with_a_good_checkpoint(tmp_path, monkeypatch, capsys):
-  """Batch 3 alone, then all from batch 10 on. The run then resumes from the last checkpoint."""
+  """Batch 3 and all batches from 10 on are spoiled. The run then resumes from the last checkpoint."""
   experiment, directory = tiny_experiment(tmp_path, steps=16, checkpoint_every=4, evaluate_every=0), tmp_path / "run"
   made = iter(range(1, 100))
 
@@ -224,7 +224,7 @@ def test_spoiled_batches_are_skipped_and_five_in_a_row_end_the_run_with_a_good_c
 
 def test_the_module_that_breaks_is_named(tmp_path):
   class Breaking(Model):
-    """Its block is not finite from the first step on."""
+    """A model whose block is not finite from the first step on."""
 
     @nn.compact
     def __call__(self, tokens, state=None, segment_ids=None):

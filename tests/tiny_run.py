@@ -101,7 +101,7 @@ def quick_runs():
 
 
 def make_runs_quick(patch: pytest.MonkeyPatch) -> None:
-  """Makes runs take programs from `program_of`, draw no picture and not measure the machine. Their seed must be 0."""
+  """Makes runs take programs from `program_of`, draw no picture and measure no machine. Their seed must be 0."""
 
   def build(model, optimizer, mesh, *, steps, batch_size, seed, tokens):
     assert seed == 0

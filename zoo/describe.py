@@ -28,7 +28,7 @@ class Row(NamedTuple):
   Attributes:
     name: "embedding", "block 0", "final norm" or "head".
     kind: the class of a block's mixer, or "".
-    parameters: how many.
+    parameters: number of parameters.
     mixer_parameters: how many of them belong to the mixer of a block.
     state_bytes: size of the state of one sequence while generating.
     flops: in matrix products of its forward pass, per token; a multiply-add counts as two.
