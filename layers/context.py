@@ -20,7 +20,7 @@ from .memory_layer import MemoryLayer
 
 
 class Notes(NamedTuple):
-  """What the sublayers so far published under one name.
+  """What earlier sublayers published under one name.
 
   Attributes:
     values: a tree of arrays [N, B, ...], lowest publisher first. N counts all publishers of the stack; the entries of those
@@ -38,7 +38,7 @@ class Notes(NamedTuple):
 
 
 class Context(NamedTuple):
-  """The value that a stack hands to each sublayer and takes back.
+  """The value that a stack passes to each sublayer, which returns it updated.
 
   Attributes:
     tokens: token ids, int32 [B, T]; `None` in a stack that reads vectors.
@@ -92,7 +92,7 @@ class Context(NamedTuple):
     return self._replace(features=self.features.at[ahead - 1].add(features.astype(self.features.dtype)))
 
   def next_block(self, x: jax.Array) -> tuple[jax.Array, "Context"]:
-    """Adds the features that are due to the residual stream x [B, T, D], and moves the others one block closer."""
+    """Adds the features for this block to the residual stream x [B, T, D], and moves the others one block closer."""
     if self.features is None:
       return x, self
     due, rest = self.features[0], self.features[1:]
@@ -100,7 +100,7 @@ class Context(NamedTuple):
 
 
 def _zeros(count: int, shapes: Any) -> Any:
-  """`count` times zeros of these shapes, on a leading axis."""
+  """Zeros of these shapes, with a leading axis of `count`."""
   return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), shapes)
 
 

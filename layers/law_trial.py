@@ -144,7 +144,7 @@ class Trial:
 
   @functools.cached_property
   def boxed(self) -> Any:
-    """Shapes of the parameters, with the names of their axes where the layer gives any."""
+    """Shapes of the parameters, with the names of their axes if the layer gives any."""
     return jax.eval_shape(lambda x: self.layer.init(jax.random.key(7), x), self.example(1, 2))
 
   @functools.cached_property

@@ -101,7 +101,7 @@ def check_layer(layer: nn.Module, width: int = 64, *, laws: Iterable[int] | None
 
   Args:
     layer: a module with the contract of `MemoryLayer`. Its fields `chunk_size`, `window` and `segment`, if any, are set
-      to small numbers, so that the short inputs of the laws exceed them.
+      to small numbers if it accepts them, so that the short inputs of the laws exceed them.
     width: width of its input, [B, T, width].
     laws: numbers of the laws to try; `None` for all.
 

@@ -199,12 +199,12 @@ def _looks(model, look, every, params, inputs, segment_ids, args):
 
 
 def _unrolled(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
-  """A stack without `scan`, so that every block has a place of its own; any other model as it is."""
+  """A stack without `scan`, so that every block has its own place; any other model unchanged."""
   return unroll_params(model, params) if isinstance(model, Stack) else (model, params)
 
 
 def _forget_between(state: Any, fresh: Any, docs: Documents, last: jax.Array) -> Any:
-  """`state`, reset in rows where the piece's first token belongs to another document than `last`, the last of the piece before.
+  """`state`, reset in rows whose first token in the piece is not of document `last`, the last document of the piece before.
 
   A call continues its incoming state, so the caller must handle a change of document between two calls.
   """

@@ -169,7 +169,7 @@ class Stack(nn.Module, kw_only=True):
   def __call__(
     self, x: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """x [B, T, D] to (y [B, T, D], state); arguments as of `MemoryLayer`."""
+    """x [B, T, D] to (y [B, T, D], state); arguments as in `MemoryLayer`."""
     self.check_state(state, x.shape[0])
     return self.residual(x.astype(self.dtype), state, segment_ids)
 
@@ -222,7 +222,7 @@ class Stack(nn.Module, kw_only=True):
 
 
 def unroll_params(model: Stack, params: Any) -> tuple[Stack, Any]:
-  """The same model without `scan`, and its parameters: one "blocks_i" a block, without axis names.
+  """The same model without `scan`, and its parameters: one "blocks_i" per block, without axis names.
 
   Args:
     model: a stack, or a model built on one. One without `scan` comes back as it is, with its parameters.
@@ -239,7 +239,7 @@ def unroll_params(model: Stack, params: Any) -> tuple[Stack, Any]:
 
 
 def unroll_state(model: Stack, state: tuple[Any, ...]) -> tuple[Any, ...]:
-  """The state of `model` as it is without `scan`: a tuple of the blocks' states."""
+  """The state of `model` in its form without `scan`: a tuple of the blocks' states."""
   size = len(model.mixers) if model.repeats else 0
   repeats = (jax.tree.map(lambda leaf, r=r: leaf[:, r], block) for r in range(model.repeats) for block in state[:size])
   return (*repeats, *state[size:])
