@@ -92,7 +92,7 @@ class Attention(MemoryLayer):
     segment_ids: jax.Array | None = None,
     prefix: jax.Array | None = None,
   ) -> tuple[jax.Array, CacheState]:
-    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`. All tokens also attend to `prefix` [N, D], at position 0."""
+    """Maps x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`. All tokens also attend to `prefix` [N, D], at position 0."""
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))

@@ -125,12 +125,12 @@ class ContextLayer(MemoryLayer, kw_only=True):
   def in_stack(
     self, x: jax.Array, state: Any, segment_ids: jax.Array | None, context: Context
   ) -> tuple[jax.Array, Any, Context]:
-    """x [B, T, D] to (y [B, T, D], state, context); `state` and `segment_ids` as in `__call__`."""
+    """Maps x [B, T, D] to (y [B, T, D], state, context); `state` and `segment_ids` as in `__call__`."""
     raise NotImplementedError(f"{type(self).__name__} must define in_stack(x, state, segment_ids, context)")
 
   def __call__(
     self, x: jax.Array, state: Any | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, Any]:
-    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    """Maps x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
     y, state, _ = self.in_stack(x, state, segment_ids, Context.start((self,), x))
     return y, state

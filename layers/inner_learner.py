@@ -13,7 +13,7 @@ class InnerLearner(MemoryLayer, kw_only=True):
 
   Attributes:
     max_documents: largest number of documents in a row; rows with more return NaN, unless their chunks fit; see `ttm.run`.
-    implementation: of the operation, "auto", "xla" or "recurrent".
+    implementation: implementation of the operation, "auto", "xla" or "recurrent".
   """
 
   max_documents: int = 16

@@ -45,8 +45,8 @@ class MemoryLayer(nn.Module, kw_only=True):
   A layer defines `__call__` and `initial_state`; both may be called on an unbound module through `apply`.
 
   Attributes:
-    dtype: of the activations; `None` for the wider of the input's and the parameters'.
-    param_dtype: of the parameters.
+    dtype: dtype of the activations; `None` for the wider of the input's and the parameters'.
+    param_dtype: dtype of the parameters.
 
   Raises:
     ValueError: for invalid sizes or arguments; see `begin`.

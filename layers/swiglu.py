@@ -47,7 +47,7 @@ class SwiGLU(MemoryLayer, kw_only=True):
   def __call__(
     self, x: jax.Array, state: tuple[()] | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, tuple[()]]:
-    """x [B, T, D] to (y [B, T, D], ()); see `MemoryLayer`."""
+    """Maps x [B, T, D] to (y [B, T, D], ()); see `MemoryLayer`."""
     self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
     hidden = -(-int(x.shape[-1] * self.ratio) // 32) * 32

@@ -54,7 +54,7 @@ class Network:
     gated: a SwiGLU network.
     residual: k + M(k) instead of M(k).
     norm: a layer norm on M(k).
-    norm_epsilon: of this layer norm. It bounds the slope of the norm where M(k) is close to zero.
+    norm_epsilon: epsilon of this layer norm. It bounds the slope of the norm where M(k) is close to zero.
   """
 
   depth: int = 2
@@ -72,7 +72,7 @@ class Update:
   Attributes:
     anchor: "chunk": gradients are taken at the weights that the chunk began with. "token": at W_{t-1}, for linear memories
       with the squared loss; results are then the same for every `chunk_size`.
-    order: of decay and gradient, for the token anchor: "gradient_first" or "decay_first".
+    order: order of decay and gradient, for the token anchor: "gradient_first" or "decay_first".
     read: "after" the token's own write, "before" it, or at the "chunk_start".
     clip: largest norm of a token's gradient, by the output and by each matrix; `None` for no clipping.
   """
@@ -132,7 +132,7 @@ class Projections(NamedTuple):
 
   Attributes:
     query, key, value: streams, not yet split into heads.
-    gates: from x [B, T, D] to `ttm.Gates`.
+    gates: the map from x [B, T, D] to `ttm.Gates`.
   """
 
   query: Stream
@@ -153,13 +153,13 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     chunk_size: tokens whose gradients are taken at the same weights. It changes results, not only speed.
     network: M; see `Network`.
     loss: what a write reduces; see `ttm.Loss`.
-    retention: from accumulated weights to the weights in use; see `ttm.Retention`.
+    retention: the map from accumulated weights to the weights in use; see `ttm.Retention`.
     update: where gradients are taken, what a read sees, clipping; see `Update`.
     gates: step size, decay and momentum; see `Gating`.
     persistent_tokens: number of learned tokens that are written before every document.
     output_gate: "sigmoid", "silu" or "none".
 
-  Further attributes are `ProjectedMemory`'s and `InnerLearner`'s.
+  The other attributes are those of `ProjectedMemory` and `InnerLearner`.
   """
 
   head_dim: int
@@ -197,7 +197,7 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
   def __call__(
     self, x: jax.Array, state: TitansState | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, TitansState]:
-    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    """Maps x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
@@ -330,7 +330,7 @@ class Yaad(TitansMemory, kw_only=True):
   2 sqrt(head_dim), twice the length of a layer norm's output. Started at half of that, many writes are signs, and recall is
   hardly learned.
 
-  Attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
+  The attributes are those of `TitansMemory`; the network is x + LN(MLP(x)), without momentum.
   """
 
   network: Network = _MIRAS
@@ -346,7 +346,7 @@ class Moneta(TitansMemory, kw_only=True):
   as printed, with p = 3 (`Loss.power`) and q = 4 (`Retention.norm`). The exact dual of the norm would have degree one in A.
   Within a chunk the divisor is that of the chunk's start.
 
-  Attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
+  The attributes are those of `TitansMemory`; the network is x + LN(MLP(x)), without momentum.
   """
 
   network: Network = _MIRAS
@@ -364,7 +364,7 @@ class Memora(TitansMemory, kw_only=True):
   A constant added to a column does not change its softmax, so logits are not normalised between writes, and the extra token
   with which the paper begins a chunk is not needed. Reads see the writes of earlier chunks, because M is not linear in L.
 
-  Attributes are `TitansMemory`'s; the network is x + LN(MLP(x)), without momentum.
+  The attributes are those of `TitansMemory`; the network is x + LN(MLP(x)), without momentum.
   """
 
   network: Network = _MIRAS

@@ -53,7 +53,7 @@ class MemoryAsGate(TitansMemory, kw_only=True):
     window: tokens that attention sees, besides the persistent tokens P.
     rope_base: base of the rotary positions.
 
-  Further attributes are `TitansMemory`'s; attention has the same `num_heads` and `head_dim`.
+  The other attributes are those of `TitansMemory`; attention has the same `num_heads` and `head_dim`.
   """
 
   window: int = 512
@@ -73,7 +73,7 @@ class MemoryAsGate(TitansMemory, kw_only=True):
   def __call__(
     self, x: jax.Array, state: MemoryAttentionState | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, MemoryAttentionState]:
-    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    """Maps x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
@@ -81,7 +81,7 @@ class MemoryAsGate(TitansMemory, kw_only=True):
     return silence_padding(y, segment_ids), MemoryAttentionState(memory, cache)
 
   def _combine(self, x, state, segment_ids, persistent, fresh) -> tuple[jax.Array, TitansState, CacheState]:
-    """x [B, T, D] to y [B, T, D] and the next states of memory and attention."""
+    """Maps x [B, T, D] to y [B, T, D] and the next states of memory and attention."""
     m, memory = self.update_and_read(x, state.memory, segment_ids, persistent, fresh)
     a, cache = self._attend(x, state.cache, segment_ids, persistent, fresh)
     return _product(self, a, m), memory, cache
@@ -101,7 +101,7 @@ class MemoryAsLayer(MemoryAsGate, kw_only=True):
       h = x + memory([P; norm(x)])        y = h + attention([P; norm(h)])
 
   The output contains the input (`adds_input`), and both norms (RMSNorm with a gain) are inside: in a stack, x is the residual
-  stream itself. Attributes are `MemoryAsGate`'s.
+  stream itself. The attributes are those of `MemoryAsGate`.
   """
 
   adds_input: ClassVar[bool] = True
@@ -124,7 +124,7 @@ class ContextState(NamedTuple):
     context: the weights that the open segment began with, as differences from the initial ones.
     context_tail: the last inputs of the convolution of the queries that retrieve the context, [B, conv_width - 1, channels].
     query_tail, key_tail, value_tail: those of the memory's convolutions, whose inputs are y.
-    keys, values: of the open segment and of its context, [B, 2, segment, H, d], the context first.
+    keys, values: those of the open segment and of its context, [B, 2, segment, H, d], the context first.
     count: int32 [B], tokens in the open segment.
   """
 
@@ -151,8 +151,8 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     segment: tokens in a segment. The memory's chunks, counted from the document's first token, may be shorter or longer.
     rope_base: base of the rotary positions, counted within the segment.
 
-  Further attributes are `TitansMemory`'s; attention has the same `num_heads` and `head_dim`. Only attention sees the persistent
-  tokens.
+  The other attributes are those of `TitansMemory`; attention has the same `num_heads` and `head_dim`. Only attention sees the
+  persistent tokens.
   """
 
   segment: int = 64
@@ -173,7 +173,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
   def __call__(
     self, x: jax.Array, state: ContextState | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, ContextState]:
-    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    """Maps x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))

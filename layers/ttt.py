@@ -63,9 +63,9 @@ class TTTLinear(InnerLearner, kw_only=True):
     depth, expansion: number of matrices, and hidden width over d.
     conv_width: width of the short convolutions, in tokens.
     rope_base: base of the rotary frequencies.
-    norm_epsilon: of the norm over all heads.
+    norm_epsilon: epsilon of the norm over all heads.
 
-  Further attributes are `InnerLearner`'s.
+  The other attributes are those of `InnerLearner`.
   """
 
   num_heads: int
@@ -95,7 +95,7 @@ class TTTLinear(InnerLearner, kw_only=True):
   def __call__(
     self, x: jax.Array, state: TTTState | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, TTTState]:
-    """x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
+    """Maps x [B, T, D] to (y [B, T, D], state); see `MemoryLayer`."""
     fresh = state is None
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
@@ -147,7 +147,7 @@ class TTTMLP(TTTLinear, kw_only=True):
 
   The authors warm `max_step` up, starting at a tenth of it; here it is constant.
 
-  Attributes are `TTTLinear`'s.
+  The attributes are those of `TTTLinear`.
   """
 
   depth: int = 2

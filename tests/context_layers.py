@@ -16,8 +16,8 @@ class Published(NamedTuple):
   """What a `NoteReader` publishes in a call.
 
   Attributes:
-    notes: of this call's tokens, [B, T, channels].
-    tail: of the last tokens before this call, from the layer's state, [B, conv_width - 1, channels].
+    notes: notes of this call's tokens, [B, T, channels].
+    tail: notes of the last tokens before this call, from the layer's state, [B, conv_width - 1, channels].
   """
 
   notes: jax.Array

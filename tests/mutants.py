@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
 
   Attributes:
     what: what is wrong with it, in a few words.
-    path: of the file, relative to the repository.
+    path: path of the file, relative to the repository.
     old, new: text that occurs once in the file, and what takes its place.
     test: what must fail: a file in `tests`, with `::name` or ` -k expression`.
   """

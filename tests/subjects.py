@@ -108,7 +108,7 @@ class Meter:
 
   Attributes:
     compiled: number of programs so far.
-    programs, seconds: by layer, for what ran within `measured`.
+    programs, seconds: cost by layer, of the code run within `measured`.
   """
 
   def __init__(self):

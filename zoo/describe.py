@@ -31,7 +31,7 @@ class Row(NamedTuple):
     parameters: number of parameters.
     mixer_parameters: how many of them belong to the mixer of a block.
     state_bytes: size of the state of one sequence while generating.
-    flops: in matrix products of its forward pass, per token; a multiply-add counts as two.
+    flops: FLOPs of the matrix products in its forward pass, per token; a multiply-add counts as two.
   """
 
   name: str

@@ -83,8 +83,8 @@ class InnerLoss(NamedTuple):
   """The error of a memory that learns at test time on each token, [B, T, H].
 
   Attributes:
-    before: at the weights where the token's gradient is taken.
-    after: at the weights after the token's own write; nan for a memory that cannot be read there (`Memora`).
+    before: error at the weights where the token's gradient is taken.
+    after: error at the weights after the token's own write; nan for a memory that cannot be read there (`Memora`).
   """
 
   before: jax.Array

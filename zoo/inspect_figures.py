@@ -55,9 +55,9 @@ def draw_retention(found: dict[str, Retention], row: int = 0, labels: Sequence[s
   """A map for each memory: the cosine between each written value and what its key reads later on, averaged over heads.
 
   Args:
-    found: from `retention`.
-    row: of the batch.
-    labels: of the tokens, to name the writes; readable for a few dozen tokens.
+    found: the result of `retention`.
+    row: row of the batch.
+    labels: labels of the tokens, which name the writes; readable for a few dozen tokens.
   """
   maps = {name: np.asarray(one.cosine[:, row]).mean(axis=(-2, -1)).T for name, one in found.items()}
   lowest, tokens = min(0.0, *(np.nanmin(cosine) for cosine in maps.values())), max(map(len, maps.values()))

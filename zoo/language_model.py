@@ -17,10 +17,10 @@ class LanguageModel(Stack, kw_only=True):
 
   Attributes:
     vocab_size: number of tokens.
-    width: of the residual stream.
-    tie_embeddings: the head is the transposed embedding.
+    width: width of the residual stream.
+    tie_embeddings: whether the head is the transposed embedding.
 
-  Further attributes are `Stack`'s. Logits are float32 (float64 for a float64 model).
+  The other attributes are those of `Stack`. Logits are float32 (float64 for a float64 model).
   """
 
   vocab_size: int
@@ -39,7 +39,7 @@ class LanguageModel(Stack, kw_only=True):
 
     Args:
       tokens: int32 [B, T].
-      state: of an earlier call, to continue it; `None` for a fresh start.
+      state: state of an earlier call, to continue it; `None` for a fresh start.
       segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding.
 
     Returns:
@@ -72,10 +72,10 @@ class VectorModel(Stack, kw_only=True):
   """A causal map from vectors to vectors: a linear map, a stack, a linear map.
 
   Attributes:
-    width: of the residual stream.
-    input_dim, output_dim: of the vectors that go in, and of those that come out.
+    width: width of the residual stream.
+    input_dim, output_dim: widths of the input and output vectors.
 
-  Further attributes are `Stack`'s.
+  The other attributes are those of `Stack`.
   """
 
   width: int

@@ -32,8 +32,8 @@ class Block(nn.Module):
   Attributes:
     sublayers: the layers. The parameters of a `SwiGLU` are called "mlp" and those of any other layer "mixer", with a number
       where a block has several; its norm's "mixer_norm" and so on.
-    norm_epsilon: of the norms.
-    param_dtype: of the norms' scales.
+    norm_epsilon: epsilon of the norms.
+    param_dtype: dtype of the norms' scales.
   """
 
   sublayers: tuple[nn.Module, ...]
@@ -44,7 +44,7 @@ class Block(nn.Module):
   def __call__(
     self, x: jax.Array, states: tuple[Any, ...] | None, segment_ids: jax.Array | None, context: Context
   ) -> tuple[jax.Array, tuple[Any, ...], Context]:
-    """x [B, T, D], the sublayers' states and the context, to the same after this block."""
+    """Maps x [B, T, D], the sublayers' states and the context to the same after this block."""
     x, context = context.next_block(x)
     after = []
     for i, (name, template) in enumerate(zip(sublayer_names(self.sublayers), self.sublayers, strict=True)):
@@ -97,15 +97,15 @@ class Stack(nn.Module, kw_only=True):
       layer followed by a `SwiGLU` of `mlp_ratio`; an entry that is a sequence of layers is a block of just these sublayers.
       `[[a, SwiGLU()], [b]]` is a pattern in which every second block has no MLP.
     depth: number of blocks.
-    mlp_ratio: of the `SwiGLU` behind each entry that is a single layer; 0 for none.
-    norm_epsilon: of all norms of the residual stream.
+    mlp_ratio: `ratio` of the `SwiGLU` after each entry that is a single layer; 0 for none.
+    norm_epsilon: epsilon of all norms of the residual stream.
     remat: what the backward pass recomputes: "none", everything but the inputs of blocks ("full"), or everything but the
       products of activations with weights ("dots").
     scan: run the repeats of the pattern as one `jax.lax.scan`, so that compile time does not grow with `depth`. Parameters
       of the repeats are then stacked on a leading axis (named "layers") under "periods", states on their second axis; see
       `unroll_params` and `scan_params`. Blocks beyond the last whole repeat follow unrolled.
-    dtype: of activations, in every layer that does not set its own.
-    param_dtype: of parameters, likewise.
+    dtype: dtype of activations, in every layer that does not set its own.
+    param_dtype: dtype of all parameters.
   """
 
   mixers: tuple[nn.Module | tuple[nn.Module, ...], ...]
@@ -169,7 +169,7 @@ class Stack(nn.Module, kw_only=True):
   def __call__(
     self, x: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """x [B, T, D] to (y [B, T, D], state); arguments as in `MemoryLayer`."""
+    """Maps x [B, T, D] to (y [B, T, D], state); arguments as in `MemoryLayer`."""
     self.check_state(state, x.shape[0])
     return self.residual(x.astype(self.dtype), state, segment_ids)
 
