@@ -86,7 +86,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("words", nargs="*", help="only mutants whose path or description has one of these words")
   parser.add_argument("--list", action="store_true", help="print the mutants and stop")
-  parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants to try at a time (default: one a core)")
+  parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants to try at once (default: one per core)")
   arguments = parser.parse_args()
   mutants = [m for m in load() if not arguments.words or any(word in f"{m.path} {m.what}" for word in arguments.words)]
   if arguments.list:

@@ -139,7 +139,7 @@ def _first_indented_lines(text: str) -> str:
 
 
 def parts_table(name: str, description: Description) -> Table:
-  columns = ("part", "memory", "parameters", "of the memory", "state, bytes", "FLOPs a token")
+  columns = ("part", "memory", "parameters", "of the memory", "state, bytes", "FLOPs per token")
   memory = sum(row.mixer_parameters for row in description.rows)
   totals = (description.parameters, memory, description.state_bytes, description.flops)
   shown = table(
