@@ -1,14 +1,14 @@
 """Text as batches of packed rows, in an order that depends only on the seed.
 
-The documents of a split are concatenated to one array of tokens, which is cut into rows of `sequence_length`. Grain
-shuffles the rows anew every epoch. A row depends on its number alone, so any batch can be made on its own, and the
-position of a run is one integer. No token is dropped, and only the end of a split is padded.
+The documents of a split are concatenated into one array of tokens, which is cut into rows of `sequence_length`. Grain shuffles
+the rows anew every epoch. A row depends only on its number, so any batch can be made without the others, and the position of a
+run is one integer. No token is dropped, and only the end of a split is padded.
 
 In a row `segment_ids` counts documents from 1; 0 is padding. The target of a token is the next token of the same document.
 The last token of a document has no target: its weight is 0. A document that does not fit in its row continues in another
 row, with a fresh memory.
 
-The tokens of all text are held in memory, a byte each where tokens are bytes.
+The tokens of all text are held in memory, in one byte each if tokens are bytes.
 """
 
 import hashlib

@@ -14,7 +14,7 @@ from ..checks import at_least, check_seed
 from ..data import check_documents
 from .task import Example, Task
 
-_VALIDATION = 2**31  # validation batches are numbered from here; no run has so many training batches
+_VALIDATION = 2**31  # validation batches are numbered from here, beyond any training batch
 
 
 @dataclass(frozen=True)
