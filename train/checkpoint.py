@@ -54,7 +54,7 @@ class Checkpoints:
   """The checkpoints of one run. A context manager: leaving it waits for a save in progress.
 
   Args:
-    directory: of the run. Created where it is missing.
+    directory: folder of the run, created if missing.
     kept: how many of the newest stay on disk, beside the one with the lowest validation loss.
     say: called with messages about checkpoints that cannot be read.
   """
@@ -103,7 +103,7 @@ class Checkpoints:
       state: the train state.
       data: the iterator's `get_state()` after those batches.
       facts: other values to save with the run, as JSON.
-      validation_loss: of `state`, if it was evaluated.
+      validation_loss: the validation loss of `state`, if it was evaluated.
     """
     facts = facts | {"checksums": checksums(state)}
     if validation_loss is not None:
@@ -213,7 +213,7 @@ def restore_params(
   """The parameters of a run's newest undamaged checkpoint, for evaluation and generation, and its step.
 
   Args:
-    directory: of the run; it is not changed.
+    directory: folder of the run; it is not changed.
     abstract_params: shapes and dtypes, as `jax.eval_shape` gives them, without boxes. Those without a sharding are placed on
       the first device.
     best: take the checkpoint with the lowest validation loss instead of the newest.

@@ -35,7 +35,7 @@ class Entrant:
   """A layer in the comparison, at one size.
 
   Attributes:
-    name: as given to `enter`: "DeltaNet", "reflecting/DeltaNet".
+    name: the name that `enter` got: "DeltaNet", "reflecting/DeltaNet".
     experiment: its model, task and optimiser.
     state_bytes: bytes of the model's state for one sequence.
     parameters: number of the model's parameters.
@@ -118,8 +118,8 @@ class Comparison:
     grows: the quantity that grows from test to test.
     chance: for each test, the score without memory.
     continuous: scores are squared errors; smaller is better.
-    budget: of each trial.
-    trials: in the order of the entrants.
+    budget: the budget of each trial.
+    trials: the trials in the order of the entrants.
   """
 
   task: str
@@ -143,8 +143,8 @@ def compare(
   """Trains and tests each of `entrants`; takes finished trials of earlier calls from `directory`.
 
   Args:
-    entrants: from `enter`; all on the same task.
-    budget: of each entrant.
+    entrants: entrants from `enter`, all on the same task.
+    budget: the budget of each entrant.
     directory: the folder of `trials/`, which holds one file per trial.
     report: called with an entrant and its progress: "step", "loss" and "score" while it trains, then "trial".
   """

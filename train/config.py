@@ -53,7 +53,7 @@ class Experiment:
   """The parts of a run.
 
   Attributes:
-    name: of the configuration.
+    name: name of the configuration.
     model: an unbound `LanguageModel`, or a `VectorModel` if the configuration sets one of its fields.
     data, optimizer, mesh, trainer: `TextData` (or `TaskData`, if the configuration sets one of its fields), `Optimizer`,
       `MeshShape` and `Trainer` of `memzoo.train`.

@@ -47,7 +47,7 @@ class TextData:
     batch_size: rows in a batch, over all devices and processes.
     validation_fraction: the share of the documents, picked by a hash of their names, that is kept for validation. If that
       picks none or all, as from a single file, the end of every document is kept instead.
-    seed: of the order of the rows.
+    seed: random seed of the order of the rows.
     weights: for a mixture, the relative number of rows from each source; `None` takes every row of every source once an
       epoch.
     text_field: the field of objects in *.jsonl files that holds the text.
@@ -200,7 +200,7 @@ class Split:
   Attributes:
     tokens: [tokens] of unsigned integers.
     document_ends: [documents], ascending; the end of each document in `tokens`.
-    num_bytes: of the text.
+    num_bytes: size of the text.
     sequence_length: tokens in a row.
     max_documents: the most documents in a row; `None` for any number.
   """

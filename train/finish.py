@@ -21,9 +21,9 @@ def finish(setup: Setup, state: TrainState, report: Report, watch: Stopwatch, st
   """Evaluates `state`, writes `result.json`, `loss.png` and `sample.txt`, and prints a summary.
 
   Args:
-    setup: of the run.
-    state: after the last step.
-    report: of the run.
+    setup: the set-up of the run.
+    state: the state after the last step.
+    report: the report of the run.
     watch: a stopped watch that ran from the end of the first of these steps to the end of the last.
     steps: number of steps that this call of `train` has taken.
   """

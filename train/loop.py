@@ -37,8 +37,8 @@ def train(experiment: Experiment, directory: str | Path, *, progress: bool = Tru
   `result.json` and `checkpoints/`. SIGTERM and Ctrl-C save a checkpoint and return; a second Ctrl-C stops at once.
 
   Args:
-    experiment: as `memzoo.build` gives it.
-    directory: of the run, created if missing. If it holds a run, the configs may differ only in `MeshShape` and
+    experiment: an experiment from `memzoo.build`.
+    directory: folder of the run, created if missing. If it holds a run, the configs may differ only in `MeshShape` and
       `Trainer` (without its seed).
     progress: False prints nothing.
 

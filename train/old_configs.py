@@ -63,7 +63,7 @@ def renewed(name: str, cls: type, where: dict[str, str]) -> dict[str, Place]:
   """The new places of the old fields of `cls` that a config sets.
 
   Args:
-    name: of the class, as the config has it.
+    name: name of the class in the config.
     cls: the class.
     where: the place in the config of each old field that it sets.
 

@@ -21,7 +21,7 @@ class Optimizer:
   """The settings of AdamW; `build(steps)` gives the `optax.GradientTransformation`.
 
   Attributes:
-    learning_rate: at the peak, after `warmup_steps`.
+    learning_rate: peak learning rate, reached after `warmup_steps`.
     warmup_steps: steps of linear warm-up; at most a tenth of the run.
     final_fraction: the share of `learning_rate` at the last step; the rate falls to it along a cosine.
     weight_decay: the decay of matrices and embeddings per update, in units of the learning rate. Gates, norms and biases

@@ -30,7 +30,7 @@ class Probe:
   """The result of a probe.
 
   Attributes:
-    name: of the probe.
+    name: name of the probe.
     title: a description of the numbers.
     rows, columns: their names.
     values: [rows, columns]; nan where nothing could be measured.

@@ -87,8 +87,8 @@ def row_share(sharding: NamedSharding, rows: int) -> tuple[int, int]:
   Processes that split matrix products, and not the batch, have the same share.
 
   Args:
-    sharding: of the batch's arrays.
-    rows: of the global batch.
+    sharding: sharding of the batch's arrays.
+    rows: number of rows of the global batch.
 
   Raises:
     ValueError: if the mesh has no device of this process, or the rows of its devices are not contiguous.

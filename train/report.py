@@ -26,9 +26,9 @@ class Report:
   A context manager. On a terminal it draws a bar; elsewhere it prints a line every `log_every` steps.
 
   Args:
-    directory: of the run.
+    directory: folder of the run.
     first_step, last_step: steps taken before, and steps in all.
-    tokens_per_step: from which the rate is computed.
+    tokens_per_step: tokens in a step, for the rate.
     log_every: steps between two lines, and between two points in TensorBoard.
     measure: the number in each row besides the loss, one of `MEASURES`.
     progress: False shows nothing.

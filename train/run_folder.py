@@ -11,16 +11,16 @@ class Result:
   """The result of a run.
 
   Attributes:
-    directory: of the run.
+    directory: folder of the run.
     step: batches seen.
     interrupted: the signal that stopped it early, "SIGTERM" or "SIGINT"; None if it is finished.
     skipped: how many of them had a loss or gradient that was not finite.
-    validation_loss, validation_bits_per_byte: on the validation text; these and all below are None if interrupted.
+    validation_loss, validation_bits_per_byte: results on the validation text; these and all below are None if interrupted.
     validation_accuracy: share of tokens, or of answers, whose likeliest prediction is right.
-    order_0_bits_per_byte, zlib_bits_per_byte: of the same text under its own byte frequencies, and compressed by zlib -9.
-    tokens_per_second: from the end of the first step to the end of the last, all pauses included.
+    order_0_bits_per_byte, zlib_bits_per_byte: the same text under its own byte frequencies, and compressed by zlib -9.
+    tokens_per_second: mean rate from the end of the first step to the end of the last, all pauses included.
     step_share: the share of that time inside the compiled step.
-    flops_per_second: of matrix products inside the compiled step; a backward pass counts as two forward ones.
+    flops_per_second: rate of matrix products inside the compiled step; a backward pass counts as two forward ones.
     matmul_share: `flops_per_second` divided by the devices' rate in one large float32 product, measured after the last step.
     peak_bytes: peak memory of the fullest device, or of this process if devices do not report theirs.
   """

@@ -20,9 +20,9 @@ class Setup(NamedTuple):
   """The fixed parts of a run; none changes from step to step.
 
   Attributes:
-    experiment: as `memzoo.build` gives it.
-    directory: of the run.
-    mesh: of devices.
+    experiment: an experiment from `memzoo.build`.
+    directory: folder of the run.
+    mesh: the mesh of devices.
     program: the compiled functions.
     corpus: the text, or the task.
     primary: whether this is the process that writes and prints.

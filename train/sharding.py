@@ -87,7 +87,7 @@ def parameter_shardings(mesh: Mesh, boxed: Any) -> Any:
   """A sharding for every parameter, from the logical axis names in its box.
 
   Args:
-    mesh: with the axes of `MeshShape`.
+    mesh: a mesh with the axes of `MeshShape`.
     boxed: what `model.init` returns, or its shapes under `jax.eval_shape`, boxes included.
 
   Raises:

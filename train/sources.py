@@ -194,7 +194,7 @@ def train_tokenizer(sources: str | Sequence[str], vocab_size: int, path: str | o
   Args:
     sources, field: as for `read_sources`.
     vocab_size: number of tokens, including the 256 bytes.
-    path: of the file to write.
+    path: path of the file to write.
 
   Returns:
     The number of tokens; fewer than `vocab_size` if the text has no more pairs.

@@ -70,7 +70,7 @@ class Program(NamedTuple):
     evaluate: `evaluate(params, batch) -> (nats, right, tokens)`: the loss summed over the batch's targets, how many of them
       were the likeliest prediction, and their number.
     abstract_state: the state's shapes, dtypes and shardings.
-    batch_sharding: of every array of a batch.
+    batch_sharding: sharding of every array of a batch.
     groups: names of the parameter groups.
   """
 

@@ -24,7 +24,7 @@ class Trainer:
     nonfinite_limit: number of non-finite steps in a row that ends the run. Each is skipped: it does not change the parameters.
     sample_prompt: the text that the sample at the end of the run continues.
     sample_tokens: length of that sample in tokens; 0 writes none.
-    seed: of the parameters, and of any randomness in the model.
+    seed: random seed of the parameters, and of any randomness in the model.
   """
 
   steps: int = 1000

@@ -25,7 +25,7 @@ class TaskData:
     task: one of `memzoo.train.tasks`; the run trains on its `training()`.
     batch_size: examples in a batch.
     validation_batches: number of batches of a full evaluation.
-    seed: of the examples.
+    seed: random seed of the examples.
   """
 
   task: Task

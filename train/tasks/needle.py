@@ -40,7 +40,7 @@ class Needle(Task):
     needles: number of pass keys in it, each with its own name; one of them is queried.
     digits: number of digits of a pass key.
     shallowest, deepest: range of the depth of the requested needle, from 0 (the beginning) to 1 (the end).
-    sources: of the text, as in `TextData.sources`.
+    sources: sources of the text, as in `TextData.sources`.
     text_bytes: passages are taken from this many bytes at the start of the text.
   """
 
