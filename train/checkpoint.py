@@ -55,7 +55,7 @@ class Checkpoints:
 
   Args:
     directory: folder of the run, created if missing.
-    kept: how many of the newest stay on disk, beside the one with the lowest validation loss.
+    kept: how many of the newest stay on disk, in addition to the one with the lowest validation loss.
     say: called with messages about checkpoints that cannot be read.
   """
 

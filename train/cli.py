@@ -175,7 +175,7 @@ def generate(
   seed: Annotated[int, typer.Option(help="Random seed; each seed gives another text.")] = 0,
   best: _Best = False,
 ) -> None:
-  """Continue a text with the newest checkpoint of a run; each token is shown at once.
+  """Continue a text with the newest checkpoint of a run; each token is shown immediately.
 
   [bold]memzoo generate runs/quickstart "def "[/bold]
 

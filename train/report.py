@@ -27,7 +27,7 @@ class Report:
 
   Args:
     directory: folder of the run.
-    first_step, last_step: steps taken before, and steps in all.
+    first_step, last_step: number of steps taken before, and in total.
     tokens_per_step: tokens in a step, for the rate.
     log_every: steps between two lines, and between two points in TensorBoard.
     measure: the number in each row besides the loss, one of `MEASURES`.

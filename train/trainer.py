@@ -18,7 +18,7 @@ class Trainer:
     evaluation_batches: batches in such an evaluation, spread evenly over the validation text; 0 means all of it.
     final_evaluation_batches: the same for the evaluation at the end, which gives the reported numbers.
     checkpoint_every: steps between two checkpoints; 0 saves only at the end and when interrupted.
-    checkpoints_kept: how many of the newest checkpoints stay on disk, beside the best one.
+    checkpoints_kept: how many of the newest checkpoints stay on disk, in addition to the best one.
     save_best: also save after each evaluation that is the best so far.
     log_group_norms: write the gradient norm of every group of parameters to `metrics.jsonl`.
     nonfinite_limit: number of non-finite steps in a row that ends the run. Each is skipped: it does not change the parameters.
