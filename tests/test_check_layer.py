@@ -220,6 +220,9 @@ def test_the_laws_command_prints_the_report_or_the_mistake(my_layers, monkeypatc
   status, out, _ = run("my_layers.LeakyAverage", "--set", "channels=6", "--width", "8", "--only", "13,14")
   assert status == 0
   assert "LeakyAverage: 2 held, 0 broken" in out
+  status, out, _ = run("test_check_layer.RunningMean", "--set", "fault=grows", "--only", "14")
+  assert status == 1
+  assert "RunningMean: 0 held, 1 broken" in out
   for mistake, said in (
     (["my_layers.Nothing"], "is neither in `memzoo list` nor a class"),
     (["my_layers.LeakyAverage", "--set", "depth=1"], "has no field depth; it has channels, dtype, param_dtype"),

@@ -204,7 +204,7 @@ def test_mistakes_are_named():
     (MemoryAsContext(**SIZES, segment=0), "segment=0; expected at least one token"),
     (TitansMemory(**SIZES, update=Update(anchor="token", clip=None)), "anchor='token' is for linear memories"),
     (TitansMemory(**SIZES, network=Network(depth=0)), "depth=0; expected at least one matrix"),
-    (TitansMemory(**SIZES, output_gate="relu"), "output_gate='relu'; (want|expected) one of"),
+    (TitansMemory(**SIZES, output_gate="relu"), "output_gate='relu'; expected one of"),
   ):
     with pytest.raises(ValueError, match=message):
       module.init(jax.random.key(0), x)
