@@ -292,7 +292,7 @@ def _row_differences(trial: Trial, message: str, others: Any, changed: Any, base
 def length_shapes(trial: Trial) -> Iterator[Violation]:
   """An input of any length gives one output per token."""
   chunk = getattr(trial.layer, "chunk_size", None) or CHUNK
-  for tokens in sorted({1, 2, chunk, 3 * chunk + 5}):
+  for tokens in (1, 3 * chunk + 5):
     x, (y, _) = trial.example(ROWS, tokens), trial.shapes_of(tokens)
     if y.shape[:2] != x.shape[:2]:
       yield Violation(7, f"y has shape {list(y.shape)} for an input {list(x.shape)}; expected one output per token", tokens - 1)
