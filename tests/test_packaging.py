@@ -87,3 +87,10 @@ def test_imports_of_every_form_are_found(tmp_path, monkeypatch):
   )
   found = {"typing.TYPE_CHECKING", "memzoo.zoo.stack.Stack", "memzoo.train.loop", "memzoo.zoo", "memzoo.layers.norms"}
   assert set(imported_modules(path)) == found
+
+
+@pytest.mark.xdist_group("together")
+def test_tests_of_a_group_share_a_process(request):
+  """Tests that share compiled programs are marked so; pytest-xdist moves the group into the test's id."""
+  grouped = getattr(request.config.option, "loadgroup", False)
+  assert not grouped or request.node.nodeid.endswith("@together")
