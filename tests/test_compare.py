@@ -39,6 +39,9 @@ def test_overrides_of_a_layer_or_scope_apply_to_it_alone():
 def test_a_comparison_replaces_only_the_last_mixer():
   (entrant,) = enter("mqar", ["DeltaNet"], [*SMALL, "LanguageModel.mixers=[@Attention, @GatedConv, @LinearAttention]"])
   assert [type(mixer).__name__ for mixer in entrant.experiment.model.mixers] == ["Attention", "GatedConv", "DeltaNet"]
+  blocks = "LanguageModel.mixers=[@GatedConv, [@LinearAttention, @SwiGLU]]"
+  (entrant,) = enter("mqar", ["DeltaNet"], [*SMALL, blocks], state_bytes=[2**12])
+  assert [type(layer).__name__ for layer in entrant.experiment.model.mixers[1]] == ["DeltaNet", "SwiGLU"]
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_more_steps_may_be_asked_for(tmp_path):
 def test_a_directory_with_another_run_is_refused(finished, tmp_path):
   experiment, directory, _ = finished
   other = tiny_experiment(directory.parent, optimizer=Optimizer(learning_rate=0.5), sample_tokens=8, steps=99)
-  with pytest.raises(ValueError, match=r"another config: Optimizer.learning_rate = 0.01 there, 0.5 here\. Want"):
+  with pytest.raises(ValueError, match=r"another config: Optimizer.learning_rate = 0.01 there, 0.5 here\. Expected"):
     train(other, directory)
   (tmp_path / "checkpoints" / "3").mkdir(parents=True)
   (tmp_path / "config.gin").write_text(experiment.text.replace("Trainer.seed = 0", "Trainer.seed = 1"))

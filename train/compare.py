@@ -243,6 +243,8 @@ def enter(
   if unknown is not None or not layers:
     raise ValueError(f"--layers names {unknown!r}{did_you_mean(unknown or '', LAYERS)} Expected some of {', '.join(LAYERS)}.")
 
+  names = jax.tree.map(lambda mixer: f"@{type(mixer).__name__}", base.model.mixers)
+
   def counts(text: str, layer: str) -> bool:
     """Whether an override is for `layer`: it does not name another entrant, nor a scope other than the layer's."""
     (scope, _, name), bound, target = layer.rpartition("/"), _bound(text), text.partition(".")[0].strip()
@@ -252,8 +254,8 @@ def enter(
 
   def build_one(layer: str, more: Sequence[str]) -> Any:
     own = [text for text in overrides if counts(text, layer)]
-    pattern = ", ".join([f"@{type(mixer).__name__}" for mixer in base.model.mixers[:-1]] + [f"@{layer}"])
-    experiment = build(config, [*own, f"{type(base.model).__name__}.mixers=[{pattern}]", *more])
+    pattern = str(_replace_last(names, f"@{layer}")).replace("'", "")
+    experiment = build(config, [*own, f"{type(base.model).__name__}.mixers={pattern}", *more])
     return _fitted(experiment)
 
   def enter_one(layer: str, more: Sequence[str]) -> Entrant:
@@ -269,6 +271,12 @@ def enter(
     for size in state_bytes or ():
       entrants.append(enter_one(layer, _size_for(layer, build_one(layer, ()), size)))
   return list({entrant.title: entrant for entrant in entrants}.values())
+
+
+def _replace_last(mixers: tuple, mixer: Any) -> tuple:
+  """The pattern `mixers` with `mixer` in place of the first layer of its last block."""
+  *others, last = mixers
+  return (*others, (mixer, *last[1:]) if isinstance(last, tuple) else mixer)
 
 
 def _bound(override: str) -> str:
@@ -295,12 +303,12 @@ def _count(experiment: Any) -> int:
 
 def _size_for(layer: str, experiment: Any, size: int) -> list[str]:
   """The overrides that bring the model's state closest to `size` bytes."""
-  mixer = experiment.model.mixers[-1]
+  mixer = experiment.model.mixer(len(experiment.model.mixers) - 1)
   fields = [name for name in ("key_dim", "value_dim") if hasattr(mixer, name)] or ["window"]
 
   def state_bytes(width: int) -> int:
     sized = mixer.clone(parent=None, **dict.fromkeys(fields, width))
-    model = experiment.model.clone(mixers=(*experiment.model.mixers[:-1], sized))
+    model = experiment.model.clone(mixers=_replace_last(experiment.model.mixers, sized))
     return model.state_bytes(1, experiment.data.task.length)
 
   widths = range(4, 1025, 4)

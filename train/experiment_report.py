@@ -106,8 +106,8 @@ def _facts_table(experiment: Any, description: Description, peak: Peak | None) -
   }
   if peak:
     facts["peak"] = (
-      f"{binary(peak.total)} per device in a training step, as compiled for {peak.backend}: {binary(peak.state)} of state, "
-      f"{binary(peak.batch)} of batch, {binary(peak.temporaries)} of temporaries"
+      f"{binary(peak.total)} per device in a training step, as compiled for {peak.backend}: {binary(peak.state)} state, "
+      f"{binary(peak.batch)} batch, {binary(peak.temporaries)} temporaries"
     )
   return table(None, ("", ""), facts.items(), words=2)
 
