@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from memzoo.layers import Context, ContextLayer
 from memzoo.layers.memory_layer import silence_padding
@@ -91,10 +90,3 @@ class Feeder(ContextLayer, kw_only=True):
       context = context.add_features(ahead, dense(x.shape[-1], ("embed", None), name=f"ahead_{ahead}", **types)(x))
     y = dense(x.shape[-1], ("embed", None), name="output", **types)(x)
     return silence_padding(y, segment_ids), (), context
-
-
-def filled_params(module: nn.Module, example: Any, seed: int = 0, scale: float = 0.3) -> Any:
-  """Parameters of `module` from NumPy, in its own dtypes: nothing is compiled."""
-  rng = np.random.default_rng(seed)
-  shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), example))
-  return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype), shapes)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from context_layers import Feeder, NoteReader, filled_params
+from context_layers import Feeder, NoteReader
+from filled import filled
 from flax import linen as nn
 from memzoo.layers import Attention, Context, DeltaNet, SwiGLU
 from memzoo.zoo.language_model import LanguageModel, VectorModel
@@ -30,7 +31,7 @@ def context_stack(depth: int = 5, **fields) -> Stack:
 def test_a_scanned_stack_equals_the_unrolled_one_in_values_gradients_and_decoding():
   """Five blocks: two scanned repeats of two, and one that follows. The scanned one recomputes its blocks (`remat`)."""
   unrolled, x, more = context_stack(5), vectors(), vectors(2, seed=1)
-  params = filled_params(unrolled, x)
+  params = filled(unrolled, x, std=0.3)
   scanned, stacked = scan_params(unrolled.clone(remat="full"), params)
   assert scanned.scan
   assert scanned.repeats == 2
@@ -52,7 +53,7 @@ def test_a_scanned_stack_equals_the_unrolled_one_in_values_gradients_and_decodin
 @IN_FLOAT64
 def test_parameters_convert_between_the_scanned_and_the_unrolled_form():
   unrolled = context_stack(5)
-  params = filled_params(unrolled, vectors())
+  params = filled(unrolled, vectors(), std=0.3)
   scanned, stacked = scan_params(unrolled, params)
   shapes = jax.eval_shape(scanned.init, jax.random.key(0), vectors())
   assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, nn.unbox(shapes))
@@ -71,7 +72,7 @@ def test_notes_are_those_of_lower_layers_only(scan):
   """Only one block adds to the stream, so that the output shows what it reads."""
   stack = Stack(mixers=(NoteReader(channels=6),), depth=3, mlp_ratio=0, scan=scan, **FLOAT64)
   x, run = vectors(), jax.jit(stack.apply)
-  params = unroll_params(stack, filled_params(stack, x))[1]
+  params = unroll_params(stack, filled(stack, x, std=0.3))[1]
 
   def reads(reader: int, writer: int) -> bool:
     """Whether the output of block `reader` changes with the notes of block `writer`."""
@@ -96,7 +97,7 @@ def test_features_reach_the_blocks_that_they_are_for(scan):
   """Against the sums written out: block i receives W_j x_{i-j} from the feeder of each of the three blocks below."""
   stack = Stack(mixers=(Feeder(),), depth=5, mlp_ratio=0, scan=scan, **FLOAT64)
   x = vectors()
-  params = filled_params(stack, x)
+  params = filled(stack, x, std=0.3)
   actual, _ = jax.jit(stack.apply)(params, x)
   _, unrolled = unroll_params(stack, params)
   own = jax.tree.map(np.asarray, unrolled["params"])
@@ -133,7 +134,7 @@ def test_a_block_is_made_of_any_sublayers():
   assert [len(states[i]) for i in range(2)] == [2, 2]
   assert model.state_bytes(3, 1) == sum(leaf.nbytes for leaf in jax.tree.leaves(states))
 
-  params = filled_params(model, jnp.zeros((1, 2), jnp.int32))
+  params = filled(model, jnp.zeros((1, 2), jnp.int32), std=0.3)
   tokens = jnp.arange(6, dtype=jnp.int32)[None]
   run = jax.jit(model.apply)
   y, state = run(params, tokens[:, :3])
@@ -159,7 +160,7 @@ def test_a_layer_that_adds_its_input_replaces_the_stream():
 
   model = VectorModel(width=8, input_dim=3, output_dim=2, depth=2, mixers=(Shift(),), mlp_ratio=0, **FLOAT64)
   x = vectors(width=3)
-  params = filled_params(model, x)
+  params = filled(model, x, std=0.3)
   own = params["params"]
   stream = x @ own["embedding"]["kernel"] + own["blocks_0"]["mixer"]["shift"] + own["blocks_1"]["mixer"]["shift"]
   normed = stream / jnp.sqrt(jnp.mean(stream**2, -1, keepdims=True) + 1e-6) * own["final_norm"]["scale"][None, None]
@@ -175,7 +176,7 @@ def test_a_context_layer_sees_the_token_ids():
 
   model = LanguageModel(vocab_size=11, width=8, depth=2, mixers=(Lookup(),), mlp_ratio=0)
   tokens = jnp.asarray([[1, 2, 3]], jnp.int32)
-  params = filled_params(model, tokens)
+  params = filled(model, tokens, std=0.3)
   other = {"params": params["params"] | {"embedding": params["params"]["embedding"] * 0}}
   y = model.clone(tie_embeddings=False).apply({"params": other["params"] | {"head": {"kernel": jnp.eye(8, 11)}}}, tokens)[0]
   tables = sum(params["params"][f"blocks_{i}"]["mixer"]["table"] for i in (0, 1))
@@ -213,7 +214,7 @@ def test_impossible_stacks_are_named(fields, message):
 def test_a_state_of_another_stack_is_refused():
   model = Stack(mixers=(NoteReader(channels=6),), depth=4, mlp_ratio=0, scan=True)
   x = jnp.zeros((2, 3, 8))
-  params = filled_params(model, x)
+  params = filled(model, x, std=0.3)
   with pytest.raises(ValueError, match=r"state is a tuple of 4; expected a tuple of 1"):
     model.apply(params, x, model.clone(scan=False).initial_state(2))
   with pytest.raises(ValueError, match=r"state.* has shape"):
