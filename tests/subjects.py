@@ -49,6 +49,7 @@ KIND_OF = {
   "MemoryAsLayer": "composite",
   "LanguageModel": "composite",
   "ContextModel": "composite",
+  "ScannedContextModel": "composite",
   "Moneta": "variant",
   "Yaad": "variant",
   "Memora": "variant",
@@ -71,13 +72,17 @@ def hybrid(width: int, **fields: Any) -> nn.Module:
   return LanguageModel(vocab_size=11, width=width, depth=3, mixers=mixers)
 
 
-def with_context(width: int, **_: Any) -> nn.Module:
-  """A scanned language model, some of whose layers read what lower ones published or feed later blocks."""
+def with_context(width: int, scan: bool = False, **_: Any) -> nn.Module:
+  """A language model some of whose layers read what lower ones published or feed later blocks."""
   mixers = (NoteReader(channels=6), Feeder()), (NoteReader(channels=6),)
-  return LanguageModel(vocab_size=11, width=width, depth=5, mixers=mixers, scan=True)
+  return LanguageModel(vocab_size=11, width=width, depth=5, mixers=mixers, scan=scan)
 
 
-MODELS = {"LanguageModel": hybrid, "ContextModel": with_context}
+MODELS = {
+  "LanguageModel": hybrid,
+  "ContextModel": with_context,
+  "ScannedContextModel": functools.partial(with_context, scan=True),
+}
 SUBJECTS = (*LAYERS, *MODELS)
 
 
