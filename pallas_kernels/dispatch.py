@@ -3,8 +3,10 @@
 No environment variable changes the choice, and there is no silent fallback.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
 
 
 class Choice(NamedTuple):
@@ -37,3 +39,12 @@ def choose(operation: str, requested: str, candidates: Mapping[str, str | None])
     if name != chosen
   }
   return Choice(chosen, others)
+
+
+def by_platform(cpu: Callable[..., Any], others: Callable[..., Any], *args: Any) -> Any:
+  """`cpu(*args)` in programs that are compiled for a CPU, `others(*args)` in all other programs.
+
+  The platform is known when a program is lowered, which may be on another machine; `jax.default_backend()` does not tell. Both
+  functions are traced, so results must have equal shapes and dtypes; only one is compiled.
+  """
+  return jax.lax.platform_dependent(*args, cpu=cpu, default=others)
