@@ -1,0 +1,182 @@
+"""Operations on several devices: each device computes its own rows and heads, and nothing is gathered.
+
+Rows and heads are independent of each other in every operation, but XLA's partitioner does not see that through reshapes,
+gathers and loops. An operation therefore describes its arguments and results by `ROWS` and `HEADS`,
+
+    run = partitioned(local, in_specs=(P(ROWS, None, HEADS), P(ROWS, HEADS)), out_specs=P(ROWS, None, HEADS))
+    y = run(x, state)
+
+and `local` is called on each device with that device's part, by `jax.shard_map`. Over which mesh axes rows and heads are split
+is read from the operands' types where these axes are explicit. Types do not tell where axes are automatic; there it is what the
+caller says,
+
+    with split_over(mesh, rows=("data", "fsdp"), heads="tensor"):
+      y = model.apply(params, x)
+
+Inside a `jax.shard_map` of the caller's, over manual axes, operands are parts already.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .compat import varying_axes
+
+__all__ = ["HEADS", "ROWS", "partitioned", "split_over", "varying_alike"]
+
+ROWS, HEADS = "rows", "heads"
+
+
+class _Declared(NamedTuple):
+  """What `split_over` was told: a mesh, and the names of its axes by label."""
+
+  mesh: Mesh | AbstractMesh
+  names: dict[str, tuple[str, ...]]
+
+
+_DECLARED: ContextVar[_Declared | None] = ContextVar("declared", default=None)
+
+
+@contextmanager
+def split_over(mesh: Mesh, *, rows: str | Sequence[str] = (), heads: str | Sequence[str] = ()) -> Iterator[None]:
+  """Operations called in this context are split over automatic axes of `mesh`: batch rows over `rows`, heads over `heads`.
+
+  It also decorates functions. It counts while a function is traced: enter it inside of the function that you jit, or around
+  all calls. A label whose size does not divide over its axes is split over the first of them only, or not at all.
+
+  Raises:
+    ValueError: if the mesh lacks an axis, or an axis has both roles.
+  """
+  names = {ROWS: _names(rows), HEADS: _names(heads)}
+  for label, own in names.items():
+    if missing := sorted(set(own) - set(mesh.axis_names)):
+      raise ValueError(f"split_over({label}={own}): the mesh has no axis {missing}; expected some of {mesh.axis_names}.")
+  if both := sorted(set(names[ROWS]) & set(names[HEADS])):
+    raise ValueError(f"split_over(rows={names[ROWS]}, heads={names[HEADS]}): {both} cannot split both; expected other axes.")
+  token = _DECLARED.set(_Declared(mesh, names))
+  try:
+    yield
+  finally:
+    _DECLARED.reset(token)
+
+
+def partitioned(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
+  """Returns a function of the same arguments and results as `local` that computes on each device that device's part.
+
+  Args:
+    local: a function of arrays that treats all rows and heads alike. It takes sizes from its arguments, and closes over no
+      arrays. It sees arguments that all vary over the same manual axes, as the carries of a `jax.lax.scan` must.
+    in_specs: for each argument a `PartitionSpec` of the labels `ROWS` and `HEADS`, or a tree of them, as in `jax.shard_map`.
+      Axes without a label are whole on each device. A label is split over a mesh axis only if all axes with it divide.
+    out_specs: the same for the results. A result without one of its arguments' labels must be summed over it by JAX, as
+      gradients are.
+  """
+
+  def run(*operands):
+    leaves = jax.tree.leaves(operands)
+    specs = jax.tree.leaves(jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), in_specs, operands))
+    split = _split(leaves, specs)
+    if not split.manual:
+      return local(*_alike(operands))
+    operands = jax.tree.unflatten(jax.tree.structure(operands), map(split.place, leaves, specs))
+    return jax.shard_map(
+      lambda *parts: local(*_alike(parts)),
+      mesh=split.mesh if jax.sharding.get_abstract_mesh().empty else None,
+      in_specs=jax.tree.map(split.spec, in_specs),
+      out_specs=jax.tree.map(split.spec, out_specs),
+      axis_names=split.manual,
+    )(*operands)
+
+  return run
+
+
+def varying_alike(like: Any, tree: Any) -> Any:
+  """The arrays of `tree`, varying over the manual axes of the arrays of `like` too. Outside of `jax.shard_map` no change.
+
+  The first carry of a `jax.lax.scan` must vary over the axes that later carries vary over.
+  """
+  axes = frozenset().union(*map(varying_axes, jax.tree.leaves(like)))
+  return jax.tree.map(lambda x: _vary(x, axes), tree)
+
+
+def _alike(operands: Any) -> Any:
+  return varying_alike(operands, operands)
+
+
+def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+  missing = axes - varying_axes(x)
+  return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+class _Split(NamedTuple):
+  """How the operands of a call are split.
+
+  Attributes:
+    mesh: the mesh, or `None` where no axis of a mesh matters.
+    names: for each label the mesh axes that it is split over.
+    manual: these axes, and the other explicit axes that operands are split over.
+    explicit: those of `manual` that are explicit.
+  """
+
+  mesh: Mesh | AbstractMesh | None
+  names: dict[str, tuple[str, ...]]
+  manual: frozenset[str]
+  explicit: frozenset[str]
+
+  def spec(self, labels: P) -> P:
+    """The mesh axes in place of labels."""
+    return P(*(self.names[label] if label else None for label in labels))
+
+  def place(self, x: jax.Array, labels: P) -> jax.Array:
+    """Moves x where its type says that it is split over explicit axes in another way."""
+    if not self.explicit:
+      return x
+    wanted = P(*(tuple(n for n in _names(name) if n in self.explicit) or None for name in self.spec(labels)))
+    if _dimensions(jax.typeof(x).sharding.spec, x.ndim) == _dimensions(wanted, x.ndim):
+      return x
+    return jax.sharding.reshard(x, NamedSharding(self.mesh, wanted))
+
+
+def _split(leaves: list[jax.Array], specs: list[P]) -> _Split:
+  """Finds the axes of each label: explicit ones in the operands' types, automatic ones in what `split_over` was told."""
+  types = [jax.typeof(x).sharding for x in leaves]
+  declared = _DECLARED.get()
+  meshes = [jax.sharding.get_abstract_mesh(), *(sharding.mesh for sharding in types), *([declared.mesh] if declared else [])]
+  mesh = next((mesh for mesh in meshes if not mesh.empty), None)
+  if mesh is None:
+    return _Split(None, {}, frozenset(), frozenset())
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  split = [_dimensions(sharding.spec, x.ndim) for x, sharding in zip(leaves, types, strict=True)]
+  explicit = frozenset(name for dimensions in split for names in dimensions for name in names)
+  explicit = frozenset(name for name in explicit if kinds[name] == AxisType.Explicit)
+  names, taken = {}, set()
+  for label in (ROWS, HEADS):
+    places = [(i, d) for i, spec in enumerate(specs) for d, own in enumerate(spec) if own == label]
+    seen = max((tuple(n for n in split[i][d] if n in explicit) for i, d in places), key=len, default=())
+    told = () if declared is None else (n for n in declared.names[label] if kinds.get(n) == AxisType.Auto and mesh.shape[n] > 1)
+    sizes = [leaves[i].shape[d] for i, d in places]
+    names[label] = _dividing(mesh, [n for n in (*seen, *told) if n not in taken], sizes)
+    taken |= set(names[label])
+  return _Split(mesh, names, explicit | taken, explicit)
+
+
+def _dividing(mesh: Mesh | AbstractMesh, names: list[str], sizes: list[int]) -> tuple[str, ...]:
+  """The first of these mesh axes, as long as their devices divide all sizes."""
+  while names and math.gcd(*sizes) % math.prod(mesh.shape[name] for name in names):
+    names = names[:-1]
+  return tuple(names)
+
+
+def _dimensions(spec: P, ndim: int) -> list[tuple[str, ...]]:
+  """The mesh axes of each dimension."""
+  return [_names(name) for name in (*spec, *(None,) * (ndim - len(spec)))]
+
+
+def _names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+  return () if names is None else (names,) if isinstance(names, str) else tuple(names)
