@@ -19,30 +19,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from . import delta_rule, short_conv
-from . import test_time_memory as ttm
 from .measure import count_flops, large_product, peak_bytes, seconds_per_call, take_turns
+from .workloads import DIRECTIONS, OPERATIONS, VARIANTS, Shape, function, make_inputs
 
-DIRECTIONS = ("forward", "gradient")
+_SHAPE = Shape()
 LONG = (4096, 65536)  # the time per token should be equal at these lengths
-HALF_AS_WIDE = "test_time_mlp"  # heads of half the width, because the gradient of its oracle stores weights for every token
-
-
-@dataclass(frozen=True)
-class Shape:
-  """Shape of an operation's inputs: [batch, length, heads, key_dim or value_dim], float32."""
-
-  batch: int = 1
-  length: int = 2048
-  heads: int = 4
-  key_dim: int = 128
-  value_dim: int = 128
 
 
 @dataclass(frozen=True)
@@ -101,7 +85,7 @@ class Report:
 
 def bench(
   operations: Sequence[str] | None = None,
-  shape: Shape = Shape(),
+  shape: Shape = _SHAPE,
   *,
   directions: Sequence[str] = DIRECTIONS,
   seconds: float = 2.0,
@@ -111,7 +95,7 @@ def bench(
   """Runs the benchmark.
 
   Args:
-    operations: public names; `None` for all `OPERATIONS`.
+    operations: keys of `OPERATIONS` or `VARIANTS`; `None` for all `OPERATIONS`.
     shape: shape of the inputs when timing against the oracle.
     directions: which of `DIRECTIONS` to time.
     seconds: measuring time per operation and direction.
@@ -123,8 +107,8 @@ def bench(
   """
   names = list(OPERATIONS) if operations is None else list(operations)
   for name in names:
-    if name not in OPERATIONS:
-      raise ValueError(f"operations has {name!r}; expected some of {', '.join(OPERATIONS)}.")
+    if name not in OPERATIONS | VARIANTS:
+      raise ValueError(f"operations has {name!r}; expected some of {', '.join(OPERATIONS | VARIANTS)}.")
   if not directions or not set(directions) <= set(DIRECTIONS):
     raise ValueError(f"directions is {directions!r}; expected some of {', '.join(DIRECTIONS)}.")
   timings, long_timings = [], []
@@ -138,94 +122,11 @@ def bench(
   return Report(_device(), jax.__version__, shape, timings, long_timings)
 
 
-def make_inputs(operation: str, shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
-  """Inputs like those of a trained layer: unit keys, strengths in (0, 1), decays with a memory of hundreds of tokens."""
-  b, t, h, k, v = dataclasses.astuple(shape)
-  keys = iter(jax.random.split(jax.random.key(seed), 16))
-  normal = lambda *dims: jax.random.normal(next(keys), dims, jnp.float32)  # noqa: E731
-  unit = lambda *dims: _unit(normal(*dims))  # noqa: E731
-  strength = lambda *dims: jax.nn.sigmoid(normal(*dims))  # noqa: E731
-  decay = lambda *dims: -jax.nn.softplus(normal(*dims) - jnp.float32(5.0))  # noqa: E731
-  q, values = unit(b, t, h, k), normal(b, t, h, v)
-  match operation:
-    case "linear_attention":
-      return q, unit(b, t, h, k), values, decay(b, t, h)
-    case "delta_rule":
-      return q, unit(b, t, h, k), values, strength(b, t, h)
-    case "gated_delta_rule":
-      return q, unit(b, t, h, k), values, strength(b, t, h), decay(b, t, h)
-    case "kimi_delta_rule":
-      return q, unit(b, t, h, k), values, strength(b, t, h), decay(b, t, h, k)
-    case "delta_product":
-      return q, unit(b, t, 2, h, k), normal(b, t, 2, h, v), strength(b, t, 2, h), decay(b, t, h)
-    case "erase_then_delta_rule":
-      inputs = q, unit(b, t, h, k), values, strength(b, t, h), unit(b, t, h, k), strength(b, t, h), decay(b, t, h, k)
-      return inputs
-    case "test_time_mlp" | "test_time_linear":
-      if operation == HALF_AS_WIDE:
-        k, v = k // 2, v // 2
-      gates = 0.01 * strength(b, t, h), decay(b, t, h), decay(b, t, h)
-      shapes = _MEMORIES[operation](k, v).shapes().values()
-      weights = (normal(h, *shape) * jnp.float32(shape[0] ** -0.5) for shape in shapes)
-      return unit(b, t, h, k), unit(b, t, h, k), normal(b, t, h, v), *gates, *weights
-    case "short_conv":
-      return normal(b, t, h * k), normal(4, h * k)
-  raise ValueError(f"operation is {operation!r}; expected one of {', '.join(OPERATIONS)}.")
-
-
-_MEMORIES = {
-  "test_time_linear": partial(ttm.Memory, depth=1, residual=False),
-  "test_time_mlp": partial(ttm.Memory, depth=2, residual=False),
-}
-
-
-def _test_time_memory(q, k, v, step, log_keep, log_momentum, *weights, name: str, implementation: str = "auto"):
-  """A test-time memory with chunks of 64 tokens, momentum and decay."""
-  memory = _MEMORIES[name](q.shape[-1], v.shape[-1])
-  spec = ttm.Spec(memory, chunk_size=64, momentum=True)
-  initial = ttm.InitialWeights(dict(zip(memory.shapes(), weights, strict=True)))
-  return ttm.run(spec, initial, q, k, v, ttm.Gates(step, log_keep, log_momentum), implementation=implementation)[:2]
-
-
-# Operations with per-channel decays get the bound that their layers pass.
-OPERATIONS: dict[str, Callable[..., Any]] = {
-  "linear_attention": delta_rule.linear_attention,
-  "delta_rule": delta_rule.delta_rule,
-  "gated_delta_rule": delta_rule.gated_delta_rule,
-  "kimi_delta_rule": partial(delta_rule.kimi_delta_rule, decay_bound=-5.0),
-  "delta_product": delta_rule.delta_product,
-  "erase_then_delta_rule": partial(delta_rule.erase_then_delta_rule, decay_bound=-5.0),
-  **{name: partial(_test_time_memory, name=name) for name in _MEMORIES},
-  "short_conv": short_conv.short_conv,
-}
-
-
 def peak_memory(operation: str, shape: Shape) -> int:
   """Peak memory in bytes of a fresh process that computes the gradient of `operation` once, inputs included."""
   arguments = [operation, *map(str, dataclasses.astuple(shape))]
   command = [sys.executable, "-m", __name__, "--peak-memory", *arguments]
   return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def _unit(x: jax.Array) -> jax.Array:
-  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def function(operation: str, direction: str, implementation: str) -> Callable[..., Any]:
-  """The function that is timed: the operation, or the gradient of a weighted sum of its output by every input."""
-
-  def forward(*inputs):
-    return OPERATIONS[operation](*inputs, implementation=implementation)
-
-  def weighted_sum(*inputs):
-    output = forward(*inputs)[0]
-    weights = np.cos(np.arange(output.shape[-1])).astype(output.dtype)
-    return jnp.sum(output * jnp.expand_dims(weights, range(output.ndim - 1)))
-
-  def gradient(*inputs):
-    return jax.grad(weighted_sum, argnums=tuple(range(len(inputs))))(*inputs)
-
-  return forward if direction == "forward" else gradient
 
 
 def compile_pass(operation: str, direction: str, implementation: str, inputs: tuple) -> tuple[Callable, float]:

@@ -36,6 +36,20 @@ def seconds_per_call(call: Callable[[], object], seconds: float = 0.5, at_least:
   return statistics.median(times)
 
 
+def seconds_in_flight(call: Callable[[], object], seconds: float = 0.5, rounds: int = 5) -> float:
+  """Like `seconds_per_call`, with calls queued back to back, so that an accelerator never waits for Python."""
+  once = seconds_per_call(call, 0)
+  queued = max(1, min(20, int(seconds / rounds / once)))
+  times = []
+  for _ in range(rounds):
+    start = time.perf_counter()
+    for _ in range(queued):
+      result = call()
+    jax.block_until_ready(result)
+    times.append((time.perf_counter() - start) / queued)
+  return statistics.median(times)
+
+
 def large_product() -> tuple[Callable[[], jax.Array], int]:
   """Returns a function that multiplies two large square float32 matrices on the default device, and its FLOPs.
 

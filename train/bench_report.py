@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.table import Table
 
-from ..pallas_kernels.bench import DIRECTIONS, HALF_AS_WIDE, LONG, Report, Timing
+from ..pallas_kernels.bench import LONG, Report, Timing
+from ..pallas_kernels.workloads import DIRECTIONS, HALF_AS_WIDE
 from ..zoo.formats import binary, milliseconds, table, thousands
 
 _BASELINE = "recurrent"

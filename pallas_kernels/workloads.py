@@ -1,0 +1,247 @@
+"""The operations as benchmarks call them: their inputs, what is differentiated, hostile cases, and the least work they need."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import delta_rule, short_conv
+from . import test_time_memory as ttm
+from .measure import count_flops
+
+DIRECTIONS = ("forward", "gradient")
+HALF_AS_WIDE = "test_time_mlp"  # heads of half the width, because the gradient of its oracle stores weights for every token
+_ACTIVATIONS = frozenset({"q", "k", "v", "erase_key", "x"})  # inputs in the dtype of activations; the others are float32
+
+
+@dataclass(frozen=True)
+class Shape:
+  """Shape of an operation's inputs: [batch, length, heads, key_dim or value_dim]."""
+
+  batch: int = 1
+  length: int = 2048
+  heads: int = 4
+  key_dim: int = 128
+  value_dim: int = 128
+
+  @property
+  def token_heads(self) -> int:
+    """Tokens times heads: the unit in which times are compared."""
+    return self.batch * self.length * self.heads
+
+
+def _titans(q, k, v, step, log_keep, log_momentum, *weights, memory: Callable[..., ttm.Memory], **options):
+  """A test-time memory with chunks of 64 tokens, momentum and decay."""
+  shape = memory(q.shape[-1], v.shape[-1])
+  spec = ttm.Spec(shape, chunk_size=64, momentum=True)
+  initial = ttm.InitialWeights(dict(zip(shape.shapes(), weights, strict=True)))
+  return ttm.run(spec, initial, q, k, v, ttm.Gates(step, log_keep, log_momentum), **options)[:2]
+
+
+def _ttt_mlp(q, k, v, step, norm_scale, norm_bias, average, *weights, **options):
+  """The memory of `memzoo.layers.TTTMLP`: chunks of 16 tokens, a norm, biases, and the average of a chunk's steps."""
+  memory = _TTT_MLP(q.shape[-1], v.shape[-1])
+  spec = ttm.Spec(memory, ttm.Loss(scale=0.5), chunk_size=_TTT_CHUNK, average=True)
+  named = dict(zip(memory.shapes(), weights, strict=True))
+  initial = ttm.InitialWeights(named, norm=(norm_scale, norm_bias), average=average)
+  return ttm.run(spec, initial, q, k, v, ttm.Gates(step), **options)[:2]
+
+
+_LINEAR = partial(ttm.Memory, depth=1, residual=False)
+_MLP = partial(ttm.Memory, depth=2, residual=False)
+_TTT_MLP = partial(ttm.Memory, depth=2, expansion=4, norm=True, biases=True)
+_TTT_CHUNK = 16
+
+# Operations with per-channel decays get the bound that their layers pass.
+OPERATIONS: dict[str, Callable[..., Any]] = {
+  "linear_attention": delta_rule.linear_attention,
+  "delta_rule": delta_rule.delta_rule,
+  "gated_delta_rule": delta_rule.gated_delta_rule,
+  "kimi_delta_rule": partial(delta_rule.kimi_delta_rule, decay_bound=-5.0),
+  "delta_product": delta_rule.delta_product,
+  "erase_then_delta_rule": partial(delta_rule.erase_then_delta_rule, decay_bound=-5.0),
+  "test_time_linear": partial(_titans, memory=_LINEAR),
+  "test_time_mlp": partial(_titans, memory=_MLP),
+  "short_conv": short_conv.short_conv,
+}
+# Other uses of them, which accelerators are measured on as well.
+VARIANTS: dict[str, Callable[..., Any]] = {
+  "kimi_delta_rule_unbounded": delta_rule.kimi_delta_rule,
+  "erase_then_delta_rule_unbounded": delta_rule.erase_then_delta_rule,
+  "ttt_mlp": _ttt_mlp,
+}
+
+
+def find(name: str) -> Callable[..., Any]:
+  """The operation that `OPERATIONS` or `VARIANTS` calls `name`.
+
+  Raises:
+    ValueError: for an unknown name.
+  """
+  known = OPERATIONS | VARIANTS
+  if name not in known:
+    raise ValueError(f"operation is {name!r}; expected one of {', '.join(known)}.")
+  return known[name]
+
+
+def make_inputs(name: str, shape: Shape, seed: int = 0, dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, ...]:
+  """Inputs like those of a trained layer: unit keys, strengths in (0, 1), decays with a memory of hundreds of tokens.
+
+  Args:
+    name: of the operation.
+    shape: shape of the inputs.
+    seed: of the random numbers.
+    dtype: of queries, keys, values and the convolution's input; gates and weights are float32.
+  """
+  return tuple(x.astype(dtype) if called in _ACTIVATIONS else x for called, x in _named_inputs(name, shape, seed).items())
+
+
+def _named_inputs(name: str, shape: Shape, seed: int) -> dict[str, jax.Array]:
+  find(name)
+  b, t, h, k, v = dataclasses.astuple(shape)
+  keys = iter(jax.random.split(jax.random.key(seed), 16))
+  normal = lambda *dims: jax.random.normal(next(keys), dims, jnp.float32)  # noqa: E731
+  unit = lambda *dims: _unit(normal(*dims))  # noqa: E731
+  strength = lambda *dims: jax.nn.sigmoid(normal(*dims))  # noqa: E731
+  decay = lambda *dims: -jax.nn.softplus(normal(*dims) - jnp.float32(5.0))  # noqa: E731
+  q, values = unit(b, t, h, k), normal(b, t, h, v)
+  match name.removesuffix("_unbounded"):
+    case "linear_attention":
+      return {"q": q, "k": unit(b, t, h, k), "v": values, "log_decay": decay(b, t, h)}
+    case "delta_rule":
+      return {"q": q, "k": unit(b, t, h, k), "v": values, "beta": strength(b, t, h)}
+    case "gated_delta_rule":
+      return {"q": q, "k": unit(b, t, h, k), "v": values, "beta": strength(b, t, h), "log_decay": decay(b, t, h)}
+    case "kimi_delta_rule":
+      return {"q": q, "k": unit(b, t, h, k), "v": values, "beta": strength(b, t, h), "log_decay": decay(b, t, h, k)}
+    case "delta_product":
+      k, v, beta = unit(b, t, 2, h, k), normal(b, t, 2, h, v), strength(b, t, 2, h)
+      return {"q": q, "k": k, "v": v, "beta": beta, "log_decay": decay(b, t, h)}
+    case "erase_then_delta_rule":
+      written = {"q": q, "k": unit(b, t, h, k), "v": values, "beta": strength(b, t, h)}
+      erased = {"erase_key": unit(b, t, h, k), "erase_strength": strength(b, t, h)}
+      return written | erased | {"log_decay": decay(b, t, h, k)}
+    case "test_time_linear" | "test_time_mlp":
+      if name == HALF_AS_WIDE:
+        k, v = k // 2, v // 2
+      gates = {"step": 0.01 * strength(b, t, h), "log_keep": decay(b, t, h), "log_momentum": decay(b, t, h)}
+      tokens = {"q": unit(b, t, h, k), "k": unit(b, t, h, k), "v": normal(b, t, h, v)}
+      memory = find(name).keywords["memory"](k, v)
+      return tokens | gates | _weights(memory, h, normal)
+    case "ttt_mlp":
+      tokens = {"q": q, "k": unit(b, t, h, k), "v": values, "step": 0.1 / k * strength(b, t, h)}
+      start = {"norm_scale": jnp.ones((h, v)), "norm_bias": jnp.zeros((h, v)), "average": jnp.zeros((h, _TTT_CHUNK))}
+      return tokens | start | _weights(_TTT_MLP(k, v), h, normal)
+    case "short_conv":
+      return {"x": normal(b, t, h * k), "weight": normal(4, h * k)}
+
+
+def _weights(memory: ttm.Memory, heads: int, normal: Callable[..., jax.Array]) -> dict[str, jax.Array]:
+  shapes = memory.shapes().items()
+  return {f"weight_{name}": normal(heads, *shape) * jnp.float32(shape[0] ** -0.5) for name, shape in shapes}
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def function(name: str, direction: str, implementation: str = "auto") -> Callable[..., Any]:
+  """The function that is measured.
+
+  "forward" is the operation. "gradient" maps the inputs to the gradient of a weighted sum of the output by each of them. "both"
+  maps the output's cotangent and the inputs to the output and its pull-back, as a training step does.
+  """
+  run = partial(find(name), implementation=implementation)
+
+  def output(*inputs):
+    return run(*inputs)[0]
+
+  def weighted_sum(*inputs):
+    y = output(*inputs)
+    weights = np.cos(np.arange(y.shape[-1])).astype(y.dtype)
+    return jnp.sum(y * jnp.expand_dims(weights, range(y.ndim - 1)))
+
+  def gradient(*inputs):
+    return jax.grad(weighted_sum, argnums=tuple(range(len(inputs))))(*inputs)
+
+  def both(cotangent, *inputs):
+    y, pull = jax.vjp(output, *inputs)
+    return y, pull(cotangent)
+
+  return {"forward": run, "gradient": gradient, "both": both}[direction]
+
+
+class Work(NamedTuple):
+  """The least work of a function of an operation.
+
+  Attributes:
+    flops: FLOPs of the matrix products in the recurrence, three times that for a gradient.
+    bytes: size of all inputs and results, each read or written once.
+  """
+
+  flops: int
+  bytes: int
+
+  def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+    """The time that it takes at these rates (the roofline)."""
+    return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
+
+
+def least_work(name: str, direction: str, *arguments: Any) -> Work:
+  """The least work of `function(name, direction)` on these arguments, arrays or shapes. Nothing is computed."""
+  inputs = arguments[direction == "both" :]
+  flops = count_flops(function(name, "forward", "recurrent"), *inputs) * (1 if direction == "forward" else 3)
+  results = jax.eval_shape(function(name, direction, "recurrent"), *arguments)
+  return Work(flops, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, results))))
+
+
+def cases(name: str) -> list[str]:
+  """The names of the inputs on which the operation's accuracy is measured; `case_inputs` makes them."""
+  keywords = getattr(find(name), "keywords", {})
+  inputs = jax.eval_shape(lambda: _named_inputs(name, Shape(1, 1, 1, 2, 2), 0))
+  fit = {
+    "random": True,
+    "documents": True,
+    "cosine 0.95, beta 0.95": "beta" in inputs,
+    "cosine 0.95, beta 1.9": "beta" in inputs,
+    "decays -3 to -5": "log_decay" in inputs,
+    "decays -8 to -16": "log_decay" in inputs and "decay_bound" not in keywords,
+    "decays -20 to -60 at times": "log_decay" in inputs and "decay_bound" not in keywords,
+  }
+  return [case for case, fits in fit.items() if fits]
+
+
+def case_inputs(name: str, case: str, shape: Shape) -> tuple[list[np.ndarray], np.ndarray]:
+  """Float64 inputs of one of `cases`, and segment ids. Activations are exact in bfloat16, the others in float32."""
+  rng = np.random.default_rng(len(case))
+  inputs = {key: np.asarray(x, np.float64) for key, x in _named_inputs(name, shape, seed=1).items()}
+  segment_ids = np.ones((shape.batch, shape.length), np.int32)
+  if case.startswith("cosine"):
+    beta = float(case.rpartition(" ")[2])
+    alike = {key: _alike(rng, x, 0.95) for key, x in inputs.items() if key in ("k", "erase_key")}
+    strengths = {key: np.full_like(x, beta) for key, x in inputs.items() if key in ("beta", "erase_strength")}
+    faded = {key: 0.01 * x for key, x in inputs.items() if key == "log_decay"}
+    inputs |= alike | strengths | faded
+  elif case == "documents":
+    borders = rng.choice(np.arange(1, shape.length), min(8, shape.length // 4), replace=False)
+    segment_ids += np.isin(np.arange(shape.length), borders).cumsum().astype(np.int32)
+  elif case != "random":
+    _, high, _, low, *rare = case.split()
+    decays = rng.uniform(float(low), float(high), inputs["log_decay"].shape)
+    inputs["log_decay"] = np.where(rng.uniform(size=decays.shape) < 0.1, decays, -0.001) if rare else decays
+  rounded = {key: x.astype(jnp.bfloat16 if key in _ACTIVATIONS else np.float32) for key, x in inputs.items()}
+  return [x.astype(np.float64) for x in rounded.values()], segment_ids
+
+
+def _alike(rng: np.random.Generator, keys: np.ndarray, cosine: float) -> np.ndarray:
+  """Unit vectors like `keys`, any two of which have about this cosine."""
+  common = rng.standard_normal(keys.shape[-1])
+  common /= np.linalg.norm(common)
+  others = keys - (keys @ common)[..., None] * common
+  others /= np.linalg.norm(others, axis=-1, keepdims=True)
+  return np.sqrt(cosine) * common + np.sqrt(1 - cosine) * others
