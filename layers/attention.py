@@ -3,23 +3,27 @@
     o_t = sum_s softmax_s(q_t . k_s d^{-1/2}) v_s          over the last `window` tokens s <= t of t's document
 
 Queries and keys carry rotary positions (Su et al. 2021, arXiv:2104.09864), counted from the start of the document. Several
-query heads may share a key head (Ainslie et al. 2023, arXiv:2305.13245). The attention itself is
-`jax.nn.dot_product_attention`. Inputs longer than the window are cut into blocks of `window` tokens; each block attends to
-itself and to the block before, so the cost is O(T window).
+query heads may share a key head (Ainslie et al. 2023, arXiv:2305.13245). Inputs longer than the window are cut into blocks of
+`window` tokens; each block attends to itself and to the block before, so the cost is O(T window).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 from ..pallas_kernels.documents import Documents, documents, positions, undivided
 from ..pallas_kernels.numerics import accumulator, einsum
+from ..pallas_kernels.partition import HEADS, ROWS, partitioned
 from .memory_layer import MemoryLayer, count_key_heads, silence_padding
 from .norms import RMSNorm
 from .projections import dense
+
+_BY_ROW, _BY_HEAD, _PREFIX = P(ROWS), P(ROWS, None, HEADS), P(None, None, HEADS)
 
 
 class CacheState(NamedTuple):
@@ -101,15 +105,11 @@ class Attention(MemoryLayer):
     values = self._heads("value", self.key_heads)
     q, k, v = queries(x), keys(x), values(x)
     prefix_kv = None if prefix is None else tuple(project(prefix[None].astype(x.dtype)) for project in (keys, values))
-    docs = undivided(*x.shape[:2]) if segment_ids is None else documents(segment_ids)
-    position = positions(docs, state.length)
-    if self.rope_base is not None:
-      q, k = (rotate(a, position, self.rope_base) for a in (q, k))
 
-    out = self._attend(q, k, v, None if fresh else state, docs, position, prefix_kv)
+    out, state = self.attend(q, k, v, state, segment_ids, prefix_kv, fresh=fresh)
     out = out.reshape(*out.shape[:2], -1)
     y = dense(x.shape[-1], ("heads", "embed"), name="output", dtype=self.dtype, param_dtype=self.param_dtype)(out)
-    return silence_padding(y, segment_ids), self._write_cache(state, k, v, docs, position)
+    return silence_padding(y, segment_ids), state
 
   def _heads(self, name: str, heads: int, normed: bool = False) -> Callable[[jax.Array], jax.Array]:
     """The map from x [B, T, D] to [B, T, heads, d]."""
@@ -117,6 +117,44 @@ class Attention(MemoryLayer):
     project = dense(heads * self.head_dim, ("embed", "heads"), name=name, **types)
     norm = RMSNorm(param_dtype=self.param_dtype, axis=None, name=f"{name}_norm") if normed else lambda x: x
     return lambda x: norm(project(x).reshape(*x.shape[:2], heads, self.head_dim))
+
+  @nn.nowrap
+  def attend(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    state: CacheState,
+    segment_ids: jax.Array | None = None,
+    prefix_kv: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    fresh: bool = False,
+  ) -> tuple[jax.Array, CacheState]:
+    """What the layer does between its projections, without parameters: attention, and the next state.
+
+    Args:
+      q: [B, T, H, d], not yet rotated.
+      k, v: [B, T, Hk, d].
+      state, segment_ids: those of the call.
+      prefix_kv: keys and values that all tokens also attend to, [1, N, Hk, d], or `None`.
+      fresh: whether `state` is known to be empty.
+    """
+    locate = partitioned(partial(_locate, q.shape[1]), in_specs=_BY_ROW, out_specs=_BY_ROW)
+    docs, position, length = locate(segment_ids, state.length)
+    attend = partitioned(
+      partial(self._attend_and_write, fresh), in_specs=(*[_BY_HEAD] * 5, _BY_ROW, _PREFIX), out_specs=_BY_HEAD
+    )
+    where = docs, position, state.length, length
+    out, keys, values = attend(q, k, v, state.keys, state.values, where, prefix_kv)
+    return out, CacheState(keys, values, length)
+
+  def _attend_and_write(self, fresh: bool, q, k, v, keys, values, where, prefix_kv) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The output [B, T, H, d], and the cached keys and values after these tokens."""
+    docs, position, before, length = where
+    if self.rope_base is not None:
+      q, k = (rotate(a, position, self.rope_base) for a in (q, k))
+    out = self._attend(q, k, v, None if fresh else CacheState(keys, values, before), docs, position, prefix_kv)
+    return out, *(self._write(cache, new, docs, position, length) for cache, new in ((keys, k), (values, v)))
 
   def _attend(self, q, k, v, state, docs: Documents, position, prefix_kv) -> jax.Array:
     """Attention [B, T, H, d] of the new tokens to themselves, to `prefix_kv` and, unless `state` is `None`, to the cache."""
@@ -165,19 +203,23 @@ class Attention(MemoryLayer):
     position = last - (last - slot) % self.slots
     return _Tokens(jnp.where(position >= 0, 0, -1), position)
 
-  def _write_cache(self, state: CacheState, k, v, docs: Documents, position) -> CacheState:
-    """Returns the cache after these tokens: the last `slots` tokens of the last document."""
-    ours = docs.is_token & (docs.index == docs.index[:, -1:])
-    carried = jnp.where(docs.index[:, -1] == 0, state.length, 0)
-    length = carried + jnp.sum(ours, axis=1, dtype=jnp.int32)
-    kept = ours & (position >= length[:, None] - self.slots)
+  def _write(self, cache: jax.Array, new: jax.Array, docs: Documents, position, length) -> jax.Array:
+    """Returns a cache after the tokens `new`: the last `slots` tokens of the last document, whose length is `length`."""
+    kept = _in_last_document(docs) & (position >= length[:, None] - self.slots)
     slot = jnp.where(kept, position % self.slots, self.slots)  # out of bounds, and therefore dropped
-    row = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
+    return jax.vmap(lambda row, slot, new: row.at[slot].set(new, mode="drop"))(cache, slot, new.astype(cache.dtype))
 
-    def write(cache, new):
-      return cache.at[row, slot].set(new.astype(cache.dtype), mode="drop")
 
-    return CacheState(write(state.keys, k), write(state.values, v), length)
+def _locate(tokens: int, segment_ids: jax.Array | None, length: jax.Array) -> tuple[Documents, jax.Array, jax.Array]:
+  """The documents of `tokens` tokens, the tokens' positions in them, and the length of the last one."""
+  docs = undivided(len(length), tokens) if segment_ids is None else documents(segment_ids)
+  carried = jnp.where(docs.index[:, -1] == 0, length, 0)
+  return docs, positions(docs, length), carried + jnp.sum(_in_last_document(docs), axis=1, dtype=jnp.int32)
+
+
+def _in_last_document(docs: Documents) -> jax.Array:
+  """bool [B, T]: whether a token belongs to the last document of its row."""
+  return docs.is_token & (docs.index == docs.index[:, -1:])
 
 
 def _windowed(q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, window: int, prefix_kv) -> jax.Array:
@@ -190,20 +232,27 @@ def _windowed(q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, window: int, 
 def softmax_attention(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, prefix_kv: tuple[jax.Array, jax.Array] | None = None
 ) -> jax.Array:
-  """softmax(q k^T d^{-1/2}) v over the keys that `mask` [B, T, S] allows, by `jax.nn.dot_product_attention`.
+  """softmax(q k^T d^{-1/2}) v over the keys that `mask` [B, T, S] allows; q [B, T, H, d], k and v [B, S, Hk, d].
 
-  All queries of all rows also attend to `prefix_kv`, keys and values [1, N, Hk, d].
+  The softmax is float32 (float64 where q is). Its result is rounded to v's dtype, so all products of 16-bit inputs take one
+  pass. All queries of all rows also attend to `prefix_kv`, keys and values [1, N, Hk, d].
   """
+  return partitioned(_softmax_attention, (*[_BY_HEAD] * 3, _BY_ROW, _PREFIX), _BY_HEAD)(q, k, v, mask, prefix_kv)
+
+
+def _softmax_attention(q, k, v, mask, prefix_kv) -> jax.Array:
   if prefix_kv is not None:
     k, v = (_prepend(first, a) for first, a in zip(prefix_kv, (k, v), strict=True))
     mask = jnp.pad(mask, ((0, 0), (0, 0), (prefix_kv[0].shape[1], 0)), constant_values=True)
-  # `jax.nn.dot_product_attention` computes its softmax in float32 even for float64, mixes dtypes for narrow inputs (a mistake
-  # under strict promotion), and uses a float16 product that CPUs lack.
-  strict = jax.config.jax_numpy_dtype_promotion.value == "strict"
-  unsupported = q.dtype == jnp.float16 and jax.default_backend() == "cpu"
-  if q.dtype == jnp.float64 or unsupported or (strict and q.dtype != jnp.float32):
-    return reference_attention(q, k, v, mask)
-  return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+  # The queries of a group are rows of one product. With an axis of their own, XLA on a CPU takes a third longer.
+  batch, tokens, heads, width = q.shape
+  groups = heads // k.shape[2]
+  rows = q.reshape(batch, tokens, -1, groups, width).swapaxes(2, 3).reshape(batch, tokens * groups, -1, width)
+  mask = jnp.repeat(mask, groups, axis=1)[:, None] if groups > 1 else mask[:, None]
+  logits = einsum("bmhd,bshd->bhms", rows, k) * width**-0.5
+  weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1)
+  out = einsum("bhms,bshd->bmhd", weights.astype(v.dtype), v)
+  return out.reshape(batch, tokens, groups, -1, width).swapaxes(2, 3).reshape(q.shape).astype(q.dtype)
 
 
 def _prepend(first: jax.Array, x: jax.Array) -> jax.Array:

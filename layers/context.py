@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ..pallas_kernels.partition import varying_alike
 from .memory_layer import MemoryLayer
 
 
@@ -61,7 +62,7 @@ class Context(NamedTuple):
       first, *others = (own[name] for own in published if name in own)
       notes[name] = Notes(_zeros(1 + len(others), first), jnp.zeros((), jnp.int32))
     ahead = max((layer.features_ahead for layer in layers if isinstance(layer, ContextLayer)), default=0)
-    return cls(tokens, notes, jnp.zeros((ahead, *x.shape), x.dtype) if ahead else None)
+    return varying_alike(x, cls(tokens, notes, jnp.zeros((ahead, *x.shape), x.dtype) if ahead else None))
 
   def publish(self, name: str, values: Any) -> "Context":
     """The context with `values`, a tree of arrays [B, ...] as declared by `ContextLayer.publishes`, added under `name`.

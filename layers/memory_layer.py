@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels.documents import check_segment_ids
+from ..pallas_kernels.partition import varying_alike
 from ..pallas_kernels.states import check_state
 
 Dtype = Any
@@ -102,7 +103,7 @@ class MemoryLayer(nn.Module, kw_only=True):
     if 0 in x.shape[:2]:
       raise ValueError(f"x has shape {list(x.shape)}, no {'tokens' if x.shape[0] else 'rows'}; expected at least one.")
     check_segment_ids(segment_ids, x.shape[:2])
-    fresh = self.initial_state(x.shape[0])
+    fresh = varying_alike(x, self.initial_state(x.shape[0]))
     if state is None:
       return fresh
     check_state("state", type(self).__name__, state, fresh)

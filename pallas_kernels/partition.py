@@ -147,7 +147,7 @@ def _split(leaves: list[jax.Array], specs: list[P]) -> _Split:
   """Finds the axes of each label: explicit ones in the operands' types, automatic ones in what `split_over` was told."""
   types = [jax.typeof(x).sharding for x in leaves]
   declared = _DECLARED.get()
-  meshes = [jax.sharding.get_abstract_mesh(), *(sharding.mesh for sharding in types), *([declared.mesh] if declared else [])]
+  meshes = [jax.sharding.get_abstract_mesh(), *map(_mesh, leaves), *([declared.mesh] if declared else [])]
   mesh = next((mesh for mesh in meshes if not mesh.empty), None)
   if mesh is None:
     return _Split(None, {}, frozenset(), frozenset())
@@ -164,6 +164,13 @@ def _split(leaves: list[jax.Array], specs: list[P]) -> _Split:
     names[label] = _dividing(mesh, [n for n in (*seen, *told) if n not in taken], sizes)
     taken |= set(names[label])
   return _Split(mesh, names, explicit | taken, explicit)
+
+
+def _mesh(x: jax.Array) -> Mesh | AbstractMesh:
+  """The mesh that x is on. A call that is not traced needs the devices, which types lack."""
+  if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+    return x.sharding.mesh
+  return jax.typeof(x).sharding.mesh
 
 
 def _dividing(mesh: Mesh | AbstractMesh, names: list[str], sizes: list[int]) -> tuple[str, ...]:
