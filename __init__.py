@@ -15,6 +15,7 @@ _LAZY = {
   "check_layer": "memzoo.layers.laws",
   "generate": "memzoo.zoo.generate",
   "describe": "memzoo.zoo.describe",
+  "split_over": "memzoo.pallas_kernels.partition",
 }
 __all__ = ["__version__", *_LAZY]
 

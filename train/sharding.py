@@ -5,12 +5,13 @@
   arXiv:1910.02054, stage 3).
 * `tensor`: heads, the MLP's inner axis and the vocabulary are split (Shoeybi et al. 2019, arXiv:1909.08053).
 
-Modules give the axes of their parameters logical names; `RULES` maps each name to a mesh axis. XLA's partitioner derives
-the rest, collectives included.
+Modules give the axes of their parameters logical names; `RULES` maps each name to a mesh axis. `split_operations` splits the
+operations over rows and heads. XLA's partitioner derives the rest, collectives included.
 """
 
 import math
 from collections.abc import Sequence
+from contextlib import ContextDecorator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..pallas_kernels.partition import split_over
 
 AXES = ("data", "fsdp", "tensor")
 RULES = (("vocab", "tensor"), ("embed", "fsdp"), ("heads", "tensor"), ("mlp", "tensor"), ("norm", None), ("layers", None))
@@ -66,6 +69,11 @@ class MeshShape:
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding of an array that every device holds in full."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def split_operations(mesh: Mesh) -> ContextDecorator:
+  """A context, or a decorator of functions to jit, in which each device computes its own rows and heads of operations."""
+  return split_over(mesh, rows=BATCH[0], heads="tensor")
 
 
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:

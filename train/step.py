@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from ..zoo.stack import PERIODS
 from .optimizer import Optimizer
-from .sharding import batch_sharding, parameter_shardings, replicated
+from .sharding import batch_sharding, parameter_shardings, replicated, split_operations
 
 
 class TrainState(NamedTuple):
@@ -105,17 +105,18 @@ def build_program(
   shardings = _state_shardings(model, transform, mesh, tokens)
   shapes = jax.eval_shape(create)
   train_step = make_train_step(model, transform, optimizer.schedule(steps), optimizer.accumulate_steps)
+  split = split_operations(mesh)
   return Program(
     create=jax.jit(create, out_shardings=shardings),
     train=jax.jit(
-      train_step,
+      split(train_step),
       in_shardings=(shardings, rows),
       out_shardings=(shardings, replicated(mesh)),
       donate_argnums=0,
       compiler_options=compiler_options(mesh),
     ),
     evaluate=jax.jit(
-      partial(sum_scores, model),
+      split(partial(sum_scores, model)),
       in_shardings=(shardings.params, rows),
       out_shardings=replicated(mesh),
       compiler_options=compiler_options(mesh),
