@@ -13,6 +13,7 @@ caller says,
     with split_over(mesh, rows=("data", "fsdp"), heads="tensor"):
       y = model.apply(params, x)
 
+and else what XLA's partitioner chooses; operations with a gradient rule of their own help it on CPUs and GPUs (`by_callback`).
 Inside a `jax.shard_map` of the caller's, over manual axes, operands are parts already.
 """
 
@@ -27,6 +28,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .compat import varying_axes
+from .partition_callback import by_callback
 
 __all__ = ["HEADS", "ROWS", "partitioned", "split_over", "varying_alike"]
 
@@ -66,7 +68,7 @@ def split_over(mesh: Mesh, *, rows: str | Sequence[str] = (), heads: str | Seque
     _DECLARED.reset(token)
 
 
-def partitioned(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def partitioned(local: Callable, in_specs: Any, out_specs: Any, *, differentiable: bool = True) -> Callable:
   """Returns a function of the same arguments and results as `local` that computes on each device that device's part.
 
   Args:
@@ -74,17 +76,25 @@ def partitioned(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
       arrays. It sees arguments that all vary over the same manual axes, as the carries of a `jax.lax.scan` must.
     in_specs: for each argument a `PartitionSpec` of the labels `ROWS` and `HEADS`, or a tree of them, as in `jax.shard_map`.
       Axes without a label are whole on each device. A label is split over a mesh axis only if all axes with it divide.
-    out_specs: the same for the results. A result without one of its arguments' labels must be summed over it by JAX, as
-      gradients are.
+    out_specs: the same for the results. Each has the labels of its arguments; JAX sums gradients over the others.
+    differentiable: whether JAX may differentiate it. If not, as inside of a `jax.custom_vjp`, it is split also over automatic
+      axes that nobody declared; see `by_callback`.
   """
 
   def run(*operands):
     leaves = jax.tree.leaves(operands)
-    specs = jax.tree.leaves(jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), in_specs, operands))
+    structure = jax.tree.structure(operands)
+    specs = _specs(in_specs, operands)
     split = _split(leaves, specs)
+    if split.is_unknown and not differentiable:
+      results = jax.eval_shape(local, *operands)
+      flat = by_callback(
+        lambda *leaves: jax.tree.leaves(local(*jax.tree.unflatten(structure, leaves))), specs, _specs(out_specs, results), ROWS
+      )
+      return jax.tree.unflatten(jax.tree.structure(results), flat(*leaves))
     if not split.manual:
       return local(*_alike(operands))
-    operands = jax.tree.unflatten(jax.tree.structure(operands), map(split.place, leaves, specs))
+    operands = jax.tree.unflatten(structure, map(split.place, leaves, specs))
     return jax.shard_map(
       lambda *parts: local(*_alike(parts)),
       mesh=split.mesh if jax.sharding.get_abstract_mesh().empty else None,
@@ -105,6 +115,11 @@ def varying_alike(like: Any, tree: Any) -> Any:
   return jax.tree.map(lambda x: _vary(x, axes), tree)
 
 
+def _specs(specs: Any, tree: Any) -> list[P]:
+  """The spec of each leaf of `tree`."""
+  return jax.tree.leaves(jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part), specs, tree))
+
+
 def _alike(operands: Any) -> Any:
   return varying_alike(operands, operands)
 
@@ -122,12 +137,14 @@ class _Split(NamedTuple):
     names: for each label the mesh axes that it is split over.
     manual: these axes, and the other explicit axes that operands are split over.
     explicit: those of `manual` that are explicit.
+    is_unknown: whether operands may be split over automatic axes, and nobody declared how.
   """
 
   mesh: Mesh | AbstractMesh | None
   names: dict[str, tuple[str, ...]]
   manual: frozenset[str]
   explicit: frozenset[str]
+  is_unknown: bool
 
   def spec(self, labels: P) -> P:
     """The mesh axes in place of labels."""
@@ -150,7 +167,7 @@ def _split(leaves: list[jax.Array], specs: list[P]) -> _Split:
   meshes = [jax.sharding.get_abstract_mesh(), *map(_mesh, leaves), *([declared.mesh] if declared else [])]
   mesh = next((mesh for mesh in meshes if not mesh.empty), None)
   if mesh is None:
-    return _Split(None, {}, frozenset(), frozenset())
+    return _Split(None, {}, frozenset(), frozenset(), is_unknown=False)
   kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
   split = [_dimensions(sharding.spec, x.ndim) for x, sharding in zip(leaves, types, strict=True)]
   explicit = frozenset(name for dimensions in split for names in dimensions for name in names)
@@ -163,7 +180,9 @@ def _split(leaves: list[jax.Array], specs: list[P]) -> _Split:
     sizes = [leaves[i].shape[d] for i, d in places]
     names[label] = _dividing(mesh, [n for n in (*seen, *told) if n not in taken], sizes)
     taken |= set(names[label])
-  return _Split(mesh, names, explicit | taken, explicit)
+  automatic = any(kind == AxisType.Auto and mesh.shape[name] > 1 for name, kind in kinds.items())
+  is_unknown = automatic and declared is None and not explicit and AxisType.Manual not in kinds.values()
+  return _Split(mesh, names, explicit | taken, explicit, is_unknown)
 
 
 def _mesh(x: jax.Array) -> Mesh | AbstractMesh:
