@@ -9,8 +9,11 @@ is not usable: for correlated keys the powers of A grow like binomial coefficien
 1e18 in float32 for 64 equal keys).
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .numerics import matmul
 
@@ -27,6 +30,40 @@ def unit_lower_inverse(a: jax.Array) -> jax.Array:
   below = -matmul(second, matmul(a[..., h:, :h], first))
   top = jnp.concatenate([first, jnp.zeros_like(below)], axis=-1)
   return jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)
+
+
+def unit_lower_inverse_in_lanes(a: jax.Array, order: Sequence[int]) -> jax.Array:
+  """(I + a)^-1 of many matrices a [N, n, n], for GPUs and TPUs.
+
+  Blocks on the diagonal, with as many rows as `order` has, are inverted by substitution, one row at a time, with the matrices
+  in the last axis, the lanes of a vector unit. Pairs of blocks are then joined, X <- X - X A' X, where A' is the part of `a`
+  that joins them.
+
+  Args:
+    a: strictly lower-triangular if the rows of each diagonal block are taken in `order`; blocks above the diagonal are zero.
+    order: the order of the rows within a diagonal block. n is its length times a power of two.
+  """
+  count, n, _ = a.shape
+  base = len(order)
+  blocks = n // base
+  diagonal = jnp.stack([a[:, i : i + base, i : i + base] for i in range(0, n, base)])
+  lanes = jnp.moveaxis(diagonal.reshape(-1, base, base), 0, -1)
+  rows: dict[int, jax.Array] = {}
+  for i in order:
+    row = jnp.broadcast_to(jnp.asarray(np.eye(base)[i], a.dtype)[:, None], lanes.shape[1:])
+    for j, known in rows.items():
+      row = row - lanes[i, j][None] * known
+    rows[i] = row
+  inverse = jnp.moveaxis(jnp.stack([rows[i] for i in range(base)]), -1, 0).reshape(blocks, count, base, base)
+  padded = [jnp.pad(x, ((0, 0), (0, 0), (i * base, n - (i + 1) * base))) for i, x in enumerate(inverse)]
+  x = jnp.concatenate(padded, axis=1)
+  index = np.arange(n)
+  while base < n:
+    together = index[:, None] // (2 * base) == index // (2 * base)
+    joins = together & (index[:, None] // base != index // base)
+    x = x - matmul(x, matmul(jnp.where(jnp.asarray(joins)[None], a, 0), x))
+    base *= 2
+  return x
 
 
 def _eliminate(a: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Variants of the delta rule for the tests: inputs like those of a trained model, gradients, and the equation in NumPy."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from memzoo.pallas_kernels import delta_rule as ops
+from memzoo.pallas_kernels.delta_rule import call
 from tolerances import assert_close
 
 
@@ -57,7 +59,7 @@ class Variant:
     return {name: jnp.asarray(x, dtype) for name, x in args.items()}
 
 
-STATIC = ("variant", "scale", "chunk_size", "block", "decay_bound", "implementation")
+STATIC = ("variant", "scale", "chunk_size", "decay_bound", "precision", "implementation")
 
 
 @partial(jax.jit, static_argnames=STATIC)
@@ -76,15 +78,19 @@ def cotangents(args):
 
 
 def values_and_gradients(variant: Variant, args, segment_ids=None, **options):
-  """Output and final state, and the gradients of every argument for cotangents of both. `block` is the chunked form's."""
+  """Output and final state, and the gradients of every argument for cotangents of both."""
   return _values_and_gradients(variant, args, cotangents(args), segment_ids, **options)
 
 
-@partial(jax.jit, static_argnames=STATIC)
-def _values_and_gradients(variant, args, cotangents, segment_ids, block=None, **options):
-  with mock.patch.object(ops, "chunked", partial(ops.chunked, block=block)):
+@partial(jax.jit, static_argnames=(*STATIC, "accelerator", "matrices"))
+def _values_and_gradients(variant, args, cotangents, segment_ids, accelerator=False, matrices=call._MATRICES, **options):
+  """With `accelerator` in the form for GPUs and TPUs, with blocks of at most so many `matrices`."""
+  with contextlib.ExitStack() as stack:
+    if accelerator:
+      stack.enter_context(mock.patch.object(call, "by_platform", lambda cpu, others, *args: others(*args)))
+      stack.enter_context(mock.patch.object(call, "_MATRICES", matrices))
     out, pull_back = jax.vjp(lambda args: variant.function(**args, segment_ids=segment_ids, **options), args)
-  return out, pull_back(cotangents)[0]
+    return out, pull_back(cotangents)[0]
 
 
 def by_hand(

@@ -86,17 +86,18 @@ def test_chunks_of_any_size_are_the_recurrence(variant, chunk_size):
 
 @IN_FLOAT64
 @pytest.mark.slow
-@cases(("variant", "block"), (GATED, 2), (LINEAR, 2), (THREE, 64))
-def test_blocks_of_chunks_are_the_recurrence(variant, block):
-  """As on a GPU or TPU: several chunks are prepared at once. Blocks of 2 leave a last block with one chunk of padding."""
-  equals_oracle(variant, chunk_size=16, block=block)
+@cases(("variant", "matrices"), (GATED, 8), (LINEAR, 8), (THREE, 256), (DELTA, 256), (KIMI, 8), (ERASE, 256))
+def test_blocks_of_chunks_are_the_recurrence(variant, matrices):
+  """As on a GPU or TPU: several chunks are prepared at once. Blocks of 8 matrices leave a last block with padding."""
+  equals_oracle(variant, chunk_size=16, accelerator=True, matrices=matrices)
 
 
 @IN_FLOAT64
 @pytest.mark.slow
-@cases("variant", LINEAR)
-def test_a_bound_on_the_decays_changes_nothing(variant):
-  equals_oracle(variant, chunk_size=32, decay_bound=-5.0)
+@cases(("variant", "accelerator"), (LINEAR, False), (ERASE, True))
+def test_a_bound_on_the_decays_changes_nothing(variant, accelerator):
+  """For several updates per token, it lets an accelerator's rows be grouped by eight tokens."""
+  equals_oracle(variant, chunk_size=32, decay_bound=-5.0, accelerator=accelerator)
 
 
 @IN_FLOAT64
@@ -348,6 +349,6 @@ def test_mistakes_are_named(name, wrong, message):
 def test_an_unknown_option_is_named(name):
   args = GOOD[name].inputs(9, dtype=jnp.float32)
   jax.eval_shape(lambda: GOOD[name].function(**args))
-  message = rf"{name}\(\) got an unexpected option 'chunk_sise'; expected some of scale, .*, chunk_size, implementation\."
+  message = rf"{name}\(\) got an unexpected option 'chunk_sise'; expected some of scale, .*, precision, implementation\."
   with pytest.raises(TypeError, match=message):
     GOOD[name].function(**args, chunk_sise=16)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memzoo.pallas_kernels.triangular import unit_lower_inverse
+from memzoo.pallas_kernels.triangular import unit_lower_inverse, unit_lower_inverse_in_lanes
 from tolerances import assert_close
 
 IN_FLOAT64 = pytest.mark.usefixtures("float64")
@@ -27,6 +27,19 @@ def test_the_result_is_the_inverse_and_unit_lower_triangular(n):
   for actual, expected in zip(inverse, np.linalg.inv(np.eye(n) + a), strict=True):
     assert_close(actual, expected)
   np.testing.assert_array_equal(np.triu(inverse), np.broadcast_to(np.eye(n), a.shape))
+
+
+@IN_FLOAT64
+@pytest.mark.parametrize("n", [1, 8, 24, 64])
+def test_the_form_in_lanes_is_the_inverse_in_any_order_of_the_rows_of_a_block(n):
+  """Rows 0, 1, ... of a chunk in the order of the recurrence are rows `place` of the matrix, block by block."""
+  size = min(n, 16) if n != 24 else 12
+  order = np.random.default_rng(0).permutation(size)
+  place = np.concatenate([order + i for i in range(0, n, size)])
+  a = np.empty((3, n, n))
+  a[:, place[:, None], place] = matrices(n)
+  inverse = jax.jit(lambda a: unit_lower_inverse_in_lanes(a, order))(a)
+  assert_close(inverse, np.linalg.inv(np.eye(n) + a))
 
 
 @pytest.mark.parametrize("n", [9, 48, 64])

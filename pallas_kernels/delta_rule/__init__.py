@@ -23,17 +23,19 @@ All functions raise `ValueError` for shapes that do not fit together, an unknown
 `TypeError` for an unknown option.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, TypedDict, Unpack
+from collections.abc import Callable, Sequence
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ..dispatch import Choice, choose
-from ..documents import check_segment_ids, documents
-from ..numerics import accumulator, scaled
-from .chunked import chunked
-from .recurrent import recurrent
+from ..documents import check_segment_ids
+from ..numerics import accumulator, intermediate_precision
+from .call import TOKENS, UPDATES, Inputs, recurrence, run
+from .call import Options as CallOptions
+from .terms import Update
 
 __all__ = [
   "Options",
@@ -46,8 +48,6 @@ __all__ = [
   "linear_attention",
 ]
 
-_CHUNK_SIZE = 32
-
 
 class Options(TypedDict, total=False):
   """Keyword arguments that all functions of this module take.
@@ -58,7 +58,9 @@ class Options(TypedDict, total=False):
     segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding. See `memzoo.pallas_kernels.documents`.
     decay_bound: a lower bound of every log_decay, such as -5. It makes per-channel decays faster and has no other effect. If a
       log_decay is lower, the results are wrong.
-    chunk_size: tokens per chunk, a power of two. It affects speed only; 32 by default.
+    chunk_size: tokens per chunk, a power of two. It affects speed only; `None` chooses it for the platform.
+    precision: `None`, by the operands: 16-bit queries and keys are multiplied in one pass, and what is computed from them in
+      three passes of bfloat16 on GPUs and TPUs; float32 at full precision. "highest": everything at full precision.
     implementation: "auto" (default), "recurrent" (the oracle) or "xla" (chunk-parallel). `explain` says what "auto" chooses.
   """
 
@@ -67,6 +69,7 @@ class Options(TypedDict, total=False):
   segment_ids: jax.Array | None
   decay_bound: float | None
   chunk_size: int | None
+  precision: str | None
   implementation: str
 
 
@@ -136,7 +139,8 @@ def delta_product(
     )
   _check_tokens(q, k[:, :, 0], v[:, :, 0])
   _check("beta", beta, v.shape[:4], "batch, tokens, r, value heads")
-  return _run("delta_product", _delta_updates, (q, k, v, beta), log_decay, **options)
+  specs = TOKENS, UPDATES, UPDATES, UPDATES
+  return _run("delta_product", _delta_updates, (q, k, v, beta), log_decay, specs=specs, **options)
 
 
 def erase_then_delta_rule(
@@ -177,71 +181,43 @@ def explain(tokens: int, *, implementation: str = "auto") -> Choice:
   )
 
 
-class Variant(NamedTuple):
-  """Maps the operands of a public function, [B, T, ...], to the arguments q, k, a, z of `recurrent`.
-
-  `chunked` calls it on a few tokens at a time, so that no intermediate array is as long as the sequence.
-
-  Attributes:
-    rank_one_updates: maps the operands to q [B, T, Hk, K], write vectors k [B, T, r, Hk or Hv, K], erase covectors a
-      [B, T, r, Hv, K] or None, and values z [B, T, r, Hv, V].
-    scale: factor of the read.
-    dtype: dtype of the arithmetic.
-  """
-
-  rank_one_updates: Callable
-  scale: float
-  dtype: jnp.dtype
-
-  def __call__(self, *operands: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    q, k, a, z = self.rank_one_updates(*operands)
-    heads = z.shape[3]
-    q = _repeat_heads(q, heads, axis=2).astype(self.dtype) * jnp.asarray(self.scale, self.dtype)
-    k, a, z = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 3), (_repeat_heads(k, heads, axis=3), a, z))
-    return q, k, a, z
-
-
 def _additive_update(q, k, v):
-  return q, k[:, :, None], None, v[:, :, None]
+  return q, [Update(k, None, v)]
 
 
 def _delta_update(q, k, v, beta):
-  return _delta_updates(q, k[:, :, None], v[:, :, None], beta[:, :, None])
+  return q, [Update(k, beta, v)]
 
 
 def _delta_updates(q, k, v, beta):
-  k = _repeat_heads(k, v.shape[3], axis=3)
-  return q, k, scaled(k, beta), scaled(v, beta)
+  return q, [Update(k[:, :, m], beta[:, :, m], v[:, :, m]) for m in range(k.shape[2])]
 
 
 def _erase_and_delta_updates(q, k, v, beta, erase_key, erase_strength):
-  wide = accumulator(beta, erase_strength)
-  strengths = jnp.stack([erase_strength.astype(wide), beta.astype(wide)], axis=2)
-  return _delta_updates(q, jnp.stack([erase_key, k], axis=2), jnp.stack([jnp.zeros_like(v), v], axis=2), strengths)
-
-
-def _repeat_heads(x: jax.Array, heads: int, axis: int) -> jax.Array:
-  return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis=axis)
+  return q, [Update(erase_key, erase_strength, None), Update(k, beta, v)]
 
 
 def _run(
   name: str,
-  rank_one_updates: Callable,
+  updates: Callable[..., tuple[jax.Array, list[Update]]],
   operands: tuple[jax.Array, ...],
   log_decay: jax.Array | None,
   /,
   *,
+  specs: Sequence[PartitionSpec] | None = None,
   scale: float | None = None,
   initial_state: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   decay_bound: float | None = None,
   chunk_size: int | None = None,
+  precision: str | None = None,
   implementation: str = "auto",
   **unknown: object,
 ) -> tuple[jax.Array, jax.Array]:
   """The general operation, called by the public function `name`.
 
-  The first three operands are q [B, T, Hk, K], k and v. The last two axes of k and v are heads and width.
+  `updates` maps the operands to q and the updates of each token. The first three operands are q [B, T, Hk, K], k and v. The
+  last two axes of k and v are heads and width.
   """
   if unknown:
     expected = ", ".join(Options.__annotations__)
@@ -257,22 +233,17 @@ def _run(
     initial_state = jnp.zeros((batch, heads, width, value_width), dtype)
   _check("initial_state", initial_state, (batch, heads, width, value_width), "batch, value heads, key width, value width")
 
-  variant = Variant(rank_one_updates, width**-0.5 if scale is None else float(scale), dtype)
-  docs = None if segment_ids is None else documents(segment_ids)
-  initial_state = initial_state.astype(dtype)
-  if explain(tokens, implementation=implementation).implementation == "recurrent":
-    out, state = recurrent(*variant(*operands), log_decay, initial_state, docs)
-  else:
-    size = _chunk_size(chunk_size, tokens)
-    out, state = chunked(variant, operands, log_decay, initial_state, docs, chunk_size=size, decay_bound=decay_bound)
-  return out.astype(v.dtype), state
+  if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
+    raise ValueError(f"chunk_size={chunk_size}; expected a power of two, such as 16, 32 or 64.")
+  precise = intermediate_precision(precision, *operands[:3])
 
-
-def _chunk_size(requested: int | None, tokens: int) -> int:
-  """The requested chunk size, or the default; at most the number of tokens, rounded up to a power of two."""
-  if requested is not None and (requested < 1 or requested & (requested - 1)):
-    raise ValueError(f"chunk_size={requested}; expected a power of two, such as 16, 32 or 64.")
-  return min(requested or _CHUNK_SIZE, 1 << (tokens - 1).bit_length())
+  if log_decay is not None and log_decay.ndim == 3:
+    log_decay = log_decay[..., None]
+  scale = width**-0.5 if scale is None else float(scale)
+  call = CallOptions(updates, specs or (TOKENS,) * len(operands), scale, dtype, precise, chunk_size, decay_bound)
+  inputs = Inputs(segment_ids, operands, log_decay, initial_state.astype(dtype))
+  chosen = explain(tokens, implementation=implementation).implementation
+  return (recurrence if chosen == "recurrent" else run)(call, inputs)
 
 
 def _check(name: str, x: jax.Array, shape: tuple[int, ...], axes: str) -> None:

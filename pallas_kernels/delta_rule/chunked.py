@@ -1,24 +1,26 @@
 """The delta rule in chunks of C tokens: matrix products instead of T dependent steps.
 
-With one row i = (t, m) per update, token-major, G the cumulative log-decay of the chunk and E_ij = exp(G_i - G_j),
+Every token decays the state and makes r updates with key k, strength s and value v. With one row i = (t, m) per update, G the
+cumulative log-decay of the chunk, E_ij = exp(G_i - G_j) and products of rows k_i k_j E_ij = sum_d k_id k_jd E_ijd,
 
-    A_ij = sum_d a_id k_jd E_ijd      for j < i                 P_tj = sum_d q_td k_jd E_tjd      for j up to t's own updates
-    (I + A) U = Z - (a e^G) S         U: the rows that the updates of the chunk add; one solve gives all
-    O  = (q e^G) S + P U              S <- Diag(e^{G_C}) S + (k e^{G_C - G})^T U
+    A_ij = s_i k_i k_j E_ij      for j < i                 P_tj = scale q_t k_j E_tj      for j up to t's own updates
+    (I + A) U = s (v - (k e^G) S)         U: the rows that the updates of the chunk add; one solve gives all
+    O  = scale (q e^G) S + P U            S <- e^{G_C} S + (k e^{G_C - G})^T U
 
-The decay between two tokens is computed from the sum of the log-decays between them, never as a quotient of cumulative
-products. No exponent is positive, so nothing overflows and nothing cancels, however strong the decays are. There is one
-exception: if the caller bounds per-channel decays, they are split at the middle of a span into factors of at most e^40.
+Decays that are one number per token scale the rows of the products' results, so that the products see keys and queries as they
+came; decays per channel scale the keys and queries. The decay between two tokens is computed from the sum of the log-decays
+between them, never as a quotient of cumulative products. No exponent is positive, so nothing overflows and nothing cancels,
+however strong the decays are. There is one exception: if the caller bounds per-channel decays, they are split at the middle of
+a span into factors of at most e^40.
 
-The gradient is written by hand. It keeps the inputs, U, (I + A)^-1 and the states at chunk boundaries, recomputes the rest,
-and goes through the chunks in reverse. D marks the cotangent of the quantity that follows it:
+The gradient is written by hand. It keeps the inputs, U, (I + A)^-1 and the states at chunk boundaries, recomputes the rest, and
+goes through the chunks in reverse. D marks the cotangent of the quantity that follows it, and W = s (v - (k e^G) S):
 
-    DU = P^T DO + (k e^{G_C - G}) DS      DR = (I + A)^-T DU      DZ = DR      DP = DO U^T      DA = -DR U^T
-    D(q e^G) = DO S^T      D(a e^G) = -DR S^T      D(k e^{G_C - G}) = U DS^T
-    DS <- Diag(e^{G_C}) DS + (q e^G)^T DO - (a e^G)^T DR
+    DU = P^T DO + (k e^{G_C - G}) DS      DW = (I + A)^-T DU      DP = DO U^T      DA = -DW U^T
+    D(q e^G) = scale DO S^T      D(k e^G) = -s DW S^T      D(k e^{G_C - G}) = U DS^T
+    DS <- e^{G_C} DS + scale (q e^G)^T DO - (k e^G)^T (s DW)
 
-Chunks are grouped in blocks. Values that do not depend on the state are computed for all chunks of a block at once. Large
-blocks keep a GPU or TPU busy. On a CPU a block is one chunk, so that these arrays stay in the core's cache.
+Chunks are grouped in blocks. Values that do not depend on the state are computed for all chunks of a block at once.
 """
 
 from collections.abc import Callable
@@ -27,94 +29,249 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..documents import Documents
-from ..numerics import einsum, matmul, scaled
-from ..triangular import unit_lower_inverse
-
-# exp() of this is 0 in every float type, and so is its gradient. Unlike -inf, it gives 0 when multiplied by the 0 of a mask.
-_MIN_LOG_DECAY = -1e4
-# The largest exponent of one factor of a split decay. Two factors multiply to e^80 at most, far from overflow in float32.
-_MAX_EXPONENT = 40.0
-# Chunks in a block on GPUs and TPUs.
-_BLOCK = 64
-
-
-class Plan(NamedTuple):
-  """The static arguments of the chunked form.
-
-  Attributes:
-    expand: maps the operands [B, T, ...] of a variant to the arguments (q, k, a, z) of `recurrent`.
-    chunk_size: C, a power of two.
-    block: chunks in a block.
-    decay_bound: a lower bound of every log-decay, which makes per-channel decays cheaper; or `None`.
-  """
-
-  expand: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]]
-  chunk_size: int
-  block: int
-  decay_bound: float | None
+from ..numerics import inner, matmul
+from ..partition import varying_alike
+from ..triangular import unit_lower_inverse, unit_lower_inverse_in_lanes
+from .terms import (
+  Plan,
+  Terms,
+  Tokens,
+  arrange_tokens,
+  by_row,
+  make_masks,
+  make_terms,
+  row_order,
+  sum_rows,
+  to_chunks,
+)
 
 
-class Chunks(NamedTuple):
-  """Everything about n chunks that does not depend on the state.
-
-  The leading axes are [n, M], M = B * H. R = C * r is the number of updates in a chunk, token-major.
+class Kept(NamedTuple):
+  """What the forward pass keeps for the gradient, of each chunk.
 
   Attributes:
-    reads: q e^G, [C, K].
-    erases: a e^G, [R, K]; `None` for a variant that does not erase.
-    writes: k e^{G_C - G}, [R, K].
-    values: Z, [R, V].
-    scores: P, [C, R].
-    overlaps: A, [R, R]; `None` for a variant that does not erase.
-    keep: e^{G_C}, [K] or [1], the decay of the state over the whole chunk.
+    states: the incoming states, [chunks, B, H, K, V].
+    rows: U, [chunks, B, H, R, V]; `None` where these are the values.
+    inverse: (I + A)^-1, [chunks, B, H, R, R]; `None` for updates that only add.
   """
 
-  reads: jax.Array
-  erases: jax.Array | None
-  writes: jax.Array
-  values: jax.Array
-  scores: jax.Array
-  overlaps: jax.Array | None
-  keep: jax.Array
+  states: jax.Array
+  rows: jax.Array | None
+  inverse: jax.Array | None
 
 
-@partial(jax.jit, static_argnames=("expand", "chunk_size", "decay_bound", "block"))
-def chunked(
-  expand: Callable,
-  operands: Any,
-  log_decay: jax.Array | None,
-  initial_state: jax.Array,
-  docs: Documents | None,
-  *,
-  chunk_size: int,
-  decay_bound: float | None = None,
-  block: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """Computes `recurrent(*expand(*operands), log_decay, initial_state, docs)`.
+class _Chunks(NamedTuple):
+  """The chunks of a block, arrays [n, B * H, ...]: their tokens, what these contribute, and (I + A)^-1."""
+
+  tokens: Tokens
+  terms: Terms
+  inverse: jax.Array | None
+
+
+def forward(
+  plan: Plan, docs: Documents | None, operands: Any, log_decay: jax.Array | None, initial_state: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], Kept]:
+  """The output [B, T, H, V] in the dtype of the values, the final state [B, H, K, V], and what the gradient needs.
 
   Args:
-    expand: hashable; see `Plan`.
-    operands: arrays [B, T, ...].
-    log_decay: `None`, [B, T, H] or [B, T, H, K].
-    initial_state: [B, H, K, V]; its dtype is that of the arithmetic.
+    plan: static arguments.
     docs: document boundaries and padding; `None` for one document without padding.
-    chunk_size, decay_bound: see `Plan`.
-    block: see `Plan`; `None` chooses by platform.
+    operands: of the variant, arrays [B, T, ...].
+    log_decay: `None` or [B, T, H, K or 1].
+    initial_state: [B, H, K, V].
   """
-  tokens = operands[0].shape[1]
-  chunks = -(-tokens // chunk_size)
-  if block is None:
-    block = 1 if jax.default_backend() == "cpu" else _BLOCK
-  block = -(-chunks // -(-chunks // block))  # blocks of nearly equal size; padding completes the last one
-  if log_decay is not None and log_decay.ndim == 3:
-    log_decay = log_decay[..., None]
-  missing = -tokens % (chunk_size * block)
-  docs, inputs = jax.tree.map(partial(_pad, missing=missing), (docs, (operands, log_decay)))
-  out, state = _chunked(Plan(expand, chunk_size, block, decay_bound), docs, inputs, initial_state)
-  return out[:, :tokens], state
+  batch, heads, _, width = initial_state.shape
+  plan, blocks, (docs, inputs) = _in_blocks(plan, (docs, (operands, log_decay)))
+
+  def block(carry, i):
+    state, out = carry
+    chunk_tokens, chunk_terms, _ = _prepare(plan, *_block(plan, docs, inputs, i))
+    inverse = _inverse(plan, chunk_tokens, chunk_terms)
+    chunks = _split(plan, _Chunks(chunk_tokens, chunk_terms, inverse))
+    state, (block_out, *kept) = jax.lax.scan(partial(_step, plan), state, chunks, unroll=min(plan.unroll, plan.block))
+    return (state, _set_block(out, _from_chunks(block_out, batch, heads), i)), (*kept, chunks.inverse)
+
+  entry = initial_state.reshape(-1, *initial_state.shape[2:])
+  out = jnp.empty((batch, blocks * plan.block * plan.chunk_size, heads, width), _value_dtype(plan, operands))
+  out = varying_alike(initial_state, out)
+  (state, out), kept = jax.lax.scan(block, (entry, out), jnp.arange(blocks, dtype=jnp.int32))
+  kept = jax.tree.map(lambda x: x.reshape(-1, batch, heads, *x.shape[3:]), Kept(*kept))
+  return (out[:, : operands[0].shape[1]], state.reshape(initial_state.shape)), kept
+
+
+def _step(plan: Plan, state: jax.Array, chunk: _Chunks) -> tuple[jax.Array, tuple]:
+  """One chunk: from the state before it to (the state after it, (its output, the state before it, U))."""
+  tokens, terms, inverse = chunk
+  u = tokens.values
+  if inverse is not None:
+    held = _read(plan, tokens.keys, _by_row(plan, terms.entering, tokens), state)
+    u = matmul(inverse, tokens.strengths[..., None].astype(plan.dtype) * (u.astype(plan.dtype) - held), plan.precision)
+  scale = jnp.asarray(plan.scale, plan.dtype)
+  out = scale * _read(plan, tokens.q, terms.entering, state) + matmul(terms.scores, u, plan.precision)
+  after = terms.keep[..., None] * state + _write(plan, tokens.keys, _by_row(plan, terms.leaving, tokens), u)
+  return after, (out.astype(tokens.values.dtype), state, None if inverse is None else u)
+
+
+def backward(
+  plan: Plan,
+  docs: Documents | None,
+  operands: Any,
+  log_decay: jax.Array | None,
+  kept: Kept,
+  d_out: jax.Array,
+  d_final: jax.Array,
+) -> tuple[Any, jax.Array | None, jax.Array]:
+  """The cotangents of `operands`, `log_decay` and the initial state, from those of the output and the final state."""
+  length = operands[0].shape[1]
+  plan, blocks, (docs, inputs, d_out) = _in_blocks(plan, (docs, (operands, log_decay), d_out))
+  kept = jax.tree.map(lambda x: x.reshape(blocks, plan.block, -1, *x.shape[3:]), kept)
+
+  def block(carry, xs):
+    d_state, d_inputs = carry
+    i, kept = xs
+    block_d_out = to_chunks(_slice(plan, d_out, i), plan.chunk_size)
+    d_state, d_block = _block_backward(plan, *_block(plan, docs, inputs, i), kept, block_d_out, d_state)
+    return (d_state, jax.tree.map(partial(_set_block, i=i), d_inputs, d_block)), None
+
+  carry = d_final.reshape(-1, *d_final.shape[2:]), jax.tree.map(jnp.empty_like, inputs)
+  (d_entry, d_inputs), _ = jax.lax.scan(block, carry, (jnp.arange(blocks, dtype=jnp.int32), kept), reverse=True)
+  d_operands, d_log_decay = jax.tree.map(lambda x: x[:, :length], d_inputs)
+  return d_operands, d_log_decay, d_entry.reshape(d_final.shape)
+
+
+def _block_backward(
+  plan: Plan, docs: Documents | None, entry: jax.Array | None, inputs: Any, kept: Kept, d_out: jax.Array, d_state: jax.Array
+) -> tuple[jax.Array, Any]:
+  """The backward pass of a block: the cotangents of its incoming state and of its inputs [B, L, ...].
+
+  Args:
+    plan: static arguments.
+    docs, entry, inputs: of the block, as for `_prepare`.
+    kept: of the block, arrays [n, B * H, ...].
+    d_out: cotangent of the outputs, [n * B * H, C, V].
+    d_state: cotangent of the outgoing state, [B * H, K, V].
+  """
+  product = partial(matmul, precision=plan.precision)
+  tokens, terms, pull_back = _prepare(plan, docs, entry, inputs)
+  q, keys, strengths, values, _ = tokens
+  scale = jnp.asarray(plan.scale, plan.dtype)
+  entering, leaving = (_by_row(plan, x, tokens) for x in (terms.entering, terms.leaving))
+  strength = None if strengths is None else strengths[..., None].astype(plan.dtype)
+
+  def step(d_state, xs):
+    q, keys, strength, scores, entering_q, entering, leaving, keep, inverse, d_out = xs
+    du = product(_transpose(scores), d_out) + _read(plan, keys, leaving, d_state)
+    before = keep[..., None] * d_state + _write(plan, q, scale * entering_q, d_out)
+    if inverse is None:
+      return before, (d_state, du)
+    dw = product(_transpose(inverse), du)
+    return before - _write(plan, keys, entering, strength * dw), (d_state, dw)
+
+  xs = q, keys, strength, terms.scores, terms.entering, entering, leaving, terms.keep
+  xs = *_split(plan, xs), kept.inverse, _split(plan, d_out)
+  d_entry, d_chunks = jax.lax.scan(step, d_state, xs, reverse=True, unroll=min(plan.unroll, plan.block))
+
+  # All that follows is parallel over chunks.
+  d_after, dw, states, u = (None if x is None else x.reshape(-1, *x.shape[2:]) for x in (*d_chunks, kept.states, kept.rows))
+  u = values if u is None else u
+  by_read, by_write = product(d_out, _transpose(states)), product(u, _transpose(d_after))
+  d_q, d_keys = scale * terms.entering * by_read, leaving * by_write
+  d_entering = scale * _like_decay(q, by_read, terms.entering)
+  d_leaving = _sum_rows(plan, _like_decay(keys, by_write, terms.leaving), tokens)
+  d_values, d_strengths, d_overlaps = dw, None, None
+  if strengths is not None:
+    by_erase, d_a = product(dw, _transpose(states)), -product(dw, _transpose(u))
+    d_keys -= strength * entering * by_erase
+    d_entering -= _sum_rows(plan, strength * _like_decay(keys, by_erase, terms.entering), tokens)
+    held = inner(entering * keys.astype(plan.dtype), by_erase)
+    d_strengths = inner(values.astype(plan.dtype), dw) - held + inner(d_a, terms.overlaps)
+    d_values, d_overlaps = strength * dw, strength * d_a
+  d_keep = inner(states, d_after)
+  d_keep = d_keep if terms.keep.shape[-1] > 1 else jnp.sum(d_keep, axis=-1, keepdims=True)
+  d_terms = Terms(product(d_out, _transpose(u)), d_overlaps, d_entering, d_leaving, d_keep)
+  return d_entry, pull_back(Tokens(d_q, d_keys, d_strengths, d_values, None), d_terms)
+
+
+def _prepare(
+  plan: Plan, docs: Documents | None, entry: jax.Array | None, inputs: Any
+) -> tuple[Tokens, Terms, Callable[[Tokens, Terms], Any]]:
+  """The tokens and terms of all chunks of a block, and the function from their cotangents to those of the inputs.
+
+  Args:
+    plan: static arguments.
+    docs: of the block's tokens, [B, L], or `None`.
+    entry: int32 [B], index of the document that the state at the start of the block belongs to; `None` without `docs`.
+    inputs: operands and log_decay of the block, [B, L, ...].
+  """
+  arrange = partial(arrange_tokens, plan, docs)
+  tokens = arrange(*inputs)
+  mask = make_masks(plan, docs, entry, _updates(plan, tokens))
+  wide = [None if x is None else x.astype(plan.dtype) for x in (tokens.q, tokens.keys, tokens.log_decay)]
+  terms, pull_terms = jax.vjp(partial(make_terms, plan, mask, erases=tokens.strengths is not None), *wide)
+
+  def pull_back(d_tokens, d_terms):
+    d_q, d_keys, d_log_decay = pull_terms(d_terms)
+    d_tokens = d_tokens._replace(q=d_tokens.q + d_q, keys=d_tokens.keys + d_keys, log_decay=d_log_decay)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, plan.dtype), inputs)
+    d_inputs = jax.linear_transpose(arrange, *shapes)(d_tokens)
+    return jax.tree.map(lambda d, x: d.astype(x.dtype), d_inputs, inputs)
+
+  return tokens, terms, pull_back
+
+
+def _read(plan: Plan, x: jax.Array, decay: jax.Array, state: jax.Array) -> jax.Array:
+  """(x decay) S, for x [M, X, K], decay [M, X, K or 1] and S [M, K, V]."""
+  if decay.shape[-1] == 1:
+    return decay * matmul(x, state, plan.precision)
+  return matmul(x.astype(plan.dtype) * decay, state, plan.precision)
+
+
+def _write(plan: Plan, x: jax.Array, decay: jax.Array, rows: jax.Array) -> jax.Array:
+  """(x decay)^T U, for x [M, X, K], decay [M, X, K or 1] and U [M, X, V]."""
+  if decay.shape[-1] == 1:
+    return matmul(_transpose(x), decay * rows.astype(plan.dtype), plan.precision)
+  return matmul(_transpose(x.astype(plan.dtype) * decay), rows, plan.precision)
+
+
+def _like_decay(x: jax.Array, d_decayed: jax.Array, decay: jax.Array) -> jax.Array:
+  """The cotangent of `decay` in x * decay, one per row or one per channel as it is."""
+  x = x.astype(d_decayed.dtype)
+  return x * d_decayed if decay.shape[-1] > 1 else inner(x, d_decayed)[..., None]
+
+
+def _inverse(plan: Plan, tokens: Tokens, terms: Terms) -> jax.Array | None:
+  """(I + A)^-1 of every chunk."""
+  if tokens.strengths is None:
+    return None
+  a = tokens.strengths[..., None].astype(plan.dtype) * terms.overlaps
+  if plan.in_lanes:
+    return unit_lower_inverse_in_lanes(a, row_order(plan, _updates(plan, tokens)))
+  return unit_lower_inverse(a)
+
+
+def _updates(plan: Plan, tokens: Tokens) -> int:
+  """r, the number of updates of a token."""
+  return tokens.keys.shape[-2] // plan.chunk_size
+
+
+def _by_row(plan: Plan, x: jax.Array, tokens: Tokens) -> jax.Array:
+  return by_row(plan, x, _updates(plan, tokens))
+
+
+def _sum_rows(plan: Plan, x: jax.Array, tokens: Tokens) -> jax.Array:
+  return sum_rows(plan, x, _updates(plan, tokens))
+
+
+def _in_blocks(plan: Plan, tree: Any) -> tuple[Plan, int, Any]:
+  """The plan with blocks of nearly equal size, their number, and arrays [B, T, ...] with padding that completes the last."""
+  tokens = jax.tree.leaves(tree)[0].shape[1]
+  chunks = -(-tokens // plan.chunk_size)
+  blocks = -(-chunks // plan.block)
+  plan = plan._replace(block=-(-chunks // blocks))
+  missing = blocks * plan.block * plan.chunk_size - tokens
+  return plan, blocks, jax.tree.map(partial(_pad, missing=missing), tree)
 
 
 def _pad(x: jax.Array, missing: int) -> jax.Array:
@@ -126,100 +283,19 @@ def _pad(x: jax.Array, missing: int) -> jax.Array:
   return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(plan, docs, inputs, initial_state):
-  return _forward(plan, docs, inputs, initial_state)[0]
-
-
-def _forward(plan, docs, inputs, initial_state):
-  batch, heads, _, value_width = initial_state.shape
-  length, blocks = _blocks(plan, inputs)
-
-  def block(carry, i):
-    state, out = carry
-    chunks = _prepare(plan, initial_state.dtype, _entry_document(docs, i, length), *_slice_block((docs, *inputs), i, length))
-    inverse = _inverse(chunks.overlaps)
-    state, (block_out, *kept) = jax.lax.scan(chunk, state, (chunks, inverse))
-    return (state, _set_block(out, _from_chunks(block_out, batch, heads), i)), (*kept, inverse)
-
-  def chunk(state, xs):
-    chunk, inverse = xs
-    u = chunk.values if inverse is None else matmul(inverse, chunk.values - matmul(chunk.erases, state))
-    out = matmul(chunk.reads, state) + matmul(chunk.scores, u)
-    return chunk.keep[..., None] * state + matmul(_transpose(chunk.writes), u), (out, state, u)
-
-  entry = initial_state.reshape(-1, *initial_state.shape[2:])
-  out = jnp.empty((batch, blocks * length, heads, value_width), initial_state.dtype)
-  (final_state, out), kept = jax.lax.scan(block, (entry, out), jnp.arange(blocks, dtype=jnp.int32))
-  return (out, final_state.reshape(initial_state.shape)), (docs, inputs, kept)
-
-
-def _backward(plan, residuals, cotangents):
-  docs, inputs, kept = residuals
-  d_out, d_final = cotangents
-  length, blocks = _blocks(plan, inputs)
-
-  def block(carry, xs):
-    d_state, d_inputs = carry
-    i, states, us, inverse = xs
-    block_docs, block_inputs, block_d_out = _slice_block((docs, inputs, d_out), i, length)
-    prepare = partial(_prepare, plan, d_final.dtype, _entry_document(docs, i, length), block_docs)
-    chunks, pull_back = jax.vjp(prepare, *block_inputs)
-    block_d_out = _split(_to_chunks(block_d_out, plan.chunk_size), plan.block)
-    d_state, d_chunks = jax.lax.scan(chunk, d_state, (chunks, inverse, states, us, block_d_out), reverse=True)
-    return (d_state, jax.tree.map(partial(_set_block, i=i), d_inputs, pull_back(d_chunks))), None
-
-  def chunk(d_state, xs):
-    chunk, inverse, state, u, d_out = xs
-    du = matmul(_transpose(chunk.scores), d_out) + matmul(chunk.writes, d_state)
-    dr = du if inverse is None else matmul(_transpose(inverse), du)
-    d_keep = einsum("mkv,mkv->mk", state, d_state)
-    d_chunk = Chunks(
-      reads=matmul(d_out, _transpose(state)),
-      erases=None if inverse is None else -matmul(dr, _transpose(state)),
-      writes=matmul(u, _transpose(d_state)),
-      values=dr,
-      scores=matmul(d_out, _transpose(u)),
-      overlaps=None if inverse is None else -matmul(dr, _transpose(u)),
-      keep=d_keep if chunk.keep.shape == d_keep.shape else jnp.sum(d_keep, axis=-1, keepdims=True),
-    )
-    d_state = chunk.keep[..., None] * d_state + matmul(_transpose(chunk.reads), d_out)
-    return d_state if inverse is None else d_state - matmul(_transpose(chunk.erases), dr), d_chunk
-
-  d_exit = d_final.reshape(-1, *d_final.shape[2:])
-  carry = d_exit, jax.tree.map(jnp.empty_like, inputs)
-  xs = jnp.arange(blocks, dtype=jnp.int32), *kept
-  (d_entry, d_inputs), _ = jax.lax.scan(block, carry, xs, reverse=True)
-  return None, d_inputs, d_entry.reshape(d_final.shape)
-
-
-_chunked.defvjp(_forward, _backward)
-
-
-def _inverse(overlaps: jax.Array | None) -> jax.Array | None:
-  """(I + A)^-1 of every chunk."""
-  if overlaps is None:
-    return None
-  return unit_lower_inverse(overlaps.reshape(-1, *overlaps.shape[2:])).reshape(overlaps.shape)
-
-
-def _blocks(plan: Plan, inputs: Any) -> tuple[int, int]:
-  """Returns the number of tokens in a block and the number of blocks."""
-  length = plan.chunk_size * plan.block
-  return length, jax.tree.leaves(inputs)[0].shape[1] // length
-
-
-def _entry_document(docs: Documents | None, i: jax.Array, length: int) -> jax.Array | None:
-  """Index of the document that the state at the start of block i belongs to, int32 [B]."""
+def _block(plan: Plan, docs: Documents | None, inputs: Any, i: jax.Array) -> tuple[Documents | None, jax.Array | None, Any]:
+  """Documents of block i, index of the document that the state at its start belongs to, int32 [B], and inputs."""
+  slices = jax.tree.map(lambda x: _slice(plan, x, i), (docs, inputs))
   if docs is None:
-    return None
-  last = jnp.take(docs.index, jnp.maximum(i * length - 1, 0), axis=1)
-  return jnp.where(i == 0, 0, last)
+    return None, None, slices[1]
+  last = jnp.take(docs.index, jnp.maximum(i * plan.block * plan.chunk_size - 1, 0), axis=1)
+  return slices[0], jnp.where(i == 0, 0, last), slices[1]
 
 
-def _slice_block(tree: Any, i: jax.Array, length: int) -> Any:
-  """Block i of arrays [B, T, ...]."""
-  return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=1), tree)
+def _slice(plan: Plan, x: jax.Array, i: jax.Array) -> jax.Array:
+  """Block i of x [B, T, ...]."""
+  length = plan.block * plan.chunk_size
+  return jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=1)
 
 
 def _set_block(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
@@ -227,178 +303,17 @@ def _set_block(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
   return jax.lax.dynamic_update_slice_in_dim(x, block, i * block.shape[1], axis=1)
 
 
-def _prepare(
-  plan: Plan,
-  dtype: jnp.dtype,
-  entry: jax.Array | None,
-  docs: Documents | None,
-  operands: Any,
-  log_decay: jax.Array | None,
-) -> Chunks:
-  """Computes `Chunks` for all chunks of a block in parallel. JAX differentiates this function.
-
-  Chunks, batch and heads are one leading axis here: XLA on a CPU is slow at products with several batch axes, and crashes on
-  some.
-
-  Args:
-    plan: static arguments.
-    dtype: dtype of the arithmetic.
-    entry: int32 [B], index of the document that the state at the start of the block belongs to; `None` without `docs`.
-    docs, operands, log_decay: those of the block's L tokens, [B, L, ...]; log_decay [B, L, H, K or 1] or `None`.
-  """
-  chunk_size = plan.chunk_size
-  if docs is not None:  # the inputs at padding may hold anything
-    operands, log_decay = jax.tree.map(partial(_zero_padding, docs.is_token), (operands, log_decay))
-  q, k, a, z = plan.expand(*operands)
-  heads = q.shape[2]
-  if log_decay is None:
-    log_decay = jnp.zeros((1, chunk_size, 1, 1), dtype)
-  q, k, a, z, log_decay = jax.tree.map(lambda x: _to_chunks(x.astype(dtype), chunk_size), (q, k, a, z, log_decay))
-  log_decay = jnp.maximum(log_decay, _MIN_LOG_DECAY)
-  r = k.shape[2]
-  read_mask, update_mask = (jnp.asarray(mask)[None] for mask in _causal(chunk_size, r))
-  entering, leaving = jnp.exp(_sum_up_to(log_decay)), jnp.exp(_sum_after(log_decay))
-  keep = jnp.exp(jnp.sum(log_decay, axis=1))
-  if docs is not None:
-    index = _to_chunks(jnp.repeat(docs.index[..., None], heads, axis=2), chunk_size)  # [L, C]
-    last = index[:, -1:]
-    entry = jnp.concatenate([jnp.repeat(entry, heads)[:, None], last])[: len(last)]
-    same = (index[:, :, None] == index[:, None, :])[:, :, None, :, None]
-    read_mask, update_mask = read_mask & same, update_mask & same
-    entering = jnp.where((index == entry)[..., None], entering, 0)
-    leaving = jnp.where((index == last)[..., None], leaving, 0)
-    keep = jnp.where(entry == last, keep, 0)
-
-  products = partial(_decayed_products, k=k, log_decay=log_decay, decay_bound=plan.decay_bound)
-  scores = jnp.where(read_mask, products(q[:, :, None]), 0)
-  overlaps = None if a is None else jnp.where(update_mask, products(a), 0)
-  chunks = Chunks(
-    reads=_decayed(q, entering),
-    erases=None if a is None else _merge(_decayed(a, entering[:, :, None])),
-    writes=_merge(_decayed(k, leaving[:, :, None])),
-    values=_merge(z),
-    scores=scores.reshape(-1, chunk_size, chunk_size * r),
-    overlaps=None if a is None else overlaps.reshape(-1, chunk_size * r, chunk_size * r),
-    keep=jnp.broadcast_to(keep, (len(q), keep.shape[-1])),
-  )
-  return jax.tree.map(lambda x: _split(x, plan.block), chunks)
+def _value_dtype(plan: Plan, operands: Any) -> jnp.dtype:
+  return next(x.value.dtype for x in jax.eval_shape(plan.updates, *operands)[1] if x.value is not None)
 
 
-def _causal(chunk_size: int, r: int) -> tuple[np.ndarray, np.ndarray]:
-  """Masks of the updates before each token's read, [C, 1, C, r], and before each update, [C, r, C, r]."""
-  read, update = np.arange(chunk_size) * r + r - 1, np.arange(chunk_size * r)
-  read_mask, update_mask = update <= read[:, None], update < update[:, None]
-  return read_mask.reshape(chunk_size, 1, chunk_size, r), update_mask.reshape(chunk_size, r, chunk_size, r)
-
-
-def _decayed_products(x: jax.Array, k: jax.Array, log_decay: jax.Array, decay_bound: float | None) -> jax.Array:
-  """Products x_t k_s^T times the decay from s to t, [L, C, p, C, r]. Entries with s > t are meaningless; the caller masks them.
-
-  Per-channel decays multiply the factors. A span of tokens is split at its middle: rows of x in the later half are decayed from
-  the middle on, rows of k in the earlier half up to the middle, so no exponent is positive. Spans start at single tokens and
-  double. With `decay_bound` they start at the longest span whose halves can be decayed relative to the middle in one product,
-  with exponents of at most 40 in size.
-
-  Args:
-    x: [L, C, p, K].
-    k: [L, C, r, K].
-    log_decay: [L, C, K or 1].
-    decay_bound: as for `Plan`.
-  """
-  if log_decay.shape[-1] == 1:
-    return _products(x, k) * jnp.exp(_sum_between(log_decay))[:, :, None, :, None]
-  c, p, width = x.shape[1:]
-  r = k.shape[2]
-  span = c
-  while span > 1 and (decay_bound is None or span // 2 * -decay_bound > _MAX_EXPONENT):
-    span //= 2
-  since_middle = _sum_since_middle(log_decay.reshape(-1, span, width))[:, :, None]
-  out = _products(
-    x.reshape(-1, span, p, width) * jnp.exp(since_middle), k.reshape(-1, span, r, width) * jnp.exp(-since_middle)
-  )
-  while span < c:
-    late_x = x.reshape(-1, 2, span, p, width)[:, 1]
-    early_k = k.reshape(-1, 2, span, r, width)[:, 0]
-    early_decay, late_decay = jnp.moveaxis(log_decay.reshape(-1, 2, span, width), 1, 0)
-    late_x = late_x * jnp.exp(_sum_up_to(late_decay))[:, :, None]
-    early_k = early_k * jnp.exp(_sum_after(early_decay))[:, :, None]
-    across = _products(late_x, early_k)
-    first, second = jnp.moveaxis(out.reshape(-1, 2, span, p, span, r), 1, 0)
-    top = jnp.concatenate([first, jnp.zeros_like(across)], axis=3)
-    out = jnp.concatenate([top, jnp.concatenate([across, second], axis=3)], axis=1)
-    span *= 2
-  return out.reshape(-1, c, p, c, r)
-
-
-def _products(x: jax.Array, k: jax.Array) -> jax.Array:
-  """Inner products of x [L, C, p, K] and k [L, C, r, K], [L, C, p, C, r]."""
-  products = einsum("lrk,lsk->lrs", _merge(x), _merge(k))
-  return products.reshape(*x.shape[:3], *k.shape[1:3])
-
-
-# Sums of log-decays are matrix products with zeros and ones. All terms have one sign, so nothing cancels, as it would in
-# differences of cumulative sums.
-
-
-def _sum_up_to(x: jax.Array) -> jax.Array:
-  """Sums of x [L, C, K] up to and including each token, [L, C, K]."""
-  return _sum(np.tri(x.shape[1]), x)
-
-
-def _sum_after(x: jax.Array) -> jax.Array:
-  """Sums of x [L, C, K] over the tokens after each token, [L, C, K]."""
-  return _sum(1 - np.tri(x.shape[1]), x)
-
-
-def _sum_since_middle(x: jax.Array) -> jax.Array:
-  """Sums of x [L, C, K] from the middle of C to each token, negated for those before it, [L, C, K]."""
-  up_to = np.tri(x.shape[1])
-  return _sum(up_to - up_to[x.shape[1] // 2], x)
-
-
-def _sum_between(x: jax.Array) -> jax.Array:
-  """Sums of x [L, C, 1] over the tokens after j and up to i, [L, C, C]; zero where there are none."""
-  after = 1 - np.tri(x.shape[1])
-  return _sum_up_to(x * jnp.asarray(after.T, x.dtype)[None])
-
-
-def _sum(weights: np.ndarray, x: jax.Array) -> jax.Array:
-  """Weighted sums of x [L, C, K] over its tokens, [L, R, K], with the weights [R, C]."""
-  weights = jnp.asarray(weights, x.dtype)[None]
-  return matmul(jnp.broadcast_to(weights, (x.shape[0], *weights.shape[1:])), x)
-
-
-def _decayed(x: jax.Array, decay: jax.Array) -> jax.Array:
-  """x [..., K] times decay [..., K or 1]."""
-  if decay.shape[-1] > 1:
-    return x * decay
-  return scaled(x, jnp.broadcast_to(decay[..., 0], x.shape[:-1]))
-
-
-def _zero_padding(is_token: jax.Array, x: jax.Array) -> jax.Array:
-  """Sets the padding of x [B, T, ...] to zero."""
-  return jnp.where(jnp.expand_dims(is_token, range(2, x.ndim)), x, 0)
-
-
-def _merge(x: jax.Array) -> jax.Array:
-  """[L, C, r, X] -> [L, C * r, X]."""
-  return x.reshape(x.shape[0], -1, x.shape[-1])
+def _split(plan: Plan, tree: Any) -> Any:
+  """[n * M, ...] -> [n, M, ...]."""
+  return jax.tree.map(lambda x: x.reshape(plan.block, -1, *x.shape[1:]), tree)
 
 
 def _transpose(x: jax.Array) -> jax.Array:
   return jnp.swapaxes(x, -1, -2)
-
-
-def _split(x: jax.Array, n: int) -> jax.Array:
-  """[n * M, ...] -> [n, M, ...]."""
-  return x.reshape(n, -1, *x.shape[1:])
-
-
-def _to_chunks(x: jax.Array, chunk_size: int) -> jax.Array:
-  """[B, n * C, H, ...] -> [n * B * H, C, ...]."""
-  batch, _, heads, *rest = x.shape
-  x = x.reshape(batch, -1, chunk_size, heads, *rest)
-  return x.transpose(1, 0, 3, 2, *range(4, x.ndim)).reshape(-1, chunk_size, *rest)
 
 
 def _from_chunks(x: jax.Array, batch: int, heads: int) -> jax.Array:

@@ -1,0 +1,168 @@
+"""The call of the operation: its one gradient rule, above the implementations, with a plan for each platform.
+
+The rule sees raw operands: heads are not repeated, and nothing is widened. Its forward and its backward run on each device for
+that device's rows and heads.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from ..dispatch import by_platform
+from ..documents import documents
+from ..numerics import FULL, Precision
+from ..partition import HEADS, ROWS, partitioned, varying_alike
+from .chunked import backward, forward
+from .recurrent import recurrent
+from .terms import Plan, Update, first_span
+
+# CPUs: small chunks, one at a time, so that its arrays stay in a core's cache.
+_CPU_CHUNK = 32
+# GPUs and TPUs: rows of a chunk, matrices of a block (chunks x batch x heads), and tokens of a group of rows.
+_ROWS, _MATRICES, _GROUP, _UNROLL = 64, 256, 8, 4
+
+# The axes of arrays [B, T, H, ...], [B, T, r, H, ...], [B, H, ...], and of what the forward keeps, [chunks, B, H, ...].
+TOKENS, UPDATES, STATE = P(ROWS, None, HEADS), P(ROWS, None, None, HEADS), P(ROWS, HEADS)
+_KEPT = P(None, ROWS, HEADS)
+
+
+class Options(NamedTuple):
+  """What a call of the operation asks for.
+
+  Attributes:
+    updates: maps the operands [B, T, ...] to q and the updates of every token; linear in the operands.
+    specs: which axes of each operand are `ROWS` and `HEADS`.
+    scale: factor of the read.
+    dtype: of the arithmetic, and of the state.
+    precision: of products with intermediates.
+    chunk_size: tokens per chunk, or `None`.
+    decay_bound: a lower bound of every log-decay, or `None`.
+  """
+
+  updates: Callable[..., tuple[jax.Array, Sequence[Update]]]
+  specs: tuple[P, ...]
+  scale: float
+  dtype: jnp.dtype
+  precision: Precision
+  chunk_size: int | None
+  decay_bound: float | None
+
+
+class Inputs(NamedTuple):
+  """The arrays of a call.
+
+  Attributes:
+    segment_ids: int32 [B, T], or `None`.
+    operands: of the variant, arrays [B, T, ...]; the first is q.
+    log_decay: `None` or [B, T, H, K or 1].
+    state: the initial state, [B, H, K, V].
+  """
+
+  segment_ids: jax.Array | None
+  operands: tuple[jax.Array, ...]
+  log_decay: jax.Array | None
+  state: jax.Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+  """The output [B, T, H, V] in the dtype of the values, and the final state [B, H, K, V]."""
+  return partitioned(partial(_run, options), (_specs(options),), (TOKENS, STATE))(inputs)
+
+
+def _run(options, inputs):
+  return by_platform(*(partial(lambda plan, x: _forward(plan, x)[0], plan) for plan in _plans(options, inputs)), inputs)
+
+
+def _run_forward(options, inputs):
+  local = partial(_run_and_keep, options)
+  results, kept = partitioned(local, (_specs(options),), ((TOKENS, STATE), _KEPT))(inputs)
+  return results, (inputs, kept)
+
+
+def _run_and_keep(options, inputs):
+  """The results, and what each platform's form keeps for its gradient. What another platform's form would keep is zero.
+
+  A program reads what its own platform kept, so the zeros take no memory in it.
+  """
+  plans = _plans(options, inputs)
+  shapes = [jax.eval_shape(partial(_forward, plan), inputs)[1] for plan in plans]
+
+  def on(platform, inputs):
+    results, kept = _forward(plans[platform], inputs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return results, tuple(kept if i == platform else varying_alike(inputs.state, zeros[i]) for i in range(len(plans)))
+
+  return by_platform(*(partial(on, i) for i in range(len(plans))), inputs)
+
+
+def _run_backward(options, residuals, cotangents):
+  inputs, kept = residuals
+  local, specs = partial(_pull_back, options), _specs(options)
+  return (partitioned(local, (specs, _KEPT, (TOKENS, STATE)), specs)(inputs, kept, cotangents),)
+
+
+def _pull_back(options, inputs, kept, cotangents):
+  def on(platform, plan, inputs, kept, cotangents):
+    docs = _documents(inputs)
+    gradients = backward(plan, docs, inputs.operands, inputs.log_decay, kept[platform], *cotangents)
+    return Inputs(None, *gradients)
+
+  plans = _plans(options, inputs)
+  return by_platform(*(partial(on, i, plan) for i, plan in enumerate(plans)), inputs, kept, cotangents)
+
+
+run.defvjp(_run_forward, _run_backward)
+
+
+def recurrence(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+  """The same function as `run`, by the oracle. JAX differentiates it."""
+
+  def local(inputs):
+    q, updates = options.updates(*inputs.operands)
+    out, state = recurrent(q, updates, options.scale, inputs.log_decay, inputs.state, _documents(inputs))
+    return out.astype(next(x.value.dtype for x in updates if x.value is not None)), state
+
+  return partitioned(local, (_specs(options),), (TOKENS, STATE))(inputs)
+
+
+def _specs(options: Options) -> Inputs:
+  return Inputs(P(ROWS), options.specs, TOKENS, STATE)
+
+
+def _documents(inputs: Inputs):
+  return None if inputs.segment_ids is None else documents(inputs.segment_ids)
+
+
+def _forward(plan: Plan, inputs: Inputs):
+  return forward(plan, _documents(inputs), *inputs[1:])
+
+
+def _plans(options: Options, inputs: Inputs) -> tuple[Plan, Plan]:
+  """The plan of the chunked form in programs for CPUs, and in programs for other platforms, for one device's part."""
+  q, updates = jax.eval_shape(options.updates, *inputs.operands)
+  (batch, tokens), heads = q.shape[:2], inputs.state.shape[1]
+  longest = 1 << (tokens - 1).bit_length()  # no chunk is longer than the sequence, rounded up to a power of two
+
+  def size(default):
+    return min(options.chunk_size or default, longest)
+
+  common = Plan(options.updates, heads, options.scale, options.dtype, size(_CPU_CHUNK), decay_bound=options.decay_bound)
+  chunk = size(_ROWS >> (len(updates) - 1).bit_length())
+  per_channel = inputs.log_decay is not None and inputs.log_decay.shape[-1] > 1
+  in_groups = len(updates) > 1 and not (per_channel and first_span(chunk, options.decay_bound) < _GROUP)
+  raw = {x.dtype for x in (q, *(update.key for update in updates))}
+  others = common._replace(
+    chunk_size=chunk,
+    block=max(1, _MATRICES // (batch * heads)),
+    group=min(_GROUP, chunk) if in_groups else 1,
+    unroll=_UNROLL,
+    raw=q.dtype if len(raw) == 1 and options.precision is not FULL else None,
+    precision=options.precision,
+    in_lanes=True,
+  )
+  return common, others

@@ -1,0 +1,357 @@
+"""What a chunk computes from its tokens alone, before it knows the state: its rows, masks, decays and inner products.
+
+A chunk has C tokens and R = C * r updates, one row each. The axes of arrays are N (chunks x batch x heads), C and R. N is one
+axis because XLA on a CPU is slow at products with several batch axes, and crashes on some.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..documents import Documents
+from ..numerics import FULL, Precision, einsum, matmul
+
+# exp() of this is 0 in every float type, and so is its gradient. Unlike -inf, it gives 0 when multiplied by the 0 of a mask.
+_MIN_LOG_DECAY = -1e4
+# The largest exponent of one factor of a split decay. Two factors multiply to e^80 at most, far from overflow in float32.
+_MAX_EXPONENT = 40.0
+
+
+class Update(NamedTuple):
+  """One rank-1 update of every token, S <- S - (strength k)(k^T S) + k (strength v)^T.
+
+  Attributes:
+    key: k, [B, T, Hk, K].
+    strength: [B, T, H]; `None` for an update that only adds, S <- S + k v^T.
+    value: v, [B, T, H, V]; `None` for zero.
+  """
+
+  key: jax.Array
+  strength: jax.Array | None
+  value: jax.Array | None
+
+
+class Plan(NamedTuple):
+  """The static arguments of the chunked form.
+
+  Attributes:
+    updates: maps the operands [B, T, ...] of a variant to q [B, T, Hk, K] and its updates; linear in the operands.
+    heads: number of value heads, H.
+    scale: factor of the read.
+    dtype: of the arithmetic, and of the state.
+    chunk_size: C, a power of two.
+    block: chunks in a block.
+    group: tokens in a group, a power of two up to C. Rows are ordered by group, update and token within the group. One token
+      per group is the order of the recurrence; eight make the rows of a group of tokens whole tiles of a TPU.
+    unroll: iterations of the scan over the chunks of a block that are compiled as one.
+    raw: dtype in which queries and keys are multiplied with each other; `dtype` to widen them.
+    precision: of products with intermediates.
+    in_lanes: whether the inverse of (I + A) is made for a GPU or TPU.
+    decay_bound: a lower bound of every log-decay, which makes per-channel decays cheaper; or `None`.
+  """
+
+  updates: Callable[..., tuple[jax.Array, Sequence[Update]]]
+  heads: int
+  scale: float
+  dtype: jnp.dtype
+  chunk_size: int
+  block: int = 1
+  group: int = 1
+  unroll: int = 1
+  raw: jnp.dtype | None = None
+  precision: Precision = FULL
+  in_lanes: bool = False
+  decay_bound: float | None = None
+
+
+class Tokens(NamedTuple):
+  """The tokens of N chunks, in the dtypes that they came in.
+
+  Attributes:
+    q: [N, C, K].
+    keys: [N, R, K].
+    strengths: [N, R]; `None` for updates that only add.
+    values: [N, R, V].
+    log_decay: [N, C, K or 1], or `None`.
+  """
+
+  q: jax.Array
+  keys: jax.Array
+  strengths: jax.Array | None
+  values: jax.Array
+  log_decay: jax.Array | None
+
+
+class Masks(NamedTuple):
+  """Which tokens and rows see each other; `None` where all do.
+
+  Attributes:
+    read: [N or 1, C, R], the rows that a token's read sees: those of its document, up to its own.
+    update: [N or 1, R, R], the earlier rows of the same document.
+    enters: [N, C], tokens of the document that the incoming state belongs to.
+    leaves: [N, C], tokens of the document that the outgoing state belongs to.
+    keeps: [N], whether these are the same document.
+  """
+
+  read: jax.Array
+  update: jax.Array
+  enters: jax.Array | None = None
+  leaves: jax.Array | None = None
+  keeps: jax.Array | None = None
+
+
+class Terms(NamedTuple):
+  """What N chunks contribute, apart from the state. Decays are one per channel or one in all, [..., K or 1].
+
+  Attributes:
+    scores: P, [N, C, R].
+    overlaps: A without its strengths, [N, R, R]; `None` for updates that only add.
+    entering: e^G, [N, C, K or 1]; 0 for tokens of later documents.
+    leaving: e^{G_C - G}, [N, C, K or 1]; 0 for tokens of earlier documents.
+    keep: e^{G_C}, [N, K or 1]; 0 if the document ends.
+  """
+
+  scores: jax.Array
+  overlaps: jax.Array | None
+  entering: jax.Array
+  leaving: jax.Array
+  keep: jax.Array
+
+
+def arrange_tokens(plan: Plan, docs: Documents | None, operands: Any, log_decay: jax.Array | None) -> Tokens:
+  """Arranges a block's operands [B, L, ...] in chunks. It is linear in them."""
+  if docs is not None:  # the inputs at padding may hold anything
+    operands, log_decay = jax.tree.map(partial(_zero_padding, docs.is_token), (operands, log_decay))
+  q, updates = plan.updates(*operands)
+
+  def chunks(x):
+    return None if x is None else to_chunks(_repeat_heads(x, plan.heads), plan.chunk_size)
+
+  def rows(name):
+    columns = [chunks(getattr(update, name)) for update in updates]
+    present = [x for x in columns if x is not None]
+    zeros = [jnp.zeros_like(present[0]) if x is None else x for x in columns] if present else []
+    return _stack_rows(plan, zeros) if present else None
+
+  return Tokens(chunks(q), rows("key"), rows("strength"), rows("value"), chunks(log_decay))
+
+
+def make_masks(plan: Plan, docs: Documents | None, entry: jax.Array | None, updates: int) -> Masks:
+  """The masks of a block with these documents, whose incoming state belongs to document `entry` [B] of each row.
+
+  Args:
+    plan: static arguments.
+    docs: documents of the block's tokens, [B, L], or `None`.
+    entry: int32 [B].
+    updates: r.
+  """
+  token, order = _rows(plan, updates)
+  read, update = (token <= np.arange(plan.chunk_size)[:, None])[None], (order < order[:, None])[None]
+  if docs is None:
+    return Masks(jnp.asarray(read), jnp.asarray(update))
+  index = to_chunks(jnp.repeat(docs.index[..., None], plan.heads, axis=2), plan.chunk_size)
+  last = index[:, -1:]
+  entry = jnp.concatenate([jnp.repeat(entry, plan.heads)[:, None], last])[: len(last)]
+  row = by_row(plan, index, updates)
+  return Masks(
+    jnp.asarray(read) & (index[:, :, None] == row[:, None]),
+    jnp.asarray(update) & (row[:, :, None] == row[:, None]),
+    index == entry,
+    index == last,
+    (entry == last)[:, 0],
+  )
+
+
+def make_terms(plan: Plan, masks: Masks, q: jax.Array, keys: jax.Array, log_decay: jax.Array | None, *, erases: bool) -> Terms:
+  """Computes `Terms` of N chunks in parallel. JAX differentiates it by q [N, C, K], keys [N, R, K] and log_decay."""
+  if log_decay is None:
+    log_decay = jnp.zeros((1, plan.chunk_size, 1), plan.dtype)
+  log_decay = jnp.maximum(log_decay, _MIN_LOG_DECAY)
+  entering, leaving = jnp.exp(_sum_up_to(log_decay)), jnp.exp(_sum_after(log_decay))
+  keep = jnp.exp(jnp.sum(log_decay, axis=1))
+  if masks.enters is not None:
+    entering = jnp.where(masks.enters[..., None], entering, 0)
+    leaving = jnp.where(masks.leaves[..., None], leaving, 0)
+    keep = jnp.where(masks.keeps[:, None], keep, 0)
+  products = partial(_decayed_products, plan, keys, log_decay)
+  n = len(q)
+  return Terms(
+    jnp.where(masks.read, products(q), 0) * jnp.asarray(plan.scale, plan.dtype),
+    jnp.where(masks.update, products(keys), 0) if erases else None,
+    *(jnp.broadcast_to(x, (n, *x.shape[1:])) for x in (entering, leaving, keep)),
+  )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 2, 3))
+def by_row(plan: Plan, x: jax.Array, updates: int, axis: int = 1) -> jax.Array:
+  """Repeats x [N, C, ...] for every update of a token: [N, R, ...]; or along another axis."""
+  if updates == 1:
+    return x
+  before, after = x.shape[:axis], x.shape[axis + 1 :]
+  x = jnp.expand_dims(x.reshape(*before, -1, plan.group, *after), axis + 1)
+  x = jnp.broadcast_to(x, (*x.shape[: axis + 1], updates, *x.shape[axis + 2 :]))
+  return x.reshape(*before, -1, *after)
+
+
+def sum_rows(plan: Plan, x: jax.Array, updates: int, axis: int = 1) -> jax.Array:
+  """The transpose of `by_row`: sums x [N, R, ...] over the updates of a token, [N, C, ...]."""
+  if updates == 1:
+    return x
+  before, after = x.shape[:axis], x.shape[axis + 1 :]
+  x = x.reshape(*before, -1, updates, plan.group, *after)
+  # Added one by one, the updates are fused with what computes them; a reduction would not be.
+  total = functools.reduce(jnp.add, (jax.lax.index_in_dim(x, m, axis + 1, keepdims=False) for m in range(updates)))
+  return total.reshape(*before, -1, *after)
+
+
+by_row.defvjp(
+  lambda plan, x, updates, axis: (by_row(plan, x, updates, axis), None),
+  lambda plan, updates, axis, _, d: (sum_rows(plan, d, updates, axis),),
+)
+
+
+def _rows(plan: Plan, updates: int) -> tuple[np.ndarray, np.ndarray]:
+  """The token of each row, and its place in the order of the recurrence, [R] each."""
+  groups = np.arange(plan.chunk_size).reshape(-1, 1, plan.group)
+  token = np.broadcast_to(groups, (len(groups), updates, plan.group))
+  order = token * updates + np.arange(updates)[:, None]
+  return token.reshape(-1), order.reshape(-1)
+
+
+def row_order(plan: Plan, updates: int) -> tuple[int, ...]:
+  """The order of the recurrence among the rows of whole groups: of one, or of as many as have 16 rows together."""
+  _, order = _rows(plan, updates)
+  group = plan.group * updates
+  while 2 * group <= min(16, len(order)):
+    group *= 2
+  return tuple(map(int, np.argsort(order[:group])))
+
+
+def _stack_rows(plan: Plan, updates: Sequence[jax.Array]) -> jax.Array:
+  """[N, C, ...] of each update to [N, R, ...]."""
+  if len(updates) == 1:
+    return updates[0]
+  n, c, *rest = updates[0].shape
+  stacked = jnp.stack([x.reshape(n, -1, plan.group, *rest) for x in updates], axis=2)
+  return stacked.reshape(n, c * len(updates), *rest)
+
+
+def _decayed_products(plan: Plan, keys: jax.Array, log_decay: jax.Array, x: jax.Array) -> jax.Array:
+  """Products x_i k_j [N, X, R] times the decay from the token of j to that of i; x [N, X, K] has some rows per token.
+
+  Entries where j is later than i are meaningless; the caller masks them.
+
+  Per-channel decays multiply the factors. A span of tokens is split at its middle: rows of x in the later half are decayed from
+  the middle on, keys in the earlier half up to the middle, so no exponent is positive. Spans start at single tokens and double.
+  With `decay_bound` they start at the longest span whose tokens can be decayed relative to the middle in one product, with
+  exponents of at most 40 in size.
+  """
+  c, width = log_decay.shape[1:]
+  x_rows, k_rows = (partial(by_row, plan, updates=y.shape[1] // c) for y in (x, keys))
+  if width == 1:
+    between = jnp.exp(_sum_between(log_decay))
+    return _raw_products(plan, x, keys) * k_rows(x_rows(between), axis=2)
+  product = partial(einsum, "lrk,lsk->lrs", precision=plan.precision)
+  span = first_span(c, plan.decay_bound)
+  since_middle = _sum_since_middle(log_decay.reshape(-1, span, width))
+  out = product(_spans(x, c // span) * jnp.exp(x_rows(since_middle)), _spans(keys, c // span) * jnp.exp(k_rows(-since_middle)))
+  while span < c:
+    pairs = c // span // 2
+    early, late = jnp.moveaxis(log_decay.reshape(-1, 2, span, width), 1, 0)
+    late_x = _spans(x, pairs, 2)[:, 1] * jnp.exp(x_rows(_sum_up_to(late)))
+    early_keys = _spans(keys, pairs, 2)[:, 0] * jnp.exp(k_rows(_sum_after(early)))
+    across = product(late_x, early_keys)
+    first, second = jnp.moveaxis(out.reshape(-1, 2, *out.shape[1:]), 1, 0)
+    top = jnp.concatenate([first, jnp.zeros_like(across)], axis=2)
+    out = jnp.concatenate([top, jnp.concatenate([across, second], axis=2)], axis=1)
+    span *= 2
+  return out
+
+
+def first_span(chunk_size: int, decay_bound: float | None) -> int:
+  """The number of tokens whose decays are split at one middle: 1 without a bound."""
+  span = chunk_size
+  while span > 1 and (decay_bound is None or span // 2 * -decay_bound > _MAX_EXPONENT):
+    span //= 2
+  return span
+
+
+def _spans(x: jax.Array, *counts: int) -> jax.Array:
+  """x [N, X, K] cut along its rows, [N * counts[0], *counts[1:], rows, K]."""
+  return x.reshape(len(x) * counts[0], *counts[1:], -1, x.shape[-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _raw_products(plan: Plan, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Inner products of x [N, X, K] and y [N, Y, K], [N, X, Y], whose values are exact in `plan.raw`.
+
+  Cotangents are not exact in that dtype; they are multiplied as intermediates.
+  """
+  x, y = (x, y) if plan.raw is None else (x.astype(plan.raw), y.astype(plan.raw))
+  return einsum("lrk,lsk->lrs", x, y, plan.precision)
+
+
+def _raw_products_forward(plan, x, y):
+  return _raw_products(plan, x, y), (x, y)
+
+
+def _raw_products_backward(plan, residuals, d):
+  x, y = residuals
+  return matmul(d, y, plan.precision), matmul(jnp.swapaxes(d, 1, 2), x, plan.precision)
+
+
+_raw_products.defvjp(_raw_products_forward, _raw_products_backward)
+
+
+# Sums of log-decays are matrix products with zeros and ones. All terms have one sign, so nothing cancels, as it would in
+# differences of cumulative sums.
+
+
+def _sum_up_to(x: jax.Array) -> jax.Array:
+  """Sums of x [N, C, K] up to and including each token, [N, C, K]."""
+  return _sum(np.tri(x.shape[1]), x)
+
+
+def _sum_after(x: jax.Array) -> jax.Array:
+  """Sums of x [N, C, K] over the tokens after each token, [N, C, K]."""
+  return _sum(1 - np.tri(x.shape[1]), x)
+
+
+def _sum_since_middle(x: jax.Array) -> jax.Array:
+  """Sums of x [N, C, K] from the middle of C to each token, negated for those before it, [N, C, K]."""
+  up_to = np.tri(x.shape[1])
+  return _sum(up_to - up_to[x.shape[1] // 2], x)
+
+
+def _sum_between(x: jax.Array) -> jax.Array:
+  """Sums of x [N, C, 1] over the tokens after j and up to i, [N, C, C]; zero where there are none."""
+  after = 1 - np.tri(x.shape[1])
+  return _sum_up_to(x * jnp.asarray(after.T, x.dtype)[None])
+
+
+def _sum(weights: np.ndarray, x: jax.Array) -> jax.Array:
+  """Weighted sums of x [N, C, K] over its tokens, [N, R, K], with the weights [R, C]."""
+  weights = jnp.asarray(weights, x.dtype)[None]
+  return matmul(jnp.broadcast_to(weights, (x.shape[0], *weights.shape[1:])), x)
+
+
+def _zero_padding(is_token: jax.Array, x: jax.Array) -> jax.Array:
+  """Sets the padding of x [B, T, ...] to zero."""
+  return jnp.where(jnp.expand_dims(is_token, range(2, x.ndim)), x, 0)
+
+
+def _repeat_heads(x: jax.Array, heads: int) -> jax.Array:
+  """x [B, T, Hk, ...] with each head repeated for the value heads that share it."""
+  return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def to_chunks(x: jax.Array, chunk_size: int) -> jax.Array:
+  """[B, n * C, H, ...] -> [n * B * H, C, ...]."""
+  batch, _, heads, *rest = x.shape
+  x = x.reshape(batch, -1, chunk_size, heads, *rest)
+  return x.transpose(1, 0, 3, 2, *range(4, x.ndim)).reshape(-1, chunk_size, *rest)
