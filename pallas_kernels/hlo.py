@@ -22,6 +22,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _ASSIGNMENT = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_NO_WORK = ("AllocateBuffer", "ConcatBitcast")  # custom calls
 _PASSES = {"default": 1, "high": 3, "highest": 6}
 
 
@@ -151,9 +152,9 @@ class Module:
     """The number of executed custom calls of each target: kernels and library routines."""
     found: Counter[str] = Counter()
     for instruction, _, times in self.executions():
-      if instruction.opcode == "custom-call":
-        found[_search(r'custom_call_target="([^"]*)"', instruction.attributes)] += times
-    found.pop("AllocateBuffer", None)  # it computes nothing
+      target = _search(r'custom_call_target="([^"]*)"', instruction.attributes)
+      if instruction.opcode == "custom-call" and target not in _NO_WORK:
+        found[target] += times
     return found
 
   def _executed_products(self) -> Iterator[Execution]:

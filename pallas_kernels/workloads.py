@@ -15,7 +15,7 @@ from . import test_time_memory as ttm
 from .measure import count_flops
 
 DIRECTIONS = ("forward", "gradient")
-HALF_AS_WIDE = "test_time_mlp"  # heads of half the width, because the gradient of its oracle stores weights for every token
+HALF_AS_WIDE = "test_time_mlp"  # heads of half the width: on a CPU the gradient of its oracle stores weights for every token
 _ACTIVATIONS = frozenset({"q", "k", "v", "erase_key", "x"})  # inputs in the dtype of activations; the others are float32
 
 
@@ -69,12 +69,14 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
   "test_time_mlp": partial(_titans, memory=_MLP),
   "short_conv": short_conv.short_conv,
 }
-# Other uses of them, which accelerators are measured on as well.
+# Further uses of them. Accelerators are measured on all but `HALF_AS_WIDE`, for which they have "titans_mlp".
 VARIANTS: dict[str, Callable[..., Any]] = {
   "kimi_delta_rule_unbounded": delta_rule.kimi_delta_rule,
   "erase_then_delta_rule_unbounded": delta_rule.erase_then_delta_rule,
+  "titans_mlp": partial(_titans, memory=_MLP),
   "ttt_mlp": _ttt_mlp,
 }
+ON_ACCELERATORS = tuple(name for name in OPERATIONS | VARIANTS if name != HALF_AS_WIDE)
 
 
 def find(name: str) -> Callable[..., Any]:
@@ -126,7 +128,7 @@ def _named_inputs(name: str, shape: Shape, seed: int) -> dict[str, jax.Array]:
       written = {"q": q, "k": unit(b, t, h, k), "v": values, "beta": strength(b, t, h)}
       erased = {"erase_key": unit(b, t, h, k), "erase_strength": strength(b, t, h)}
       return written | erased | {"log_decay": decay(b, t, h, k)}
-    case "test_time_linear" | "test_time_mlp":
+    case "test_time_linear" | "test_time_mlp" | "titans_mlp":
       if name == HALF_AS_WIDE:
         k, v = k // 2, v // 2
       gates = {"step": 0.01 * strength(b, t, h), "log_keep": decay(b, t, h), "log_momentum": decay(b, t, h)}

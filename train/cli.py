@@ -26,6 +26,7 @@ _Set = Annotated[
 ]
 _Best = Annotated[bool, typer.Option("--best", help="Use the checkpoint with the lowest validation loss, not the newest.")]
 _SEVERAL = "Run in several processes: start each with the same command and its own --process"
+_OTHER = "On accelerators"
 _Run = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/quickstart.")]
 
 
@@ -411,39 +412,104 @@ def _numbers(option: str, text: str, kind: type) -> list:
 
 @app.command()
 def bench(
-  operations: Annotated[list[str] | None, typer.Argument(help="Operations to time.", show_default="all")] = None,
-  length: Annotated[int, typer.Option(min=1, help="Sequence length in tokens.")] = 2048,
-  batch: Annotated[int, typer.Option(min=1, help="Sequences in the batch.")] = 1,
-  heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 4,
+  operations: Annotated[list[str] | None, typer.Argument(help="Operations to measure.", show_default="all")] = None,
+  tpu: Annotated[
+    str | None,
+    typer.Option(
+      metavar="CHIP,...", help="Estimate costs on TPUs instead, without one: v4, v5e, v5p, v6e, tpu7x.", rich_help_panel=_OTHER
+    ),
+  ] = None,
+  gpu: Annotated[bool, typer.Option("--gpu", help="Check and time all on a GPU instead.", rich_help_panel=_OTHER)] = False,
+  minutes: Annotated[float, typer.Option(help="With --gpu: skip what would take longer.", rich_help_panel=_OTHER)] = 8.0,
+  tiny: Annotated[
+    bool, typer.Option("--tiny", help="With --gpu: small shapes, to try it on any machine.", rich_help_panel=_OTHER)
+  ] = False,
+  length: Annotated[
+    int | None, typer.Option(min=1, help="Sequence length in tokens.", show_default="2048; 4096 with --tpu")
+  ] = None,
+  batch: Annotated[
+    list[int] | None,
+    typer.Option(min=1, help="Sequences in the batch; with --tpu also several times.", show_default="1; 1 and 8 with --tpu"),
+  ] = None,
+  heads: Annotated[int | None, typer.Option(min=1, help="Number of heads.", show_default="4; 16 with --tpu")] = None,
   width: Annotated[int, typer.Option(min=2, help="Key and value channels of a head; test_time_mlp uses half.")] = 128,
   forward: Annotated[bool, typer.Option("--forward", help="Skip gradients, which are slow and large for the oracles.")] = False,
   long: Annotated[bool, typer.Option("--long", help="Also measure time and peak memory from 4,096 to 65,536 tokens.")] = False,
-  out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench"),
+  out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench"),
 ) -> None:
   """Time each operation, forward and gradient, and compare it with its oracle and the lower bound of this machine.
+
+  With --tpu nothing is run: libtpu compiles each operation and estimates its cycles, beside the roofline of the chip.
+
+  With --gpu: errors against the float64 oracle, then times in bfloat16, also of flash-linear-attention if it is installed.
 
   [bold]memzoo bench[/bold]
 
   [bold]memzoo bench gated_delta_rule --long[/bold]
 
   [bold]memzoo bench test_time_mlp --width 512 --forward[/bold]
-  """
-  _start(cache=False)  # so that compilation is measured
-  from ..pallas_kernels.bench import DIRECTIONS, Shape
-  from ..pallas_kernels.bench import bench as measure
-  from .bench_report import draw, tables
 
-  console = _console()
-  with console.status("") as status:
-    shape = Shape(batch, length, heads, width, width)
-    directions = DIRECTIONS[:1] if forward else DIRECTIONS
-    report = measure(operations or None, shape, directions=directions, long=long, say=status.update)
-  for table in tables(report):
-    console.print(table)
+  [bold]memzoo bench gated_delta_rule --tpu v5e,v6e --batch 1[/bold]
+
+  [bold]memzoo bench --gpu[/bold]
+  """
+  if tpu and gpu:
+    raise ValueError("--tpu and --gpu were both given; expected one of them.")
+  if len(batch or ()) > 1 and not tpu:
+    raise ValueError(f"--batch was given {len(batch)} times; expected once, except with --tpu.")
+  if tpu:
+    _start_on_cpu()
+  else:
+    _start(cache=False)  # so that compilation is measured
+  from ..pallas_kernels.workloads import DIRECTIONS, Shape
+  from .bench_commands import estimate, measure_gpu, time_here
+
   out.mkdir(parents=True, exist_ok=True)
-  report.save(out / "bench.json")
-  draw(report, out / "bench.png")
-  print(f"Wrote {out / 'bench.json'} and {out / 'bench.png'}.")
+  names, directions = operations or (), DIRECTIONS[:1] if forward else DIRECTIONS
+  if tpu:
+    shapes = [Shape(each, length or 4096, heads or 16, width, width) for each in batch or (1, 8)]
+    estimate(_console(), out, names, tpu.split(","), shapes, directions)
+  elif gpu:
+    measure_gpu(out, names, minutes, tiny)
+  else:
+    (each,) = batch or (1,)
+    time_here(_console(), out, names, Shape(each, length or 2048, heads or 4, width, width), directions, long)
+
+
+@app.command("compile", no_args_is_help=True)
+def compile_(
+  config: _Config,
+  topology: Annotated[str, typer.Option(help="Chips to compile for, such as v5e:4x4 or v5p:2x2x1.")] = "v5e:2x2",
+  mesh: Annotated[
+    list[str] | None,
+    typer.Option(metavar="DxFxT", help="Devices along data, fsdp and tensor; repeatable.", show_default="MeshShape"),
+  ] = None,
+  overrides: _Set = None,
+) -> None:
+  """Compile a config's training step for a TPU topology, without a TPU: does it fit, and what do the chips send each other?
+
+  It shows the memory on each chip, FLOPs, and collectives by kind and origin. The exit status is 1 if a mesh does not fit.
+
+  Large models take minutes, fewer with LanguageModel.scan=True.
+
+  [bold]memzoo compile models/gated_delta_net_130m --topology v5e:4x4 --mesh 16x1x1 --mesh 1x16x1[/bold]
+
+  [bold]memzoo compile models/gated_delta_net_130m --topology v5e:4x4 --mesh 4x2x2 --set LanguageModel.scan=True[/bold]
+  """
+  _start_on_cpu()
+  from .bench_commands import compile_steps
+  from .config import build
+
+  if not compile_steps(_console(), build(config, overrides or ()), topology, mesh or ()):
+    raise typer.Exit(1)
+
+
+def _start_on_cpu() -> None:
+  """Like `_start`, without looking for accelerators, whose library may then be loaded to compile for them."""
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
+  _start()
 
 
 def _start(cache: bool = True) -> None:

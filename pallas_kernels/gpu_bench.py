@@ -1,0 +1,291 @@
+"""Checks and times every operation on a GPU, in one call that needs nothing but JAX and loses nothing when it is cut off.
+
+    python -m memzoo.pallas_kernels.gpu_bench --minutes 8 --out gpu.json
+
+First the errors against the oracle, which runs in float64 on the CPU; then the times of the XLA forms and, where torch and
+flash-linear-attention are installed, of theirs. Every result is printed at once, and the file is written again after each.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .measure import seconds_in_flight
+from .workloads import ON_ACCELERATORS, Shape, case_inputs, cases, find, function, least_work, make_inputs
+
+
+class Rates(NamedTuple):
+  """Published rates of a device: bfloat16 FLOP/s, and bytes per second to and from its memory."""
+
+  flops: float
+  bandwidth: float
+
+
+_RATES = {"H100": Rates(989e12, 3350e9), "H200": Rates(989e12, 4800e9)}
+
+_ACCURACY = Shape(1, 256, 2, 128, 128)
+
+
+def device_rates() -> Rates | None:
+  """The rates of the default device, if known."""
+  return next((rates for kind, rates in _RATES.items() if kind in jax.devices()[0].device_kind), None)
+
+
+_TINY = Shape(1, 48, 2, 16, 16)
+# Most telling first: shapes of flash-linear-attention's own benchmark, and operations that it has too.
+SHAPES = (
+  Shape(4, 2048, 16, 128, 128),
+  Shape(1, 8192, 96, 128, 128),
+  Shape(2, 16384, 16, 128, 128),
+  Shape(4, 4096, 64, 128, 128),
+  Shape(8, 1024, 8, 64, 64),
+)
+
+
+class Task(NamedTuple):
+  """One measurement.
+
+  Attributes:
+    kind: "accuracy", "time" or "step"; tasks of a kind take about as long as each other.
+    what: what is measured, in words.
+    measure: returns the numbers.
+  """
+
+  kind: str
+  what: str
+  measure: Callable[[], dict[str, Any]]
+
+
+class Results:
+  """What was measured so far, in a file that is always complete."""
+
+  def __init__(self, path: Path, minutes: float, say: Callable[[str], None] = print):
+    self.path, self.seconds, self.say = path, 60 * minutes, say
+    self.began, self.longest = time.perf_counter(), {}
+    self.facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
+    self.rows: list[dict[str, Any]] = []
+
+  def run(self, task: Task) -> None:
+    """Runs a task, unless it would probably end too late; an error is a result too."""
+    start = time.perf_counter()
+    left = self.seconds - (start - self.began)
+    if left < self.longest.get(task.kind, 0):
+      numbers = {"skipped": f"{max(0, left):.0f} s left, and such a measurement took up to {self.longest[task.kind]:.0f} s"}
+    else:
+      try:
+        numbers = task.measure()
+      except Exception as error:  # also out of memory, and what a missing library raises
+        numbers = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+      seconds = time.perf_counter() - start
+      self.longest[task.kind] = max(seconds, self.longest.get(task.kind, 0))
+      numbers["took"] = round(seconds, 1)
+    self.rows.append({"kind": task.kind, "what": task.what} | numbers)
+    self.save()
+    self.say(f"{task.kind:9} {task.what:60} " + "  ".join(f"{name} {_shown(value)}" for name, value in numbers.items()))
+
+  def save(self) -> None:
+    """Replaces the file in one step."""
+    aside = self.path.with_name(f"{self.path.name}.new")
+    aside.write_text(json.dumps(self.facts | {"results": self.rows}, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, self.path)
+
+
+def accuracy_tasks(names: Sequence[str], shape: Shape = _ACCURACY) -> list[Task]:
+  """The errors of these operations, in bfloat16 and in float32, on each of their `cases`."""
+  return [
+    Task("accuracy", f"{name}, {case}, {dtype}", partial(accuracy, name, case, dtype, shape))
+    for name in names
+    for dtype in ("bfloat16", "float32")
+    for case in cases(name)
+  ]
+
+
+def time_tasks(names: Sequence[str], shapes: Sequence[Shape] = SHAPES) -> list[Task]:
+  """The times of these operations, and of those that flash-linear-attention has too."""
+  found = []
+  for shape in shapes:
+    size = " x ".join(map(str, (shape.batch, shape.length, shape.heads, shape.key_dim)))
+    for name in names:
+      for direction in ("forward", "both"):
+        found.append(Task("time", f"{name}, {direction}, {size}", partial(time_xla, name, direction, shape)))
+        if name in _FLA:
+          found.append(Task("time", f"{name}, {direction}, {size}, fla", partial(time_fla, name, direction, shape)))
+  return found
+
+
+def accuracy(name: str, case: str, dtype: str, shape: Shape = _ACCURACY) -> dict[str, float]:
+  """Relative RMS errors of the XLA form: of the output, of the final state, and the worst of all gradients."""
+  inputs, segment_ids = case_inputs(name, case, shape)
+  like = jax.eval_shape(lambda: make_inputs(name, shape, dtype=jnp.dtype(dtype)))
+  inputs = [jnp.asarray(x, a.dtype) for x, a in zip(inputs, like, strict=True)]
+  state = _initial_state(name, like)
+  ours = jax.device_get(_pass(name, "xla")(inputs, state, segment_ids))
+  with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (inputs, state))
+    exact = jax.device_get(_pass(name, "recurrent")(*wide, segment_ids))
+  (output, final), gradients = jax.tree.map(_error, ours, exact)
+  return {"output": output, "state": max(final), "gradient": max(jax.tree.leaves(gradients))}
+
+
+@cache
+def _pass(name: str, implementation: str) -> Callable[..., Any]:
+  """Maps inputs, state and segment ids to (output, parts of the final state), and the gradients of a fixed sum of these."""
+
+  def forward(inputs, state, segment_ids):
+    options = {} if state is None else {"initial_state": state}
+    output, final = find(name)(*inputs, segment_ids=segment_ids, implementation=implementation, **options)
+    return output, [leaf for leaf in jax.tree.leaves(final) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+  def both(inputs, state, segment_ids):
+    values, pull = jax.vjp(lambda *differentiated: forward(*differentiated, segment_ids), inputs, state)
+    return values, pull(jax.tree.map(_fixed, values))
+
+  return jax.jit(both)
+
+
+def _initial_state(name: str, inputs: Sequence[jax.ShapeDtypeStruct]) -> jax.Array | None:
+  """A state for operations that have a single array for one."""
+  _, final = jax.eval_shape(find(name), *inputs)
+  return _fixed(final) if isinstance(final, jax.ShapeDtypeStruct) else None
+
+
+def _fixed(like: Any) -> jax.Array:
+  """Numbers between -1 and 1, exact in bfloat16 and equal on every platform."""
+  return jnp.asarray(np.cos(np.arange(like.size)).astype(jnp.bfloat16).reshape(like.shape), like.dtype)
+
+
+def _error(ours: np.ndarray, exact: np.ndarray) -> float:
+  """The root mean square of the difference, relative to that of the exact values."""
+  size = float(np.linalg.norm(exact))
+  return float(np.linalg.norm(np.asarray(ours, np.float64) - exact)) / (size or 1.0)
+
+
+def time_xla(name: str, direction: str, shape: Shape) -> dict[str, Any]:
+  """The time of the XLA form in bfloat16, per token-head, and its share of the roofline."""
+  inputs = _timed_inputs(name, direction, shape)
+  start = time.perf_counter()
+  compiled = jax.jit(function(name, direction, "xla")).lower(*inputs).compile()
+  compile_seconds = time.perf_counter() - start
+  seconds = seconds_in_flight(lambda: compiled(*inputs))
+  return _per_token_head(name, direction, shape, seconds) | {"compile": compile_seconds}
+
+
+def _timed_inputs(name: str, direction: str, shape: Shape) -> tuple[jax.Array, ...]:
+  inputs = jax.jit(lambda: make_inputs(name, shape, dtype=jnp.bfloat16))()
+  if direction == "forward":
+    return inputs
+  output, _ = jax.eval_shape(find(name), *inputs)
+  return jax.random.normal(jax.random.key(1), output.shape, output.dtype), *inputs
+
+
+def _per_token_head(name: str, direction: str, shape: Shape, seconds: float) -> dict[str, float]:
+  arguments = jax.eval_shape(lambda: _timed_inputs(name, direction, shape))
+  numbers = {"ns": 1e9 * seconds / shape.token_heads}
+  if rates := device_rates():
+    numbers["roofline"] = least_work(name, direction, *arguments).seconds(*rates) / seconds
+  return numbers
+
+
+# The same operations in flash-linear-attention: module, function, and its names for our inputs.
+_FLA = {
+  "linear_attention": ("fla.ops.simple_gla", "chunk_simple_gla", ("q", "k", "v", "g")),
+  "delta_rule": ("fla.ops.delta_rule", "chunk_delta_rule", ("q", "k", "v", "beta")),
+  "gated_delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", ("q", "k", "v", "beta", "g")),
+  "kimi_delta_rule": ("fla.ops.kda", "chunk_kda", ("q", "k", "v", "beta", "g")),
+}
+
+
+def time_fla(name: str, direction: str, shape: Shape) -> dict[str, float]:
+  """The time of flash-linear-attention's operation on the same inputs, and its output's difference from ours.
+
+  Raises:
+    ImportError: if torch or flash-linear-attention is not installed.
+  """
+  module, attribute, names = _FLA[name]
+  run = getattr(import_module(module), attribute)
+  import torch
+
+  inputs = _timed_inputs(name, "both", shape)
+  cotangent, *leaves = (torch.from_dlpack(x).clone() for x in inputs)
+  keywords = dict(zip(names, leaves, strict=True))
+
+  def forward():
+    with torch.no_grad():
+      return run(**keywords)[0]
+
+  def both():
+    return torch.autograd.grad(run(**keywords)[0], leaves, cotangent)
+
+  ours = jax.jit(function(name, "forward", "xla"))(*inputs[1:])[0]
+  difference = _error(forward().float().cpu().numpy(), np.asarray(ours, np.float64))
+  if direction == "both":
+    for leaf in leaves:
+      leaf.requires_grad_()
+  seconds = _cuda_seconds(torch, forward if direction == "forward" else both)
+  return _per_token_head(name, direction, shape, seconds) | {"difference": difference}
+
+
+def _cuda_seconds(torch: Any, call: Callable[[], Any], calls: int = 20) -> float:
+  """Median seconds of a call between CUDA events, after a warm-up that lets Triton tune its kernels."""
+  for _ in range(3):
+    call()
+  times = []
+  for _ in range(calls):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    times.append(start.elapsed_time(end) / 1e3)
+  return statistics.median(times)
+
+
+def _shown(value: Any) -> str:
+  return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def gpu_bench(
+  results: Results, operations: Sequence[str] = (), *, tiny: bool = False, steps: Sequence[Task] = ()
+) -> Results:
+  """Runs all measurements, the most telling first.
+
+  Args:
+    results: where they go.
+    operations: names of operations; all by default.
+    tiny: small shapes, to try it on any machine.
+    steps: further tasks, for which time is left after the first shape.
+  """
+  names = list(operations) or list(ON_ACCELERATORS)
+  shapes, accuracy_shape = ((_TINY,), _TINY) if tiny else (SHAPES, _ACCURACY)
+  for task in (
+    *accuracy_tasks(names, accuracy_shape), *time_tasks(names, shapes[:1]), *steps, *time_tasks(names, shapes[1:])
+  ):
+    results.run(task)
+  return results
+
+
+def main() -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("operations", nargs="*", help="operations to measure (default: all)")
+  parser.add_argument("--minutes", type=float, default=8.0, help="skip what would take longer (default %(default)s)")
+  parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="file to write (default %(default)s)")
+  parser.add_argument("--tiny", action="store_true", help="small shapes, to try it on any machine")
+  options = parser.parse_args()
+  gpu_bench(Results(options.out, options.minutes), options.operations, tiny=options.tiny)
+
+
+if __name__ == "__main__":
+  main()
