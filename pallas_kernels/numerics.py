@@ -59,6 +59,30 @@ def matmul(x: jax.Array, y: jax.Array, precision: Precision = FULL) -> jax.Array
   return jnp.matmul(x, y, **how)
 
 
+@jax.custom_vjp
+def exact_product(weights: jax.Array, x: jax.Array) -> jax.Array:
+  """`weights @ x` to float32 precision in three passes, for float32 weights that are exact in bfloat16, such as zeros and ones.
+
+  The weights get no gradient.
+  """
+  high = x.astype(jnp.bfloat16)
+  middle = (x - high.astype(x.dtype)).astype(jnp.bfloat16)
+  low = (x - high.astype(x.dtype) - middle.astype(x.dtype)).astype(jnp.bfloat16)
+  weights = weights.astype(jnp.bfloat16)
+  return matmul(weights, low) + matmul(weights, middle) + matmul(weights, high)
+
+
+def _exact_product_forward(weights, x):
+  return exact_product(weights, x), weights
+
+
+def _exact_product_backward(weights, d):
+  return jnp.zeros_like(weights), exact_product(jnp.swapaxes(weights, -1, -2), d)
+
+
+exact_product.defvjp(_exact_product_forward, _exact_product_backward)
+
+
 def _operands(x: jax.Array, y: jax.Array, precision: Precision) -> tuple[jax.Array, jax.Array, dict]:
   """The operands of a product, of one dtype, and its options."""
   wide = accumulator(x, y)

@@ -74,7 +74,7 @@ def cotangents(args):
   rng = np.random.default_rng(99)
   out = rng.normal(size=(batch, tokens, heads, value_dim))
   state = rng.normal(size=(batch, heads, args["q"].shape[-1], value_dim))
-  return tuple(jnp.asarray(x, args["v"].dtype) for x in (out, state))
+  return jnp.asarray(out, args["v"].dtype), jnp.asarray(state, args.get("initial_state", args["v"]).dtype)
 
 
 def values_and_gradients(variant: Variant, args, segment_ids=None, **options):

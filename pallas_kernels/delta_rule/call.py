@@ -163,6 +163,6 @@ def _plans(options: Options, inputs: Inputs) -> tuple[Plan, Plan]:
     unroll=_UNROLL,
     raw=q.dtype if len(raw) == 1 and options.precision is not FULL else None,
     precision=options.precision,
-    in_lanes=True,
+    whole_chunks=True,
   )
   return common, others

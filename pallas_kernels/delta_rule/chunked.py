@@ -246,7 +246,7 @@ def _inverse(plan: Plan, tokens: Tokens, terms: Terms) -> jax.Array | None:
   if tokens.strengths is None:
     return None
   a = tokens.strengths[..., None].astype(plan.dtype) * terms.overlaps
-  if plan.in_lanes:
+  if plan.whole_chunks:
     return unit_lower_inverse_in_lanes(a, row_order(plan, _updates(plan, tokens)))
   return unit_lower_inverse(a)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..documents import Documents
-from ..numerics import FULL, Precision, einsum, matmul
+from ..numerics import FULL, SPLIT, Precision, einsum, exact_product, matmul
 
 # exp() of this is 0 in every float type, and so is its gradient. Unlike -inf, it gives 0 when multiplied by the 0 of a mask.
 _MIN_LOG_DECAY = -1e4
@@ -51,7 +51,8 @@ class Plan(NamedTuple):
     unroll: iterations of the scan over the chunks of a block that are compiled as one.
     raw: dtype in which queries and keys are multiplied with each other; `dtype` to widen them.
     precision: of products with intermediates.
-    in_lanes: whether the inverse of (I + A) is made for a GPU or TPU.
+    whole_chunks: whether to prefer whole chunks to slices of them, which suits GPUs and TPUs, in the inverse of (I + A) and in
+      products with decays per channel.
     decay_bound: a lower bound of every log-decay, which makes per-channel decays cheaper; or `None`.
   """
 
@@ -65,7 +66,7 @@ class Plan(NamedTuple):
   unroll: int = 1
   raw: jnp.dtype | None = None
   precision: Precision = FULL
-  in_lanes: bool = False
+  whole_chunks: bool = False
   decay_bound: float | None = None
 
 
@@ -172,8 +173,8 @@ def make_terms(plan: Plan, masks: Masks, q: jax.Array, keys: jax.Array, log_deca
   if log_decay is None:
     log_decay = jnp.zeros((1, plan.chunk_size, 1), plan.dtype)
   log_decay = jnp.maximum(log_decay, _MIN_LOG_DECAY)
-  entering, leaving = jnp.exp(_sum_up_to(log_decay)), jnp.exp(_sum_after(log_decay))
-  keep = jnp.exp(jnp.sum(log_decay, axis=1))
+  entering, leaving = (jnp.exp(_sum(plan, weights(plan.chunk_size), log_decay)) for weights in (_up_to, _after))
+  keep = entering[:, -1]
   if masks.enters is not None:
     entering = jnp.where(masks.enters[..., None], entering, 0)
     leaving = jnp.where(masks.leaves[..., None], leaving, 0)
@@ -254,21 +255,47 @@ def _decayed_products(plan: Plan, keys: jax.Array, log_decay: jax.Array, x: jax.
   c, width = log_decay.shape[1:]
   x_rows, k_rows = (partial(by_row, plan, updates=y.shape[1] // c) for y in (x, keys))
   if width == 1:
-    between = jnp.exp(_sum_between(log_decay))
+    between = jnp.exp(_sum_between(plan, log_decay))
     return _raw_products(plan, x, keys) * k_rows(x_rows(between), axis=2)
+  return (_by_masks if plan.whole_chunks else _by_halves)(plan, keys, log_decay, x, x_rows, k_rows)
+
+
+def _by_halves(plan, keys, log_decay, x, x_rows, k_rows):
+  """Decays per channel, with slices of spans: the fewest FLOPs, for CPUs."""
+  c, width = log_decay.shape[1:]
   product = partial(einsum, "lrk,lsk->lrs", precision=plan.precision)
   span = first_span(c, plan.decay_bound)
-  since_middle = _sum_since_middle(log_decay.reshape(-1, span, width))
+  since_middle = _sum(plan, _since_middle(span), log_decay.reshape(-1, span, width))
   out = product(_spans(x, c // span) * jnp.exp(x_rows(since_middle)), _spans(keys, c // span) * jnp.exp(k_rows(-since_middle)))
   while span < c:
     pairs = c // span // 2
     early, late = jnp.moveaxis(log_decay.reshape(-1, 2, span, width), 1, 0)
-    late_x = _spans(x, pairs, 2)[:, 1] * jnp.exp(x_rows(_sum_up_to(late)))
-    early_keys = _spans(keys, pairs, 2)[:, 0] * jnp.exp(k_rows(_sum_after(early)))
+    late_x = _spans(x, pairs, 2)[:, 1] * jnp.exp(x_rows(_sum(plan, _up_to(span), late)))
+    early_keys = _spans(keys, pairs, 2)[:, 0] * jnp.exp(k_rows(_sum(plan, _after(span), early)))
     across = product(late_x, early_keys)
     first, second = jnp.moveaxis(out.reshape(-1, 2, *out.shape[1:]), 1, 0)
     top = jnp.concatenate([first, jnp.zeros_like(across)], axis=2)
     out = jnp.concatenate([top, jnp.concatenate([across, second], axis=2)], axis=1)
+    span *= 2
+  return out
+
+
+def _by_masks(plan, keys, log_decay, x, x_rows, k_rows):
+  """Decays per channel, with a product of the whole chunk for each length of span, and masks: for GPUs and TPUs."""
+  c = log_decay.shape[1]
+  product = partial(einsum, "lrk,lsk->lrs", precision=plan.precision)
+  x_token, k_token = (_rows(plan, rows.keywords["updates"])[0] for rows in (x_rows, k_rows))
+  span = first_span(c, plan.decay_bound)
+  blocks = np.eye(c // span)
+  since_middle = _sum(plan, np.kron(blocks, _since_middle(span)), log_decay)
+  out = product(x * jnp.exp(x_rows(since_middle)), keys * jnp.exp(k_rows(-since_middle)))
+  while span < c:
+    pairs, half = np.eye(c // span // 2), np.arange(c) // span
+    late = _sum(plan, np.kron(pairs, np.kron(np.diag([0, 1]), _up_to(span))), log_decay)
+    early = _sum(plan, np.kron(pairs, np.kron(np.diag([1, 0]), _after(span))), log_decay)
+    across = product(x * jnp.exp(x_rows(late)), keys * jnp.exp(k_rows(early)))
+    x_half, k_half = half[x_token][:, None], half[k_token]
+    out = jnp.where(jnp.asarray((x_half % 2 == 1) & (k_half == x_half - 1))[None], across, out)
     span *= 2
   return out
 
@@ -312,32 +339,32 @@ _raw_products.defvjp(_raw_products_forward, _raw_products_backward)
 # differences of cumulative sums.
 
 
-def _sum_up_to(x: jax.Array) -> jax.Array:
-  """Sums of x [N, C, K] up to and including each token, [N, C, K]."""
-  return _sum(np.tri(x.shape[1]), x)
+def _up_to(c: int) -> np.ndarray:
+  """Weights [C, C] of sums up to and including each token."""
+  return np.tri(c)
 
 
-def _sum_after(x: jax.Array) -> jax.Array:
-  """Sums of x [N, C, K] over the tokens after each token, [N, C, K]."""
-  return _sum(1 - np.tri(x.shape[1]), x)
+def _after(c: int) -> np.ndarray:
+  """Weights of sums over the tokens after each token."""
+  return 1 - np.tri(c)
 
 
-def _sum_since_middle(x: jax.Array) -> jax.Array:
-  """Sums of x [N, C, K] from the middle of C to each token, negated for those before it, [N, C, K]."""
-  up_to = np.tri(x.shape[1])
-  return _sum(up_to - up_to[x.shape[1] // 2], x)
+def _since_middle(c: int) -> np.ndarray:
+  """Weights of sums from the middle of C to each token, negated for those before it."""
+  return np.tri(c) - np.tri(c)[c // 2]
 
 
-def _sum_between(x: jax.Array) -> jax.Array:
+def _sum_between(plan: Plan, x: jax.Array) -> jax.Array:
   """Sums of x [N, C, 1] over the tokens after j and up to i, [N, C, C]; zero where there are none."""
-  after = 1 - np.tri(x.shape[1])
-  return _sum_up_to(x * jnp.asarray(after.T, x.dtype)[None])
+  c = x.shape[1]
+  return _sum(plan, _up_to(c), x * jnp.asarray(_after(c).T, x.dtype)[None])
 
 
-def _sum(weights: np.ndarray, x: jax.Array) -> jax.Array:
-  """Weighted sums of x [N, C, K] over its tokens, [N, R, K], with the weights [R, C]."""
+def _sum(plan: Plan, weights: np.ndarray, x: jax.Array) -> jax.Array:
+  """Weighted sums of x [N, C, K] over its tokens, [N, R, K], with the weights [R, C]: zeros, ones and minus ones."""
   weights = jnp.asarray(weights, x.dtype)[None]
-  return matmul(jnp.broadcast_to(weights, (x.shape[0], *weights.shape[1:])), x)
+  product = exact_product if plan.precision is SPLIT else matmul
+  return product(jnp.broadcast_to(weights, (x.shape[0], *weights.shape[1:])), x)
 
 
 def _zero_padding(is_token: jax.Array, x: jax.Array) -> jax.Array:

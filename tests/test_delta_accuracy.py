@@ -1,0 +1,107 @@
+"""The error of the delta rules for bfloat16 inputs on an accelerator, whose products are emulated, against float64.
+
+    python tests/test_delta_accuracy.py        prints the errors of all cases
+
+Inputs are rounded to bfloat16 first. The rounding of a bfloat16 output alone is an error of 1.7e-3.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import passes
+import pytest
+from delta_variants import Variant, cotangents, values_and_gradients
+from memzoo.pallas_kernels import delta_rule as ops
+
+GATED = Variant(ops.gated_delta_rule, "scalar")
+KIMI = Variant(ops.kimi_delta_rule, "channel")
+PRODUCT = Variant(ops.delta_product, "scalar", 2)
+ERASE = Variant(ops.erase_then_delta_rule, "channel")
+VARIANTS = GATED, KIMI, PRODUCT, ERASE
+OUTPUT, GRADIENT = 2.5e-3, 5e-3  # largest relative errors, by root mean square
+BOUND = -5.0
+TOKENS = 160
+SEGMENTS = np.repeat([1, 2, 3, 4, 0, 5], [37, 27, 1, 65, 9, 21])[None].astype(np.int32)
+# Mean cosine of keys, strength (`None`: from 0 to 2), log-decays, bound on them.
+CASES = {
+  "random": (0.0, None, "weak", BOUND),
+  "cosine 0.8, strength 1": (0.8, 1.0, "none", BOUND),
+  "cosine 0.95, strength 0.95": (0.95, 0.95, "none", BOUND),
+  "cosine 0.95, strength 1.9": (0.95, 1.9, "none", BOUND),
+  "cosine 0.99, strength 1.9": (0.99, 1.9, "none", BOUND),
+  "decays -3 to -5": (0.0, None, "bounded", BOUND),
+  "decays -8 to -16": (0.0, None, "strong", None),
+  "decays 0 or -20 to -60": (0.5, None, "mixed", None),
+  "documents": (0.0, None, "weak", BOUND),
+}
+
+
+def inputs(variant, case, width=32):
+  cosine, strength, decay, _ = CASES[case]
+  args = variant.inputs(TOKENS, dtype=jnp.float32, batch=1, key_dim=width, value_dim=width, cosine=cosine)
+  rng, shape = np.random.default_rng(1), args["log_decay"].shape
+  args = {name: np.asarray(x) for name, x in args.items()}
+  args["log_decay"] = {
+    "none": np.full(shape, -1e-3),
+    "weak": -0.1 * np.exp(0.4 * rng.normal(size=shape) - 1),
+    "bounded": -rng.uniform(3, 5, shape),
+    "strong": -rng.uniform(8, 16, shape),
+    "mixed": np.where(rng.uniform(size=shape) < 0.1, -rng.uniform(20, 60, shape), -1e-3),
+  }[decay]
+  if strength is not None:
+    args["beta"] = np.full_like(args["beta"], strength)
+  narrow = ("q", "k", "v", "erase_key")
+  return {name: jnp.asarray(x, jnp.bfloat16 if name in narrow else jnp.float32) for name, x in args.items()}
+
+
+def relative_error(actual, expected):
+  actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+  return float(np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2)))
+
+
+def errors(variant, case, precision=None):
+  """The relative errors of the output and of the worst gradient."""
+  args = inputs(variant, case)
+  segments = jnp.asarray(SEGMENTS if case == "documents" else np.ones_like(SEGMENTS))
+  options = {"decay_bound": CASES[case][3], "precision": precision, "implementation": "xla"}
+  jax.clear_caches()  # a program may have been traced without emulation
+  with passes.of_a_tpu():
+    (out, _), gradients = values_and_gradients(variant, args, segments, accelerator=True, **options)
+  wide, weights = (jax.tree.map(lambda x: x.astype(jnp.float64), x) for x in (args, cotangents(args)))
+  (exact, _), exact_gradients = _exact(variant, wide, segments, weights)
+  return relative_error(out, exact), max(relative_error(gradients[name], exact_gradients[name]) for name in gradients)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _exact(variant, args, segments, weights):
+  out, pull_back = jax.vjp(lambda args: variant.function(**args, segment_ids=segments, implementation="recurrent"), args)
+  return out, pull_back(weights)[0]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("variant", "case"),
+  [
+    (GATED, "cosine 0.95, strength 1.9"),
+    (KIMI, "decays -8 to -16"),
+    (PRODUCT, "cosine 0.99, strength 1.9"),
+    (ERASE, "cosine 0.95, strength 1.9"),
+    (ERASE, "decays -3 to -5"),
+  ],
+  ids=str,
+)
+def test_bfloat16_errors_on_an_accelerator_are_those_of_a_rounded_output(variant, case):
+  output, gradient = errors(variant, case)
+  assert output <= OUTPUT
+  assert gradient <= GRADIENT
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_enable_x64", True)
+  print(f"{'':30s}" + "".join(f"{variant!s:>32s}" for variant in VARIANTS))
+  for case in CASES:
+    found = [errors(variant, case) for variant in VARIANTS]
+    print(f"{case:30s}" + "".join(f"{output:>19.1e} / {gradient:.1e}   " for output, gradient in found), flush=True)
