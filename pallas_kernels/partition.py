@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from .compat import varying_axes
 from .partition_callback import by_callback
 
-__all__ = ["HEADS", "ROWS", "partitioned", "split_over", "varying_alike"]
+__all__ = ["HEADS", "ROWS", "aligned", "partitioned", "split_over", "varying_alike"]
 
 ROWS, HEADS = "rows", "heads"
 
@@ -104,6 +104,17 @@ def partitioned(local: Callable, in_specs: Any, out_specs: Any, *, differentiabl
     )(*operands)
 
   return run
+
+
+def aligned(tree: Any, specs: Any) -> Any:
+  """The arrays of `tree` with the types that `partitioned` gives to such arguments: split and varying alike.
+
+  A `jax.custom_vjp` needs it for its arguments, because gradients have their types, and so has the first carry of a scan.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  labels = _specs(specs, tree)
+  split = _split(leaves, labels)
+  return _alike(jax.tree.unflatten(structure, map(split.place, leaves, labels)))
 
 
 def varying_alike(like: Any, tree: Any) -> Any:

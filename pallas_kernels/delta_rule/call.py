@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from ..dispatch import by_platform
 from ..documents import documents
 from ..numerics import FULL, Precision
-from ..partition import HEADS, ROWS, partitioned, varying_alike
+from ..partition import HEADS, ROWS, aligned, partitioned, varying_alike
 from .chunked import backward, forward
 from .recurrent import recurrent
 from .terms import Plan, Update, first_span
@@ -68,10 +68,14 @@ class Inputs(NamedTuple):
   state: jax.Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
   """The output [B, T, H, V] in the dtype of the values, and the final state [B, H, K, V]."""
-  return partitioned(partial(_run, options), (_specs(options),), (TOKENS, STATE))(inputs)
+  return _rule(options, aligned(inputs, _specs(options)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rule(options, inputs):
+  return partitioned(partial(_run, options), (_specs(options),), (TOKENS, STATE), differentiable=False)(inputs)
 
 
 def _run(options, inputs):
@@ -80,7 +84,7 @@ def _run(options, inputs):
 
 def _run_forward(options, inputs):
   local = partial(_run_and_keep, options)
-  results, kept = partitioned(local, (_specs(options),), ((TOKENS, STATE), _KEPT))(inputs)
+  results, kept = partitioned(local, (_specs(options),), ((TOKENS, STATE), _KEPT), differentiable=False)(inputs)
   return results, (inputs, kept)
 
 
@@ -103,7 +107,7 @@ def _run_and_keep(options, inputs):
 def _run_backward(options, residuals, cotangents):
   inputs, kept = residuals
   local, specs = partial(_pull_back, options), _specs(options)
-  return (partitioned(local, (specs, _KEPT, (TOKENS, STATE)), specs)(inputs, kept, cotangents),)
+  return (partitioned(local, (specs, _KEPT, (TOKENS, STATE)), specs, differentiable=False)(inputs, kept, cotangents),)
 
 
 def _pull_back(options, inputs, kept, cotangents):
@@ -116,7 +120,7 @@ def _pull_back(options, inputs, kept, cotangents):
   return by_platform(*(partial(on, i, plan) for i, plan in enumerate(plans)), inputs, kept, cotangents)
 
 
-run.defvjp(_run_forward, _run_backward)
+_rule.defvjp(_run_forward, _run_backward)
 
 
 def recurrence(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:

@@ -214,8 +214,8 @@ def _prepare(
   def pull_back(d_tokens, d_terms):
     d_q, d_keys, d_log_decay = pull_terms(d_terms)
     d_tokens = d_tokens._replace(q=d_tokens.q + d_q, keys=d_tokens.keys + d_keys, log_decay=d_log_decay)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, plan.dtype), inputs)
-    d_inputs = jax.linear_transpose(arrange, *shapes)(d_tokens)
+    like = jax.tree.map(lambda x: x.astype(plan.dtype), inputs)  # arrays, because shapes alone would not say how they vary
+    d_inputs = jax.linear_transpose(arrange, *like)(d_tokens)
     return jax.tree.map(lambda d, x: d.astype(x.dtype), d_inputs, inputs)
 
   return tokens, terms, pull_back
