@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -54,94 +54,96 @@ SHAPES = (
 )
 
 
+def _print(line: str) -> None:
+  print(line, flush=True)
+
+
 class Task(NamedTuple):
-  """One measurement.
+  """One program, and what is measured with it.
 
   Attributes:
     kind: "accuracy", "time" or "step"; tasks of a kind take about as long as each other.
     what: what is measured, in words.
-    measure: returns the numbers.
+    measure: yields a row of numbers for each measurement.
   """
 
   kind: str
   what: str
-  measure: Callable[[], dict[str, Any]]
+  measure: Callable[[], Iterable[dict[str, Any]]]
 
 
 class Results:
-  """What was measured so far, in a file that is always complete."""
+  """The rows so far, in a file that is complete at any time.
 
-  def __init__(self, path: Path, minutes: float, say: Callable[[str], None] = print):
+  Args:
+    path: the file.
+    minutes: tasks that would probably end later are skipped.
+    say: called with a line for each row.
+  """
+
+  def __init__(self, path: Path, minutes: float, say: Callable[[str], None] = _print):
     self.path, self.seconds, self.say = path, 60 * minutes, say
-    self.began, self.longest = time.perf_counter(), {}
+    self.began, self.taken = time.perf_counter(), {}
     self.facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
     self.rows: list[dict[str, Any]] = []
 
   def run(self, task: Task) -> None:
-    """Runs a task, unless it would probably end too late; an error is a result too."""
-    start = time.perf_counter()
+    """Runs a task, if there is time for one of its kind. An error is a result too."""
+    start, taken = time.perf_counter(), self.taken.setdefault(task.kind, [0.0])
     left = self.seconds - (start - self.began)
-    if left < self.longest.get(task.kind, 0):
-      numbers = {"skipped": f"{max(0, left):.0f} s left, and such a measurement took up to {self.longest[task.kind]:.0f} s"}
-    else:
-      try:
-        numbers = task.measure()
-      except Exception as error:  # also out of memory, and what a missing library raises
-        numbers = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-      seconds = time.perf_counter() - start
-      self.longest[task.kind] = max(seconds, self.longest.get(task.kind, 0))
-      numbers["took"] = round(seconds, 1)
+    if left < statistics.mean(taken):
+      self.add(task, {"skipped": f"{max(0, left):.0f} s left, and such a task took {statistics.mean(taken):.0f} s"})
+      return
+    try:
+      for numbers in task.measure():
+        self.add(task, numbers)
+    except Exception as error:  # a missing library, or too little memory
+      self.add(task, {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+    taken.append(time.perf_counter() - start)
+
+  def add(self, task: Task, numbers: dict[str, Any]) -> None:
+    """Adds a row: prints it, and replaces the file in one step."""
     self.rows.append({"kind": task.kind, "what": task.what} | numbers)
-    self.save()
-    self.say(f"{task.kind:9} {task.what:60} " + "  ".join(f"{name} {_shown(value)}" for name, value in numbers.items()))
-
-  def save(self) -> None:
-    """Replaces the file in one step."""
     aside = self.path.with_name(f"{self.path.name}.new")
-    aside.write_text(json.dumps(self.facts | {"results": self.rows}, indent=1) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(self.facts | {"rows": self.rows}, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, self.path)
+    self.say(f"{task.kind:8}  {task.what:48}  " + "  ".join(f"{name} {_shown(value)}" for name, value in numbers.items()))
 
 
-def accuracy_tasks(names: Sequence[str], shape: Shape = _ACCURACY) -> list[Task]:
-  """The errors of these operations, in bfloat16 and in float32, on each of their `cases`."""
-  return [
-    Task("accuracy", f"{name}, {case}, {dtype}", partial(accuracy, name, case, dtype, shape))
-    for name in names
-    for dtype in ("bfloat16", "float32")
-    for case in cases(name)
-  ]
+def accuracy_tasks(names: Sequence[str], dtype: str, shape: Shape = _ACCURACY) -> list[Task]:
+  """The errors of these operations on each of their `cases`."""
+  return [Task("accuracy", f"{name}, {dtype}", partial(accuracy, name, dtype, shape)) for name in names]
 
 
-def time_tasks(names: Sequence[str], shapes: Sequence[Shape] = SHAPES) -> list[Task]:
+def time_tasks(names: Sequence[str], shape: Shape) -> list[Task]:
   """The times of these operations, and of those that flash-linear-attention has too."""
   found = []
-  for shape in shapes:
-    size = " x ".join(map(str, (shape.batch, shape.length, shape.heads, shape.key_dim)))
-    for name in names:
-      for direction in ("forward", "both"):
-        found.append(Task("time", f"{name}, {direction}, {size}", partial(time_xla, name, direction, shape)))
-        if name in _FLA:
-          found.append(Task("time", f"{name}, {direction}, {size}, fla", partial(time_fla, name, direction, shape)))
+  size = " x ".join(map(str, (shape.batch, shape.length, shape.heads, shape.key_dim)))
+  for name in names:
+    for direction in ("forward", "both"):
+      found.append(Task("time", f"{name}, {direction}, {size}", partial(time_xla, name, direction, shape)))
+      if name in _FLA:
+        found.append(Task("fla", f"{name}, {direction}, {size}", partial(time_fla, name, direction, shape)))
   return found
 
 
-def accuracy(name: str, case: str, dtype: str, shape: Shape = _ACCURACY) -> dict[str, float]:
-  """Relative RMS errors of the XLA form: of the output, of the final state, and the worst of all gradients."""
-  inputs, segment_ids = case_inputs(name, case, shape)
+def accuracy(name: str, dtype: str, shape: Shape = _ACCURACY) -> Iterator[dict[str, Any]]:
+  """Relative RMS errors of the XLA form in each case: of the output, of the final state, and the worst of all gradients."""
   like = jax.eval_shape(lambda: make_inputs(name, shape, dtype=jnp.dtype(dtype)))
-  inputs = [jnp.asarray(x, a.dtype) for x, a in zip(inputs, like, strict=True)]
   state = _initial_state(name, like)
-  ours = jax.device_get(_pass(name, "xla")(inputs, state, segment_ids))
-  with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (inputs, state))
-    exact = jax.device_get(_pass(name, "recurrent")(*wide, segment_ids))
-  (output, final), gradients = jax.tree.map(_error, ours, exact)
-  return {"output": output, "state": max(final), "gradient": max(jax.tree.leaves(gradients))}
+  for case in cases(name):
+    inputs, segment_ids = case_inputs(name, case, shape)
+    inputs = [jnp.asarray(x, a.dtype) for x, a in zip(inputs, like, strict=True)]
+    ours = jax.device_get(_pass(name, "xla")(inputs, state, segment_ids))
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+      wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (inputs, state))
+      exact = jax.device_get(_pass(name, "recurrent")(*wide, segment_ids))
+    yield {"case": case} | {part: _worst_error(ours[part], exact[part]) for part in ours}
 
 
 @cache
 def _pass(name: str, implementation: str) -> Callable[..., Any]:
-  """Maps inputs, state and segment ids to (output, parts of the final state), and the gradients of a fixed sum of these."""
+  """Maps inputs, state and segment ids to the output, parts of the final state, and gradients of a fixed sum of these."""
 
   def forward(inputs, state, segment_ids):
     options = {} if state is None else {"initial_state": state}
@@ -150,7 +152,7 @@ def _pass(name: str, implementation: str) -> Callable[..., Any]:
 
   def both(inputs, state, segment_ids):
     values, pull = jax.vjp(lambda *differentiated: forward(*differentiated, segment_ids), inputs, state)
-    return values, pull(jax.tree.map(_fixed, values))
+    return {"output": values[0], "state": values[1], "gradient": pull(jax.tree.map(_fixed, values))}
 
   return jax.jit(both)
 
@@ -166,20 +168,29 @@ def _fixed(like: Any) -> jax.Array:
   return jnp.asarray(np.cos(np.arange(like.size)).astype(jnp.bfloat16).reshape(like.shape), like.dtype)
 
 
-def _error(ours: np.ndarray, exact: np.ndarray) -> float:
-  """The root mean square of the difference, relative to that of the exact values."""
-  size = float(np.linalg.norm(exact))
-  return float(np.linalg.norm(np.asarray(ours, np.float64) - exact)) / (size or 1.0)
+def _worst_error(ours: Any, exact: Any) -> float:
+  """The largest relative error (root mean square) of an array. Its size counts as at least a 1000th of the largest array's."""
+  pairs = list(zip(map(_wide, jax.tree.leaves(ours)), map(_wide, jax.tree.leaves(exact)), strict=True))
+  sizes = [_rms(b) for _, b in pairs]
+  return float(np.max([_rms(a - b) / (max(size, 1e-3 * max(sizes)) or 1.0) for (a, b), size in zip(pairs, sizes, strict=True)]))
 
 
-def time_xla(name: str, direction: str, shape: Shape) -> dict[str, Any]:
+def _wide(x: Any) -> np.ndarray:
+  return np.asarray(x).astype(np.float64)
+
+
+def _rms(x: np.ndarray) -> float:
+  return float(np.sqrt(np.mean(np.square(x))))
+
+
+def time_xla(name: str, direction: str, shape: Shape) -> Iterator[dict[str, float]]:
   """The time of the XLA form in bfloat16, per token-head, and its share of the roofline."""
   inputs = _timed_inputs(name, direction, shape)
   start = time.perf_counter()
   compiled = jax.jit(function(name, direction, "xla")).lower(*inputs).compile()
   compile_seconds = time.perf_counter() - start
   seconds = seconds_in_flight(lambda: compiled(*inputs))
-  return _per_token_head(name, direction, shape, seconds) | {"compile": compile_seconds}
+  yield _per_token_head(name, direction, shape, seconds) | {"compile": compile_seconds}
 
 
 def _timed_inputs(name: str, direction: str, shape: Shape) -> tuple[jax.Array, ...]:
@@ -207,16 +218,14 @@ _FLA = {
 }
 
 
-def time_fla(name: str, direction: str, shape: Shape) -> dict[str, float]:
+def time_fla(name: str, direction: str, shape: Shape) -> Iterator[dict[str, float]]:
   """The time of flash-linear-attention's operation on the same inputs, and its output's difference from ours.
 
   Raises:
     ImportError: if torch or flash-linear-attention is not installed.
   """
   module, attribute, names = _FLA[name]
-  run = getattr(import_module(module), attribute)
-  import torch
-
+  run, torch = getattr(import_module(module), attribute), import_module("torch")
   inputs = _timed_inputs(name, "both", shape)
   cotangent, *leaves = (torch.from_dlpack(x).clone() for x in inputs)
   keywords = dict(zip(names, leaves, strict=True))
@@ -229,12 +238,12 @@ def time_fla(name: str, direction: str, shape: Shape) -> dict[str, float]:
     return torch.autograd.grad(run(**keywords)[0], leaves, cotangent)
 
   ours = jax.jit(function(name, "forward", "xla"))(*inputs[1:])[0]
-  difference = _error(forward().float().cpu().numpy(), np.asarray(ours, np.float64))
+  difference = _worst_error(forward().float().cpu().numpy(), ours)
   if direction == "both":
     for leaf in leaves:
       leaf.requires_grad_()
   seconds = _cuda_seconds(torch, forward if direction == "forward" else both)
-  return _per_token_head(name, direction, shape, seconds) | {"difference": difference}
+  yield _per_token_head(name, direction, shape, seconds) | {"difference": difference}
 
 
 def _cuda_seconds(torch: Any, call: Callable[[], Any], calls: int = 20) -> float:
@@ -268,10 +277,12 @@ def gpu_bench(
     steps: further tasks, for which time is left after the first shape.
   """
   names = list(operations) or list(ON_ACCELERATORS)
-  shapes, accuracy_shape = ((_TINY,), _TINY) if tiny else (SHAPES, _ACCURACY)
-  for task in (
-    *accuracy_tasks(names, accuracy_shape), *time_tasks(names, shapes[:1]), *steps, *time_tasks(names, shapes[1:])
-  ):
+  (first, *others), accurate = ((_TINY,), _TINY) if tiny else (SHAPES, _ACCURACY)
+  tasks = [*accuracy_tasks(names, "bfloat16", accurate), *time_tasks(names, first), *steps]
+  tasks += accuracy_tasks(names, "float32", accurate)
+  for shape in others:
+    tasks += time_tasks(names, shape)
+  for task in tasks:
     results.run(task)
   return results
 

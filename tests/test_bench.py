@@ -2,24 +2,42 @@
 
 import io
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from memzoo.layers.tolerances import tolerance
 from memzoo.pallas_kernels import bench as module
-from memzoo.pallas_kernels.bench import OPERATIONS, Shape, bench, make_inputs
-from memzoo.pallas_kernels.measure import matmul_rate, peak_bytes, seconds_per_call, whose_peak
+from memzoo.pallas_kernels.bench import bench
+from memzoo.pallas_kernels.gpu_bench import Results, Task, gpu_bench
+from memzoo.pallas_kernels.measure import matmul_rate, peak_bytes, seconds_in_flight, seconds_per_call, whose_peak
+from memzoo.pallas_kernels.workloads import (
+  ON_ACCELERATORS,
+  OPERATIONS,
+  VARIANTS,
+  Shape,
+  Work,
+  case_inputs,
+  cases,
+  find,
+  least_work,
+  make_inputs,
+)
 from memzoo.train.bench_report import draw, tables
+from memzoo.train.gpu_steps import CONFIGS, step_tasks
 
 TINY = Shape(batch=1, length=32, heads=2, key_dim=8, value_dim=8)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", OPERATIONS | VARIANTS)
 def test_every_operation_accepts_its_inputs(operation):
   inputs = jax.eval_shape(lambda: make_inputs(operation, TINY))
-  output, _ = jax.eval_shape(OPERATIONS[operation], *inputs)
+  output, _ = jax.eval_shape(find(operation), *inputs)
   assert output.shape[:2] == (1, 32)
   assert all(x.dtype == jnp.float32 for x in inputs)
 
@@ -93,3 +111,103 @@ def test_timing_takes_the_median_of_warm_calls():
   calls = []
   assert seconds_per_call(lambda: calls.append(None), seconds=0, at_least=5) >= 0
   assert len(calls) == 6
+  calls.clear()
+  assert seconds_in_flight(lambda: calls.append(None), seconds=0, rounds=5) >= 0
+  assert len(calls) == 4 + 5
+
+
+def test_the_gpu_bench_loads_neither_flax_nor_the_trainer():
+  code = "import sys, memzoo.pallas_kernels.gpu_bench; print(*{name.partition('.')[0] for name in sys.modules})"
+  loaded = set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+  assert not loaded & {"flax", "gin", "grain", "optax", "rich", "torch", "typer"}
+
+
+@pytest.mark.slow
+def test_the_gpu_bench_runs_to_its_end_on_a_cpu(tmp_path):
+  lines, path = [], tmp_path / "gpu.json"
+  names = ["gated_delta_rule", "short_conv"]
+  gpu_bench(Results(path, 60, lines.append), names, tiny=True, steps=step_tasks(CONFIGS[:1], tiny=True))
+  rows = json.loads(path.read_text())["rows"]
+  assert len(rows) == len(lines)
+  assert [row for row in rows if "error" in row and row["kind"] != "fla"] == []
+  by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("accuracy", "time", "fla", "step")}
+  assert {kind: len(found) for kind, found in by_kind.items()} == {"accuracy": 2 * (7 + 2), "time": 4, "fla": 2, "step": 1}
+  for row in by_kind["accuracy"]:
+    dtype = row["what"].rpartition(" ")[2]
+    assert max(row["output"], row["state"]) < tolerance(dtype), row
+    assert row["gradient"] < tolerance(dtype, gradients=True), row
+  assert max(row["output"] for row in by_kind["accuracy"]) > 1e-4, "outputs of bfloat16 calls are rounded"
+  assert all(row["ns"] > 0 for row in by_kind["time"])
+  assert by_kind["step"][0]["tokens/s"] > 0
+  assert all("No module named" in row["error"] for row in by_kind["fla"]) or find_spec("fla")
+
+
+def test_results_survive_errors_and_the_end_of_time(tmp_path):
+  lines, path = [], tmp_path / "gpu.json"
+  results = Results(path, 1, lines.append)
+
+  def half():
+    yield {"ns": 1.5}
+    assert len(json.loads(path.read_text())["rows"]) == 1, "a row is on disk before the next is measured"
+    raise RuntimeError("out of\nmemory")
+
+  results.run(Task("time", "half", half))
+  results.taken["step"] = [100.0, 200.0]
+  results.run(Task("step", "late", lambda: pytest.fail("it would end too late")))
+  assert [{**row, "kind": "", "what": ""} for row in json.loads(path.read_text())["rows"]] == [
+    {"kind": "", "what": "", "ns": 1.5},
+    {"kind": "", "what": "", "error": "RuntimeError: out of memory"},
+    {"kind": "", "what": "", "skipped": "60 s left, and such a task took 150 s"},
+  ]
+  assert "ns 1.5" in lines[0]
+
+
+@pytest.mark.parametrize("operation", ON_ACCELERATORS)
+def test_cases_fit_their_operation(operation):
+  like = jax.eval_shape(lambda: make_inputs(operation, TINY))
+  for case in cases(operation):
+    inputs, segment_ids = case_inputs(operation, case, TINY)
+    assert [x.shape for x in inputs] == [x.shape for x in like], case
+    assert all(np.array_equal(x, x.astype(np.float32)) for x in inputs)
+    assert len(set(segment_ids[0])) == (9 if case == "documents" else 1)
+  assert ("decays -8 to -16" in cases(operation)) == (operation in _ANY_DECAY)
+
+
+_ANY_DECAY = (
+  "linear_attention",
+  "gated_delta_rule",
+  "delta_product",
+  "kimi_delta_rule_unbounded",
+  "erase_then_delta_rule_unbounded",
+)
+
+
+def test_cases_are_what_their_names_say():
+  q, k, v, beta, log_decay = case_inputs("gated_delta_rule", "cosine 0.95, beta 1.9", TINY)[0]
+  units = k[0, :, 0] / np.linalg.norm(k[0, :, 0], axis=-1, keepdims=True)
+  cosines = (units @ units.T)[~np.eye(len(units), dtype=bool)]
+  assert 0.93 < cosines.mean() < 0.97
+  assert beta == pytest.approx(1.9)
+  assert all(np.array_equal(x, x.astype(jnp.bfloat16).astype(np.float64)) for x in (q, k, v))
+  *_, log_decay = case_inputs("gated_delta_rule", "decays -8 to -16", TINY)[0]
+  assert (log_decay.min() >= -16, log_decay.max() <= -8) == (True, True)
+  *_, log_decay = case_inputs("gated_delta_rule", "decays -20 to -60 at times", TINY)[0]
+  assert 0 < (log_decay < -20).mean() < 0.3
+  assert np.unique(log_decay[log_decay > -20]) == pytest.approx(-0.001)
+
+
+def test_the_least_work_counts_inputs_results_and_the_recurrence():
+  inputs = jax.eval_shape(lambda: make_inputs("gated_delta_rule", TINY, dtype=jnp.bfloat16))
+  read = 32 * 2 * (3 * 8 * 2 + 2 * 4)  # q, k, v in bfloat16, beta and log_decay in float32
+  assert least_work("gated_delta_rule", "forward", *inputs).bytes == read + 32 * 2 * 8 * 2 + 2 * 8 * 8 * 4
+  assert least_work("gated_delta_rule", "gradient", *inputs).bytes == 2 * read
+  forward, gradient = (least_work("gated_delta_rule", each, *inputs).flops for each in ("forward", "gradient"))
+  assert 32 * 2 * 2 * 2 * 8 * 8 <= forward <= 32 * 2 * 2 * 3 * 8 * 8
+  assert gradient == 3 * forward
+  assert Work(100, 10).seconds(10, 10) == 10
+  assert Work(10, 100).seconds(10, 10) == 10
+
+
+def test_inputs_have_the_dtype_of_activations_and_float32_gates():
+  inputs = jax.eval_shape(lambda: make_inputs("erase_then_delta_rule", TINY, dtype=jnp.bfloat16))
+  assert [x.dtype.name for x in inputs] == ["bfloat16"] * 3 + ["float32", "bfloat16", "float32", "float32"]

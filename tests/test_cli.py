@@ -1,8 +1,10 @@
 """The `memzoo` command: its output, its errors, and one run from training to generated text."""
 
+import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,12 @@ def test_a_misspelt_field_prints_one_line_and_no_traceback(memzoo):
     (["generate", "nowhere", "def "], "nowhere"),
     (["describe", "quickstart", "--set", "LanguageModel.depth=x"], "expected an integer"),
     (["bench", "delta_ruel"], "delta_ruel"),
+    (["bench", "delta_ruel", "--tpu", "v5e"], "operation is 'delta_ruel'"),
+    (["bench", "--tpu", "v5"], "chip is 'v5'; expected one of v4, v5e"),
+    (["bench", "--tpu", "v5e", "--gpu"], "expected one of them"),
+    (["bench", "--batch", "1", "--batch", "8"], "--batch was given 2 times; expected once"),
+    (["compile", "quickstart", "--mesh", "4x1"], "--mesh is '4x1'; expected sizes for data, fsdp, tensor"),
+    (["compile", "quickstart", "--topology", "v5:2x2"], "--topology is 'v5:2x2'; expected one of v4, v5e"),
     (["compare", "mqarr", "--layers", "DeltaNet"], "there is no config 'mqarr'"),
     (["compare", "mqar", "--layers", "DeltaNett"], "did you mean 'DeltaNet'?"),
   ],
@@ -177,6 +185,38 @@ def test_describe_predicts_the_peak_on_request(memzoo):
   added = [line for line in lines if line not in fewer]
   assert added[0].startswith("peak ")
   assert [line for line in lines if line not in added] == fewer
+
+
+needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, which exists for Linux on x86-64")
+
+
+@needs_libtpu
+def test_costs_on_a_tpu_are_estimated_one_by_one_and_saved(memzoo, tmp_path):
+  small = ["--length", "64", "--heads", "2", "--width", "16", "--forward", "--batch", "2"]
+  status, out, err = memzoo("bench", "short_conv", "--tpu", "v5e,v6e", *small, "--out", str(tmp_path))
+  assert status == 0, err
+  line, other, *table = out.splitlines()
+  assert line.startswith("short_conv, v5e, batch 2, forward: ")
+  assert other.startswith("short_conv, v6e, batch 2, forward: ")
+  assert sum("short_conv" in row for row in table) == 2
+  estimates = json.loads((tmp_path / "tpu.json").read_text())["estimates"]
+  assert [(each["chip"], each["ns"] > each["roofline_ns"] > 0) for each in estimates] == [("v5e", True), ("v6e", True)]
+  assert f"{estimates[0]['ns']:.1f} ns per token-head" in line
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_training_step_is_compiled_for_a_tpu_topology(memzoo):
+  step = ["compile", "quickstart", *FAST, "--topology", "v5e:2x2"]
+  status, out, err = memzoo(*step, "--mesh", "1x4x1")
+  assert status == 0, err
+  assert out.startswith("1x4x1 on v5e:2x2: ")
+  assert " of 15.8 GiB on each chip" in out
+  assert any(row.split()[:4] == ["1x4x1", "the", "rest", "all-gather"] for row in out.splitlines())
+  large = ["--set=TextData.batch_size=8192", "--set=TextData.sequence_length=65536"]
+  status, out, err = memzoo(*step, *large, "--mesh", "4x1x1")
+  assert (status, err) == (1, "")
+  assert "does not fit: the program needs" in out
 
 
 @pytest.mark.slow
@@ -322,7 +362,9 @@ def test_help_loads_no_jax():
   assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "tokenizer", "describe", "list", "compare", "bench"])
+@pytest.mark.parametrize(
+  "command", ["train", "evaluate", "generate", "tokenizer", "describe", "list", "compare", "bench", "compile"]
+)
 def test_every_command_has_a_help_text(memzoo, command):
   status, out, _ = memzoo(command, "--help")
   assert status == 0

@@ -8,7 +8,7 @@ Batches are random tokens, so neither text nor Grain's workers are needed.
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ def step_tasks(configs: Sequence[str] = CONFIGS, *, tiny: bool = False) -> list[
   return [Task("step", config, partial(time_step, config, _TINY if tiny else ())) for config in configs]
 
 
-def time_step(config: str, overrides: Sequence[str] = (), rows: int = 8, steps: int = 5) -> dict[str, Any]:
+def time_step(config: str, overrides: Sequence[str] = (), rows: int = 8, steps: int = 5) -> Iterator[dict[str, Any]]:
   """Milliseconds of a training step of `rows` rows, tokens per second, and the share of the device's bfloat16 rate (MFU).
 
   The rate counts the matrix products of the model, forward and backward, and not what `LanguageModel.remat` computes again.
@@ -65,7 +65,7 @@ def time_step(config: str, overrides: Sequence[str] = (), rows: int = 8, steps: 
   numbers = {"ms": 1e3 * seconds, "tokens/s": shape[0] * shape[1] / seconds, "compile": compile_seconds}
   if rates := device_rates():
     numbers["mfu"] = 3 * forward_flops(model, *shape) / seconds / rates.flops
-  return numbers
+  yield numbers
 
 
 def _filled(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -77,4 +77,4 @@ def _filled(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 if __name__ == "__main__":
   for config in sys.argv[1:] or CONFIGS:
-    print(config, time_step(config))
+    print(config, *time_step(config))
