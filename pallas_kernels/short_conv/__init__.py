@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..dispatch import Choice, choose
-from ..documents import check_segment_ids, documents
+from ..documents import check_segment_ids
 from .recurrent import recurrent
 from .shifted import shifted
 
@@ -50,10 +50,9 @@ def short_conv(
   if initial_state.shape != before:
     shape = list(initial_state.shape)
     raise ValueError(f"initial_state has shape {shape}; expected {list(before)} (batch, width - 1, channels).")
-  docs = None if segment_ids is None else documents(segment_ids)
   chosen = explain(implementation=implementation).implementation
   run = recurrent if chosen == "recurrent" else shifted
-  return run(x, weight, initial_state.astype(x.dtype), docs)
+  return run(x, weight, initial_state.astype(x.dtype), segment_ids)
 
 
 def explain(*, implementation: str = "auto") -> Choice:

@@ -3,14 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from ..documents import Documents
+from ..documents import documents
 from ..numerics import accumulator
 
 
 def recurrent(
-  x: jax.Array, weight: jax.Array, initial_state: jax.Array, docs: Documents | None
+  x: jax.Array, weight: jax.Array, initial_state: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """Maps x [B, T, D], weight [W, D] and initial_state [B, W - 1, D] to y [B, T, D] and the final state."""
+  docs = None if segment_ids is None else documents(segment_ids)
   starts = None if docs is None else jnp.diff(docs.index, axis=1, prepend=0) > 0
   is_token = None if docs is None else docs.is_token
 

@@ -1,75 +1,211 @@
-"""The short convolution as a weighted sum of W shifted copies of its input.
+"""The short convolution as a weighted sum of W copies of its input, each shifted by one token more.
 
-Padding is moved to the end first, so that the columns before a token hold the tokens before it. A shifted copy is masked where
-it holds tokens of another document.
+    y_t = sum_j w_{W-1-j} x_{t-j},      dx_s = sum_j w_{W-1-j} dy_{s+j},      dw_{W-1-j} = sum_s x_s dy_{s+j}
+
+Tokens that padding separates from their predecessors are not in neighbouring columns. Packed rows are therefore gathered; on a
+TPU, where gathers are slow, only if there are such tokens. The first W - 1 tokens also see the incoming state.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from ..documents import Documents
-from ..numerics import accumulator, matmul
+from ..documents import documents, positions
+from ..numerics import accumulator, einsum
+from ..partition import HEADS, ROWS, partitioned, varying_alike
+
+# The axes of x and the states, of the weight, and of integers per row.
+_TOKENS, _WEIGHT, _ROWS = P(ROWS, None, HEADS), P(None, HEADS), P(ROWS)
+_INPUTS = (_TOKENS, _WEIGHT, _TOKENS, _ROWS)
 
 
 def shifted(
-  x: jax.Array, weight: jax.Array, initial_state: jax.Array, docs: Documents | None
+  x: jax.Array, weight: jax.Array, initial_state: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-  """The same function as `recurrent`: same arguments, same results."""
-  if docs is None:
-    inputs = jnp.concatenate([initial_state, x], axis=1)
-    return _convolve(inputs, weight, None).astype(x.dtype), inputs[:, x.shape[1] :]
-
-  tokens_first = jnp.argsort(~docs.is_token, axis=1, stable=True)
-  inputs = jnp.concatenate([initial_state, _take(x, tokens_first)], axis=1)
-  before = jnp.zeros(initial_state.shape[:2], docs.index.dtype)
-  index = jnp.concatenate([before, _take(docs.index, tokens_first)], axis=1)
-  y = _take(_convolve(inputs, weight, index), jnp.argsort(tokens_first, axis=1))
-  y = jnp.where(docs.is_token[..., None], y, 0).astype(x.dtype)
-
-  count = jnp.sum(docs.is_token, axis=1, dtype=jnp.int32)
-  last = count[:, None] + jnp.arange(initial_state.shape[1], dtype=jnp.int32)[None]
-  in_last_document = _take(index, last) == docs.index[:, -1:]
-  return y, jnp.where(in_last_document[..., None], _take(inputs, last), 0)
-
-
-def _convolve(inputs: jax.Array, weight: jax.Array, index: jax.Array | None) -> jax.Array:
-  """Computes y [B, T, D] from `inputs` [B, W - 1 + T, D]; in y_t, tokens with another `index` than t count as zeros."""
-  width = weight.shape[0]
-  tokens = inputs.shape[1] - width + 1
-  wide = accumulator(inputs)
-  inputs, weight = inputs.astype(wide), weight.astype(wide)
-  y = _by_channel(inputs[:, width - 1 :], weight[-1])
-  for j in range(width - 1):
-    tap = inputs[:, j : j + tokens]
-    if index is not None:
-      same = index[:, j : j + tokens] == index[:, width - 1 :]
-      tap = jnp.where(same[..., None], tap, 0)
-    y = y + _by_channel(tap, weight[j])
-  return y
+  """The same function as `recurrent`, with `segment_ids` in place of the documents."""
+  x, weight, initial_state, segment_ids = varying_alike((x, weight), (x, weight, initial_state, segment_ids))
+  tail = partitioned(_tail, (_TOKENS, _TOKENS, _ROWS), _TOKENS)(x, initial_state, segment_ids)
+  return _convolve(x, weight, initial_state, segment_ids), tail
 
 
 @jax.custom_vjp
-def _by_channel(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """x [B, T, D] times weight [D]. The gradient by the weight is a matrix product with ones.
+def _convolve(x, weight, state, segment_ids):
+  return partitioned(_forward, _INPUTS, _TOKENS, differentiable=False)(x, weight, state, segment_ids)
 
-  JAX's own gradient would be a sum over tokens, for which XLA on a CPU takes many times as long.
+
+def _convolve_forward(*inputs):
+  return _convolve(*inputs), inputs
+
+
+def _convolve_backward(inputs, dy):
+  gradients = partitioned(_backward, (*_INPUTS, _TOKENS), (_TOKENS, _TOKENS, _TOKENS), differentiable=False)
+  dx, dweight, dstate = gradients(*inputs, dy)
+  return dx, jnp.sum(dweight, axis=0).astype(inputs[1].dtype), dstate, None
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+class _Places(NamedTuple):
+  """Which tokens see which.
+
+  Attributes:
+    reach: int32 [B, T], the number of tokens before each token that it may see, the state's included; -1 at padding.
+    rank: int32 [B, T], the number of tokens in the columns before; at padding one less.
   """
-  return x * weight[None, None]
+
+  reach: jax.Array
+  rank: jax.Array
 
 
-def _by_channel_forward(x, weight):
-  return _by_channel(x, weight), (x, weight)
+def _places(segment_ids: jax.Array, width: int) -> _Places:
+  docs = documents(segment_ids)
+  of_state = jnp.full(segment_ids.shape[:1], width - 1, jnp.int32)
+  reach = jnp.where(docs.is_token, positions(docs, of_state), -1)
+  return _Places(reach, jnp.cumsum(docs.is_token, axis=1, dtype=jnp.int32) - 1)
 
 
-def _by_channel_backward(residuals, dy):
-  x, weight = residuals
-  ones = jnp.ones((1, x.shape[0] * x.shape[1]), dy.dtype)
-  return _by_channel(dy, weight), matmul(ones, (x * dy).reshape(ones.shape[1], -1))[0]
+def _forward(x, weight, state, segment_ids):
+  if segment_ids is None:
+    return _forward_by_shifts(None, x, weight, state)
+  return _on_columns(_forward_by_shifts, _forward_by_gathers, _places(segment_ids, weight.shape[0]), x, weight, state)
 
 
-_by_channel.defvjp(_by_channel_forward, _by_channel_backward)
+def _backward(x, weight, state, segment_ids, dy):
+  """The gradients by x, by the weight for each row, [B, W, D], and by the state."""
+  if segment_ids is None:
+    return _backward_by_shifts(None, x, weight, state, dy)
+  places = _places(segment_ids, weight.shape[0])
+  return _on_columns(_backward_by_shifts, _backward_by_gathers, places, x, weight, state, dy)
+
+
+def _on_columns(by_shifts: Callable, by_gathers: Callable, places: _Places, *arrays: jax.Array):
+  """Gathers; on a TPU it shifts if all predecessors of tokens are in neighbouring columns."""
+
+  def on_tpu(places, *arrays):
+    apart = (places.reach[:, 1:] > 0) & (places.reach[:, :-1] < 0)
+    return jax.lax.cond(_any(apart), by_gathers, by_shifts, places, *arrays)
+
+  return jax.lax.platform_dependent(places, *arrays, tpu=on_tpu, default=by_gathers)
+
+
+@jax.custom_batching.custom_vmap
+def _any(condition: jax.Array) -> jax.Array:
+  """`jnp.any`, also over axes that `jax.vmap` maps: a branch on the result stays a branch."""
+  return jnp.any(condition)
+
+
+@_any.def_vmap
+def _(size, is_mapped, condition):
+  return _any(condition), False
+
+
+def _forward_by_shifts(places, x, weight, state):
+  width, first = weight.shape[0], min(x.shape[1], state.shape[1])
+  taps = [_where_seen(places, j, _later(x, j)) for j in range(width)]
+  window = jnp.concatenate([state, x[:, :first]], axis=1)
+  near = [_where_seen(places, j, window[:, width - 1 - j :][:, :first]) for j in range(width)]
+  return jax.lax.dynamic_update_slice_in_dim(_weighted_sum(taps, weight), _weighted_sum(near, weight), 0, axis=1)
+
+
+def _forward_by_gathers(places, x, weight, state):
+  width, order = weight.shape[0], _order(places)
+  inputs = jnp.concatenate([state, x], axis=1)
+  taps = []
+  for j in range(width):
+    rank = places.rank - j
+    column = jnp.where(rank < 0, rank, _take(order, jnp.maximum(rank, 0))) + (width - 1)
+    taps.append(_where_seen(places, j, _take(inputs, jnp.maximum(column, 0))))
+  return _weighted_sum(taps, weight)
+
+
+def _backward_by_shifts(places, x, weight, state, dy):
+  width, first = weight.shape[0], min(x.shape[1], state.shape[1])
+  after = [_where_seen(_earlier(places, j, width), j, _earlier(dy, j, width)) for j in range(width)]
+  return _gradients(x, weight, state, after, [_where_seen(places, j, dy[:, :first]) for j in range(width)])
+
+
+def _backward_by_gathers(places, x, weight, state, dy):
+  width, order = weight.shape[0], _order(places)
+  seen = [_where_seen(places, j, dy) for j in range(width)]
+  after = []
+  for j, d in enumerate(seen):
+    rank = places.rank + j
+    follows = (places.reach >= 0) & (rank < x.shape[1])
+    after.append(jnp.where(follows[..., None], _take(d, _take(order, jnp.minimum(rank, x.shape[1] - 1))), 0))
+  return _gradients(x, weight, state, after, [_take(d, order[:, : width - 1]) for d in seen])
+
+
+def _gradients(x, weight, state, after, first):
+  """The results of `_backward`.
+
+  Args:
+    x, weight, state: of the call.
+    after: for each j the cotangent at the j-th token after each token, where that sees it, else 0; [B, T, D].
+    first: for each j the cotangents of the first W - 1 tokens that see a j-th token before them, else 0; [B, <W, D].
+  """
+  width, count = weight.shape[0], first[0].shape[1]
+  after_state = [jax.lax.pad(d, jnp.zeros((), d.dtype), _along_tokens(width - 1 - j, j - count)) for j, d in enumerate(first)]
+  by_rows = [einsum("btd,btd->bd", x, d) + einsum("btd,btd->bd", state, e) for d, e in zip(after, after_state, strict=True)]
+  return _weighted_sum(after, weight), jnp.stack(by_rows[::-1], axis=1), _weighted_sum(after_state, weight)
+
+
+def _tail(x, state, segment_ids):
+  """The last W - 1 inputs of the last document."""
+  tokens, kept = x.shape[1], state.shape[1]
+  x = jax.lax.optimization_barrier(x)  # otherwise XLA copies all of x on a TPU, into the layout that suits its last tokens
+  if segment_ids is None or not kept:
+    return jnp.concatenate([state[:, tokens:], x[:, max(tokens - kept, 0) :]], axis=1)
+  places = _places(segment_ids, kept + 1)
+  last = places.rank[:, -1:]
+  rank = last + jnp.arange(1 - kept, 1, dtype=jnp.int32)[None]
+  column = jnp.sum(places.rank[:, None] < rank[..., None], axis=-1, dtype=jnp.int32)
+  inputs = jnp.where((rank < 0)[..., None], _take(state, jnp.clip(rank + kept, 0, kept - 1)), _take(x, column))
+  reach = jnp.where(last < 0, kept, _take(places.reach, column[:, -1:]))
+  return jnp.where((last - rank <= reach)[..., None], inputs, 0)
+
+
+def _weighted_sum(taps: list[jax.Array], weight: jax.Array) -> jax.Array:
+  """The sum of taps [B, T, D], the j-th times the j-th last row of the weight; rounded once."""
+  wide = accumulator(taps[0])
+  products = (tap.astype(wide) * w.astype(wide)[None, None] for tap, w in zip(taps, weight[::-1], strict=True))
+  return sum(products).astype(taps[0].dtype)
+
+
+def _where_seen(places: _Places | None, j: int, x: jax.Array) -> jax.Array:
+  """x [B, <=T, D] at tokens that see a j-th token before them, else 0. Without `places` all do."""
+  return x if places is None else jnp.where((places.reach[:, : x.shape[1]] >= j)[..., None], x, 0)
+
+
+def _order(places: _Places) -> jax.Array:
+  """The column of each row's k-th token, int32 [B, T]; columns of padding come last."""
+  return jnp.argsort(places.reach < 0, axis=1, stable=True).astype(jnp.int32)
+
+
+def _later(x: jax.Array, j: int) -> jax.Array:
+  """x [B, T, D] moved by j tokens, with zeros before."""
+  return jax.lax.pad(x, jnp.zeros((), x.dtype), _along_tokens(j, -j))
+
+
+def _earlier(tree: Any, j: int, width: int) -> Any:
+  """Arrays [B, T, ...] moved by -j tokens, -width < -j, with -1 behind integers and zeros behind other arrays."""
+
+  def move(x):
+    behind = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
+    padded = jnp.pad(x, [(0, 0), (0, width - 1), *[(0, 0)] * (x.ndim - 2)], constant_values=behind)
+    return padded[:, j : j + x.shape[1]]
+
+  return jax.tree.map(move, tree)
+
+
+def _along_tokens(low: int, high: int) -> list[tuple[int, int, int]]:
+  return [(0, 0, 0), (low, high, 0), (0, 0, 0)]
 
 
 def _take(x: jax.Array, columns: jax.Array) -> jax.Array:
   """Gathers, row by row, `columns` [B, M] from x [B, T] or [B, T, D]."""
-  return jnp.take_along_axis(x, columns if x.ndim == 2 else columns[..., None], axis=1)
+  columns = columns if x.ndim == 2 else columns[..., None]
+  return jnp.take_along_axis(x, columns, axis=1, mode="promise_in_bounds")
