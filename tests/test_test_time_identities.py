@@ -8,7 +8,7 @@ from inner_problems import BATCH, CHOICES, HEADS, MEMORIES, WIDTH, problem, run
 from memzoo.pallas_kernels import test_time_memory as ttm
 from memzoo.pallas_kernels.delta_rule import gated_delta_rule, linear_attention
 from memzoo.pallas_kernels.test_time_memory import InitialWeights, Loss, Retention, Spec
-from memzoo.pallas_kernels.test_time_memory.chunked import errors
+from memzoo.pallas_kernels.test_time_memory.chunked import Affine, errors
 from tolerances import assert_close
 
 pytestmark = pytest.mark.slow
@@ -134,7 +134,8 @@ def test_factors_of_the_gradient_have_their_closed_form(memory):
   initial, _, k, v, _ = problem(spec)
   w = {name: x[0] for name, x in initial.weights.items()}
   norm, k, v = None if initial.norm is None else [a[0:1] for a in initial.norm], k[0, :, 0], v[0, :, 0]
-  x, delta, loss = errors(spec, w, norm and [a[0] for a in norm], k, v, None)
+  parts = {name: Affine.split(a, spec.memory.biases) for name, a in w.items()}
+  x, delta, loss = errors(spec, parts, norm and [a[0] for a in norm], k, v, None)
   if memory == "swiglu":
     gate, up = k @ w["gate"], k @ w["up"]
     hidden, s = jax.nn.silu(gate) * up, jax.nn.sigmoid(gate)
@@ -162,6 +163,8 @@ def test_factors_of_the_gradient_have_their_closed_form(memory):
       psi = last = 2 * (k + out - v)
     rows = w["1"][:-1] if spec.memory.biases else w["1"]
     expected, inputs = {"0": (last @ rows.T) * slope, "1": last}, {"0": first, "1": second}
+  if spec.memory.biases:
+    inputs = {name: a[:, :-1] for name, a in inputs.items()}
   assert_close((x, delta, loss), (inputs, expected, jnp.sum((psi / 2) ** 2, axis=1)))
 
 

@@ -216,6 +216,7 @@ def test_mistakes_are_named():
   }.items():
     with pytest.raises(ValueError, match=message):
       run(spec, args, bad)
+  read_args = initial, ttm.start(spec, BATCH, HEADS).weights, q
   with pytest.raises(ValueError, match=r"weights does not fit this spec"):
     ttm.read(spec, initial, ttm.start(spec, BATCH, HEADS), q)
   with pytest.raises(ValueError, match=r"initial_state.count is float32; expected int32"):
@@ -226,6 +227,9 @@ def test_mistakes_are_named():
     run(normed, (initial._replace(norm=(initial.norm[0][:1], initial.norm[1])), *rest))
   with pytest.raises(ValueError, match="implementation='fast' does not exist"):
     run(spec, args, implementation="fast")
+  for function, arguments in ((ttm.run, args), (ttm.read, read_args)):
+    with pytest.raises(ValueError, match=r"precision='half'; expected None .* or 'highest'"):
+      function(spec, *arguments, precision="half")
   initial = problem(CHOICES["average"], dtype=jnp.float32)[0]._replace(average=None)
   with pytest.raises(ValueError, match=r"initial.average does not fit; expected .*\[2, 4\]"):
     run(CHOICES["average"], (initial, q, k, v, Gates(gates.step)))

@@ -10,16 +10,17 @@ Every sequence and head has its own weights. A state holds the differences from 
 zero for all parameters, and the initial weights get gradients also in calls that continue a state.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ..dispatch import Choice, choose
+from ..dispatch import Choice, by_platform, choose
 from ..documents import check_segment_ids, documents, undivided
-from ..numerics import accumulator
+from ..numerics import Precision, accumulator, intermediate_precision
 from ..states import check_state
-from .chunked import chunked
+from .chunked import chunked, plans
 from .layout import lay_out
 from .recurrent import recurrent
 from .spec import Carry, Gates, InitialWeights, Loss, Memory, Retention, Spec, Weights, forward
@@ -92,6 +93,7 @@ def run(
   segment_ids: jax.Array | None = None,
   max_documents: int = 16,
   implementation: str = "auto",
+  precision: str | None = None,
 ) -> Result:
   """Writes the value of every token under its key, and reads with its query.
 
@@ -107,34 +109,70 @@ def run(
     max_documents: largest number of documents in a row, including the one that continues `initial_state`. Each begins a new
       chunk, so the number of chunks grows with it. A row with more documents returns NaN everywhere, unless its chunks fit.
     implementation: "auto", "xla" or "recurrent" (the oracle, which has no limit on documents).
+    precision: `None`: where q, k and v are bfloat16, accelerators multiply float32 intermediates in three passes over bfloat16
+      halves. "highest": at full precision, as where they are float32.
 
   Raises:
     ValueError: for shapes that do not fit the spec or each other, a state of another spec, missing or unused
-      gates, or an unknown implementation.
+      gates, an unknown implementation or precision.
   """
   _check(spec, initial, q, k, v, gates, initial_state, segment_ids, max_documents)
-  batch, tokens, heads = q.shape[:3]
-  wide = accumulator(q, k, v, *gates, *jax.tree.leaves(initial))
-  initial, gates = jax.tree.map(lambda x: x.astype(wide), (initial, gates))
-  if spec.accumulates and initial.momentum is None:
-    initial = initial._replace(momentum=jax.tree.map(jnp.zeros_like, initial.weights))
   fresh = initial_state is None
-  state = start(spec, batch, heads, wide) if fresh else initial_state
-  start_carry = spec.carry(initial.weights, initial.momentum)
-  carry = jax.tree.map(lambda start, change: start[None] + change.astype(wide), start_carry, Carry(*state[:3]))
+  how = _How(
+    spec,
+    explain(implementation=implementation).implementation,
+    intermediate_precision(precision, q, k, v),
+    accumulator(q, k, v, *gates, *jax.tree.leaves(initial)),
+    fresh,
+    max_documents,
+  )
+  state = start(spec, q.shape[0], q.shape[2], how.wide) if fresh else initial_state
+  return _run(how, initial, q, k, v, gates, state, segment_ids)
+
+
+class _How(NamedTuple):
+  """What a call's program depends on, besides shapes and dtypes; see `run`. `fresh`: the state is a fresh one."""
+
+  spec: Spec
+  implementation: str
+  precision: Precision
+  wide: jnp.dtype
+  fresh: bool
+  max_documents: int
+
+
+def _run(
+  how: _How,
+  initial: InitialWeights,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  gates: Gates,
+  state: State,
+  segment_ids: jax.Array | None,
+) -> Result:
+  """`run` of the rows and heads that it is given."""
+  spec, wide = how.spec, how.wide
+  batch, tokens = q.shape[:2]
+  initial, gates = jax.tree.map(lambda x: x.astype(wide), (initial, gates))
+  at_start = spec.carry(initial.weights, initial.momentum)
+  carry = jax.tree.map(lambda start, change: start[None] + change.astype(wide), at_start, Carry(*state[:3]))
   docs = None if segment_ids is None else documents(segment_ids)
-  operands = spec, initial, *(x.astype(wide) for x in (q, k, v)), gates, carry
-  if explain(implementation=implementation).implementation == "recurrent":
-    y, loss, carry, count = recurrent(*operands, state.count, undivided(batch, tokens) if docs is None else docs)
+  operands = initial, q, k, v, gates, carry
+  if how.implementation == "recurrent":
+    y, loss, carry, count = recurrent(spec, *operands, state.count, undivided(batch, tokens) if docs is None else docs)
   else:
-    layout = lay_out(batch, tokens, spec.chunk_size, None if fresh else state.count, docs, max_documents)
-    y, loss, carry = chunked(*operands, layout)
+    layout = lay_out(batch, tokens, spec.chunk_size, None if how.fresh else state.count, docs, how.max_documents)
+    forms = [partial(chunked, spec, plan) for plan in plans(how.precision, layout.is_token.shape[1])]
+    y, loss, carry = by_platform(*forms, *operands, layout)
     count = layout.count
-  change = jax.tree.map(lambda start, end: end - start[None], start_carry, carry)
+  change = jax.tree.map(lambda start, end: end - start[None], at_start, carry)
   return Result(y.astype(v.dtype), State(*change, count), loss)
 
 
-def read(spec: Spec, initial: InitialWeights, weights: Weights, q: jax.Array) -> jax.Array:
+def read(
+  spec: Spec, initial: InitialWeights, weights: Weights, q: jax.Array, *, precision: str | None = None
+) -> jax.Array:
   """Reads without writing: f(W; q), [B, T, H, V] in q's dtype.
 
   Args:
@@ -142,18 +180,19 @@ def read(spec: Spec, initial: InitialWeights, weights: Weights, q: jax.Array) ->
     initial: the weights at the start of every document.
     weights: `State.weights`.
     q: [B, T, H, K].
+    precision: as in `run`.
 
   Raises:
-    ValueError: for shapes that do not fit the spec or each other.
+    ValueError: for shapes that do not fit the spec or each other, or an unknown precision.
   """
   _check_tokens(spec, q=q)
   _check_initial(spec, initial, q.shape[2])
   check_state("weights", "this spec", weights, jax.eval_shape(lambda: start(spec, q.shape[0], q.shape[2]).weights))
-  wide = accumulator(q, *jax.tree.leaves(initial))
+  wide, product = accumulator(q, *jax.tree.leaves(initial)), intermediate_precision(precision, q)
 
   def one_head(initial, weights, q):
     used = spec.view({name: initial.weights[name].astype(wide) + weights[name].astype(wide) for name in weights})
-    return forward(spec, used, initial.norm, q.astype(wide))
+    return forward(spec, used, initial.norm, q.astype(wide), product)
 
   rows = jax.vmap(jax.vmap(one_head, (0, 0, 1), 1), (None, 0, 0))
   return rows(InitialWeights(initial.weights, norm=initial.norm), weights, q).astype(q.dtype)

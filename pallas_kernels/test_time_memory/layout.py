@@ -4,6 +4,7 @@ The columns of a row are rearranged as [chunks, slots]. No chunk has tokens of t
 between its tokens. A token's place in its chunk depends on its document alone, so packing, padding and splits change nothing.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -95,13 +96,15 @@ def lay_out(
   overflow = jnp.any(docs.is_token & (chunk >= chunks), axis=1) | (count >= chunk_size)
   slot = jnp.where(docs.is_token & (chunk < chunks), slot, -1)
 
-  row = jnp.arange(batch, dtype=jnp.int32)[:, None]
   target = jnp.where(slot < 0, chunks * size, slot)  # one past the end is dropped
   column = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), slot.shape)
 
+  @partial(jax.vmap, in_axes=(0, 0, None))  # row by row: rows that are on other devices are not needed
+  def scatter_row(target, value, empty):
+    return jnp.full((chunks * size,), empty, value.dtype).at[target].set(value, mode="drop")
+
   def scatter(value, empty):
-    slots = jnp.full((batch, chunks * size), empty, value.dtype).at[row, target].set(value, mode="drop")
-    return slots.reshape(batch, chunks, size)
+    return scatter_row(target, value, empty).reshape(batch, chunks, size)
 
   source = scatter(column, -1)
   position = jax.lax.cummax(scatter(place, 0), axis=2)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..numerics import matmul
+from ..numerics import FULL, Precision, matmul
 
 Weights = dict[str, jax.Array]
 Linear = Callable[[str, jax.Array], jax.Array]
@@ -125,21 +125,24 @@ class Memory:
     return {name: (rows + self.biases, columns) for name, (rows, columns) in shapes.items()}
 
   def apply(self, linear: Linear, norm: tuple[jax.Array, jax.Array] | None, x: jax.Array) -> jax.Array:
-    """f(x) of x [..., key_dim]. `linear(name, x)` is the product of x with a matrix, which the caller defines."""
+    """f(x) of x [..., key_dim]. `linear(name, x)` is x times a matrix, plus its bias, which the caller defines."""
     if self.gated:
-      h = self._linear(linear, "down", jax.nn.silu(self._linear(linear, "gate", x)) * self._linear(linear, "up", x))
+      h = linear("down", jax.nn.silu(linear("gate", x)) * linear("up", x))
     else:
-      h = self._linear(linear, "0", x)
+      h = linear("0", x)
       for i in range(1, self.depth):
-        h = self._linear(linear, str(i), ACTIVATIONS[self.activation](h))
+        h = linear(str(i), ACTIVATIONS[self.activation](h))
     if self.norm:
       gain, bias = (jnp.expand_dims(a, range(h.ndim - 1)) for a in norm)
       h = h - h.mean(axis=-1, keepdims=True)
       h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.norm_epsilon) * gain + bias
     return x + h if self.residual else h
 
-  def _linear(self, linear: Linear, name: str, x: jax.Array) -> jax.Array:
-    return linear(name, jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1) if self.biases else x)
+  def multiply(self, x: jax.Array, w: jax.Array, precision: Precision = FULL) -> jax.Array:
+    """x W of x [..., in], plus the bias in the last row of W [in + 1, out] if there are biases."""
+    if not self.biases:
+      return matmul(x, w, precision)
+    return matmul(x, w[:-1], precision) + jnp.expand_dims(w[-1], range(x.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -354,7 +357,9 @@ class Spec:
     return not self.exact and not self.average and self.chunk_size > 1
 
   def carry(self, weights: Weights, momentum: Weights | None) -> Carry:
-    """The carry at the start of a document with these initial values."""
+    """The carry at the start of a document with these initial values; `None` for a momentum of zeros."""
+    if self.accumulates and momentum is None:
+      momentum = jax.tree.map(jnp.zeros_like, weights)
     return Carry(weights, momentum if self.accumulates else None, weights if self.keeps_anchor else None)
 
   def view(self, weights: Weights) -> Weights:
@@ -362,9 +367,9 @@ class Spec:
     return {name: self.retention.view(a) for name, a in weights.items()}
 
 
-def forward(spec: Spec, weights: Weights, norm: Any, x: jax.Array) -> jax.Array:
+def forward(spec: Spec, weights: Weights, norm: Any, x: jax.Array, precision: Precision = FULL) -> jax.Array:
   """f(W; x) of one head: x [..., key_dim], W the weights in use."""
-  return spec.memory.apply(lambda name, x: matmul(x, weights[name]), norm, x)
+  return spec.memory.apply(lambda name, x: spec.memory.multiply(x, weights[name], precision), norm, x)
 
 
 def running_average(learned_average: jax.Array, position: jax.Array) -> jax.Array:
