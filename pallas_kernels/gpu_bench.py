@@ -89,10 +89,10 @@ class Results:
 
   def run(self, task: Task) -> None:
     """Runs a task, if there is time for one of its kind. An error is a result too."""
-    start, taken = time.perf_counter(), self.taken.setdefault(task.kind, [0.0])
-    left = self.seconds - (start - self.began)
-    if left < statistics.mean(taken):
-      self.add(task, {"skipped": f"{max(0, left):.0f} s left, and such a task took {statistics.mean(taken):.0f} s"})
+    start, taken = time.perf_counter(), self.taken.setdefault(task.kind, [])
+    left, needed = self.seconds - (start - self.began), statistics.mean(taken or [0.0])
+    if left < needed:
+      self.add(task, {"skipped": f"{max(0, left):.0f} s left, and such a task took {needed:.0f} s"})
       return
     try:
       for numbers in task.measure():

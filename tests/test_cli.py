@@ -204,6 +204,15 @@ def test_costs_on_a_tpu_are_estimated_one_by_one_and_saved(memzoo, tmp_path):
   assert f"{estimates[0]['ns']:.1f} ns per token-head" in line
 
 
+def test_the_gpu_bench_says_what_it_had_no_time_for(memzoo, tmp_path):
+  status, out, err = memzoo("bench", "short_conv", "--gpu", "--tiny", "--minutes", "0", "--out", str(tmp_path))
+  assert status == 0, err
+  rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+  assert {row["kind"] for row in rows} == {"accuracy", "time", "step"}
+  assert all(row["skipped"] == "0 s left, and such a task took 0 s" for row in rows)
+  assert len(out.splitlines()) == len(rows) + 1
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_a_training_step_is_compiled_for_a_tpu_topology(memzoo):
