@@ -91,11 +91,21 @@ class Collective(NamedTuple):
 
 
 class Product(NamedTuple):
-  """A kind of matrix product: the dtypes of its operands, and in how many bfloat16 passes a TPU multiplies them."""
+  """A matrix product.
+
+  Attributes:
+    left, right: dtypes of its operands.
+    passes: the number of bfloat16 passes in which a TPU multiplies them.
+    times: number of executions.
+    op_name, files: as in `Collective`.
+  """
 
   left: str
   right: str
   passes: int
+  times: int
+  op_name: str
+  files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -131,17 +141,18 @@ class Module:
       instruction, kind = execution.instruction, execution.instruction.opcode.removesuffix("-start")
       if kind in _COLLECTIVES:
         size = max(_received(instruction), sum(_bytes(operand.type) for operand in self._operands(execution)))
-        files = self.files.get(_search(r"stack_frame_id=(\d+)", instruction.attributes), ())
-        found.append(Collective(kind, execution.times, size, instruction.op_name, files))
+        found.append(Collective(kind, execution.times, size, instruction.op_name, self._files(instruction)))
     return found
 
-  def products(self) -> Counter[Product]:
-    """The number of executed matrix products of each kind. A TPU's are convolutions."""
-    found: Counter[Product] = Counter()
+  def products(self) -> list[Product]:
+    """All matrix products. A TPU's are convolutions."""
+    found = []
     for execution in self._executed_products():
+      instruction = execution.instruction
       left, right = (operand.dtype for operand in self._operands(execution))
-      stated = _search(r"operand_precision=\{(\w+)", execution.instruction.attributes) or "default"
-      found[Product(left, right, _PASSES[stated] if "f32" in (left, right) else 1)] += execution.times
+      stated = _search(r"operand_precision=\{(\w+)", instruction.attributes) or "default"
+      passes = _PASSES[stated] if "f32" in (left, right) else 1
+      found.append(Product(left, right, passes, execution.times, instruction.op_name, self._files(instruction)))
     return found
 
   def flops(self) -> int:
@@ -189,6 +200,9 @@ class Module:
     constants = [each for each, _, _ in self._walk(condition, 1, fused=True) if each.opcode == "constant"]
     limits = [int(each.operands[0]) for each in constants if each.type.startswith("s32[]")]
     return limits[0] if len(limits) == 1 else None
+
+  def _files(self, instruction: Instruction) -> tuple[str, ...]:
+    return self.files.get(_search(r"stack_frame_id=(\d+)", instruction.attributes), ())
 
   def _operands(self, execution: Execution) -> list[Instruction]:
     here = self._by_name[execution.computation]

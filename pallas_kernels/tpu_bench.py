@@ -91,8 +91,8 @@ def _estimate(name: str, chip: str, shape: Shape, direction: str) -> Estimate:
   except DoesNotFit as problem:
     return Estimate(name, chip, direction, shape, None, roofline, 0, {}, {}, time.perf_counter() - began, str(problem))
   passes: Counter[int] = Counter()
-  for product, times in cost.products.items():
-    passes[product.passes] += times
+  for product in cost.products:
+    passes[product.passes] += product.times
   return Estimate(
     name,
     chip,

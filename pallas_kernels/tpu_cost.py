@@ -72,7 +72,7 @@ class Cost:
     flops: FLOPs of the matrix products.
     peak_bytes: memory that the program needs: arguments, results and temporaries.
     temporary_bytes: a part of it.
-    products: executed matrix products by kind.
+    products: matrix products, with their operands' dtypes, passes and origin.
     collectives: communications between chips.
     custom_calls: executed custom calls by target; `cycles` does not include them.
     trip_counts: of every loop; `None` if unknown, and the body counts once.
@@ -83,7 +83,7 @@ class Cost:
   flops: int
   peak_bytes: int
   temporary_bytes: int
-  products: Counter[hlo.Product]
+  products: list[hlo.Product]
   collectives: list[hlo.Collective]
   custom_calls: Counter[str]
   trip_counts: list[int | None]

@@ -1,7 +1,6 @@
 """Costs on a TPU: the parser of HLO on modules written by hand, and one real compilation with libtpu."""
 
 import os
-from collections import Counter
 from importlib.util import find_spec
 
 import jax
@@ -33,7 +32,8 @@ StackFrames
 %fused (p: bf16[16,8], q: bf16[8,32]) -> f32[16,32] {
   %p = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(0)
   %q = bf16[8,32]{1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %dot.1 = f32[16,32]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %dot.1 = f32[16,32]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}, \
+metadata={op_name="jit(step)/dot_general" stack_frame_id=1}
 }
 
 %inner_body (s: (s32[], f32[4])) -> (s32[], f32[4]) {
@@ -113,7 +113,8 @@ def test_collectives_count_once_per_iteration_with_the_larger_of_both_sides(modu
 
 
 def test_products_inside_fusions_count_with_their_loops(module):
-  assert module.products() == Counter({Product("bf16", "bf16", 1): 5})
+  files = ("/site/memzoo/train/step.py",)
+  assert module.products() == [Product("bf16", "bf16", 1, 5, "jit(step)/dot_general", files)]
   assert module.flops() == 5 * 2 * 16 * 8 * 32
 
 
@@ -140,7 +141,7 @@ operand_precision={{highest,highest}}
 """
   module = hlo.parse(text)
   assert module.flops() == 2 * pairs * 64 * 128 * 32
-  assert module.products() == {Product("f32", "f32", 6): 1}
+  assert module.products() == [Product("f32", "f32", 6, 1, "", ())]
 
 
 def test_text_without_an_entry_is_refused():
@@ -166,7 +167,9 @@ def test_a_program_is_compiled_for_a_tpu_without_one():
   cost = tpu_cost.measure(squares, jnp.ones((512, 512)))
   assert cost.trip_counts == [6]
   assert cost.flops == 6 * 2 * 512**3
-  assert cost.products == {Product("f32", "f32", 6): 6}
+  (product,) = cost.products
+  assert product[:4] == ("f32", "f32", 6, 6)
+  assert product.files[0] == __file__
   least = 6 * cost.flops / tpu_cost.CHIPS["v5e"].flops
   assert least < cost.seconds < 2 * least
   assert 2 * 4 * 512**2 <= cost.peak_bytes < 2**24
