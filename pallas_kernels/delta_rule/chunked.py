@@ -4,7 +4,7 @@ Every token decays the state and makes r updates with key k, strength s and valu
 cumulative log-decay of the chunk, E_ij = exp(G_i - G_j) and products of rows k_i k_j E_ij = sum_d k_id k_jd E_ijd,
 
     A_ij = s_i k_i k_j E_ij      for j < i                 P_tj = scale q_t k_j E_tj      for j up to t's own updates
-    (I + A) U = s (v - (k e^G) S)         U: the rows that the updates of the chunk add; one solve gives all
+    (I + A) U = W,   W = s (v - (k e^G) S)        U: the rows that the updates of the chunk add; one solve gives all
     O  = scale (q e^G) S + P U            S <- e^{G_C} S + (k e^{G_C - G})^T U
 
 Decays that are one number per token scale the rows of the products' results, so that the products see keys and queries as they
@@ -13,8 +13,8 @@ between them, never as a quotient of cumulative products. No exponent is positiv
 however strong the decays are. There is one exception: if the caller bounds per-channel decays, they are split at the middle of
 a span into factors of at most e^40.
 
-The gradient is written by hand. It keeps the inputs, U, (I + A)^-1 and the states at chunk boundaries, recomputes the rest, and
-goes through the chunks in reverse. D marks the cotangent of the quantity that follows it, and W = s (v - (k e^G) S):
+The gradient is written by hand. It keeps the inputs, (I + A)^-1, the states at chunk boundaries and, on a CPU, U; it recomputes
+the rest, and goes through the chunks in reverse. D marks the cotangent of the quantity that follows it:
 
     DU = P^T DO + (k e^{G_C - G}) DS      DW = (I + A)^-T DU      DP = DO U^T      DA = -DW U^T
     D(q e^G) = scale DO S^T      D(k e^G) = -s DW S^T      D(k e^{G_C - G}) = U DS^T
@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from ..documents import Documents
-from ..numerics import inner, matmul
+from ..numerics import einsum, inner, matmul
 from ..partition import varying_alike
 from ..triangular import unit_lower_inverse, unit_lower_inverse_in_lanes
 from .terms import (
@@ -53,7 +53,7 @@ class Kept(NamedTuple):
 
   Attributes:
     states: the incoming states, [chunks, B, H, K, V].
-    rows: U, [chunks, B, H, R, V]; `None` where these are the values.
+    rows: U, [chunks, B, H, R, V]; `None` for updates that only add, and for `whole_chunks`, which compute U again.
     inverse: (I + A)^-1, [chunks, B, H, R, R]; `None` for updates that only add.
   """
 
@@ -85,33 +85,48 @@ def forward(
   batch, heads, _, width = initial_state.shape
   plan, blocks, (docs, inputs) = _in_blocks(plan, (docs, (operands, log_decay)))
 
+  tokens_of = _arranged(plan, blocks, docs, inputs)
+
   def block(carry, i):
     state, out = carry
-    chunk_tokens, chunk_terms, _ = _prepare(plan, *_block(plan, docs, inputs, i))
-    inverse = _inverse(plan, chunk_tokens, chunk_terms)
-    chunks = _split(plan, _Chunks(chunk_tokens, chunk_terms, inverse))
+    tokens = tokens_of(i)
+    terms, _ = _prepare(plan, *_documents(plan, docs, i), tokens)
+    chunks = _split(plan, _Chunks(tokens, terms, _inverse(plan, tokens, terms)))
     state, (block_out, *kept) = jax.lax.scan(partial(_step, plan), state, chunks, unroll=min(plan.unroll, plan.block))
-    return (state, _set_block(out, _from_chunks(block_out, batch, heads), i)), (*kept, chunks.inverse)
+    if not plan.whole_chunks:
+      out, block_out = _set_block(out, _from_chunks(block_out, batch, heads), i), None
+    return (state, out), (block_out, Kept(*kept, chunks.inverse))
 
-  entry = initial_state.reshape(-1, *initial_state.shape[2:])
-  out = jnp.empty((batch, blocks * plan.block * plan.chunk_size, heads, width), _value_dtype(plan, operands))
-  out = varying_alike(initial_state, out)
-  (state, out), kept = jax.lax.scan(block, (entry, out), jnp.arange(blocks, dtype=jnp.int32))
-  kept = jax.tree.map(lambda x: x.reshape(-1, batch, heads, *x.shape[3:]), Kept(*kept))
+  out = None
+  if not plan.whole_chunks:
+    shape = batch, blocks * plan.block * plan.chunk_size, heads, width
+    out = varying_alike(initial_state, jnp.empty(shape, _value_dtype(plan, operands)))
+  carry = initial_state.reshape(-1, *initial_state.shape[2:]), out
+  (state, out), (outs, kept) = jax.lax.scan(block, carry, jnp.arange(blocks, dtype=jnp.int32))
+  if plan.whole_chunks:
+    out = _from_chunks(outs.reshape(-1, *outs.shape[2:]), batch, heads)
+  kept = jax.tree.map(lambda x: x.reshape(-1, batch, heads, *x.shape[3:]), kept)
   return (out[:, : operands[0].shape[1]], state.reshape(initial_state.shape)), kept
 
 
 def _step(plan: Plan, state: jax.Array, chunk: _Chunks) -> tuple[jax.Array, tuple]:
   """One chunk: from the state before it to (the state after it, (its output, the state before it, U))."""
   tokens, terms, inverse = chunk
-  u = tokens.values
-  if inverse is not None:
-    held = _read(plan, tokens.keys, _by_row(plan, terms.entering, tokens), state)
-    u = matmul(inverse, tokens.strengths[..., None].astype(plan.dtype) * (u.astype(plan.dtype) - held), plan.precision)
+  u = _added(plan, state, chunk)
   scale = jnp.asarray(plan.scale, plan.dtype)
   out = scale * _read(plan, tokens.q, terms.entering, state) + matmul(terms.scores, u, plan.precision)
   after = terms.keep[..., None] * state + _write(plan, tokens.keys, _by_row(plan, terms.leaving, tokens), u)
-  return after, (out.astype(tokens.values.dtype), state, None if inverse is None else u)
+  return after, (out.astype(tokens.values.dtype), state, None if inverse is None or plan.whole_chunks else u)
+
+
+def _added(plan: Plan, state: jax.Array, chunk: _Chunks) -> jax.Array:
+  """U, the rows that the updates of a chunk add."""
+  tokens, terms, inverse = chunk
+  if inverse is None:
+    return tokens.values
+  held = _read(plan, tokens.keys, _by_row(plan, terms.entering, tokens), state)
+  strength = tokens.strengths[..., None].astype(plan.dtype)
+  return matmul(inverse, strength * (tokens.values.astype(plan.dtype) - held), plan.precision)
 
 
 def backward(
@@ -128,33 +143,42 @@ def backward(
   plan, blocks, (docs, inputs, d_out) = _in_blocks(plan, (docs, (operands, log_decay), d_out))
   kept = jax.tree.map(lambda x: x.reshape(blocks, plan.block, -1, *x.shape[3:]), kept)
 
+  tokens_of, d_out_of = _arranged(plan, blocks, docs, inputs), _arranged_out(plan, blocks, d_out)
+
   def block(carry, xs):
     d_state, d_inputs = carry
     i, kept = xs
-    block_d_out = to_chunks(_slice(plan, d_out, i), plan.chunk_size)
-    d_state, d_block = _block_backward(plan, *_block(plan, docs, inputs, i), kept, block_d_out, d_state)
+    tokens, documents = tokens_of(i), _documents(plan, docs, i)
+    d_state, d_tokens = _block_backward(plan, *documents, tokens, kept, d_out_of(i), d_state)
+    if plan.whole_chunks:
+      return (d_state, None), d_tokens
+    d_block = _arrange_back(plan, documents[0], jax.tree.map(lambda x: _slice(plan, x, i), inputs), d_tokens)
     return (d_state, jax.tree.map(partial(_set_block, i=i), d_inputs, d_block)), None
 
-  carry = d_final.reshape(-1, *d_final.shape[2:]), jax.tree.map(jnp.empty_like, inputs)
-  (d_entry, d_inputs), _ = jax.lax.scan(block, carry, (jnp.arange(blocks, dtype=jnp.int32), kept), reverse=True)
+  d_inputs = None if plan.whole_chunks else jax.tree.map(jnp.empty_like, inputs)
+  carry = d_final.reshape(-1, *d_final.shape[2:]), d_inputs
+  xs = jnp.arange(blocks, dtype=jnp.int32), kept
+  (d_entry, d_inputs), d_tokens = jax.lax.scan(block, carry, xs, reverse=True)
+  if plan.whole_chunks:
+    d_inputs = _arrange_back(plan, docs, inputs, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), d_tokens))
   d_operands, d_log_decay = jax.tree.map(lambda x: x[:, :length], d_inputs)
   return d_operands, d_log_decay, d_entry.reshape(d_final.shape)
 
 
 def _block_backward(
-  plan: Plan, docs: Documents | None, entry: jax.Array | None, inputs: Any, kept: Kept, d_out: jax.Array, d_state: jax.Array
-) -> tuple[jax.Array, Any]:
-  """The backward pass of a block: the cotangents of its incoming state and of its inputs [B, L, ...].
+  plan: Plan, docs: Documents | None, entry: jax.Array | None, tokens: Tokens, kept: Kept, d_out: jax.Array, d_state: jax.Array
+) -> tuple[jax.Array, Tokens]:
+  """The backward pass of a block: the cotangents of its incoming state and of its tokens.
 
   Args:
     plan: static arguments.
-    docs, entry, inputs: of the block, as for `_prepare`.
+    docs, entry, tokens: of the block, as for `_prepare`.
     kept: of the block, arrays [n, B * H, ...].
     d_out: cotangent of the outputs, [n * B * H, C, V].
     d_state: cotangent of the outgoing state, [B * H, K, V].
   """
   product = partial(matmul, precision=plan.precision)
-  tokens, terms, pull_back = _prepare(plan, docs, entry, inputs)
+  terms, pull_back = _prepare(plan, docs, entry, tokens)
   q, keys, strengths, values, _ = tokens
   scale = jnp.asarray(plan.scale, plan.dtype)
   entering, leaving = (_by_row(plan, x, tokens) for x in (terms.entering, terms.leaving))
@@ -174,8 +198,9 @@ def _block_backward(
   d_entry, d_chunks = jax.lax.scan(step, d_state, xs, reverse=True, unroll=min(plan.unroll, plan.block))
 
   # All that follows is parallel over chunks.
-  d_after, dw, states, u = (None if x is None else x.reshape(-1, *x.shape[2:]) for x in (*d_chunks, kept.states, kept.rows))
-  u = values if u is None else u
+  d_after, dw, kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (*d_chunks, kept))
+  states = kept.states
+  u = _added(plan, states, _Chunks(tokens, terms, kept.inverse)) if kept.rows is None else kept.rows
   by_read, by_write = product(d_out, _transpose(states)), product(u, _transpose(d_after))
   d_q, d_keys = scale * terms.entering * by_read, leaving * by_write
   d_entering = scale * _like_decay(q, by_read, terms.entering)
@@ -188,37 +213,56 @@ def _block_backward(
     held = inner(entering * keys.astype(plan.dtype), by_erase)
     d_strengths = inner(values.astype(plan.dtype), dw) - held + inner(d_a, terms.overlaps)
     d_values, d_overlaps = strength * dw, strength * d_a
-  d_keep = inner(states, d_after)
-  d_keep = d_keep if terms.keep.shape[-1] > 1 else jnp.sum(d_keep, axis=-1, keepdims=True)
+  d_keep = inner(states, d_after) if terms.keep.shape[-1] > 1 else einsum("lkv,lkv->l", states, d_after)[:, None]
   d_terms = Terms(product(d_out, _transpose(u)), d_overlaps, d_entering, d_leaving, d_keep)
-  return d_entry, pull_back(Tokens(d_q, d_keys, d_strengths, d_values, None), d_terms)
+  by_q, by_keys, d_log_decay = pull_back(d_terms)
+  return d_entry, Tokens(d_q + by_q, d_keys + by_keys, d_strengths, d_values, d_log_decay)
 
 
 def _prepare(
-  plan: Plan, docs: Documents | None, entry: jax.Array | None, inputs: Any
-) -> tuple[Tokens, Terms, Callable[[Tokens, Terms], Any]]:
-  """The tokens and terms of all chunks of a block, and the function from their cotangents to those of the inputs.
+  plan: Plan, docs: Documents | None, entry: jax.Array | None, tokens: Tokens
+) -> tuple[Terms, Callable[[Terms], tuple[jax.Array, jax.Array, jax.Array | None]]]:
+  """The terms of all chunks of a block, and the function from their cotangents to those of q, keys and log_decay.
 
   Args:
     plan: static arguments.
     docs: of the block's tokens, [B, L], or `None`.
     entry: int32 [B], index of the document that the state at the start of the block belongs to; `None` without `docs`.
-    inputs: operands and log_decay of the block, [B, L, ...].
+    tokens: of the block.
   """
-  arrange = partial(arrange_tokens, plan, docs)
-  tokens = arrange(*inputs)
   mask = make_masks(plan, docs, entry, _updates(plan, tokens))
   wide = [None if x is None else x.astype(plan.dtype) for x in (tokens.q, tokens.keys, tokens.log_decay)]
-  terms, pull_terms = jax.vjp(partial(make_terms, plan, mask, erases=tokens.strengths is not None), *wide)
+  return jax.vjp(partial(make_terms, plan, mask, erases=tokens.strengths is not None), *wide)
 
-  def pull_back(d_tokens, d_terms):
-    d_q, d_keys, d_log_decay = pull_terms(d_terms)
-    d_tokens = d_tokens._replace(q=d_tokens.q + d_q, keys=d_tokens.keys + d_keys, log_decay=d_log_decay)
-    like = jax.tree.map(lambda x: x.astype(plan.dtype), inputs)  # arrays, because shapes alone would not say how they vary
-    d_inputs = jax.linear_transpose(arrange, *like)(d_tokens)
-    return jax.tree.map(lambda d, x: d.astype(x.dtype), d_inputs, inputs)
 
-  return tokens, terms, pull_back
+def _arranged(plan: Plan, blocks: int, docs: Documents | None, inputs: Any) -> Callable[[jax.Array], Tokens]:
+  """The function from i to the tokens of block i: all arranged at once for `whole_chunks`, else one block at a time."""
+  if not plan.whole_chunks:
+    return lambda i: arrange_tokens(plan, *jax.tree.map(lambda x: _slice(plan, x, i), (docs, *inputs)))
+  return _indexed(blocks, arrange_tokens(plan, docs, *inputs))
+
+
+def _arranged_out(plan: Plan, blocks: int, out: jax.Array) -> Callable[[jax.Array], jax.Array]:
+  """The same for an array like the output, [B, T, H, V]: to [n * B * H, C, V]."""
+  if not plan.whole_chunks:
+    return lambda i: to_chunks(_slice(plan, out, i), plan.chunk_size)
+  return _indexed(blocks, to_chunks(out, plan.chunk_size))
+
+
+def _indexed(blocks: int, tree: Any) -> Callable[[jax.Array], Any]:
+  """The function from i to block i of arrays [blocks * N, ...]."""
+  tree = jax.tree.map(lambda x: x.reshape(blocks, -1, *x.shape[1:]), tree)
+  return lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _arrange_back(plan: Plan, docs: Documents | None, inputs: Any, d_tokens: Tokens) -> Any:
+  """The cotangents of inputs [B, L, ...] from those of their tokens."""
+  shared = inputs[0][0].shape[2] < plan.heads  # then cotangents of several value heads are added
+  like = jax.tree.map(lambda x: x.astype(plan.dtype), inputs) if shared else inputs
+  arrange = partial(arrange_tokens, plan, docs)
+  d_tokens = jax.tree.map(lambda d, x: d.astype(x.dtype), d_tokens, jax.eval_shape(arrange, *like))
+  d_inputs = jax.linear_transpose(arrange, *like)(d_tokens)
+  return jax.tree.map(lambda d, x: d.astype(x.dtype), d_inputs, inputs)
 
 
 def _read(plan: Plan, x: jax.Array, decay: jax.Array, state: jax.Array) -> jax.Array:
@@ -283,13 +327,12 @@ def _pad(x: jax.Array, missing: int) -> jax.Array:
   return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
 
-def _block(plan: Plan, docs: Documents | None, inputs: Any, i: jax.Array) -> tuple[Documents | None, jax.Array | None, Any]:
-  """Documents of block i, index of the document that the state at its start belongs to, int32 [B], and inputs."""
-  slices = jax.tree.map(lambda x: _slice(plan, x, i), (docs, inputs))
+def _documents(plan: Plan, docs: Documents | None, i: jax.Array) -> tuple[Documents | None, jax.Array | None]:
+  """Documents of block i, and the index of the document that the state at its start belongs to, int32 [B]."""
   if docs is None:
-    return None, None, slices[1]
+    return None, None
   last = jnp.take(docs.index, jnp.maximum(i * plan.block * plan.chunk_size - 1, 0), axis=1)
-  return slices[0], jnp.where(i == 0, 0, last), slices[1]
+  return jax.tree.map(lambda x: _slice(plan, x, i), docs), jnp.where(i == 0, 0, last)
 
 
 def _slice(plan: Plan, x: jax.Array, i: jax.Array) -> jax.Array:
