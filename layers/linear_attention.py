@@ -50,6 +50,7 @@ class LinearAttention(ProjectedMemory, kw_only=True):
     num_key_heads: number of query and key heads, a divisor of `num_heads`; `None` for `num_heads`.
     feature_map: function applied to queries and keys before L2 normalisation: "silu", or "elu" for elu + 1, which is positive.
     chunk_size, implementation: options of the operation, which affect speed only; see `memzoo.pallas_kernels.delta_rule`.
+    precision: option of the operation: `None`, or "highest" to multiply bfloat16 activations as float32.
 
   The other attributes are those of `ProjectedMemory`; `num_heads` is the number of value heads.
   """
@@ -60,6 +61,7 @@ class LinearAttention(ProjectedMemory, kw_only=True):
   feature_map: str = "silu"
   chunk_size: int | None = None
   implementation: str = "auto"
+  precision: str | None = None
 
   def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
     """Runs the memory: maps q, k [B, T, Hk, K] and v [B, T, H, V] to (o [B, T, H, V], S). Subclasses override this.
@@ -112,6 +114,7 @@ class LinearAttention(ProjectedMemory, kw_only=True):
       segment_ids=segment_ids,
       chunk_size=self.chunk_size,
       implementation=self.implementation,
+      precision=self.precision,
     )
     y = self.read_out(x, out)
     return silence_padding(y, segment_ids), MatrixState(memory, query_tail, key_tail, value_tail)
