@@ -15,6 +15,7 @@ import numpy as np
 
 from ..documents import Documents
 from ..numerics import FULL, SPLIT, Precision, einsum, exact_product, matmul
+from ..partition import varying_alike
 
 # exp() of this is 0 in every float type, and so is its gradient. Unlike -inf, it gives 0 when multiplied by the 0 of a mask.
 _MIN_LOG_DECAY = -1e4
@@ -171,7 +172,7 @@ def make_masks(plan: Plan, docs: Documents | None, entry: jax.Array | None, upda
 def make_terms(plan: Plan, masks: Masks, q: jax.Array, keys: jax.Array, log_decay: jax.Array | None, *, erases: bool) -> Terms:
   """Computes `Terms` of N chunks in parallel. JAX differentiates it by q [N, C, K], keys [N, R, K] and log_decay."""
   if log_decay is None:
-    log_decay = jnp.zeros((1, plan.chunk_size, 1), plan.dtype)
+    log_decay = varying_alike(q, jnp.zeros((1, plan.chunk_size, 1), plan.dtype))
   log_decay = jnp.maximum(log_decay, _MIN_LOG_DECAY)
   entering, leaving = (jnp.exp(_sum(plan, weights(plan.chunk_size), log_decay)) for weights in (_up_to, _after))
   keep = entering[:, -1]
