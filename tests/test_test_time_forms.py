@@ -39,7 +39,7 @@ def for_accelerators(monkeypatch):
 )
 def test_spans_of_chunks_are_the_oracle_in_values_and_all_gradients(choice, with_state):
   spec = CHOICES[choice]
-  args = problem(spec, 44 if with_state else 48, decay=not spec.average)  # 12 chunks in spans of 3; with a state 13
+  args = problem(spec, 47 if with_state else 48, decay=not spec.average)  # 12 chunks in spans of 2; with a state 13
   assert_equal(spec, args, used(spec) if with_state else None)
 
 

@@ -80,8 +80,11 @@ class Plan(NamedTuple):
 
 
 def plans(precision: Precision, chunks: int) -> tuple[Plan, Plan]:
-  """The plans for a CPU and for other platforms, of sequences of so many chunks."""
-  return Plan(precision), Plan(precision, span=math.isqrt(chunks))
+  """The plans for a CPU and for other platforms, of sequences of so many chunks.
+
+  A span of half the root needs little more memory than the root, and its carries more often fit into a TPU's fast memory.
+  """
+  return Plan(precision), Plan(precision, span=max(2, math.isqrt(chunks) // 2))
 
 
 class Affine(NamedTuple):
