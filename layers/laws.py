@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from . import law_sharding
 from .law_report import Report, Result, Violation
 from .law_trial import CHUNK, HOSTILE, ONE, PACKED, PADDED, ROWS, TOKENS, Trial, first, has_field, masked, with_small_steps
 from .tolerances import wide
@@ -366,22 +365,9 @@ def hostile(trial: Trial) -> Iterator[Violation]:
     state = out.state if kind == "strong" and not broken else state
 
 
-@_check(11, COMPILED, devices=4)
-def sharded(trial: Trial) -> Iterator[Violation]:
-  """Sharding rows and named parameter axes over a mesh of 2 x 2 devices, or rows by `shard_map`, changes nothing."""
-  mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-  rows, tokens = NamedSharding(mesh, P("data")), 2 * CHUNK
-  params = jax.device_put(trial.params, trial.shardings(mesh, {"heads": "tensor", "mlp": "tensor"}))
-  args = params, *jax.device_put((trial.x[:, :tokens], trial.used, PACKED[:, :tokens]), rows)
-  by_rows = jax.shard_map(trial.apply, mesh=mesh, in_specs=(P(), *[P("data")] * 3), out_specs=P("data"), check_vma=False)
-  program = jax.jit(lambda *args: {"over a mesh": trial.apply(*args), "in shard_map": by_rows(*args)}, out_shardings=rows)
-  whole = trial.at_once(trial.x, trial.used, PACKED * first(tokens))
-  seen = trial.visible(whole.state)
-  for how, (y, state) in jax.device_get(program(*args)).items():
-    message = f"{{leaf}} {how} differs from that on one device, first at {{where}}"
-    expected = {"y": whole.y[:, :tokens], "state": masked(whole.state, seen)}
-    yield from trial.differences(11, message, {"y": y, "state": masked(state, seen)}, expected)
-  # To add: each device's share of the FLOPs (compile `program` and count), and explicit mesh axes.
+_check(11, COMPILED, devices=4)(law_sharding.automatic_axes)
+_check(11, COMPILED, devices=4)(law_sharding.explicit_and_manual_axes)
+_check(11, TRACED, devices=4)(law_sharding.explicit_heads)
 
 
 @_check(12, TRACED)

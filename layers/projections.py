@@ -1,11 +1,14 @@
 """Projections, short convolutions and gates, which the memory layers share."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ..pallas_kernels.numerics import accumulator
 from ..pallas_kernels.short_conv import short_conv
@@ -28,9 +31,27 @@ def dense(features: int, axes: tuple[str | None, str | None], *, bias: Callable 
     use_bias=bias is not None,
     kernel_init=named(INIT, *axes),
     bias_init=named(bias or nn.initializers.zeros, axes[1]),
-    precision=jax.lax.Precision.HIGHEST,
+    dot_general=_product,
     **options,
   )
+
+
+def _product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **_: Any) -> jax.Array:
+  """x [..., D] times the kernel [D, F], in one pass where both are 16-bit, else at full precision.
+
+  Over explicit mesh axes the kernel's D is laid out like that of x, and F is whole where its axis splits x's rows.
+  """
+  precision = jax.lax.Precision.DEFAULT if x.dtype.itemsize == 2 else jax.lax.Precision.HIGHEST
+  product = partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, precision=precision)
+  x_type, kernel_type = jax.typeof(x).sharding, jax.typeof(kernel).sharding
+  *rows, inner = x_type.spec
+  before, outer = kernel_type.spec
+  if inner is None and before is None:
+    return product(x, kernel)
+  outer = None if outer in rows else outer
+  mesh = kernel_type.mesh if x_type.mesh.empty else x_type.mesh
+  kernel = jax.sharding.reshard(kernel, NamedSharding(mesh, P(inner, outer)))
+  return product(x, kernel, out_sharding=NamedSharding(mesh, P(*rows, outer)))
 
 
 class LowRank(nn.Module):

@@ -21,9 +21,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 from ..pallas_kernels import test_time_memory as ttm
 from ..pallas_kernels.documents import documents, select_rows
+from ..pallas_kernels.partition import HEADS, ROWS, aligned, partitioned
 from ..pallas_kernels.test_time_memory.layout import Layout, lay_out
 from .attention import Attention, CacheState, rotate, softmax_attention
 from .memory_layer import silence_padding
@@ -139,6 +141,11 @@ class ContextState(NamedTuple):
   count: jax.Array
 
 
+_SLOTS = P(ROWS, None, None, HEADS)
+_MEMORY, _TAIL = P(ROWS, HEADS), P(ROWS, None, HEADS)
+_STATE = ContextState(ttm.State(*[_MEMORY] * 3, P(ROWS)), _MEMORY, *[_TAIL] * 4, _SLOTS, _SLOTS, P(ROWS))
+
+
 class MemoryAsContext(TitansMemory, kw_only=True):
   """MAC (Titans, arXiv:2501.00663, section 4.1): attention sees what the memory retrieves, in front of each segment.
 
@@ -178,8 +185,9 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
     state = _at_least_as_wide(state, x.dtype)
-    layout = self.layout(x.shape[:2], None if fresh else state.count, segment_ids)
+    layout = self.layout(x.shape[1], state.count, segment_ids, fresh)
     persistent, initial = self.persistent(x.shape[-1]), self.initial_weights(None, None)
+    state, *_ = aligned((state, x, initial), (_STATE, P(ROWS), P(HEADS)))  # the first carry
 
     def step(module, state, segment):
       return module.read_segment(initial, persistent, state, *segment)
@@ -191,17 +199,23 @@ class MemoryAsContext(TitansMemory, kw_only=True):
       variable_axes={"intermediates": 0},
       split_rngs={"params": False},
     )
-    segments = layout.chunks(x), *layout[:4]
+    chunks = partitioned(lambda layout, x: layout.chunks(x), P(ROWS), P(ROWS))
+    tokens = partitioned(lambda layout, y: layout.tokens(y, x.shape[1]), P(ROWS), P(ROWS))
+    segments = chunks(layout, x), *layout[:4]
     state, y = scan(self, state, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), segments))
-    y = layout.tokens(jnp.swapaxes(y, 0, 1), x.shape[1])
+    y = tokens(layout, jnp.swapaxes(y, 0, 1))
     state = layout.poison(state)._replace(count=layout.count)
     return silence_padding(y, segment_ids), state
 
   @nn.nowrap
-  def layout(self, shape: tuple[int, int], count: jax.Array | None, segment_ids: jax.Array | None) -> Layout:
-    """The layout of an input [B, T] in segments; `count` as in a state, `None` for a fresh one."""
-    docs = None if segment_ids is None else documents(segment_ids)
-    return lay_out(*shape, self.segment, count, docs, self.max_documents)
+  def layout(self, tokens: int, count: jax.Array, segment_ids: jax.Array | None, fresh: bool) -> Layout:
+    """The layout of an input [B, tokens] in segments; `count` as in a state, which is `fresh` or not."""
+
+    def lay_out_rows(count, segment_ids):
+      docs = None if segment_ids is None else documents(segment_ids)
+      return lay_out(len(count), tokens, self.segment, None if fresh else count, docs, self.max_documents)
+
+    return partitioned(lay_out_rows, P(ROWS), P(ROWS))(count, segment_ids)
 
   def read_segment(
     self,
@@ -243,12 +257,11 @@ class MemoryAsContext(TitansMemory, kw_only=True):
       return lambda a: self.split(maps(a))
 
     query, key, value = project("query"), project("key"), project("value")
-    row, slot = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.where(is_token, position, self.segment)
+    slot = jnp.where(is_token, position, self.segment)
+    write_rows = partitioned(jax.vmap(_write), (_SLOTS, P(ROWS), _SLOTS), _SLOTS)
 
     def write(cache, context, own):
-      """Writes the tokens of this call to their slots; padding goes one past the end and is dropped."""
-      both = jnp.stack([context, own], axis=2).astype(cache.dtype)
-      return cache.at[row, :, slot].set(both, mode="drop")
+      return write_rows(cache, slot, jnp.stack([context, own], axis=1).astype(cache.dtype))
 
     q = rotate(query(x), position, self.rope_base)
     keys = write(state.keys, *(rotate(key(a), position, self.rope_base) for a in (retrieved, x)))
@@ -259,6 +272,11 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     ahead = None if persistent is None else (key(persistent[None]), value(persistent[None]))
     out = softmax_attention(q, k, v, mask, ahead).reshape(batch, tokens, -1)
     return dense(x.shape[-1], ("heads", "embed"), name="attention_output", **self.types)(out), keys, values
+
+
+def _write(cache: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
+  """The cache [2, segment, H, d] with `new` [2, C, H, d] in the slots [C]; padding goes one past the end and is dropped."""
+  return cache.at[:, slot].set(new, mode="drop")
 
 
 def _at_least_as_wide(state: ContextState, dtype: jnp.dtype) -> ContextState:

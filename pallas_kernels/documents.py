@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from .partition import ROWS, partitioned
 
 
 class Documents(NamedTuple):
@@ -35,6 +38,10 @@ def check_segment_ids(segment_ids: jax.Array | None, shape: tuple[int, int]) -> 
 
 def documents(segment_ids: jax.Array) -> Documents:
   """Numbers the documents of each row of `segment_ids` [B, T]."""
+  return partitioned(_documents, P(ROWS), P(ROWS))(segment_ids)
+
+
+def _documents(segment_ids: jax.Array) -> Documents:
   is_token = segment_ids != 0
   previous = _previous_token(is_token)
   before = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
@@ -54,6 +61,10 @@ def positions(docs: Documents, offset: jax.Array) -> jax.Array:
     docs: the documents.
     offset: int32 [B], number of tokens of document 0 in earlier calls.
   """
+  return partitioned(_positions, P(ROWS), P(ROWS))(docs, offset)
+
+
+def _positions(docs: Documents, offset: jax.Array) -> jax.Array:
   count = jnp.cumsum(docs.is_token, axis=1, dtype=jnp.int32) - 1
   starts = jnp.diff(docs.index, axis=1, prepend=0) > 0
   first = jax.lax.cummax(jnp.where(starts, count, 0), axis=1)

@@ -24,6 +24,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -73,10 +74,10 @@ def partitioned(local: Callable, in_specs: Any, out_specs: Any, *, differentiabl
 
   Args:
     local: a function of arrays that treats all rows and heads alike. It takes sizes from its arguments, and closes over no
-      arrays. It sees arguments that all vary over the same manual axes, as the carries of a `jax.lax.scan` must.
+      arrays. Its floats all vary over the same manual axes, as the carries of a `jax.lax.scan` must, and so do its integers.
     in_specs: for each argument a `PartitionSpec` of the labels `ROWS` and `HEADS`, or a tree of them, as in `jax.shard_map`.
       Axes without a label are whole on each device. A label is split over a mesh axis only if all axes with it divide.
-    out_specs: the same for the results. Each has the labels of its arguments; JAX sums gradients over the others.
+    out_specs: the same for the results. A float result has all labels of the arguments; JAX sums gradients over the others.
     differentiable: whether JAX may differentiate it. If not, as inside of a `jax.custom_vjp`, it is split also over automatic
       axes that nobody declared; see `by_callback`.
   """
@@ -132,7 +133,13 @@ def _specs(specs: Any, tree: Any) -> list[P]:
 
 
 def _alike(operands: Any) -> Any:
-  return varying_alike(operands, operands)
+  """Integers that vary like all integers, and floats that vary like all operands. So integers stay equal over heads."""
+  integers = [x for x in jax.tree.leaves(operands) if not _is_float(x)]
+  return jax.tree.map(lambda x: varying_alike(operands if _is_float(x) else integers, x), operands)
+
+
+def _is_float(x: jax.Array) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:

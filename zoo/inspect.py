@@ -343,7 +343,7 @@ def _capture(model, capture, params, inputs, segment_ids) -> dict[str, Any]:
 
 def _by_token(module: MemoryAsContext, found: Any, shape: tuple[int, int], segment_ids: jax.Array | None) -> Any:
   """Converts what was captured by segments, [N, B, C, ...], to [B, T, ...]."""
-  layout = module.layout(shape, None, segment_ids)
+  layout = module.layout(shape[1], jnp.zeros(shape[:1], jnp.int32), segment_ids, fresh=True)
   return jax.tree.map(lambda a: layout.tokens(jnp.swapaxes(a, 0, 1), shape[1]), found)
 
 

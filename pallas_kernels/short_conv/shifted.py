@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from ..documents import documents, positions
 from ..numerics import accumulator, einsum
-from ..partition import HEADS, ROWS, partitioned, varying_alike
+from ..partition import HEADS, ROWS, aligned, partitioned
 
 # The axes of x and the states, of the weight, and of integers per row.
 _TOKENS, _WEIGHT, _ROWS = P(ROWS, None, HEADS), P(None, HEADS), P(ROWS)
@@ -26,7 +26,7 @@ def shifted(
   x: jax.Array, weight: jax.Array, initial_state: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """The same function as `recurrent`, with `segment_ids` in place of the documents."""
-  x, weight, initial_state, segment_ids = varying_alike((x, weight), (x, weight, initial_state, segment_ids))
+  x, weight, initial_state, segment_ids = aligned((x, weight, initial_state, segment_ids), _INPUTS)
   tail = partitioned(_tail, (_TOKENS, _TOKENS, _ROWS), _TOKENS)(x, initial_state, segment_ids)
   return _convolve(x, weight, initial_state, segment_ids), tail
 

@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from ..dispatch import Choice, by_platform, choose
 from ..documents import check_segment_ids, documents, undivided
 from ..numerics import Precision, accumulator, intermediate_precision
+from ..partition import HEADS, ROWS, partitioned
 from ..states import check_state
 from .chunked import chunked, plans
 from .layout import lay_out
@@ -69,6 +71,10 @@ class Result(NamedTuple):
   y: jax.Array
   state: State
   loss: jax.Array
+
+
+_OF_HEADS, _TOKENS = P(HEADS), P(ROWS, None, HEADS)
+_STATE = State(*[P(ROWS, HEADS)] * 3, P(ROWS))
 
 
 def start(spec: Spec, batch_size: int, heads: int, dtype: jnp.dtype = jnp.float32) -> State:
@@ -127,7 +133,8 @@ def run(
     max_documents,
   )
   state = start(spec, q.shape[0], q.shape[2], how.wide) if fresh else initial_state
-  return _run(how, initial, q, k, v, gates, state, segment_ids)
+  run_part = partitioned(partial(_run, how), (_OF_HEADS, *[_TOKENS] * 4, _STATE, P(ROWS)), Result(_TOKENS, _STATE, _TOKENS))
+  return run_part(initial, q, k, v, gates, state, segment_ids)
 
 
 class _How(NamedTuple):
@@ -194,7 +201,9 @@ def read(
     used = spec.view({name: initial.weights[name].astype(wide) + weights[name].astype(wide) for name in weights})
     return forward(spec, used, initial.norm, q.astype(wide), product)
 
-  rows = jax.vmap(jax.vmap(one_head, (0, 0, 1), 1), (None, 0, 0))
+  rows = partitioned(
+    jax.vmap(jax.vmap(one_head, (0, 0, 1), 1), (None, 0, 0)), (_OF_HEADS, _STATE.weights, _TOKENS), _TOKENS
+  )
   return rows(InitialWeights(initial.weights, norm=initial.norm), weights, q).astype(q.dtype)
 
 

@@ -466,6 +466,7 @@ def errors(
     return spec.memory.apply(linear, norm, k), x
 
   zeros = {name: jnp.zeros((k.shape[0], columns), k.dtype) for name, (_, columns) in spec.memory.shapes().items()}
+  zeros = varying_alike(k, zeros)  # else the gradient by them would be summed over devices
   out, pull_back, x = jax.vjp(run, zeros, has_aux=True)
   loss, by_out = jax.vjp(lambda out: spec.loss(out, v, threshold), out)
   (psi,) = by_out(jnp.ones_like(loss))

@@ -1,0 +1,76 @@
+"""Law 11: a layer on four devices equals the layer on one, each device computes its own part, and nothing is gathered."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ..pallas_kernels.hlo import parse
+from ..pallas_kernels.measure import count_flops
+from ..pallas_kernels.partition import split_over
+from .law_report import Violation
+from .law_trial import CHUNK, PACKED, ROWS, Trial, first, masked
+
+_LOCALLY = "keep rows and heads as axes of their own, or compute them by memzoo.pallas_kernels.partition.partitioned"
+
+
+def automatic_axes(trial: Trial) -> Iterator[Violation]:
+  """Rows and parameter axes split over automatic mesh axes change nothing, and only sums move between devices."""
+  mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+  params = jax.device_put(trial.params, trial.shardings(mesh, {"heads": "tensor", "mlp": "tensor"}))
+  args = params, *jax.device_put(_short_call(trial), NamedSharding(mesh, P("data")))
+  split = split_over(mesh, rows="data", heads="tensor")(trial.apply)
+  program = jax.jit(lambda *args: {"over automatic mesh axes": split(*args)}).lower(*args).compile()
+  yield from _equal_to_one_device(trial, program, args)
+  if moved := {each.kind for each in parse(program.as_text()).collectives()} - {"all-reduce"}:
+    yield Violation(11, f"activations are moved by {', '.join(sorted(moved))} over automatic mesh axes: {_LOCALLY}")
+
+
+def explicit_and_manual_axes(trial: Trial) -> Iterator[Violation]:
+  """Rows split over explicit mesh axes, or by `jax.shard_map`, change nothing; each device computes its share, alone."""
+  rows = 4
+  mesh = jax.make_mesh((rows,), ("x",))
+  args = trial.params, *jax.tree.map(lambda leaf: leaf[:rows], _short_call(trial))
+  by_rows = jax.shard_map(trial.apply, mesh=mesh, in_specs=(P(), *[P("x")] * 3), out_specs=P("x"))
+  placed = jax.device_put(args[0], NamedSharding(mesh, P())), *jax.device_put(args[1:], NamedSharding(mesh, P("x")))
+  both = jax.jit(lambda *args: {"over explicit mesh axes": trial.apply(*args), "in shard_map": by_rows(*args)})
+  with jax.set_mesh(mesh):
+    program = both.lower(*placed).compile()
+  yield from _equal_to_one_device(trial, program, placed)
+  read = parse(program.as_text())
+  if moved := {each.kind for each in read.collectives()}:
+    yield Violation(11, f"rows depend on each other through {', '.join(sorted(moved))} over explicit mesh axes: {_LOCALLY}")
+  if (share := read.flops() / max(1, 2 * count_flops(trial.apply, *args))) > 0.27:
+    yield Violation(11, f"each of {rows} devices does {share:.2f} of the FLOPs over explicit mesh axes: {_LOCALLY}")
+
+
+def explicit_heads(trial: Trial) -> Iterator[Violation]:
+  """Rows and parameter axes may be split over explicit mesh axes."""
+  mesh = jax.make_mesh((2, 2), ("x", "y"))
+  shardings = trial.shardings(mesh, {"heads": "y", "mlp": "y"})
+  rows = NamedSharding(mesh, P("x"))
+  params = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), trial.param_shapes, shardings)
+  shapes = trial.example(ROWS, CHUNK), trial.fresh_shapes(ROWS), jax.ShapeDtypeStruct((ROWS, CHUNK), np.int32)
+  with jax.set_mesh(mesh):
+    jax.eval_shape(trial.apply, params, *jax.tree.map(lambda leaf: leaf.update(sharding=rows), shapes))
+  yield from ()
+
+
+def _short_call(trial: Trial) -> tuple[Any, Any, np.ndarray]:
+  """An input, state and segment ids of two chunks."""
+  return trial.x[:, : 2 * CHUNK], trial.used, PACKED[:, : 2 * CHUNK]
+
+
+def _equal_to_one_device(trial: Trial, program: Callable, args: tuple) -> Iterator[Violation]:
+  """Compares results of `_short_call`, or of its first rows, with those of one device; `program` returns them by name."""
+  whole = trial.at_once(trial.x, trial.used, PACKED * first(2 * CHUNK))
+  rows = len(args[-1])
+  y, state = whole.y[:rows, : 2 * CHUNK], jax.tree.map(lambda leaf: leaf[:rows], whole.state)
+  seen = [mask[:rows] if mask.ndim else mask for mask in trial.visible(whole.state)]
+  expected = {"y": y, "state": masked(state, seen)}
+  for how, (y, state) in jax.device_get(program(*args)).items():
+    message = f"{{leaf}} {how} differs from that on one device, first at {{where}}"
+    yield from trial.differences(11, message, {"y": y, "state": masked(state, seen)}, expected)
