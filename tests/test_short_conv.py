@@ -1,11 +1,14 @@
 """The short convolution: shifted copies equal the token-by-token form, and that equals NumPy's convolution."""
 
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from memzoo.pallas_kernels import short_conv as ops
 from memzoo.pallas_kernels.short_conv import short_conv
 from tolerances import assert_close
@@ -38,6 +41,12 @@ def values_and_gradients(implementation, args, ids=None):
   return out, pull_back(tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in out))[0]
 
 
+def compile_for_tpu(*args, tpu, default):
+  """In place of `jax.lax.platform_dependent`: what a TPU runs."""
+  del default
+  return tpu(*args)
+
+
 def in_numpy(x, weight, initial_state, ids):
   """Every document convolved on its own, without padding."""
   y, state = np.zeros(x.shape), np.zeros(initial_state.shape)
@@ -68,6 +77,63 @@ def test_shifted_copies_are_the_recurrence_and_numpy_in_values_and_every_gradien
   assert_close(actual[0], expected[0])
   assert_close(actual[1], expected[1], gradients=True)
   assert not np.any(np.asarray(actual[0][0])[ids == 0])
+
+
+@IN_FLOAT64
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_a_tpu_runs_is_the_recurrence(monkeypatch, apart):
+  """On a TPU, columns are shifted unless padding separates a token from its predecessor; both branches run here on the CPU."""
+  ids = IDS if apart else np.stack([np.repeat([1, 2, 0, 3, 4, 0], [5, 1, 2, 6, 2, 1]), np.repeat([0, 5], [17, 0])])
+  args, taken = inputs(17, 4), []
+
+  def branch(condition, yes, no, *args):
+    taken.append(condition)
+    return lax_cond(condition, yes, no, *args)
+
+  lax_cond = jax.lax.cond
+  monkeypatch.setattr(jax.lax, "platform_dependent", compile_for_tpu)
+  monkeypatch.setattr(jax.lax, "cond", branch)
+  ids = jnp.asarray(ids, jnp.int32)
+  (y, state), pull_back = jax.vjp(lambda args: short_conv(**args, segment_ids=ids), args)
+  assert [bool(condition) for condition in taken] == [apart]
+  expected = values_and_gradients("recurrent", args, ids)
+  rng = np.random.default_rng(5)
+  gradients = pull_back(tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in (y, state)))[0]
+  assert_close((y, state), expected[0])
+  assert_close(gradients, expected[1], gradients=True)
+
+
+def test_each_device_computes_its_share_over_axes_that_nobody_declared():
+  """Forward and gradient: nothing is gathered, and only the gradient by the weight is summed over the rows."""
+  rng = np.random.default_rng(3)
+  x, weight, state = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 17, 512), (4, 512), (4, 3, 512)))
+  args = x, weight, state, jnp.asarray(np.concatenate([IDS, IDS[::-1]]))
+
+  def forward(x, weight, state, ids):
+    return short_conv(x, weight, initial_state=state, segment_ids=ids)
+
+  def gradient(x, weight, state, ids):
+    out, pull_back = jax.vjp(lambda *floats: forward(*floats, ids), x, weight, state)
+    return pull_back(out)
+
+  for function, allowed in (forward, []), (gradient, ["all-reduce"]):
+    whole = jax.jit(function).lower(*args).compile()
+    mesh = jax.make_mesh((2, 2), ("width", "batch"), axis_types=(AxisType.Auto,) * 2)
+    specs = P("batch", None, "width"), P(None, "width"), P("batch", None, "width"), P("batch")
+    placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(args, specs, strict=True)]
+    program = jax.jit(function).lower(*placed).compile()
+    assert program.cost_analysis()["flops"] <= 0.27 * whole.cost_analysis()["flops"]
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    found = re.findall(rf" = f32\[4,256\]\S* ({kinds})\(", program.as_text())
+    assert found == re.findall(rf"({kinds})(?:-start)?\(", program.as_text()) == allowed
+    assert_close(program(*placed), whole(*args), jnp.float32, gradients=function is gradient)
+
+
+def test_a_tpu_still_branches_under_vmap(monkeypatch):
+  """Otherwise it would compute both branches for each of the mapped calls, and select one."""
+  monkeypatch.setattr(jax.lax, "platform_dependent", compile_for_tpu)
+  mapped = jax.vmap(lambda args, ids: short_conv(**args, segment_ids=ids), (None, 0))
+  assert "cond[" in str(jax.make_jaxpr(mapped)(inputs(17, 4, jnp.float32), jnp.asarray(IDS)[None]))
 
 
 @IN_FLOAT64

@@ -54,18 +54,21 @@ class _Places(NamedTuple):
 
   Attributes:
     reach: int32 [B, T], the number of tokens before each token that it may see, the state's included; -1 at padding.
-    rank: int32 [B, T], the number of tokens in the columns before; at padding one less.
+    rank: int32 [B, T], the number of tokens in the columns before each token; T at padding.
+    count: int32 [B, T], the number of tokens up to each column.
   """
 
   reach: jax.Array
   rank: jax.Array
+  count: jax.Array
 
 
 def _places(segment_ids: jax.Array, width: int) -> _Places:
   docs = documents(segment_ids)
   of_state = jnp.full(segment_ids.shape[:1], width - 1, jnp.int32)
   reach = jnp.where(docs.is_token, positions(docs, of_state), -1)
-  return _Places(reach, jnp.cumsum(docs.is_token, axis=1, dtype=jnp.int32) - 1)
+  count = jnp.cumsum(docs.is_token, axis=1, dtype=jnp.int32)
+  return _Places(reach, jnp.where(docs.is_token, count - 1, reach.shape[1]), count)
 
 
 def _forward(x, weight, state, segment_ids):
@@ -112,14 +115,11 @@ def _forward_by_shifts(places, x, weight, state):
 
 
 def _forward_by_gathers(places, x, weight, state):
-  width, order = weight.shape[0], _order(places)
-  inputs = jnp.concatenate([state, x], axis=1)
-  taps = []
-  for j in range(width):
-    rank = places.rank - j
-    column = jnp.where(rank < 0, rank, _take(order, jnp.maximum(rank, 0))) + (width - 1)
-    taps.append(_where_seen(places, j, _take(inputs, jnp.maximum(column, 0))))
-  return _weighted_sum(taps, weight)
+  kept = state.shape[1]
+  of_state = jnp.broadcast_to(jnp.arange(kept, dtype=jnp.int32)[None], state.shape[:2])
+  inputs, columns = (jnp.concatenate(pair, axis=1) for pair in ((state, x), (of_state, _order(places) + kept)))
+  taps = [x, *(_take(inputs, _take(columns, places.rank + (kept - j))) for j in range(1, kept + 1))]
+  return _weighted_sum([_where_seen(places, j, tap) for j, tap in enumerate(taps)], weight)
 
 
 def _backward_by_shifts(places, x, weight, state, dy):
@@ -129,13 +129,10 @@ def _backward_by_shifts(places, x, weight, state, dy):
 
 
 def _backward_by_gathers(places, x, weight, state, dy):
-  width, order = weight.shape[0], _order(places)
+  width, tokens, order = weight.shape[0], x.shape[1], _order(places)
   seen = [_where_seen(places, j, dy) for j in range(width)]
-  after = []
-  for j, d in enumerate(seen):
-    rank = places.rank + j
-    follows = (places.reach >= 0) & (rank < x.shape[1])
-    after.append(jnp.where(follows[..., None], _take(d, _take(order, jnp.minimum(rank, x.shape[1] - 1))), 0))
+  after = [_take(d, _take(order, places.rank + j)) for j, d in enumerate(seen)]
+  after = [seen[0], *(jnp.where((places.rank < tokens - j)[..., None], after[j], 0) for j in range(1, width))]
   return _gradients(x, weight, state, after, [_take(d, order[:, : width - 1]) for d in seen])
 
 
@@ -160,9 +157,9 @@ def _tail(x, state, segment_ids):
   if segment_ids is None or not kept:
     return jnp.concatenate([state[:, tokens:], x[:, max(tokens - kept, 0) :]], axis=1)
   places = _places(segment_ids, kept + 1)
-  last = places.rank[:, -1:]
+  last = places.count[:, -1:] - 1
   rank = last + jnp.arange(1 - kept, 1, dtype=jnp.int32)[None]
-  column = jnp.sum(places.rank[:, None] < rank[..., None], axis=-1, dtype=jnp.int32)
+  column = jnp.sum(places.count[:, None] <= rank[..., None], axis=-1, dtype=jnp.int32)
   inputs = jnp.where((rank < 0)[..., None], _take(state, jnp.clip(rank + kept, 0, kept - 1)), _take(x, column))
   reach = jnp.where(last < 0, kept, _take(places.reach, column[:, -1:]))
   return jnp.where((last - rank <= reach)[..., None], inputs, 0)
@@ -206,6 +203,6 @@ def _along_tokens(low: int, high: int) -> list[tuple[int, int, int]]:
 
 
 def _take(x: jax.Array, columns: jax.Array) -> jax.Array:
-  """Gathers, row by row, `columns` [B, M] from x [B, T] or [B, T, D]."""
-  columns = columns if x.ndim == 2 else columns[..., None]
-  return jnp.take_along_axis(x, columns, axis=1, mode="promise_in_bounds")
+  """Gathers, row by row, `columns` [B, M] from x [B, T], where they may lie beyond T, or from x [B, T, D]."""
+  columns, mode = (columns, "clip") if x.ndim == 2 else (columns[..., None], "promise_in_bounds")
+  return jnp.take_along_axis(x, columns, axis=1, mode=mode)
