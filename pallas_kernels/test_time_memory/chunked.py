@@ -30,6 +30,7 @@ from .layout import Layout
 from .spec import Carry, Gates, InitialWeights, Spec, Weights, length, running_average, shortened
 
 _FORGOTTEN = -1e4
+_FAST_BYTES = 32 * 2**20
 
 
 class Coefficients(NamedTuple):
@@ -180,6 +181,33 @@ def chunked(
 
   y has the dtype of v, loss and carry that of the gates.
   """
+  operands = q, k, v, gates, carry, layout
+  together = len(q) if plan.span is None else _rows_together(carry, len(q))
+  if together == len(q):
+    return _rows(spec, plan, initial, *operands)
+  groups = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), operands)
+  out = jax.lax.map(lambda group: _rows(spec, plan, initial, *group), groups)
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+
+def _rows_together(carry: Carry, batch: int) -> int:
+  """Rows that are computed together on an accelerator, a divisor of `batch`: their carries should fit into its fast memory."""
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(carry)) / batch
+  return next(n for n in range(batch, 0, -1) if batch % n == 0 and (n == 1 or n * size <= _FAST_BYTES))
+
+
+def _rows(
+  spec: Spec,
+  plan: Plan,
+  initial: InitialWeights,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  gates: Gates,
+  carry: Carry,
+  layout: Layout,
+) -> tuple[jax.Array, jax.Array, Carry]:
+  """`chunked`, all rows together."""
   batch, tokens, heads = q.shape[:3]
 
   def by_chunk(x):
