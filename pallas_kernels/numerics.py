@@ -59,17 +59,23 @@ def matmul(x: jax.Array, y: jax.Array, precision: Precision = FULL) -> jax.Array
   return jnp.matmul(x, y, **how)
 
 
+def rounded(x: jax.Array) -> jax.Array:
+  """x, rounded to the precision of bfloat16. XLA may drop a conversion to bfloat16 and back, but not this."""
+  return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
 @jax.custom_vjp
 def exact_product(weights: jax.Array, x: jax.Array) -> jax.Array:
   """`weights @ x` to float32 precision in three passes, for float32 weights that are exact in bfloat16, such as zeros and ones.
 
   The weights get no gradient.
   """
-  high = x.astype(jnp.bfloat16)
-  middle = (x - high.astype(x.dtype)).astype(jnp.bfloat16)
-  low = (x - high.astype(x.dtype) - middle.astype(x.dtype)).astype(jnp.bfloat16)
+  high = rounded(x)
+  middle = rounded(x - high)
+  low = x - high - middle
   weights = weights.astype(jnp.bfloat16)
-  return matmul(weights, low) + matmul(weights, middle) + matmul(weights, high)
+  low, middle, high = (matmul(weights, part.astype(jnp.bfloat16)) for part in (low, middle, high))
+  return low + middle + high
 
 
 def _exact_product_forward(weights, x):

@@ -9,8 +9,8 @@ from memzoo.pallas_kernels import numerics
 
 
 def _halves(x):
-  high = x.astype(jnp.bfloat16).astype(x.dtype)
-  return high, (x - high).astype(jnp.bfloat16).astype(x.dtype)
+  high = numerics.rounded(x)
+  return high, numerics.rounded(x - high)
 
 
 def _three_passes(x, y, product):
