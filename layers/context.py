@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
-from ..pallas_kernels.partition import varying_alike
+from ..pallas_kernels.partition import ROWS, aligned, varying_alike
 from .memory_layer import MemoryLayer
 
 
@@ -62,7 +63,10 @@ class Context(NamedTuple):
       first, *others = (own[name] for own in published if name in own)
       notes[name] = Notes(_zeros(1 + len(others), first), jnp.zeros((), jnp.int32))
     ahead = max((layer.features_ahead for layer in layers if isinstance(layer, ContextLayer)), default=0)
-    return varying_alike(x, cls(tokens, notes, jnp.zeros((ahead, *x.shape), x.dtype) if ahead else None))
+    features = jnp.zeros((ahead, *x.shape), x.dtype) if ahead else None
+    by_row = P(None, ROWS)
+    notes, features, _ = aligned((notes, features, x), (dict.fromkeys(notes, Notes(by_row, P())), by_row, P(ROWS)))
+    return varying_alike(x, cls(tokens, notes, features))
 
   def publish(self, name: str, values: Any) -> "Context":
     """The context with `values`, a tree of arrays [B, ...] as declared by `ContextLayer.publishes`, added under `name`.
@@ -73,6 +77,7 @@ class Context(NamedTuple):
     if name not in self.notes:
       raise ValueError(f"publish({name!r}): no layer of the stack declares this name; expected one of {sorted(self.notes)}.")
     notes = self.notes[name]
+    values, _ = aligned((values, notes), (P(ROWS), Notes(P(None, ROWS), P())))
     declared = jax.tree.map(lambda leaf: leaf.shape[1:], notes.values)
     if declared != jax.tree.map(jnp.shape, values):
       raise ValueError(f"publish({name!r}): shapes {jax.tree.map(jnp.shape, values)}; `publishes` declares {declared}.")

@@ -54,6 +54,16 @@ def _product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **_: Any) 
   return product(x, kernel, out_sharding=NamedSharding(mesh, P(*rows, outer)))
 
 
+def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
+  """table [V, D] at tokens [B, T], also over explicit mesh axes, where each device looks its rows up in the whole table."""
+  spec, place = jax.typeof(tokens).sharding.spec, jax.typeof(table).sharding
+  if not any((*spec, *place.spec)):
+    return jnp.take(table, tokens, axis=0)
+  mesh = place.mesh if jax.typeof(tokens).sharding.mesh.empty else jax.typeof(tokens).sharding.mesh
+  table = jax.sharding.reshard(table, NamedSharding(mesh, P(None, None)))
+  return table.at[tokens].get(out_sharding=NamedSharding(mesh, P(*spec, None)))
+
+
 class LowRank(nn.Module):
   """A linear map of low rank, x -> W2 W1 x.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..layers.axes import named
-from ..layers.projections import INIT, dense
+from ..layers.projections import INIT, dense, embed
 from ..pallas_kernels.numerics import accumulator
 from .stack import Stack
 
@@ -52,7 +52,7 @@ class LanguageModel(Stack, kw_only=True):
       raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; expected integers [batch, tokens].")
     self.check_state(state, tokens.shape[0])
     embedding = self.param("embedding", named(INIT, "vocab", "embed"), (self.vocab_size, self.width), self.param_dtype)
-    x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+    x = embed(embedding, tokens).astype(self.dtype)
     x, state = self.residual(x, state, segment_ids, tokens)
     if self.tie_embeddings:
       logits = jax.lax.dot_general(

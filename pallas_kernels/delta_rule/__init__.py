@@ -137,7 +137,7 @@ def delta_product(
     raise ValueError(
       f"k has shape {list(k.shape)} and v {list(v.shape)}; expected [batch, tokens, r, heads, width], with equal r."
     )
-  _check_tokens(q, k[:, :, 0], v[:, :, 0])
+  _check_tokens(q, *(jax.ShapeDtypeStruct((*x.shape[:2], *x.shape[3:]), x.dtype) for x in (k, v)))
   _check("beta", beta, v.shape[:4], "batch, tokens, r, value heads")
   specs = TOKENS, UPDATES, UPDATES, UPDATES
   return _run("delta_product", _delta_updates, (q, k, v, beta), log_decay, specs=specs, **options)
