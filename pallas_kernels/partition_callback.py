@@ -22,6 +22,8 @@ def by_callback(local: Callable[..., list], in_labels: list[P], out_labels: list
     rows: the label that mapped axes join.
   """
 
+  local = jax.jit(local)  # a call of its own keeps its constants, which custom_partitioning refuses
+
   @jax.custom_batching.custom_vmap
   def run(*xs):
     shapes = [x.shape for x in xs], [x.shape for x in jax.eval_shape(local, *xs)]

@@ -200,11 +200,22 @@ NAMES = [pytest.param(name, marks=marks(name)) for name in OPERATIONS]
 @pytest.mark.parametrize("name", NAMES)
 def test_each_device_computes_its_share_and_nothing_is_gathered(name, kind, layout):
   """Forward and gradient. Only gradients of arguments without rows are summed over the devices that split the rows."""
+  check_share(name, kind, layout, declared=kind == AUTO)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["delta rule", "short convolution", "attention"])
+def test_each_device_computes_its_share_over_automatic_axes_that_nobody_declared(name):
+  """A test-time memory does not: XLA splits it over rows only."""
+  check_share(name, AUTO, "rows and heads", declared=False)
+
+
+def check_share(name, kind, layout, declared):
   (operation, args), (shape, rows, heads) = OPERATIONS[name], LAYOUTS[layout]
   mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)], axis_types=(kind,) * len(shape))
   placed = [jax.device_put(x, NamedSharding(mesh, over(spec, rows, heads))) for x, spec in args]
   run = values_and_gradients(operation, args)
-  if kind == AUTO:
+  if declared:
     run = split_over(mesh, rows=rows or (), heads=heads or ())(run)
   program = jax.jit(run).lower(*placed).compile()
   (out, gradients), whole = on_one_device(name)
@@ -241,6 +252,7 @@ def _decayed_sums(x, weight, state, count):
     state = weight[None] * state + x
     return state, state
 
+  x = x * jnp.asarray(np.linspace(1, 2, x.shape[1], dtype=np.float32))[None, :, None]  # a constant
   state, out = jax.lax.scan(step, state + count[:, None].astype(x.dtype), jnp.swapaxes(x, 0, 1))
   return jnp.swapaxes(out, 0, 1), state, count + 1
 
@@ -342,7 +354,8 @@ def test_nothing_is_added_to_a_program_for_one_device():
   plain, inside = (str(jax.make_jaxpr(f)(*SUMS)) for f in (_decayed_sums, decayed_sums))
   assert inside == plain
   with split_over(jax.make_mesh((1, 1), ("x", "y"), axis_types=(AUTO,) * 2, devices=jax.devices()[:1]), rows="x", heads="y"):
-    assert str(jax.make_jaxpr(decayed_sums)(*SUMS)) == plain
+    again = partitioned(_decayed_sums, **SPECS)  # JAX keeps the trace of a function that it has seen
+    assert str(jax.make_jaxpr(again)(*SUMS)) == plain
 
 
 def test_heads_are_split_inside_of_a_shard_map_over_rows():
