@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from ..layers.axes import named
 from ..layers.projections import INIT, dense, embed
-from ..pallas_kernels.numerics import accumulator
+from ..pallas_kernels.numerics import accumulator, einsum
 from .stack import Stack
 
 
@@ -55,13 +55,7 @@ class LanguageModel(Stack, kw_only=True):
     x = embed(embedding, tokens).astype(self.dtype)
     x, state = self.residual(x, state, segment_ids, tokens)
     if self.tie_embeddings:
-      logits = jax.lax.dot_general(
-        x,
-        embedding.astype(x.dtype),
-        (((2,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=accumulator(x),
-      )
+      logits = einsum("btd,vd->btv", x, embedding.astype(x.dtype))
     else:
       types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
       logits = dense(self.vocab_size, ("embed", "vocab"), name="head", **types)(x)
