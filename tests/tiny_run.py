@@ -103,11 +103,12 @@ def quick_runs():
 def make_runs_quick(patch: pytest.MonkeyPatch) -> None:
   """Makes runs take programs from `program_of`, draw no picture and measure no machine. Their seed must be 0."""
 
-  def build(model, optimizer, mesh, *, steps, batch_size, seed, tokens):
-    assert seed == 0
-    return _program(model, optimizer, mesh, steps=steps, batch_size=batch_size)
+  def build(experiment, mesh):
+    assert experiment.trainer.seed == 0
+    sizes = {"steps": experiment.trainer.steps, "batch_size": experiment.data.batch_size}
+    return _program(experiment.model, experiment.optimizer, mesh, **sizes)
 
-  patch.setattr(setup, "build_program", build)
+  patch.setattr(setup, "experiment_program", build)
   patch.setattr(finish, "plot_losses", lambda *_: None)
   patch.setattr(finish, "matmul_rate", lambda: 1e11)
 

@@ -13,7 +13,7 @@ from .config import Experiment, build_text
 from .data import Batch, Corpus
 from .processes import row_share
 from .sharding import MeshShape, put_batch
-from .step import Program, build_program
+from .step import Program, experiment_program
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,5 @@ def evaluate_run(
   """Evaluates a run's newest or best checkpoint on its validation text; see `evaluate`. Returns its step as well."""
   experiment, params, step = load_run(directory, best=best, say=say)
   mesh = MeshShape(data=1).build(jax.devices()[:1])
-  program = build_program(
-    experiment.model,
-    experiment.optimizer,
-    mesh,
-    steps=experiment.trainer.steps,
-    batch_size=experiment.data.batch_size,
-    tokens=experiment.data.one_token,
-  )
+  program = experiment_program(experiment, mesh)
   return evaluate(program, params, experiment.data.load(), batches), step

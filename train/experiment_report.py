@@ -11,7 +11,7 @@ from ..zoo.describe import Description, parts_table
 from ..zoo.formats import binary, table, thousands
 from ..zoo.language_model import VectorModel
 from .sharding import MeshShape
-from .step import build_program
+from .step import experiment_program
 
 
 class Peak(NamedTuple):
@@ -71,9 +71,8 @@ def _laid_out(experiment: Any) -> tuple[Any, int, str]:
   """The `Program`, its number of devices, and a remark if the mesh does not fit here and one device is used instead."""
 
   def on(shape: MeshShape) -> tuple[Any, int]:
-    mesh, data = shape.build(), experiment.data
-    options = {"steps": experiment.trainer.steps, "batch_size": data.batch_size, "tokens": data.one_token}
-    return build_program(experiment.model, experiment.optimizer, mesh, **options), mesh.size
+    mesh = shape.build()
+    return experiment_program(experiment, mesh), mesh.size
 
   try:
     return *on(experiment.mesh), ""

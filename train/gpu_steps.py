@@ -44,12 +44,12 @@ def time_step(config: str, overrides: Sequence[str] = (), rows: int = 8, steps: 
   from .config import build
   from .experiment_report import abstract_batch
   from .sharding import MeshShape
-  from .step import build_program
+  from .step import experiment_program
 
   experiment = build(config, [f"TextData.batch_size={rows}", "LanguageModel.scan=True", *overrides])
   data, model = experiment.data, experiment.model
   mesh = MeshShape(data=1).build(jax.devices()[:1])
-  program = build_program(model, experiment.optimizer, mesh, steps=experiment.trainer.steps, batch_size=data.batch_size)
+  program = experiment_program(experiment, mesh)
   batch = {name: _filled(name, leaf) for name, leaf in abstract_batch(data, program.batch_sharding).items()}
   began = time.perf_counter()
   state, metrics = program.train(program.create(), batch)

@@ -13,7 +13,7 @@ from .data import Corpus
 from .processes import check_equal, row_share, together
 from .run_folder import Result, check_same_run, check_writable, finished_result
 from .sharding import layout
-from .step import Program, build_program
+from .step import Program, experiment_program
 
 
 class Setup(NamedTuple):
@@ -76,15 +76,7 @@ def set_up(experiment: Experiment, directory: Path) -> Setup:
   data = experiment.data
   data.check_model(experiment.model)
   mesh = experiment.mesh.build()
-  program = build_program(
-    experiment.model,
-    experiment.optimizer,
-    mesh,
-    steps=experiment.trainer.steps,
-    batch_size=data.batch_size,
-    seed=experiment.trainer.seed,
-    tokens=data.one_token,
-  )
+  program = experiment_program(experiment, mesh)
   with together():
     row_share(program.batch_sharding, data.batch_size)
     check_writable(directory)

@@ -82,6 +82,20 @@ class Program(NamedTuple):
   groups: tuple[str, ...]
 
 
+def experiment_program(experiment: Any, mesh: Mesh) -> Program:
+  """`build_program` for the model, the data and the trainer of an experiment from `memzoo.build`."""
+  data, trainer = experiment.data, experiment.trainer
+  return build_program(
+    experiment.model,
+    experiment.optimizer,
+    mesh,
+    steps=trainer.steps,
+    batch_size=data.batch_size,
+    seed=trainer.seed,
+    tokens=data.one_token,
+  )
+
+
 def build_program(
   model: nn.Module,
   optimizer: Optimizer,

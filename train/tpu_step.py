@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..pallas_kernels.tpu_cost import CHIPS, Cost, compile_and_read, devices
 from .experiment_report import abstract_batch, bytes_on_a_device
 from .sharding import AXES, MeshShape
-from .step import build_program
+from .step import experiment_program
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,9 @@ def compile_step(experiment: Any, topology: str, shape: MeshShape) -> StepCost:
   if chip not in CHIPS:
     raise ValueError(f"--topology is {topology!r}; expected one of {', '.join(CHIPS)} and its sizes, such as v5e:4x4.")
   mesh = shape.build(devices(topology))
-  data = experiment.data
   began = time.perf_counter()
-  program = build_program(
-    experiment.model,
-    experiment.optimizer,
-    mesh,
-    steps=experiment.trainer.steps,
-    batch_size=data.batch_size,
-    tokens=data.one_token,
-  )
-  lowered = program.train.lower(program.abstract_state, abstract_batch(data, program.batch_sharding))
+  program = experiment_program(experiment, mesh)
+  lowered = program.train.lower(program.abstract_state, abstract_batch(experiment.data, program.batch_sharding))
   cost = compile_and_read(lowered, chip)
   seconds = time.perf_counter() - began
   return StepCost(topology, tuple(mesh.shape.values()), seconds, bytes_on_a_device(program.abstract_state), cost)
