@@ -14,6 +14,7 @@ from ..pallas_kernels.partition import split_over
 from .law_report import Violation
 from .law_trial import CHUNK, PACKED, ROWS, Trial, first, masked
 
+UNTYPED = "ShardingTypeError"  # what JAX raises over explicit mesh axes if it cannot tell how a result is split
 _LOCALLY = "keep rows and heads as axes of their own, or compute them by memzoo.pallas_kernels.partition.partitioned"
 
 
@@ -45,7 +46,7 @@ def explicit_and_manual_axes(trial: Trial) -> Iterator[Violation]:
   try:
     program = compiled()
   except Exception as error:
-    if type(error).__name__ != "ShardingTypeError":
+    if type(error).__name__ != UNTYPED:
       raise
     del calls["over explicit mesh axes"]  # `explicit_heads` tells it
     program = compiled()

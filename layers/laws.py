@@ -49,9 +49,6 @@ TITLES = {
 # A broken law often breaks others. The first broken law in this order is the one to fix first.
 _CAUSES_FIRST = (14, 6, 1, 2, 3, 4, 5, 7, 9, 12, 15, 11, 10, 8, 13)
 
-# What JAX says over explicit mesh axes if it cannot tell how a result is split.
-_UNTYPED = "the layer raises ShardingTypeError"
-
 TRACED, SHARED, COMPILED = "traced", "shared", "compiled"
 
 
@@ -133,7 +130,8 @@ def check_layer(layer: nn.Module, width: int = 64, *, laws: Iterable[int] | None
       else:
         found[check] = check(trial)
         if check.find is law_sharding.explicit_heads:  # a correct layer need not say how its results are split
-          found[check] = [each for each in found[check] if not each.message.startswith(_UNTYPED)]
+          untyped = f"the layer raises {law_sharding.UNTYPED}"
+          found[check] = [each for each in found[check] if not each.message.startswith(untyped)]
         grows = grows or (check.find is state_size and bool(found[check]))
   results = tuple(_result(law, found) for law in wanted)
   broken = {result.law for result in results if result.violations}

@@ -111,7 +111,6 @@ class Affine(NamedTuple):
     out = matmul(x, self.matrix, precision)
     return out if self.bias is None else out + self.bias[None]
 
-
   def scaled(self, x: jax.Array, s: jax.Array, plan: Plan) -> jax.Array:
     """`s[:, None]` times x W + b, scaled where it is narrower."""
     if self.matrix.shape[0] >= self.matrix.shape[1]:
