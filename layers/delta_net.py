@@ -40,7 +40,7 @@ class DeltaNet(LinearAttention):
   def strength(self, x: jax.Array, writes: int = 1) -> jax.Array:
     """The write strengths beta, [B, T, writes * H]."""
     maximum = 2.0 if self.negative_eigenvalues else 1.0
-    return Strength(writes * self.num_heads, maximum, param_dtype=self.param_dtype, name="beta")(x)
+    return Strength(writes * self.num_heads, maximum, name="beta", **self.gate_types)(x)
 
 
 class GatedDeltaNet(DeltaNet):
@@ -57,7 +57,7 @@ class GatedDeltaNet(DeltaNet):
   output_gate: str = "silu"
 
   def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
-    log_decay = LogDecay(self.num_heads, param_dtype=self.param_dtype, name="decay")(x)
+    log_decay = LogDecay(self.num_heads, name="decay", **self.gate_types)(x)
     return delta_rule.gated_delta_rule(q, k, v, self.strength(x), log_decay, **options)
 
 
@@ -84,7 +84,7 @@ class KimiDeltaAttention(DeltaNet):
 
   def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
     rank = self.decay_rank or self.key_dim
-    decay = LogDecay(self.num_heads, self.key_dim, rank, self.decay_lower_bound, self.param_dtype, name="decay")
+    decay = LogDecay(self.num_heads, self.key_dim, rank, self.decay_lower_bound, name="decay", **self.gate_types)
     return delta_rule.kimi_delta_rule(q, k, v, self.strength(x), decay(x), decay_bound=self.decay_lower_bound, **options)
 
 
@@ -113,7 +113,7 @@ class DeltaProduct(DeltaNet):
 
   def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
     beta = self.strength(x, self.num_writes).reshape(*x.shape[:2], self.num_writes, self.num_heads)
-    log_decay = LogDecay(self.num_heads, param_dtype=self.param_dtype, name="decay")(x) if self.forget_gate else None
+    log_decay = LogDecay(self.num_heads, name="decay", **self.gate_types)(x) if self.forget_gate else None
     many = (*x.shape[:2], self.num_writes)
     k, v = k.reshape(*many, *k.shape[-2:]), v.reshape(*many, *v.shape[-2:])
     return delta_rule.delta_product(q, k, v, beta, log_decay, **options)

@@ -42,10 +42,10 @@ class EraseThenDelta(DeltaNet):
   def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
     rank = self.rank_per_head
     log_decay = LogDecay(
-      self.num_heads, self.key_dim, rank * self.num_heads, self.decay_lower_bound, param_dtype=self.param_dtype, name="decay"
+      self.num_heads, self.key_dim, rank * self.num_heads, self.decay_lower_bound, name="decay", **self.gate_types
     )(x)
     e = LowRank(self.key_heads * self.key_dim, rank * self.key_heads, name="erase_key", **self.types)(x)
-    gamma = Strength(self.num_heads, bias=self.erase_bias, param_dtype=self.param_dtype, name="gamma")(x)
+    gamma = Strength(self.num_heads, bias=self.erase_bias, name="gamma", **self.gate_types)(x)
     return delta_rule.erase_then_delta_rule(
       q,
       k,

@@ -14,10 +14,12 @@ class InnerLearner(MemoryLayer, kw_only=True):
   Attributes:
     max_documents: largest number of documents in a row; rows with more return NaN, unless their chunks fit; see `ttm.run`.
     implementation: implementation of the operation, "auto", "xla" or "recurrent".
+    precision: of the operation and the gates: `None`, or "highest" to multiply bfloat16 activations as float32.
   """
 
   max_documents: int = 16
   implementation: str = "auto"
+  precision: str | None = None
 
   @property
   def spec(self) -> ttm.Spec:
@@ -51,4 +53,5 @@ class InnerLearner(MemoryLayer, kw_only=True):
       segment_ids=segment_ids,
       max_documents=max_documents or self.max_documents,
       implementation=self.implementation,
+      precision=self.precision,
     )

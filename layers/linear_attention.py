@@ -50,7 +50,7 @@ class LinearAttention(ProjectedMemory, kw_only=True):
     num_key_heads: number of query and key heads, a divisor of `num_heads`; `None` for `num_heads`.
     feature_map: function applied to queries and keys before L2 normalisation: "silu", or "elu" for elu + 1, which is positive.
     chunk_size, implementation: options of the operation, which affect speed only; see `memzoo.pallas_kernels.delta_rule`.
-    precision: option of the operation: `None`, or "highest" to multiply bfloat16 activations as float32.
+    precision: of the operation and the gates: `None`, or "highest" to multiply bfloat16 activations as float32.
 
   The other attributes are those of `ProjectedMemory`; `num_heads` is the number of value heads.
   """
@@ -70,6 +70,11 @@ class LinearAttention(ProjectedMemory, kw_only=True):
     """
     del x
     return delta_rule.linear_attention(q, k, v, **options)
+
+  @property
+  def gate_types(self) -> dict[str, Any]:
+    """Options of the modules that make gates."""
+    return {"param_dtype": self.param_dtype, "precision": self.precision}
 
   @property
   def writes(self) -> int:

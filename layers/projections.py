@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..pallas_kernels.numerics import accumulator
+from ..pallas_kernels.numerics import FULL, Precision, accumulator, intermediate_precision
 from ..pallas_kernels.short_conv import short_conv
 from .axes import named
 
@@ -24,7 +24,7 @@ def dense(features: int, axes: tuple[str | None, str | None], *, bias: Callable 
     features: output width.
     axes: logical names of the kernel's (input, output) axes.
     bias: initialiser of the bias; `None` for no bias.
-    **options: `name`, `dtype`, `param_dtype` of `nn.Dense`.
+    **options: `name`, `dtype`, `param_dtype`, `precision` of `nn.Dense`.
   """
   return nn.Dense(
     features,
@@ -36,12 +36,14 @@ def dense(features: int, axes: tuple[str | None, str | None], *, bias: Callable 
   )
 
 
-def _product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **_: Any) -> jax.Array:
-  """x [..., D] times the kernel [D, F], in one pass where both are 16-bit, else at full precision.
+def _product(
+  x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Precision | None = None, **_: Any
+) -> jax.Array:
+  """x [..., D] times the kernel [D, F], in one pass where both are 16-bit, else at `precision`, by default in full.
 
   Over explicit mesh axes the kernel's D is laid out like that of x, and F is whole where its axis splits x's rows.
   """
-  precision = jax.lax.Precision.DEFAULT if x.dtype.itemsize == 2 else jax.lax.Precision.HIGHEST
+  precision = jax.lax.Precision.DEFAULT if x.dtype.itemsize == 2 else precision or FULL
   product = partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, precision=precision)
   x_type, kernel_type = jax.typeof(x).sharding, jax.typeof(kernel).sharding
   *rows, inner = x_type.spec
@@ -71,6 +73,7 @@ class LowRank(nn.Module):
     features: output width.
     rank: output width of W1; `None` for a single full-rank map.
     bias: initialiser of the output's bias; `None` for no bias.
+    precision: of products that are not 16-bit; `None` for full precision.
   """
 
   features: int
@@ -78,10 +81,11 @@ class LowRank(nn.Module):
   bias: Callable | None = None
   dtype: Any = None
   param_dtype: Any = jnp.float32
+  precision: Precision | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype, "precision": self.precision}
     if self.rank is None:
       return dense(self.features, ("embed", "heads"), bias=self.bias, name="full", **types)(x)
     x = dense(self.rank, ("embed", None), name="down", **types)(x)
@@ -107,6 +111,11 @@ class ShortConv(nn.Module):
     return self.activation(y), tail
 
 
+def gate_types(x: jax.Array, param_dtype: Any, precision: str | None) -> dict[str, Any]:
+  """Options of `dense` for a gate, which is float32, from activations x: products at `intermediate_precision`."""
+  return {"dtype": accumulator(x), "param_dtype": param_dtype, "precision": intermediate_precision(precision, x)}
+
+
 class Strength(nn.Module):
   """A write or erase strength per head: maximum * sigmoid(W x + b), in float32.
 
@@ -114,17 +123,19 @@ class Strength(nn.Module):
     num_heads: number of heads.
     maximum: upper bound of the gate. With 2, an update of the delta rule can be a reflection (negative eigenvalues).
     bias: initial b; `None` for no bias.
+    precision: `None`, or "highest" for full precision whatever the dtype of x.
   """
 
   num_heads: int
   maximum: float = 1.0
   bias: float | None = None
   param_dtype: Any = jnp.float32
+  precision: str | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     bias = None if self.bias is None else nn.initializers.constant(self.bias)
-    types = {"dtype": accumulator(x), "param_dtype": self.param_dtype}
+    types = gate_types(x, self.param_dtype, self.precision)
     return self.maximum * nn.sigmoid(dense(self.num_heads, ("embed", "heads"), bias=bias, name="logits", **types)(x))
 
 
@@ -134,15 +145,17 @@ class LogShare(nn.Module):
   Attributes:
     num_heads: number of heads.
     bias: initial b.
+    precision: `None`, or "highest" for full precision whatever the dtype of x.
   """
 
   num_heads: int
   bias: float = 0.0
   param_dtype: Any = jnp.float32
+  precision: str | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    types = {"dtype": accumulator(x), "param_dtype": self.param_dtype}
+    types = gate_types(x, self.param_dtype, self.precision)
     bias = nn.initializers.constant(self.bias)
     return nn.log_sigmoid(dense(self.num_heads, ("embed", "heads"), bias=bias, name="logits", **types)(x))
 
@@ -160,6 +173,7 @@ class LogDecay(nn.Module):
     channels: number of decays per head; `None` for one decay per head.
     rank: rank of the map from x to u; `None` for full rank.
     lower_bound: l < 0; `None` for no bound.
+    precision: `None`, or "highest" for full precision whatever the dtype of x.
   """
 
   num_heads: int
@@ -167,13 +181,15 @@ class LogDecay(nn.Module):
   rank: int | None = None
   lower_bound: float | None = None
   param_dtype: Any = jnp.float32
+  precision: str | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (self.num_heads,) if self.channels is None else (self.num_heads, self.channels)
     features = self.num_heads * (self.channels or 1)
-    wide = accumulator(x)
-    u = LowRank(features, self.rank, dtype=wide, param_dtype=self.param_dtype, name="step")(x)
+    types = gate_types(x, self.param_dtype, self.precision)
+    wide = types["dtype"]
+    u = LowRank(features, self.rank, name="step", **types)(x)
     a_log = self.param("A_log", named(_a_log_init, "heads"), shape[:1], self.param_dtype)
     dt_bias = self.param("dt_bias", named(_dt_bias_init, "heads"), (features,), self.param_dtype)
 

@@ -39,7 +39,7 @@ from .inner_learner import InnerLearner
 from .memory_layer import silence_padding
 from .norms import l2_normalise
 from .projected_memory import ProjectedMemory, Stream
-from .projections import INIT, LogShare, Strength, dense
+from .projections import INIT, LogShare, Strength, dense, gate_types
 
 
 @dataclass(frozen=True)
@@ -208,19 +208,19 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     self, x: jax.Array, state: TitansState, segment_ids: jax.Array | None, persistent: jax.Array | None, fresh: bool
   ) -> tuple[jax.Array, TitansState]:
     """The layer without its checks: x [B, T, D] to (y [B, T, D], state). `fresh`: `state` is a fresh one."""
-    projections = self.projections()
+    projections = self.projections(x)
     initial = self.initial_weights(projections, persistent)
     operands, tails = self.project(projections, x, state[1:], segment_ids)
     learned = self.learn(initial, *operands, None if fresh else state.memory, segment_ids)
     return self.read_out(x, learned.y), TitansState(learned.state, *tails)
 
-  def projections(self) -> Projections:
-    """The modules of streams and gates, to be called within `__call__`, on one input or several."""
-    return Projections(*(self.stream(name, self.channels) for name in ("query", "key", "value")), self._gates())
+  def projections(self, x: jax.Array) -> Projections:
+    """The modules of streams and gates, to be called within `__call__`, on x or several inputs of its dtype."""
+    return Projections(*(self.stream(name, self.channels) for name in ("query", "key", "value")), self._gates(x))
 
-  def _gates(self) -> Any:
-    """From x [B, T, D] to `ttm.Gates` of [B, T, H]."""
-    gating, types = self.gates, {"param_dtype": self.param_dtype}
+  def _gates(self, x: jax.Array) -> Any:
+    """From inputs [B, T, D], of the dtype of x, to `ttm.Gates` of [B, T, H]."""
+    gating, types = self.gates, {"param_dtype": self.param_dtype, "precision": self.precision}
     max_step = _longest_step(self.spec) if gating.max_step is None else gating.max_step
     unseen = 1 if self.spec.exact else self.chunk_size  # tokens whose writes do not see each other
     step_bias = -math.log(2 * math.sqrt(unseen) - 1) if gating.step_bias is None else gating.step_bias
@@ -231,10 +231,10 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     if self.loss.has_threshold:
       start = 2 * (1 if self.loss.kind == "huber" else self.head_dim**0.5)
       bias = nn.initializers.constant(start + math.log(-math.expm1(-start)))  # softplus(bias) = start
-      threshold = dense(self.num_heads, ("embed", "heads"), bias=bias, name="threshold", param_dtype=self.param_dtype)
+      threshold = dense(self.num_heads, ("embed", "heads"), bias=bias, name="threshold", **gate_types(x, **types))
 
     def gates(x):
-      limit = None if threshold is None else nn.softplus(threshold(x.astype(accumulator(x))))
+      limit = None if threshold is None else nn.softplus(threshold(x))
       return ttm.Gates(step(x), *(None if gate is None else gate(x) for gate in (keep, momentum)), limit)
 
     return gates

@@ -231,10 +231,10 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     """One segment, or the part of it in this call: x [B, C, D] to the next state and y [B, C, D]."""
     state = select_rows(fresh, jax.tree.map(jnp.zeros_like, state), state)
     ids = is_token.astype(jnp.int32)
-    projections = self.projections()
+    projections = self.projections(x)
 
     q, context_tail = projections.query(x, state.context_tail, ids)
-    retrieved = ttm.read(self.spec, initial, state.context, l2_normalise(self.split(q)))
+    retrieved = ttm.read(self.spec, initial, state.context, l2_normalise(self.split(q)), precision=self.precision)
     retrieved = RMSNorm(self.norm_epsilon, self.param_dtype, axis=None, name="context_norm")(retrieved.astype(x.dtype))
     retrieved = dense(x.shape[-1], ("heads", "embed"), name="context", **self.types)(retrieved.reshape(*x.shape[:2], -1))
 

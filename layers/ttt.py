@@ -115,7 +115,7 @@ class TTTLinear(InnerLearner, kw_only=True):
     docs = undivided(*x.shape[:2]) if segment_ids is None else documents(segment_ids)
     place = positions(docs, state.memory.count) % self.chunk_size
     q, k = (rotate(a, place, self.rope_base) for a in (q, k))
-    step = Strength(self.num_heads, self.max_step / self.head_dim, 0.0, self.param_dtype, name="eta")(x)
+    step = Strength(self.num_heads, self.max_step / self.head_dim, 0.0, self.param_dtype, self.precision, name="eta")(x)
     learned = self.learn(self.initial_weights(), q, k, v, ttm.Gates(step), None if fresh else state.memory, segment_ids)
     out = learned.y.reshape(*x.shape[:2], channels)
     out = LayerNorm(self.norm_epsilon, self.param_dtype, axis="heads", name="norm")(out) * nn.gelu(project("gate"))

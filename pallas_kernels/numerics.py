@@ -10,6 +10,8 @@ as their operands allow:
 A call is 16-bit if its main operands are; `intermediate_precision` decides.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -87,6 +89,28 @@ def _exact_product_backward(weights, d):
 
 
 exact_product.defvjp(_exact_product_forward, _exact_product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def inner_products(x: jax.Array, y: jax.Array, exact_in: Dtype | None, precision: Precision) -> jax.Array:
+  """x y^T of x [..., R, K] and y [..., S, K], whose values are exact in the dtype `exact_in`: in one pass if it is 16-bit.
+
+  `None` for values that are exact in no narrower dtype. Cotangents are not exact in it; they are multiplied at `precision`.
+  """
+  x, y = (x, y) if exact_in is None else (x.astype(exact_in), y.astype(exact_in))
+  return matmul(x, jnp.swapaxes(y, -1, -2), precision)
+
+
+def _inner_products_forward(x, y, exact_in, precision):
+  return inner_products(x, y, exact_in, precision), (x, y)
+
+
+def _inner_products_backward(exact_in, precision, residuals, d):
+  x, y = residuals
+  return matmul(d, y, precision), matmul(jnp.swapaxes(d, -1, -2), x, precision)
+
+
+inner_products.defvjp(_inner_products_forward, _inner_products_backward)
 
 
 def _operands(x: jax.Array, y: jax.Array, precision: Precision) -> tuple[jax.Array, jax.Array, dict]:

@@ -66,7 +66,6 @@ def errors(variant, case, precision=None):
   args = inputs(variant, case)
   segments = jnp.asarray(SEGMENTS if case == "documents" else np.ones_like(SEGMENTS))
   options = {"decay_bound": CASES[case][3], "precision": precision, "implementation": "xla"}
-  jax.clear_caches()  # a program may have been traced without emulation
   with passes.of_a_tpu():
     (out, _), gradients = values_and_gradients(variant, args, segments, accelerator=True, **options)
   wide, weights = (jax.tree.map(lambda x: x.astype(jnp.float64), x) for x in (args, cotangents(args)))

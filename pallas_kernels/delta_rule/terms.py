@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..documents import Documents
-from ..numerics import FULL, SPLIT, Precision, einsum, exact_product, matmul
+from ..numerics import FULL, SPLIT, Precision, einsum, exact_product, inner_products, matmul
 from ..partition import varying_alike
 
 # exp() of this is 0 in every float type, and so is its gradient. Unlike -inf, it gives 0 when multiplied by the 0 of a mask.
@@ -257,7 +257,7 @@ def _decayed_products(plan: Plan, keys: jax.Array, log_decay: jax.Array, x: jax.
   x_rows, k_rows = (partial(by_row, plan, updates=y.shape[1] // c) for y in (x, keys))
   if width == 1:
     between = jnp.exp(_sum_between(plan, log_decay))
-    return _raw_products(plan, x, keys) * k_rows(x_rows(between), axis=2)
+    return inner_products(x, keys, plan.raw, plan.precision) * k_rows(x_rows(between), axis=2)
   return (_by_masks if plan.whole_chunks else _by_halves)(plan, keys, log_decay, x, x_rows, k_rows)
 
 
@@ -312,28 +312,6 @@ def first_span(chunk_size: int, decay_bound: float | None) -> int:
 def _spans(x: jax.Array, *counts: int) -> jax.Array:
   """x [N, X, K] cut along its rows, [N * counts[0], *counts[1:], rows, K]."""
   return x.reshape(len(x) * counts[0], *counts[1:], -1, x.shape[-1])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _raw_products(plan: Plan, x: jax.Array, y: jax.Array) -> jax.Array:
-  """Inner products of x [N, X, K] and y [N, Y, K], [N, X, Y], whose values are exact in `plan.raw`.
-
-  Cotangents are not exact in that dtype; they are multiplied as intermediates.
-  """
-  x, y = (x, y) if plan.raw is None else (x.astype(plan.raw), y.astype(plan.raw))
-  return einsum("lrk,lsk->lrs", x, y, plan.precision)
-
-
-def _raw_products_forward(plan, x, y):
-  return _raw_products(plan, x, y), (x, y)
-
-
-def _raw_products_backward(plan, residuals, d):
-  x, y = residuals
-  return matmul(d, y, plan.precision), matmul(jnp.swapaxes(d, 1, 2), x, plan.precision)
-
-
-_raw_products.defvjp(_raw_products_forward, _raw_products_backward)
 
 
 # Sums of log-decays are matrix products with zeros and ones. All terms have one sign, so nothing cancels, as it would in

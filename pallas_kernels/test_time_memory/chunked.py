@@ -16,14 +16,13 @@ chunks; the backward pass keeps the carries between chunks and recomputes the re
 """
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..documents import select_rows
-from ..numerics import FULL, SPLIT, Precision, matmul, scaled
+from ..numerics import FULL, SPLIT, Precision, exact_product, inner_products, matmul, scaled
 from ..partition import varying_alike
 from ..triangular import unit_lower_inverse
 from .layout import Layout
@@ -31,6 +30,8 @@ from .spec import Carry, Gates, InitialWeights, Spec, Weights, length, running_a
 
 _FORGOTTEN = -1e4
 _FAST_BYTES = 32 * 2**20
+# Chunks of a span that are compiled as one. A scan would copy their carries into one array.
+_UNROLL = 8
 
 
 class Coefficients(NamedTuple):
@@ -71,7 +72,7 @@ class Plan(NamedTuple):
   """What depends on the platform and the dtypes of a call.
 
   Attributes:
-    precision: of products with float32 intermediates; those of gates alone have full precision.
+    precision: of products with float32 intermediates.
     span: the backward pass keeps the carries between spans of so many chunks, and computes those within a span again; `None` to
       keep all carries.
   """
@@ -83,9 +84,9 @@ class Plan(NamedTuple):
 def plans(precision: Precision, chunks: int) -> tuple[Plan, Plan]:
   """The plans for a CPU and for other platforms, of sequences of so many chunks.
 
-  A span of half the root needs little more memory than the root, and its carries more often fit into a TPU's fast memory.
+  Spans of half the root need little more memory than the root. Shorter ones would need more time.
   """
-  return Plan(precision), Plan(precision, span=max(2, math.isqrt(chunks) // 2))
+  return Plan(precision), Plan(precision, span=max(_UNROLL, math.isqrt(chunks) // 2))
 
 
 class Affine(NamedTuple):
@@ -268,7 +269,7 @@ def _rows(
     chunk, of_rows = inputs
     if not plan.span:
       return jax.lax.scan(step, carry, inputs)
-    carry, out = jax.lax.scan(step, carry, (jax.vmap(prepare)(*chunk), of_rows))
+    carry, out = jax.lax.scan(step, carry, (jax.vmap(prepare)(*chunk), of_rows), unroll=_UNROLL)
     return carry, jax.tree.map(jax.vmap(heads_last), out)
 
   is_token, position, *flags = jax.tree.map(by_row, tuple(layout[:5]))
@@ -314,10 +315,10 @@ def _next_carry(
 def _prepare(spec: Spec, plan: Plan, average: jax.Array | None, chunk: _Chunk) -> _Prepared:
   """What does not depend on the carry."""
   gates = chunk.gates
-  solution = coefficients(spec, gates, chunk.is_token, chunk.position, average)
+  solution = coefficients(spec, plan, gates, chunk.is_token, chunk.position, average)
   previous = None if average is None else running_average(average, chunk.position - 1)
   at_read = solution.before(spec, previous) if spec.read == "before" else solution
-  scores = None if spec.read == "chunk_start" else _plus_ones(spec, _raw_products(chunk.q, chunk.k, plan, gates.step.dtype))
+  scores = None if spec.read == "chunk_start" else _inner_products(spec, plan, chunk.q, chunk.k, gates.step.dtype)
   at_write = inverse = None
   if spec.exact:
     at_write = solution.before(spec, None)
@@ -328,7 +329,7 @@ def _prepare(spec: Spec, plan: Plan, average: jax.Array | None, chunk: _Chunk) -
         carried=None if at_write.carried is None else decay * at_write.carried,
         writes=decay[:, None] * at_write.writes,
       )
-    products = _plus_ones(spec, _raw_products(chunk.k, chunk.k, plan, gates.step.dtype))
+    products = _inner_products(spec, plan, chunk.k, chunk.k, gates.step.dtype)
     inverse = unit_lower_inverse(2 * spec.loss.scale * at_write.writes * products)
     at_write = at_write._replace(writes=None, momentum_kept=None, momentum_writes=None)
   at_end = solution.at_end()
@@ -371,13 +372,13 @@ def _chunk(
     else:
       steps = _scaled_rows(steps, writes, plan)
     change = Affine(matmul(inputs.T, steps, precision), bias)
-    return jax.tree.map(lambda w, change: _times(keep, w, plan) - change, weights, change)
+    return jax.tree.map(lambda w, change: keep * w - change, weights, change)
 
   weights = {name: end(name, w, at_end.keep, at_end.writes) for name, w in carry.weights.items()}
   momentum = carry.momentum
   if momentum is not None:
     if at_end.carried is not None:
-      weights = jax.tree.map(lambda w, s: w + _times(at_end.carried, s, plan), weights, momentum)
+      weights = jax.tree.map(lambda w, s: w + at_end.carried * s, weights, momentum)
     momentum = {name: end(name, s, at_end.momentum_kept, at_end.momentum_writes) for name, s in momentum.items()}
   return y.astype(chunk.v.dtype), loss, Carry(weights, momentum, carry.anchor)
 
@@ -387,46 +388,10 @@ def _scaled_rows(x: jax.Array, s: jax.Array, plan: Plan) -> jax.Array:
   return scaled(x, s) if plan.span is None else s[:, None] * x
 
 
-def _times(factor: jax.Array, w: jax.Array, plan: Plan) -> jax.Array:
-  """`factor` times w [in, out] or [out]."""
-  return factor * w if plan.span is None or w.ndim == 1 else _scaled_matrix(factor, w, plan.precision)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _scaled_matrix(factor: jax.Array, w: jax.Array, precision: Precision) -> jax.Array:
-  """`factor` times w [in, out].
-
-  The gradient by the factor, a sum over a matrix, becomes the trace of a product, which is faster on a TPU.
-  """
-  return factor * w
-
-
-@_scaled_matrix.defjvp
-def _(precision, primals, tangents):
-  (factor, w), (d_factor, d_w) = primals, tangents
-  rows, columns = w.shape
-  diagonal = d_factor * jnp.eye(min(rows, columns), dtype=w.dtype)
-  by_factor = matmul(diagonal, w, precision) if rows < columns else matmul(w, diagonal, precision)
-  return factor * w, factor * d_w + by_factor
-
-
-def _raw_products(x: jax.Array, y: jax.Array, plan: Plan, dtype: jnp.dtype) -> jax.Array:
-  """x y^T of queries or keys [C, K] as they came."""
-  if plan.precision is not SPLIT:
-    return matmul(x.astype(dtype), y.astype(dtype).T, plan.precision)
-  return _narrow_products(x.astype(dtype), y.astype(dtype))
-
-
-@jax.custom_jvp
-def _narrow_products(x: jax.Array, y: jax.Array) -> jax.Array:
-  """x y^T of float32 arrays with bfloat16 values: in one pass, but not its gradient, whose cotangents are float32."""
-  return matmul(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16).T)
-
-
-@_narrow_products.defjvp
-def _(primals, tangents):
-  (x, y), (dx, dy) = primals, tangents
-  return _narrow_products(x, y), matmul(dx, y.T, SPLIT) + matmul(x, dy.T, SPLIT)
+def _inner_products(spec: Spec, plan: Plan, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """x y^T [C, C] of queries or keys [C, K] as they came, with the products of the ones that biases are multiplied by."""
+  exact_in = x.dtype if plan.precision is SPLIT and x.dtype == y.dtype else None
+  return _plus_ones(spec, inner_products(x.astype(dtype), y.astype(dtype), exact_in, plan.precision))
 
 
 def _plus_ones(spec: Spec, products: jax.Array) -> jax.Array:
@@ -435,7 +400,7 @@ def _plus_ones(spec: Spec, products: jax.Array) -> jax.Array:
 
 
 def coefficients(
-  spec: Spec, gates: Gates, is_token: jax.Array, position: jax.Array, average: jax.Array | None
+  spec: Spec, plan: Plan, gates: Gates, is_token: jax.Array, position: jax.Array, average: jax.Array | None
 ) -> Coefficients:
   """The coefficients of a chunk from gates, `is_token` and `position`, [C] each. Empty slots change nothing."""
   theta = jnp.where(is_token, gates.step, 0)
@@ -445,19 +410,19 @@ def coefficients(
     writes = share[:, None] * jnp.tril(jnp.broadcast_to(theta[None], (theta.size, theta.size)))
     return Coefficients(ones, share, writes, ones[0], theta)
   log_keep, log_momentum = (None if g is None else jnp.where(is_token, g, 0) for g in (gates.log_keep, gates.log_momentum))
-  decay = _decays(log_keep, theta)
+  decay = _decays(plan, log_keep, theta)
   keep = ones if log_keep is None else decay[:, 0] * jnp.exp(log_keep[0])
   if not spec.momentum:
     return Coefficients(keep, None, decay * theta[None], None, None)
-  momentum_decay = _decays(log_momentum, theta)
+  momentum_decay = _decays(plan, log_momentum, theta)
   steps = momentum_decay * theta[None]
   kept = ones if log_momentum is None else momentum_decay[:, 0] * jnp.exp(log_momentum[0])
   decay = jnp.where(is_token[None], decay, 0)
-  carried = matmul(decay, kept[:, None])[:, 0]
-  return Coefficients(keep, carried, matmul(decay, steps), kept[-1], steps[-1])
+  carried = matmul(decay, kept[:, None], plan.precision)[:, 0]
+  return Coefficients(keep, carried, matmul(decay, steps, plan.precision), kept[-1], steps[-1])
 
 
-def _decays(log_gate: jax.Array | None, like: jax.Array) -> jax.Array:
+def _decays(plan: Plan, log_gate: jax.Array | None, like: jax.Array) -> jax.Array:
   """L [C, C] with L_ti = g_{i+1} ... g_t for i <= t, and 0 above; from log g [C], -inf included."""
   size = like.size
   row, column = jnp.arange(size)[:, None], jnp.arange(size)[None]
@@ -465,7 +430,8 @@ def _decays(log_gate: jax.Array | None, like: jax.Array) -> jax.Array:
     return (row >= column).astype(like.dtype)
   # A product with a matrix of ones is faster than a cumulative sum, but must not contain infinities. exp(_FORGOTTEN) is 0.
   after = jnp.where(row > column, jnp.maximum(log_gate, _FORGOTTEN)[:, None], 0)
-  sums = matmul((row >= column).astype(like.dtype), after)
+  product = exact_product if plan.precision is SPLIT else matmul
+  sums = product((row >= column).astype(like.dtype), after)
   return jnp.where(row >= column, jnp.exp(sums), 0)
 
 
