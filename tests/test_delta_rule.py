@@ -262,6 +262,21 @@ def test_vmap_and_remat_change_nothing():
   assert_close(jax.jit(jax.grad(loss))(rows[0]), each[0][1], gradients=True)
 
 
+def test_a_policy_that_saves_the_named_results_does_not_run_the_forward_again():
+  args = GATED.inputs(6, dtype=jnp.float32, batch=1)
+
+  def scans(policy):
+    def loss(args):
+      out, _ = jax.checkpoint(lambda args: GATED.function(**args), policy=policy)(args)
+      return jnp.sum(jnp.sin(out))
+
+    return str(jax.make_jaxpr(jax.grad(loss))(args)).count("scan[")
+
+  policies = jax.checkpoint_policies
+  saved = scans(policies.save_only_these_names(ops.OUTPUT, ops.KEPT))
+  assert saved == scans(policies.everything_saveable) < scans(policies.nothing_saveable)
+
+
 def test_equal_shapes_compile_once():
   run = jax.jit(lambda args, ids: GATED.function(**args, segment_ids=ids))
   for seed, ids in enumerate(SEGMENTS):

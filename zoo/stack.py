@@ -16,12 +16,14 @@ from flax import linen as nn
 from ..layers.context import Context, ContextLayer
 from ..layers.norms import RMSNorm
 from ..layers.swiglu import SwiGLU
+from ..pallas_kernels import delta_rule
 from ..pallas_kernels.states import check_state
 
 REMAT_POLICIES = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "memory": jax.checkpoint_policies.save_only_these_names(delta_rule.OUTPUT, delta_rule.KEPT),
 }
 PERIODS = "periods"  # the parameters of a scanned stack's repeats
 
@@ -99,8 +101,8 @@ class Stack(nn.Module, kw_only=True):
     depth: number of blocks.
     mlp_ratio: `ratio` of the `SwiGLU` after each entry that is a single layer; 0 for none.
     norm_epsilon: epsilon of all norms of the residual stream.
-    remat: what the backward pass recomputes: "none", everything but the inputs of blocks ("full"), or everything but the
-      products of activations with weights ("dots").
+    remat: what the backward pass recomputes: "none", everything but the inputs of blocks ("full"), everything but the products
+      of activations with weights ("dots"), or all but the inputs of blocks and what the delta rules keep ("memory").
     scan: run the repeats of the pattern as one `jax.lax.scan`, so that compile time does not grow with `depth`. Parameters
       of the repeats are then stacked on a leading axis (named "layers") under "periods", states on their second axis; see
       `unroll_params` and `scan_params`. Blocks beyond the last whole repeat follow unrolled.

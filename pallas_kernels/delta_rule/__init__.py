@@ -19,6 +19,8 @@ h // G):
 All functions return the output [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V]. Both are differentiable in
 every input.
 
+Under `jax.checkpoint` with the policy `save_only_these_names(OUTPUT, KEPT)` the backward pass does not run the forward again.
+
 All functions raise `ValueError` for shapes that do not fit together, an unknown implementation or a bad chunk size, and
 `TypeError` for an unknown option.
 """
@@ -33,11 +35,13 @@ from jax.sharding import PartitionSpec
 from ..dispatch import Choice, choose
 from ..documents import check_segment_ids
 from ..numerics import accumulator, intermediate_precision
-from .call import TOKENS, UPDATES, Inputs, recurrence, run
+from .call import KEPT, OUTPUT, TOKENS, UPDATES, Inputs, recurrence, run
 from .call import Options as CallOptions
 from .terms import Update
 
 __all__ = [
+  "KEPT",
+  "OUTPUT",
   "Options",
   "delta_product",
   "delta_rule",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from ..dispatch import by_platform
@@ -24,6 +25,9 @@ from .terms import Plan, Update, first_span
 _CPU_CHUNK = 32
 # GPUs and TPUs: rows of a chunk, matrices of a block (chunks x batch x heads), and tokens of a group of rows.
 _ROWS, _MATRICES, _GROUP, _UNROLL = 64, 256, 8, 4
+
+# Names for `jax.checkpoint` policies: with both saved, the backward pass does not run the forward again.
+OUTPUT, KEPT = "delta_rule_output", "delta_rule_kept"
 
 # The axes of arrays [B, T, H, ...], [B, T, r, H, ...], [B, H, ...], and of what the forward keeps, [chunks, B, H, ...].
 TOKENS, UPDATES, STATE = P(ROWS, None, HEADS), P(ROWS, None, None, HEADS), P(ROWS, HEADS)
@@ -85,7 +89,7 @@ def _run(options, inputs):
 def _run_forward(options, inputs):
   local = partial(_run_and_keep, options)
   results, kept = partitioned(local, (_specs(options),), ((TOKENS, STATE), _KEPT), differentiable=False)(inputs)
-  return results, (inputs, kept)
+  return checkpoint_name(results, OUTPUT), (inputs, checkpoint_name(kept, KEPT))
 
 
 def _run_and_keep(options, inputs):
