@@ -1,18 +1,15 @@
 """Batches of text: every token once, documents kept apart, and an order that a saved position restores."""
 
 import dataclasses
-import gzip
 import json
-import sys
 import zlib
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from memzoo.train.data import Split, TextData, baselines, predicted_text, split_documents
-from memzoo.train.sources import Document, read_documents
+from memzoo.train.sources import Document
 from tiny_run import write_text
 
 MAYBE_FEW = st.sampled_from([None, 1, 2, 3])
@@ -36,13 +33,6 @@ def test_standard_library_is_found_and_split_the_same_way_every_time():
   assert first.training.num_bytes > 5_000_000
   share = first.validation.num_bytes / (first.training.num_bytes + first.validation.num_bytes)
   assert 0.005 < share < 0.15
-
-
-def test_standard_library_is_source_text_without_packages_and_tests():
-  documents = read_documents("stdlib")
-  assert all(document.name.endswith(".py") for document in documents)
-  assert not any(set(document.name.split("/")) & {"site-packages", "test", "encodings"} for document in documents)
-  assert [document.name for document in documents if "/" not in document.name][:2] == ["__future__.py", "__hello__.py"]
 
 
 @settings(deadline=None, max_examples=50)
@@ -175,38 +165,6 @@ def test_baselines_of_known_texts():
   assert baselines(text).zlib == 8 * len(zlib.compress(text, 9)) / len(text)
 
 
-def test_folder_gives_its_text_files_without_hidden_and_binary_ones(tmp_path):
-  (tmp_path / "sub").mkdir()
-  (tmp_path / "b.txt").write_text("two")
-  (tmp_path / "sub" / "c.md").write_text("three")
-  (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "and a half"}\n')
-  (tmp_path / ".hidden").write_text("no")
-  (tmp_path / "picture").write_bytes(b"\x89PNG\0\0")
-  want = [("a.jsonl:1", b"one"), ("a.jsonl:3", b"and a half"), ("b.txt", b"two"), ("sub/c.md", b"three")]
-  assert read_documents(str(tmp_path)) == want
-
-
-def test_glob_and_several_sources(tmp_path):
-  for name in ("a.txt", "b.txt", "c.md"):
-    (tmp_path / name).write_text(name)
-  documents = read_documents((str(tmp_path / "*.txt"), str(tmp_path / "c.md")))
-  assert [document.name for document in documents] == ["a.txt", "b.txt", "c.md"]
-
-
-def test_compressed_files_are_read_like_any_other(tmp_path):
-  (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one"))
-  (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"body": "two"}\n{"body": "three"}\n'))
-  assert [document.text for document in read_documents(str(tmp_path), "body")] == [b"one", b"two", b"three"]
-
-
-@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b"cut short" * 99)[:-9]], ids=["foreign", "cut short"])
-def test_a_broken_compressed_file_is_named(tmp_path, content):
-  path = tmp_path / "a.txt.gz"
-  path.write_bytes(content)
-  with pytest.raises(ValueError, match=r"a\.txt\.gz cannot be read"):
-    read_documents(str(path))
-
-
 def test_a_mixture_takes_rows_by_weight_and_every_row_of_a_part_in_turn(tmp_path):
   for name, words in (("a", 400), ("b", 100)):
     write_text(tmp_path / name, documents=9, words=words)
@@ -231,19 +189,6 @@ def test_weights_that_do_not_fit_the_sources_are_refused():
       TextData(("stdlib", "stdlib"), weights=weights)
 
 
-@pytest.mark.parametrize("line", ['{"text": 3}', '{"txt": "a"}', "[1]", '{"text": "a"'])
-def test_broken_line_of_jsonl_is_named(tmp_path, line):
-  path = tmp_path / "a.jsonl"
-  path.write_text('{"text": "fine"}\n' + line + "\n")
-  with pytest.raises(ValueError, match=r"a\.jsonl, line 2: expected a JSON object"):
-    read_documents(str(path))
-
-
-def test_a_missing_source_is_an_error_that_says_what_is_expected(tmp_path):
-  with pytest.raises(ValueError, match=r"no_such.*matches no file.*stdlib"):
-    read_documents(str(tmp_path / "no_such*"))
-
-
 def test_empty_and_short_sources_are_errors(tmp_path):
   path = tmp_path / "a.txt"
   path.write_text("")
@@ -256,65 +201,12 @@ def test_empty_and_short_sources_are_errors(tmp_path):
     TextData(()).load()
 
 
-def test_unreadable_source_is_an_error(tmp_path, monkeypatch):
-  path = tmp_path / "a.txt"
-  path.write_text("text")
-
-  def refuse(self):
-    raise PermissionError(13, "Permission denied")
-
-  monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
-  with pytest.raises(ValueError, match=r"a\.txt cannot be read: Permission denied"):
-    read_documents(str(path))
-
-
 @pytest.mark.parametrize(
   "field", [{"sequence_length": 0}, {"batch_size": 0}, {"validation_fraction": 1.0}, {"seed": -1}]
 )
 def test_impossible_settings_are_named(field):
   with pytest.raises(ValueError, match=f"TextData.{next(iter(field))} is "):
     TextData(**field)
-
-
-@pytest.fixture
-def tokenizer_path(tmp_path):
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-  trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-  tokenizer.train_from_iterator(["memory state decay gate chunk " * 20], trainer)
-  tokenizer.save(str(tmp_path / "tokenizer.json"))
-  return str(tmp_path / "tokenizer.json")
-
-
-def test_tokenizer_file_gives_fewer_tokens_and_the_same_text(tmp_path, tokenizer_path):
-  data = TextData(write_text(tmp_path / "text"), tokenizer_path, sequence_length=16, validation_fraction=0.3)
-  corpus = data.load()
-  assert 256 < data.vocab_size <= 300
-  assert corpus.training.tokens.dtype == np.uint16
-  assert corpus.training.bytes_per_token > 1.5
-  assert data.decode(data.encode("erase, then write: ßé")) == "erase, then write: ßé"
-  text = data.decode(corpus.validation.tokens[: corpus.validation.document_ends[0]])
-  assert text.encode() in [document.text for document in read_documents(str(tmp_path / "text"))]
-
-
-def test_bytes_round_trip_through_the_default_tokenizer():
-  data = TextData()
-  assert data.vocab_size == 256
-  assert data.decode(data.encode("erase, then write: ßé")) == "erase, then write: ßé"
-  assert data.decode([0xC3]) == "\N{REPLACEMENT CHARACTER}"
-
-
-def test_wrong_tokenizers_are_named(tmp_path, monkeypatch):
-  (tmp_path / "tokenizer.json").write_text("{}")
-  with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
-    _ = TextData(tokenizer=str(tmp_path / "tokenizer.json")).vocab_size
-  with pytest.raises(ValueError, match="not a file"):
-    _ = TextData(tokenizer="byte").vocab_size
-  monkeypatch.setitem(sys.modules, "tokenizers", None)
-  with pytest.raises(ValueError, match=r"pip install .memzoo\[hub\]."):
-    _ = TextData(tokenizer="tokenizer.json").vocab_size
 
 
 def test_a_layer_made_for_fewer_documents_than_a_row_may_hold_is_refused():
