@@ -41,7 +41,9 @@ def main() -> None:
   except (ValueError, OSError, ArithmeticError) as error:
     if debug:
       raise
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    from .run_folder import DifferentRun
+
+    print(f"error: {error if isinstance(error, DifferentRun) else ' '.join(str(error).split())}", file=sys.stderr)
     if type(error) is OSError:  # after a failed save, unfinished threads print tracebacks while the interpreter exits
       sys.stderr.flush()
       _silence(sys.stderr)
@@ -219,7 +221,7 @@ def tokenizer(
 
   [bold]memzoo train quickstart --set TextData.tokenizer=tokenizer.json --set LanguageModel.vocab_size=4096[/bold]
   """
-  from .sources import train_tokenizer
+  from .tokenizer import train_tokenizer
 
   count = train_tokenizer(sources, vocab_size, out, text_field)
   print(f"Wrote {out}: {count:,} tokens. Train with --set TextData.tokenizer={out} --set LanguageModel.vocab_size={count}")
@@ -373,6 +375,7 @@ def compare(
   from .compare import Budget, enter
   from .compare import compare as run
   from .compare_report import Board, draw, markdown
+  from .files import write_text
 
   rates = _numbers("--learning-rates", learning_rates, float)
   budget = Budget(tuple(rates), seeds, steps, batch_size, stop_at)
@@ -391,7 +394,7 @@ def compare(
     comparison = run(entrants, budget, folder, report)
   console.print(board)
   comparison.save(folder / "results.json")
-  (folder / "table.md").write_text(markdown(comparison))
+  write_text(folder / "table.md", markdown(comparison))
   pictures = draw(comparison, folder)
   print(f"Wrote {', '.join(str(path) for path in (folder / 'table.md', folder / 'results.json', *pictures))}.")
 
