@@ -36,6 +36,8 @@ CHOICES = {
   "mixture": Spec(MEMORIES["norm"], Loss("mixture"), chunk_size=4),
   "simplex": Spec(MEMORIES["norm"], retention=Retention("simplex"), chunk_size=4, read="chunk_start"),
   "clipped": Spec(MEMORIES["mlp"], chunk_size=4, momentum=True, clip=0.05),
+  "decay to zero": Spec(MEMORIES["norm"], Loss("power", power=3), Retention("norm", norm=4), chunk_size=4, decay_to="zero"),
+  "token anchor, decay to zero": Spec(MEMORIES["linear"], chunk_size=4, momentum=True, anchor="token", decay_to="zero"),
 }  # fmt: skip
 
 

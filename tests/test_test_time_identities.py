@@ -26,7 +26,7 @@ def linear_problem(**fields):
 
 @IN_FLOAT64
 def test_decay_first_without_momentum_is_the_gated_delta_rule():
-  spec, args = linear_problem(anchor="token", order="decay_first", chunk_size=5)
+  spec, args = linear_problem(anchor="token", order="decay_first", chunk_size=5, decay_to="zero")
   initial, q, k, v, gates = args
   y, state, _ = run(spec, args)
   first = jnp.broadcast_to(initial.weights["0"], (BATCH, HEADS, WIDTH, WIDTH))
@@ -38,7 +38,7 @@ def test_decay_first_without_momentum_is_the_gated_delta_rule():
 @pytest.mark.parametrize("anchor", ["token", "chunk"])
 def test_gradient_first_erases_more_than_it_writes(anchor):
   """W_t = a (I - (c theta / a) k k^T) W_{t-1} + c theta k v^T: a gated delta rule of other strengths and values."""
-  spec, args = linear_problem(anchor=anchor, chunk_size=1)
+  spec, args = linear_problem(anchor=anchor, chunk_size=1, decay_to="zero")
   initial, q, k, v, gates = args
   y, state, _ = run(spec, args)
   first, keep = jnp.broadcast_to(initial.weights["0"], (BATCH, HEADS, WIDTH, WIDTH)), jnp.exp(gates.log_keep)
@@ -100,7 +100,8 @@ def test_with_decay_and_momentum_one_chunk_is_linear_attention_of_two_poles():
     for matrices, left in ((initial.weights, of_weights), (initial.momentum, of_momentum))
   )
   for chunk_size in (3, 17):
-    assert_close(run(Spec(MEMORIES["linear"], chunk_size=chunk_size, momentum=True), (initial, q, k, v, still)).y, o)
+    spec = Spec(MEMORIES["linear"], chunk_size=chunk_size, momentum=True, decay_to="zero")
+    assert_close(run(spec, (initial, q, k, v, still)).y, o)
 
 
 @IN_FLOAT64

@@ -1,6 +1,6 @@
 """Memories that learn at test time: the weights of a small network, trained by gradient descent inside the forward pass.
 
-    S_t = eta_t S_{t-1} - theta_t grad l(f(W_anchor; k_t), v_t)      W_t = a_t W_{t-1} + S_t      y_t = f(W_t; q_t)
+    S_t = eta_t S_{t-1} - theta_t grad l(f(W_anchor; k_t), v_t)     W_t = W_o + a_t (W_{t-1} - W_o) + S_t     y_t = f(W_t; q_t)
 
 `run` processes a sequence, `start` makes a fresh state, `read` reads without writing. A `Spec` chooses f, l, the optimiser and
 the chunks. Titans (arXiv:2501.00663), TTT (arXiv:2407.04620) and Miras (arXiv:2504.13173) are such choices; see
@@ -22,7 +22,7 @@ from ..documents import check_segment_ids, documents, undivided
 from ..numerics import Precision, accumulator, intermediate_precision
 from ..partition import HEADS, ROWS, partitioned
 from ..states import check_state
-from .chunked import chunked, plans
+from .chunked import carry_at_start, chunked, plans
 from .layout import lay_out
 from .recurrent import recurrent
 from .spec import Carry, Gates, InitialWeights, Loss, Memory, Retention, Spec, Weights, forward
@@ -163,6 +163,8 @@ def _run(
   batch, tokens = q.shape[:2]
   initial, gates = jax.tree.map(lambda x: x.astype(wide), (initial, gates))
   at_start = spec.carry(initial.weights, initial.momentum)
+  if how.implementation != "recurrent":
+    at_start = carry_at_start(spec, initial, gates)
   carry = jax.tree.map(lambda start, change: start[None] + change.astype(wide), at_start, Carry(*state[:3]))
   docs = None if segment_ids is None else documents(segment_ids)
   operands = initial, q, k, v, gates, carry

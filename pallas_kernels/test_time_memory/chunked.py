@@ -11,6 +11,9 @@ cotangent of its output, so a read does not need W_t:
 
     x W_t  =  A_t x W_0 + f_t x S_0 - sum_{j<=t} P_tj (x . x_j) delta_j
 
+Where weights decay towards the weights W_o that the document began with, W stands for the difference from them: W_o is added to
+the anchor, and x W_o to a read.
+
 Products of gates are exponentials of masked sums of logarithms, not quotients, and exact for gates of 0. A scan runs over
 chunks; the backward pass keeps the carries between chunks and recomputes the rest.
 """
@@ -133,6 +136,17 @@ def _view(spec: Spec, weights: dict[str, Affine]) -> dict[str, Affine]:
   return weights if spec.retention.kind == "none" else _split(spec, spec.view(_join(weights)))
 
 
+def _has_origin(spec: Spec, gates: Gates) -> bool:
+  """Whether the weights of a carry are differences from those that the document began with."""
+  return spec.decay_to == "start" and gates.log_keep is not None
+
+
+def carry_at_start(spec: Spec, initial: InitialWeights, gates: Gates) -> Carry:
+  """The carry of `chunked` at the start of a document, [H, ...]."""
+  zeros = _has_origin(spec, gates)
+  return spec.carry(jax.tree.map(jnp.zeros_like, initial.weights) if zeros else initial.weights, initial.momentum)
+
+
 class _Chunk(NamedTuple):
   """A chunk of one head: q, k [C, K], v [C, V]; gates, `is_token` and `position` are [C]."""
 
@@ -236,7 +250,8 @@ def _rows(
     return jnp.broadcast_to(x[None], (batch, *x.shape)).reshape(-1, *x.shape[1:])
 
   rows = jax.tree.map(every_row, initial)
-  start = _split(spec, spec.carry(rows.weights, rows.momentum))
+  start = _split(spec, jax.tree.map(every_row, carry_at_start(spec, initial, gates)))
+  origin = _split(spec, rows.weights) if _has_origin(spec, gates) else None
   incoming = _split(spec, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry))
   rows = rows._replace(weights=None, momentum=None)
   if layout.open is None:  # all chunks are whole: the weights at the end of one are the anchor of the next
@@ -259,7 +274,7 @@ def _rows(
     if arrived is not None:
       anchor = select_rows(continues, arrived, anchor)
     chunk = chunk if plan.span else prepare(*chunk)
-    y, loss, after = over(lambda *args: _chunk(spec, plan, *args))(rows.norm, carry, anchor, chunk)
+    y, loss, after = over(lambda *args: _chunk(spec, plan, *args))(rows.norm, origin, carry, anchor, chunk)
     out = (y, loss) if plan.span else jax.tree.map(heads_last, (y, loss))
     return _next_carry(spec, carry, anchor, after, is_token, still_open), out
 
@@ -338,18 +353,21 @@ def _prepare(spec: Spec, plan: Plan, average: jax.Array | None, chunk: _Chunk) -
 
 
 def _chunk(
-  spec: Spec, plan: Plan, norm: Any, carry: Carry, anchor: dict[str, Affine], chunk: _Prepared
+  spec: Spec, plan: Plan, norm: Any, origin: dict[str, Affine] | None, carry: Carry, anchor: dict[str, Affine], chunk: _Prepared
 ) -> tuple[jax.Array, jax.Array, Carry]:
   """One chunk of one head: (y [C, V], loss [C], the carry after it with an unchanged anchor)."""
+  anchor = anchor if origin is None else jax.tree.map(jnp.add, origin, anchor)
   precision, at_read, at_end = plan.precision, chunk.at_read, chunk.at_end
   q, k, v = (x.astype(at_read.keep.dtype) for x in chunk[:3])
   if spec.exact:
-    x, delta, loss = _exact_errors(spec, precision, chunk, carry, k, v)
+    x, delta, loss = _exact_errors(spec, precision, chunk, origin, carry, k, v)
   else:
     x, delta, loss = errors(spec, _view(spec, anchor), norm, k, v, chunk.threshold, precision)
 
   def read(name, x_read):
     out = carry.weights[name].scaled(x_read, at_read.keep, plan)
+    if origin is not None:
+      out += origin[name](x_read, precision)
     if carry.momentum is not None and at_read.carried is not None:
       out += carry.momentum[name].scaled(x_read, at_read.carried, plan)
     scores = chunk.scores if x_read is q else _plus_ones(spec, matmul(x_read, x[name].T, precision))
@@ -476,7 +494,13 @@ def errors(
 
 
 def _exact_errors(
-  spec: Spec, precision: Precision, chunk: _Prepared, carry: Carry, k: jax.Array, v: jax.Array
+  spec: Spec,
+  precision: Precision,
+  chunk: _Prepared,
+  origin: dict[str, Affine] | None,
+  carry: Carry,
+  k: jax.Array,
+  v: jax.Array,
 ) -> tuple[Weights, Weights, jax.Array]:
   """`errors` of a linear memory at W_{t-1}. W_{t-1} contains the earlier errors, so they solve a triangular system.
 
@@ -486,6 +510,7 @@ def _exact_errors(
 
   def linear(name, x):
     out = before.keep[:, None] * carry.weights[name](x, precision)
+    out = out if origin is None else out + origin[name](x, precision)
     return out if before.carried is None else out + before.carried[:, None] * carry.momentum[name](x, precision)
 
   error = matmul(chunk.inverse, spec.memory.apply(linear, None, k) - v, precision)

@@ -1,6 +1,6 @@
 """The oracle: the gradient of each token by autodiff, one token after the other.
 
-    S_t = eta_t S_{t-1} - theta_t grad l(f(W_anchor; k_t), v_t)      W_t = a_t W_{t-1} + S_t      y_t = f(W_t; q_t)
+    S_t = eta_t S_{t-1} - theta_t grad l(f(W_anchor; k_t), v_t)     W_t = W_o + a_t (W_{t-1} - W_o) + S_t     y_t = f(W_t; q_t)
 """
 
 from typing import Any
@@ -50,8 +50,13 @@ def _step(spec: Spec, initial: InitialWeights, memory: Any, q: jax.Array, k: jax
   carry, count = memory
   keep = 1.0 if gates.log_keep is None else jnp.exp(gates.log_keep)
   anchor = carry.anchor if spec.keeps_anchor else carry.weights
+  start = jax.tree.map(lambda w: w if spec.decay_to == "start" else 0, initial.weights)
+
+  def decayed(weights):
+    return jax.tree.map(lambda w, to: to + keep * (w - to), weights, start)
+
   if spec.order == "decay_first":
-    anchor = jax.tree.map(lambda w: keep * w, anchor)
+    anchor = decayed(anchor)
 
   out, pull_back = jax.vjp(lambda weights: forward(spec, weights, initial.norm, k), spec.view(anchor))
   loss, psi = jax.value_and_grad(lambda out: spec.loss(out, v, gates.threshold))(out)
@@ -69,7 +74,7 @@ def _step(spec: Spec, initial: InitialWeights, memory: Any, q: jax.Array, k: jax
     update = jax.tree.map(lambda g: -g, gradient)
     momentum = jax.tree.map(lambda s, u: kept * s + u, carry.momentum, update) if spec.momentum else None
     before = carry.weights
-    after = jax.tree.map(lambda w, s: keep * w + s, before, momentum if spec.momentum else update)
+    after = jax.tree.map(jnp.add, decayed(before), momentum if spec.momentum else update)
 
   y = _read(spec, initial, {"after": after, "before": before, "chunk_start": anchor}[spec.read], anchor, q)
   full = count == spec.chunk_size - 1

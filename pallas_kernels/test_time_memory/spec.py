@@ -277,9 +277,11 @@ class Retention:
 class Spec:
   """A memory that learns at test time.
 
-      S_t = eta_t S_{t-1} - theta_t grad l(W_anchor; k_t, v_t)        W_t = a_t W_{t-1} + S_t        y_t = f(W_read; q_t)
+      S_t = eta_t S_{t-1} - theta_t grad l(W_anchor; k_t, v_t)        W_t = W_o + a_t (W_{t-1} - W_o) + S_t
+      y_t = f(W_read; q_t)
 
-  With `average` the weights are a rescaled average of the chunk's steps (TTT), without decay and momentum:
+  The weights decay towards W_o: the weights that the document began with, or zero. With `average` they are a rescaled average
+  of the chunk's steps (TTT), without decay and momentum:
 
       S_t = S_{t-1} - theta_t grad l(W_anchor; k_t, v_t)        W_t = W_anchor + max(0, 1/i + lambda_i) S_t        i = 1..C
 
@@ -288,11 +290,13 @@ class Spec:
     chunk_size: C. Gradients of a chunk's tokens are taken at the weights that the chunk began with. Chunks are counted from
       the first token of each document.
     momentum: whether there is an S; without it S_t is the step alone.
+    decay_to: "start", or "zero", as Titans prints it. A network of two or more matrices that has decayed to zero has no
+      gradients: it stays zero, and learns nothing more. Without decay both are the same.
     average: as above.
     anchor: "chunk", as above, or "token": gradients at W_{t-1}. The token anchor exists only for linear memories, and
       `chunk_size` then affects speed only.
-    order: for the token anchor: "gradient_first", as printed above, or "decay_first": gradients at a_t W_{t-1}, as in the
-      gated delta rule. With chunk anchors both are the same.
+    order: for the token anchor: "gradient_first", as printed above, or "decay_first": gradients at the decayed weights, as in
+      the gated delta rule. With chunk anchors both are the same.
     read: "after" the token's own write, "before" it, or at the "chunk_start".
     clip: largest norm of a token's gradient, by the memory's output and then by each matrix; `None` for no clipping. With it
       weights stay finite for any input. Without it a memory diverges when steps are too long: for C equal unit keys and a
@@ -305,6 +309,7 @@ class Spec:
   retention: Retention = Retention()
   chunk_size: int = 16
   momentum: bool = False
+  decay_to: str = "start"
   average: bool = False
   anchor: str = "chunk"
   order: str = "gradient_first"
@@ -318,6 +323,7 @@ class Spec:
     if self.chunk_size < 1:
       raise ValueError(f"chunk_size={self.chunk_size}; expected at least one token.")
     for name, known in (
+      ("decay_to", ("start", "zero")),
       ("anchor", ("chunk", "token")),
       ("order", ("gradient_first", "decay_first")),
       ("read", ("after", "before", "chunk_start")),
