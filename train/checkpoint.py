@@ -1,13 +1,18 @@
 """Checkpoints: saved by Orbax while training continues, and used only if they are complete and undamaged.
 
-`RUN/checkpoints/STEP/` holds the train state, the position in the data, the config as gin text and a checksum of every
-array. Orbax writes to a temporary folder and renames it at the end, so a run killed while saving leaves nothing that
-looks like a checkpoint. A checkpoint damaged later does not load, or does not match its checksums. It is moved to
-`RUN/unreadable/`, with a message, and the one before it is used.
+`RUN/checkpoints/STEP/` holds the train state, the position in the data, the config as gin text, the dtype, shape and checksum
+of every array, and a digest of all the rest. Orbax writes to a temporary folder and renames it at the end, so a run killed
+while saving leaves nothing that looks like a checkpoint. A checkpoint damaged later does not load, or does not match its
+checksums. It is moved to `RUN/unreadable/`, with a message, and the one before it is used.
+
+A checkpoint whose arrays are not those of the model is not damaged. It is refused with the first difference, and so is one that
+this process may not read; the folder stays as it is.
 """
 
 import errno
 import gc
+import hashlib
+import json
 import logging
 import math
 import os
@@ -28,10 +33,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PolicyCheckpointInfo, PreservationPolicy
 
-from .processes import any_process
+from .processes import any_process, together
+from .run_folder import complete_checkpoints
 from .step import TrainState
 
 _NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
+# Failures of the process or the network, which say nothing about the files.
+_NO_ACCESS = tuple(
+  os.strerror(number)
+  for number in (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+)
 _DAMAGED = "an array does not match its checksum"
 _PARAMS = "['params']"  # the path of a dict's key; the path of TrainState's field is ".params"
 
@@ -103,11 +114,12 @@ class Checkpoints:
       state: the train state.
       data: the iterator's `get_state()` after those batches.
       facts: other values to save with the run, as JSON.
-      validation_loss: the validation loss of `state`, if it was evaluated.
+      validation_loss: the validation loss of `state`, if it was evaluated. One that is not finite is not the best.
     """
-    facts = facts | {"checksums": checksums(state)}
-    if validation_loss is not None:
+    facts = facts | {"checksums": checksums(state), "arrays": arrays(state), "position": _digest(data)}
+    if validation_loss is not None and math.isfinite(validation_loss):
       facts["validation_loss"] = self._losses[step] = validation_loss
+    facts["digest"] = _digest(facts)
     with self._told_of_failure(), quiet_orbax():
       self._manager.save(
         step,
@@ -127,28 +139,35 @@ class Checkpoints:
     Args:
       abstract_state: shapes, dtypes and shardings, as in `Program.abstract_state`. The shardings may differ from those of
         the state that was saved.
+
+    Raises:
+      ValueError: if the arrays of the newest undamaged one are not those of `abstract_state`.
+      OSError: if this process may not read one, or cannot at present. Nothing is set aside then.
     """
+    wanted = arrays(abstract_state)
     for step in sorted(self._manager.all_steps(), reverse=True):
-      restored, damage = _attempt(lambda step=step: self._restore(step, abstract_state))
+      with together():
+        found, damage = _attempt(lambda step=step: _read_facts_and_arrays(self._manager, step, self.path))
+        if found is not None:
+          _check_fit(found[1], wanted, self.path / str(step))
       if not any_process(damage is not None):
-        return restored
+        restored, damage = _attempt(lambda step=step, facts=found[0]: self._restore(step, abstract_state, facts))
+        if not any_process(damage is not None):
+          return restored
       damage = damage or "in another process"
       self._say(f"Checkpoint {step} cannot be read and is now {self._set_aside(step)} ({damage}).")
     return None
 
-  def _restore(self, step: int, abstract_state: TrainState) -> Restored:
+  def _restore(self, step: int, abstract_state: TrainState, facts: dict[str, Any]) -> Restored:
+    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
     with quiet_orbax():
-      found = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore(), facts=ocp.args.JsonRestore()
-        ),
-      )
-    facts = dict(found.facts)
-    facts.pop("validation_loss", None)
-    if checksums(found.state) != facts.pop("checksums"):
+      found = self._manager.restore(step, args=arguments)
+    if checksums(found.state) != facts["checksums"]:
       raise ValueError(_DAMAGED)
-    return Restored(found.state, found.data, facts)
+    if facts.get("position") not in (None, _digest(found.data)):
+      raise ValueError("the position in the data does not match its digest")
+    own = ("arrays", "checksums", "digest", "position", "validation_loss")
+    return Restored(found.state, found.data, {name: value for name, value in facts.items() if name not in own})
 
   def _set_aside(self, step: int) -> Path:
     target = self._directory / "unreadable" / str(step)
@@ -168,7 +187,7 @@ class Checkpoints:
       yield
     except Exception as error:
       self._failed = True
-      whole = max((int(path.name) for path in self.path.glob("[0-9]*") if path.name.isdigit()), default=None)
+      whole = max(complete_checkpoints(self._directory), default=None)
       raise OSError(
         f"a checkpoint could not be saved in {self.path} ({_in_short(error)}). "
         + ("None was saved before; " if whole is None else f"The one of step {whole} is complete; ")
@@ -221,7 +240,8 @@ def restore_params(
     say: called with messages about checkpoints that cannot be read.
 
   Raises:
-    ValueError: if the run has no checkpoint that can be read, or `check` raises it.
+    ValueError: if the run has no checkpoint that can be read, its parameters are not those of `abstract_params`, or `check`
+      raises it.
   """
   path = Path(directory).absolute() / "checkpoints"
   if not path.is_dir():
@@ -237,28 +257,75 @@ def restore_params(
       if not losses:
         raise ValueError(f"{directory} holds no checkpoint that was evaluated; take the newest one instead of the best.")
       steps = sorted(losses, key=losses.get)
+    wanted = arrays({"params": target})
     for step in steps:
-      found, damage = _attempt(lambda step=step: _restore_params(manager, step, target))
-      if damage is None:
-        params, facts = found
+      found, damage = _attempt(lambda step=step: _read_facts_and_arrays(manager, step, path))
+      if found is not None:
+        facts, saved = found
         check(facts)
-        return params, step
+        _check_fit({name: saved[name] for name in saved if name.startswith("params/")}, wanted, path / str(step))
+        params, damage = _attempt(lambda step=step, facts=facts: _restore_params(manager, step, target, facts))
+        if damage is None:
+          return params, step
       say(f"Checkpoint {step} of {directory} cannot be read ({damage}).")
   raise ValueError(f"{directory} holds no checkpoint that can be read; expected the folder of a run that has saved one.")
 
 
-def _restore_params(manager: ocp.CheckpointManager, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+def _restore_params(manager: ocp.CheckpointManager, step: int, target: Any, facts: dict[str, Any]) -> Any:
   arguments = ocp.args.PyTreeRestore(
     item={"params": target},
     restore_args={"params": ocp.checkpoint_utils.construct_restore_args(target)},
     partial_restore=True,
   )
-  found = manager.restore(step, args=ocp.args.Composite(state=arguments, facts=ocp.args.JsonRestore()))
-  state = {"params": found.state["params"]}
-  saved = found.facts["checksums"]
+  found = manager.restore(step, args=ocp.args.Composite(state=arguments))
+  state, saved = {"params": found.state["params"]}, facts["checksums"]
   if any(saved[f".params{name.removeprefix(_PARAMS)}"] != value for name, value in checksums(state).items()):
     raise ValueError(_DAMAGED)
-  return state["params"], found.facts
+  return state["params"]
+
+
+def _read_facts(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  """The facts of a checkpoint. Earlier versions saved no digest."""
+  with quiet_orbax():
+    facts = dict(manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())).facts)
+  if facts.get("digest") not in (None, _digest({name: value for name, value in facts.items() if name != "digest"})):
+    raise ValueError("the facts do not match their digest")
+  return facts
+
+
+def _read_facts_and_arrays(manager: ocp.CheckpointManager, step: int, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+  """The facts of a checkpoint in the folder `path`, and `arrays` of its state. Earlier versions left those to Orbax."""
+  facts = _read_facts(manager, step)
+  if "arrays" in facts:
+    return facts, facts["arrays"]
+  with quiet_orbax():
+    saved = ocp.StandardCheckpointHandler().metadata(path / str(step) / "state")
+  return facts, arrays(getattr(saved, "tree", saved))
+
+
+def arrays(tree: Any) -> dict[str, str]:
+  """The dtype and shape of each array by its name, such as "float32 [3, 4]"."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): f"{jnp.dtype(leaf.dtype).name} {list(leaf.shape)}"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _check_fit(saved: dict[str, str], wanted: dict[str, str], path: Path) -> None:
+  """Raises `ValueError` with the first difference between the arrays of the checkpoint `path` and those of the model."""
+  for name in (*wanted, *saved):
+    there, here = (found.get(name, "absent") for found in (saved, wanted))
+    if there != here:
+      raise ValueError(
+        f"{path} does not fit this model and optimizer: {name} is {there} there, {here} here. It is not damaged and was left "
+        "as it is; expected the code and JAX settings of the run, or a new directory."
+      )
+
+
+def _digest(value: Any) -> str:
+  """A digest of a value as JSON."""
+  plain = json.loads(json.dumps(value))  # tuples become lists, and keys strings
+  return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 # Not Orbax's BestN: it reads the metrics of all checkpoints when a manager is made, and raises if one of the files is damaged.
@@ -275,15 +342,15 @@ class _Best(PreservationPolicy):
 
 def _validation_losses(manager: ocp.CheckpointManager) -> dict[int, float]:
   """The validation losses, by step, of the checkpoints that were evaluated and can be read."""
-  arguments = ocp.args.Composite(facts=ocp.args.JsonRestore())
-  facts = {step: _attempt(lambda step=step: manager.restore(step, args=arguments).facts)[0] for step in manager.all_steps()}
+  facts = {step: _attempt(lambda step=step: _read_facts(manager, step))[0] for step in manager.all_steps()}
   return {step: found["validation_loss"] for step, found in facts.items() if found and "validation_loss" in found}
 
 
 def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
   """`load()` and None, or None and what is wrong with the files that it read.
 
-  A damaged file raises any of a dozen types of exception. All are caught, except those with other causes.
+  A damaged file raises any of a dozen types of exception. All are caught, except those with other causes. A file that this
+  process may not read raises `OSError`.
   """
   hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
   try:
@@ -293,6 +360,7 @@ def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
       raise
     except Exception as error:
       damage = _in_short(error)
+      barred = any(words in str(error) for words in _NO_ACCESS)
     # Orbax abandons the reads of the other arrays, and each prints a long message when it is collected or finishes. Most are
     # collected here, now that no exception refers to them.
     gc.collect()
@@ -300,6 +368,8 @@ def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
   finally:
     sys.unraisablehook = hook
   _abandoned.ignore()  # for good, since the other reads may finish at any time
+  if barred:
+    raise OSError(f"a checkpoint cannot be read here ({damage}). Nothing was changed; make it readable, and try again.")
   return None, damage
 
 

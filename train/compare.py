@@ -23,6 +23,8 @@ import optax
 from flax import linen as nn
 
 from .checks import at_least
+from .files import read_object, write_text
+from .keys import new_key
 from .step import create_state, make_train_step, score_targets
 from .tasks import TASKS, Task
 from .tasks.data import TaskData, as_batch
@@ -131,7 +133,7 @@ class Comparison:
 
   def save(self, path: Path) -> None:
     """Writes it as JSON."""
-    path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+    write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 Report = Callable[[Entrant, dict[str, Any]], None]
@@ -154,12 +156,10 @@ def compare(
   for entrant in entrants:
     path = folder / f"{_file_name(entrant, budget)}.json"
     if path.exists():
-      trial = Trial(**json.loads(path.read_text()))
+      trial = Trial(**read_object(path, "remove it, and its trial is run again"))
     else:
       trial = run_trial(entrant, budget, partial(report, entrant))
-      unfinished = path.with_suffix(".part")
-      unfinished.write_text(json.dumps(asdict(trial)))
-      unfinished.replace(path)  # so that the file is complete or absent
+      write_text(path, json.dumps(asdict(trial)))
     report(entrant, {"trial": trial})
     trials.append(trial)
   task = entrants[0].task
@@ -342,13 +342,13 @@ class VmappedRuns:
       return optax.chain(transform, optax.scale(rate))
 
     def create(seed):
-      return create_state(self.model, scaled(1.0), jax.random.key(seed), entrant.experiment.data.one_token)
+      return create_state(self.model, scaled(1.0), new_key(seed), entrant.experiment.data.one_token)
 
     def advance(rate, seed, state, steps):
-      step = make_train_step(self.model, scaled(rate), lambda count: rate * schedule(count))
+      step = make_train_step(self.model, scaled(rate), lambda count: rate * schedule(count), budget.steps)
 
       def one(state, number):
-        key = jax.random.fold_in(jax.random.key(seed + 1000), number)
+        key = jax.random.fold_in(new_key(seed + 1000), number)
         state, metrics = step(state, as_batch(task.batch(key, budget.batch_size)))
         return state, metrics.loss
 
@@ -396,7 +396,7 @@ class VmappedRuns:
       make = jax.jit(lambda key: task.batch(key, rows))
       self._scorers[task] = make, jax.jit(scored)
     make, scored = self._scorers[task]
-    keys = jax.random.split(jax.random.key(2**31 + task.length), math.ceil(examples / rows))
+    keys = jax.random.split(new_key(2**31 + task.length), math.ceil(examples / rows))
     return summed(scored(params, make(key)) for key in keys)
 
 

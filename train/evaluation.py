@@ -11,7 +11,9 @@ from flax import linen as nn
 from .checkpoint import restore_params
 from .config import Experiment, build_text
 from .data import Batch, Corpus
+from .files import read_text
 from .processes import row_share
+from .setup import check_text
 from .sharding import MeshShape, put_batch
 from .step import Program, experiment_program
 
@@ -80,14 +82,37 @@ def load_run(
   Raises:
     ValueError: if `directory` is not a run, or has no checkpoint that can be read.
   """
+  return _load(_experiment(directory), directory, best, say, lambda facts: None)
+
+
+def load_run_and_text(
+  directory: str | Path, *, best: bool = False, say: Callable[[str], None] = print
+) -> tuple[Experiment, Any, int, Corpus]:
+  """Like `load_run`, with the text or task of the run. Raises `ValueError` if that has changed since."""
+  experiment = _experiment(directory)
+  corpus = experiment.data.load()
+  return *_load(experiment, directory, best, say, lambda facts: check_text(corpus, facts, directory)), corpus
+
+
+def _experiment(directory: str | Path) -> Experiment:
   config = Path(directory) / "config.gin"
   if not config.is_file():
     raise ValueError(f"{directory} is no run: it has no config.gin; expected a folder that `memzoo train` has written.")
-  experiment = build_text(config.read_text(), Path(directory).name)
+  text = read_text(config, "a checkpoint's facts hold it as well")
+  try:
+    return build_text(text, Path(directory).name)
+  except ValueError as error:
+    raise ValueError(f"{config} cannot be used: {error}") from None
+
+
+def _load(
+  experiment: Experiment, directory: str | Path, best: bool, say: Callable[[str], None], check_facts: Callable[[dict], None]
+) -> tuple[Experiment, Any, int]:
   shapes = jax.eval_shape(lambda: nn.unbox(experiment.model.init(jax.random.key(0), experiment.data.one_token)))
 
   def check(facts):
     experiment.data.check_tokenizer(facts.get("tokenizer"))
+    check_facts(facts)
 
   params, step = restore_params(directory, shapes, best=best, check=check, say=say)
   return experiment, params, step
@@ -97,7 +122,7 @@ def evaluate_run(
   directory: str | Path, *, batches: int = 0, best: bool = False, say: Callable[[str], None] = print
 ) -> tuple[Evaluation, int]:
   """Evaluates a run's newest or best checkpoint on its validation text; see `evaluate`. Returns its step as well."""
-  experiment, params, step = load_run(directory, best=best, say=say)
+  experiment, params, step, corpus = load_run_and_text(directory, best=best, say=say)
   mesh = MeshShape(data=1).build(jax.devices()[:1])
   program = experiment_program(experiment, mesh)
-  return evaluate(program, params, experiment.data.load(), batches), step
+  return evaluate(program, params, corpus, batches), step

@@ -10,6 +10,7 @@ from ..zoo.describe import forward_flops
 from ..zoo.formats import binary, clock, thousands
 from ..zoo.generate import generate
 from .evaluation import Evaluation, evaluate, validation_row
+from .files import write_text
 from .report import Report, plot_losses, read_rows
 from .run_folder import Result
 from .runtime import Stopwatch
@@ -42,7 +43,7 @@ def finish(setup: Setup, state: TrainState, report: Report, watch: Stopwatch, st
   draw(setup, report, evaluation)
   _write_sample(setup, state)
   if setup.primary:
-    (setup.directory / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+    write_text(setup.directory / "result.json", json.dumps(asdict(result), indent=2) + "\n")
   report.table(f"Finished: {result.step} steps", _summary(setup, result, evaluation, watch))
   return result
 
@@ -91,7 +92,7 @@ def _write_sample(setup: Setup, state: TrainState) -> None:
   prompt = data.encode(trainer.sample_prompt)
   options = {"max_new_tokens": trainer.sample_tokens, "temperature": 0.8, "seed": trainer.seed}
   tokens = generate(setup.experiment.model, params, [prompt], **options)
-  (setup.directory / "sample.txt").write_text(data.decode(prompt + tokens[0]) + "\n")
+  write_text(setup.directory / "sample.txt", data.decode(prompt + tokens[0]) + "\n")
 
 
 def _summary(setup: Setup, result: Result, evaluation: Evaluation, watch: Stopwatch) -> list[tuple[str, str]]:

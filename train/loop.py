@@ -7,8 +7,10 @@ The host stays one step ahead of the device: it starts a step before it reads th
 writing and drawing then cost the device nothing as long as they take less than a step.
 """
 
+import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,12 +19,13 @@ from .checkpoint import Checkpoints, Restored, checksums
 from .config import Experiment
 from .diagnosis import NonFiniteError, Spikes, first_nonfinite_module, nonfinite_groups
 from .evaluation import mean_loss, put_rows, validation_row
+from .files import write_text
 from .finish import draw, finish
-from .processes import Vote, row_share
+from .processes import Vote, row_share, together
 from .report import Report
 from .run_folder import Result
 from .runtime import Stopwatch, interruptions, start_quietly
-from .setup import Setup, find_finished, introduction, set_up
+from .setup import Setup, claimed, find_finished, introduction, set_up
 from .sharding import put_batch
 from .step import Metrics, TrainState
 from .trainer import Trainer
@@ -34,7 +37,8 @@ def train(experiment: Experiment, directory: str | Path, *, progress: bool = Tru
   """Trains `experiment` in `directory`: starts, resumes, or finds the run finished, and says which.
 
   It leaves `config.gin`, `metrics.jsonl` (a line for every step), `tensorboard/`, `loss.png`, `sample.txt`,
-  `result.json` and `checkpoints/`. SIGTERM and Ctrl-C save a checkpoint and return; a second Ctrl-C stops at once.
+  `result.json` and `checkpoints/`. SIGTERM and Ctrl-C save a checkpoint and return; a second Ctrl-C stops at once. One run at a
+  time uses the folder; see `lock.py`.
 
   Args:
     experiment: an experiment from `memzoo.build`.
@@ -43,24 +47,35 @@ def train(experiment: Experiment, directory: str | Path, *, progress: bool = Tru
     progress: False prints nothing.
 
   Raises:
-    ValueError: if the experiment cannot be run here, or `directory` holds another run.
+    ValueError: if the experiment cannot be run here, or `directory` holds another run or is in use.
     NonFiniteError: if `Trainer.nonfinite_limit` steps in a row were not finite.
   """
   start_quietly()
-  directory = Path(directory)
-  if finished := find_finished(experiment, directory):
-    if progress and jax.process_index() == 0:
-      print(f"{directory} is finished: {finished.step} steps. To continue, raise Trainer.steps.")
-    return finished
-  setup, messages = set_up(experiment, directory), []
+  directory, shown = Path(directory), progress and jax.process_index() == 0
+  say = print if shown else lambda message: None
+  finished = find_finished(experiment, directory)
+  if not finished:
+    setup = set_up(experiment, directory)
+    with claimed(directory, say) as check_lock:
+      finished = find_finished(experiment, directory)  # again, as the folder may have changed before it was claimed
+      if not finished:
+        return _train(setup, progress, check_lock)
+  say(f"{directory} is finished: {finished.step} steps. To continue, raise Trainer.steps.")
+  return finished
+
+
+def _train(setup: Setup, progress: bool, check_lock: Callable[[], None]) -> Result:
+  """Starts or resumes a run whose lock is held."""
+  experiment, directory, messages = setup.experiment, setup.directory, []
   with Checkpoints(directory, kept=experiment.trainer.checkpoints_kept, say=messages.append) as checkpoints:
     restored = checkpoints.restore(setup.program.abstract_state)
     if restored:
       setup.check_facts(restored.facts)
-    if setup.primary:
-      (directory / "config.gin").write_text(experiment.text)
-      (directory / "result.json").unlink(missing_ok=True)
-    run = _Run(setup, checkpoints, restored, progress)
+    with together():
+      if setup.primary:
+        write_text(directory / "config.gin", experiment.text)
+        (directory / "result.json").unlink(missing_ok=True)
+    run = _Run(setup, checkpoints, restored, progress, check_lock)
     with run.report:
       for line in (*messages, *introduction(setup, run.step)):
         run.report.say(line)
@@ -70,7 +85,15 @@ def train(experiment: Experiment, directory: str | Path, *, progress: bool = Tru
 class _Run:
   """A run in progress: everything that changes from step to step."""
 
-  def __init__(self, setup: Setup, checkpoints: Checkpoints, restored: Restored | None, progress: bool):
+  def __init__(
+    self,
+    setup: Setup,
+    checkpoints: Checkpoints,
+    restored: Restored | None,
+    progress: bool,
+    check_lock: Callable[[], None] = lambda: None,
+  ):
+    self.check_lock, self.evaluated = check_lock, (0, None)  # the last step that was evaluated, and its validation loss
     self.setup, self.trainer, self.program = setup, setup.experiment.trainer, setup.program
     self.checkpoints, self.best_loss = checkpoints, checkpoints.best_loss
     rows = self.program.batch_sharding
@@ -82,16 +105,17 @@ class _Run:
     self.pending: tuple[int, Metrics, dict[str, jax.Array]] | None = None  # the last step, whose numbers are not read yet
     self.spikes, self.vote, self.watch = Spikes(), Vote(setup.mesh), Stopwatch()
     self.validation = [put_rows(batch, rows) for batch in setup.corpus.validation_batches(self.trainer.evaluation_batches)]
-    self.report = Report(
-      setup.directory,
-      first_step=self.first_step,
-      last_step=max(self.first_step, self.trainer.steps),
-      tokens_per_step=setup.tokens_per_step,
-      log_every=self.trainer.log_every,
-      measure=setup.corpus.measure,
-      progress=progress,
-      primary=setup.primary,
-    )
+    with together():
+      self.report = Report(
+        setup.directory,
+        first_step=self.first_step,
+        last_step=max(self.first_step, self.trainer.steps),
+        tokens_per_step=setup.tokens_per_step,
+        log_every=self.trainer.log_every,
+        measure=setup.corpus.measure,
+        progress=progress,
+        primary=setup.primary,
+      )
 
   def go(self) -> Result:
     """Takes the remaining steps, and finishes."""
@@ -149,15 +173,16 @@ class _Run:
     self.report.restart_clock(self.step)
 
   def evaluate_and_save(self) -> None:
-    """Evaluates and saves, if that is due after this step."""
+    """Evaluates and saves, if that is due after this step. Both are due after the last."""
     trainer, loss, last = self.trainer, None, self.step == self.trainer.steps
-    if _due(self.step, trainer.evaluate_every) and not last:
+    if _due(self.step, trainer.evaluate_every) or last:
       loss = self.drain(evaluate=True)
+      self.evaluated = self.step, loss
     is_best = loss is not None and loss < self.best_loss
     if _due(self.step, trainer.checkpoint_every) or last or (is_best and trainer.save_best):
       self.drain()
       with self.watch("checkpoints"):
-        self.save(loss)
+        self.save()
     if is_best:
       self.best_loss = loss
 
@@ -197,10 +222,13 @@ class _Run:
     row = {
       "step": step,
       "loss": loss,
+      "targets": float(metrics.targets),
       corpus.measure: corpus.measured(loss),
       "gradient_norm": float(metrics.gradient_norm),
       "learning_rate": float(metrics.learning_rate),
     }
+    if self.setup.experiment.optimizer.accumulate_steps > 1 and math.isfinite(metrics.update_loss):
+      row["update_loss"] = float(metrics.update_loss)
     if self.trainer.log_group_norms:
       row["group_norms"] = dict(zip(self.program.groups, map(float, metrics.group_norms), strict=True))
     return row
@@ -221,12 +249,15 @@ class _Run:
       "longer warm-up, may help."
     )
 
-  def save(self, validation_loss: float | None = None) -> None:
+  def save(self) -> None:
     """Begins to save a checkpoint of this step, unless it exists."""
     if self.checkpoints.latest_step == self.step:
       return
+    self.check_lock()
     self.report.flush()
-    self.checkpoints.save(self.step, self.state, self.batches.get_state(), self.setup.facts(), validation_loss)
+    step, loss = self.evaluated
+    loss = loss if step == self.step else None
+    self.checkpoints.save(self.step, self.state, self.batches.get_state(), self.setup.facts(), loss)
 
 
 def _due(step: int, every: int) -> bool:

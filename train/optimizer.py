@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ..zoo.stack import PERIODS
+from .accumulation import accumulate
 from .checks import at_least
 
 # Gates, offsets and scales of any shape. They do not decay, because zero is not a neutral value for them.
@@ -29,7 +30,8 @@ class Optimizer:
     b1, b2: decay rates of the running averages of the first and second moments.
     epsilon: added to the root of the second moment.
     clip_norm: the largest global norm of a gradient; 0 does not clip.
-    accumulate_steps: batches whose gradients are averaged into one update. `steps` and `warmup_steps` count batches.
+    accumulate_steps: batches that make one update, as one larger batch does (`accumulation.py`). The last update of a run is
+      made of the batches that are left. `steps` and `warmup_steps` count batches.
   """
 
   learning_rate: float = 1e-3
@@ -53,7 +55,7 @@ class Optimizer:
 
   def schedule(self, steps: int) -> optax.Schedule:
     """The learning rate as a function of the number of updates made, for a run of `steps` batches."""
-    updates = max(1, steps // self.accumulate_steps)
+    updates = -(-steps // self.accumulate_steps)
     warmup = min(self.warmup_steps // self.accumulate_steps, updates // 10)
     schedule = optax.schedules.warmup_cosine_decay_schedule(
       init_value=self.learning_rate / (warmup + 1),  # a rate of zero would waste the first update
@@ -64,8 +66,8 @@ class Optimizer:
     )
     return _with_usual_promotion(schedule)
 
-  def build(self, steps: int) -> optax.GradientTransformation:
-    """The optimiser for a run of `steps` batches."""
+  def build(self, steps: int) -> optax.GradientTransformationExtraArgs:
+    """The optimiser for a run of `steps` batches. Its `update` takes the arguments of `accumulate`."""
     transform = optax.chain(
       optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
       optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon),
@@ -73,8 +75,8 @@ class Optimizer:
       optax.scale_by_learning_rate(self.schedule(steps)),
     )
     if self.accumulate_steps > 1:
-      transform = optax.MultiSteps(transform, every_k_schedule=self.accumulate_steps).gradient_transformation()
-    return optax.GradientTransformation(*map(_with_usual_promotion, transform))
+      transform = accumulate(transform, self.accumulate_steps)
+    return optax.GradientTransformationExtraArgs(*map(_with_usual_promotion, optax.with_extra_args_support(transform)))
 
 
 def _with_usual_promotion(function: Callable) -> Callable:

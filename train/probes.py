@@ -22,6 +22,8 @@ from rich.table import Table
 from ..zoo import formats
 from .compare import score_answers, summed
 from .data import Corpus, stack_rows
+from .files import replacing, write_text
+from .keys import new_key
 from .tasks import Needle
 
 
@@ -44,7 +46,7 @@ class Probe:
 
   def save(self, path: Path) -> None:
     """Writes it as JSON."""
-    path.write_text(json.dumps(vars(self), indent=1) + "\n")
+    write_text(path, json.dumps(vars(self), indent=1) + "\n")
 
 
 def perplexity(model: nn.Module, params: Any, corpus: Corpus, *, factor: int = 4, rows: int = 32) -> Probe:
@@ -83,7 +85,7 @@ def needle(model: nn.Module, params: Any, data: Any, *, factor: int = 4, example
   score = jax.jit(partial(score_answers, model, len(tests[0].kinds), params))
   columns = {}
   for test in tests:
-    keys = jax.random.split(jax.random.key(test.tokens), max(1, examples * test.tokens // 16384))
+    keys = jax.random.split(new_key(test.tokens), max(1, examples * test.tokens // 16384))
     make = jax.jit(partial(test.batch, size=math.ceil(examples / len(keys))))
     right, asked = summed(score(make(key)) for key in keys)
     columns[f"{test.tokens:,}"] = np.where(asked > 0, right / np.maximum(asked, 1), np.nan)
@@ -118,17 +120,19 @@ def probe(name: str, directory: str | Path, *, best: bool = False, say: Callable
   Raises:
     ValueError: if there is no such probe, or the run was not trained on text.
   """
-  from .evaluation import load_run
+  from .evaluation import load_run, load_run_and_text
 
   if name not in PROBES:
     raise ValueError(f"--task is {name!r}; expected one of {', '.join(PROBES)}.")
-  experiment, params, step = load_run(directory, best=best, say=say)
+  if name == "perplexity":
+    experiment, params, step, corpus = load_run_and_text(directory, best=best, say=say)
+  else:
+    (experiment, params, step), corpus = load_run(directory, best=best, say=say), None
   if not hasattr(experiment.data, "sources"):
     raise ValueError(f"{directory} was trained on {experiment.data.task}; expected a run on text for --task.")
   if name == "needle" and experiment.data.tokenizer != "bytes":
     raise ValueError(f"TextData.tokenizer is {experiment.data.tokenizer!r}; expected 'bytes' for --task needle.")
-  data = experiment.data.load() if name == "perplexity" else experiment.data
-  return PROBES[name](experiment.model, params, data), step
+  return PROBES[name](experiment.model, params, corpus or experiment.data), step
 
 
 def table(found: Probe) -> Table:
@@ -166,7 +170,8 @@ def draw(found: Probe, path: Path) -> None:
       axes.set(ylabel=found.columns[column])
       axes.grid(alpha=0.25)
   figure.suptitle(found.title, size=10)
-  figure.savefig(path, dpi=120)
+  with replacing(path) as temporary:
+    figure.savefig(temporary, dpi=120)
 
 
 def _doublings(end: int) -> list[int]:

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from ..zoo.formats import clock, table, thousands
+from .files import replacing, write_text
 
 Row = dict[str, Any]
 MEASURES = {"bits_per_byte": "bits/byte", "bits_per_answer": "bits/answer", "squared_error": "squared error"}
@@ -82,7 +82,7 @@ class Report:
     self._since = (time.perf_counter(), step)
 
   def row(self, row: Row) -> None:
-    """Takes the numbers of one step, including "step", "loss" and the measure. They are written at the next `flush`."""
+    """Takes the numbers of one step, including "step", "loss", "targets" and the measure; the next `flush` writes them."""
     if self._primary:
       self._metrics.write(json.dumps(_finite_or_none(row)) + "\n")
     self._recent.append(row)
@@ -92,15 +92,15 @@ class Report:
       self._bar.update(self._task, completed=row["step"])
 
   def _summarise(self, row: Row) -> None:
-    """Shows and logs the means over the rows since the last summary."""
+    """Shows and logs the means over the targets of the rows since the last summary."""
     now, step = time.perf_counter(), row["step"]
     seconds, steps = now - self._since[0], step - self._since[1]
     self._since = (now, step)
     rate = self._tokens_per_step * steps / seconds if steps else 0.0
-    means = {name: _mean([r[name] for r in self._recent]) for name in ("loss", self._measure)}
+    means = {name: _mean([(r[name], r["targets"]) for r in self._recent]) for name in ("loss", self._measure)}
     self._recent = []
     if self._primary:
-      scalars = {name: value for name, value in row.items() if name not in ("step", "skipped", "group_norms")}
+      scalars = {name: value for name, value in row.items() if name not in ("step", "targets", "skipped", "group_norms")}
       scalars |= {f"group_norms/{name}": value for name, value in row.get("group_norms", {}).items()}
       for name, value in (scalars | means | {"tokens_per_second": rate}).items():
         if math.isfinite(value):
@@ -145,17 +145,24 @@ def keep_rows(path: Path, last_step: int) -> None:
   """Drops the rows of `metrics.jsonl` after `last_step`, and a row that a kill left incomplete."""
   if path.exists():
     kept = [row for row in read_rows(path) if row["step"] <= last_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_rows(path: Path) -> list[Row]:
-  """The rows of a `metrics.jsonl`, without incomplete ones. Null stands for a number that was not finite."""
-  rows = []
-  for line in path.read_text().splitlines():
-    with suppress(json.JSONDecodeError):
-      rows.append(json.loads(line))
+  """The rows of a `metrics.jsonl`, without a last one that is incomplete. Null stands for a number that was not finite.
+
+  Raises:
+    ValueError: if another line is not a row.
+  """
+  rows, lines = [], path.read_bytes().split(b"\n")
+  for number, line in enumerate(lines, start=1):
+    try:
+      row = json.loads(line)
+      row["step"]
+      rows.append(row)
+    except (ValueError, TypeError, KeyError):
+      if number < len(lines):
+        raise ValueError(f"{path}, line {number}, is damaged ({line[:40]!r}); remove the line.") from None
   return rows
 
 
@@ -181,7 +188,8 @@ def plot_losses(
   axes.set(xlabel="step", ylabel=measure.replace("_", " "), xlim=(0, max(2, int(steps.max(initial=1)))), ylim=(0, 1.1 * start))
   axes.grid(alpha=0.25)
   axes.legend(frameon=False)
-  figure.savefig(path, dpi=120)
+  with replacing(path) as temporary:
+    figure.savefig(temporary, dpi=120)
 
 
 def smoothed(values: np.ndarray, span: float = 0.02) -> np.ndarray:
@@ -197,10 +205,11 @@ def smoothed(values: np.ndarray, span: float = 0.02) -> np.ndarray:
   return means
 
 
-def _mean(values: list[float]) -> float:
-  """The mean of the finite values."""
-  finite = [value for value in values if math.isfinite(value)]
-  return sum(finite) / len(finite) if finite else math.nan
+def _mean(values: list[tuple[float, float]]) -> float:
+  """The mean of the finite ones of `(value, weight)`."""
+  finite = [(value, weight) for value, weight in values if math.isfinite(value) and math.isfinite(weight)]
+  total = sum(weight for _, weight in finite)
+  return sum(value * weight for value, weight in finite) / total if total else math.nan
 
 
 def _finite_or_none(value: Any) -> Any:

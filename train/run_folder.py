@@ -1,9 +1,16 @@
 """The folder of a run: which run it holds, and its result."""
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from .files import read_object, read_text
+
+_SHOWN = 3  # differences between two configs in a message
+
+
+class DifferentRun(ValueError):
+  """A folder holds a run with another config. Its message may have several lines."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +51,29 @@ class Result:
 def check_same_run(directory: Path, text: str) -> None:
   """Raises `ValueError` if `directory` holds a run whose config differs from `text` in a setting that affects its steps.
 
-  A run without a checkpoint may be started anew with any config.
+  A run without a complete checkpoint or a result may be started anew with any config.
   """
   path = directory / "config.gin"
-  if not path.exists() or not any((directory / "checkpoints").glob("[0-9]*")):
+  if not path.exists() or not (complete_checkpoints(directory) or (directory / "result.json").exists()):
     return
-  there = path.read_text()
+  there = read_text(path, "write the config of the run there, or choose a new directory")
   if _differences(there, text) and (differences := _differences(_renewed(there, path), text)):
-    raise ValueError(
-      f"{directory} holds a run with another config: {'; '.join(differences)}. Expected the same, or a new directory."
+    raise DifferentRun(
+      f"{directory} holds a run with another config:{_listed(differences)}Expected the same, or a new directory."
     )
+
+
+def _listed(differences: list[str]) -> str:
+  """One difference in the same line; of several the first, each in its own."""
+  if len(differences) == 1:
+    return f" {differences[0]}. "
+  more = [f"and {len(differences) - _SHOWN} more"] if len(differences) > _SHOWN else []
+  return "".join(f"\n  {line}" for line in differences[:_SHOWN] + more) + "\n"
+
+
+def complete_checkpoints(directory: Path) -> list[int]:
+  """The steps of the complete checkpoints in a run's folder, ascending. A save in progress has a longer name."""
+  return sorted(int(path.name) for path in (directory / "checkpoints").glob("[0-9]*") if path.name.isdigit())
 
 
 def _renewed(text: str, path: Path) -> str:
@@ -101,6 +121,11 @@ def _may_change(name: str) -> bool:
 
 def finished_result(directory: Path, steps: int) -> Result | None:
   """The result of the run in `directory`, if it has taken at least `steps` steps."""
-  path = directory / "result.json"
-  result = Result(**json.loads(path.read_text())) if path.exists() else None
-  return result if result and result.step >= steps else None
+  path, remedy = directory / "result.json", "remove it, and the same command writes it again"
+  if not path.exists():
+    return None
+  try:
+    result = Result(**read_object(path, remedy))
+  except TypeError as error:
+    raise ValueError(f"{path} is not the result of a run ({error}); {remedy}.") from None
+  return result if result.step >= steps else None

@@ -1,5 +1,7 @@
 """Prepares and checks everything that a run needs, before its first step."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from jax.sharding import Mesh
 from ..zoo.formats import thousands
 from .config import Experiment
 from .data import Corpus
+from .lock import Lock, check_free
 from .processes import check_equal, row_share, together
 from .run_folder import Result, check_same_run, check_writable, finished_result
 from .sharding import layout
@@ -46,13 +49,20 @@ class Setup(NamedTuple):
 
   def check_facts(self, facts: dict[str, Any]) -> None:
     """Raises `ValueError` if a checkpoint with these facts was trained on other text."""
-    data = self.experiment.data
-    data.check_tokenizer(facts.get("tokenizer"))
-    if facts["fingerprint"] != self.corpus.fingerprint:
-      raise ValueError(
-        f"{data.source} has changed since {self.directory} was trained on it; expected the same text (for the standard "
-        "library, the same Python), or a new directory."
-      )
+    self.experiment.data.check_tokenizer(facts.get("tokenizer"))
+    check_text(self.corpus, facts, self.directory)
+
+
+def check_text(corpus: Corpus, facts: dict[str, Any], directory: Path) -> None:
+  """Raises `ValueError` if a checkpoint in `directory` with these facts was trained on another text than `corpus`.
+
+  The split into training and validation depends on the text, so with another text a model could be tested on what it has seen.
+  """
+  if facts["fingerprint"] != corpus.fingerprint:
+    raise ValueError(
+      f"{corpus.data.source} has changed since {directory} was trained on it; expected the same text (for the standard "
+      "library, the same Python), or a new directory."
+    )
 
 
 def find_finished(experiment: Experiment, directory: Path) -> Result | None:
@@ -67,11 +77,36 @@ def find_finished(experiment: Experiment, directory: Path) -> Result | None:
     return finished_result(directory, experiment.trainer.steps)
 
 
+@contextmanager
+def claimed(directory: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+  """Holds the lock of `directory`; the first process does it for all.
+
+  Yields a function that all processes call before they write a checkpoint. It raises `OSError` if the lock was lost.
+
+  Raises:
+    ValueError: if another run holds its lock.
+  """
+  lock = None
+
+  def check() -> None:
+    with together():
+      if lock:
+        lock.check()
+
+  try:
+    with together():
+      lock = Lock(directory, say) if jax.process_index() == 0 else None
+    yield check
+  finally:
+    if lock:
+      lock.release()
+
+
 def set_up(experiment: Experiment, directory: Path) -> Setup:
   """Lays out the program and loads the text. Nothing is compiled yet.
 
   Raises:
-    ValueError: if the experiment cannot be run here.
+    ValueError: if the experiment cannot be run here, or another run uses `directory`.
   """
   data = experiment.data
   data.check_model(experiment.model)
@@ -80,6 +115,8 @@ def set_up(experiment: Experiment, directory: Path) -> Setup:
   with together():
     row_share(program.batch_sharding, data.batch_size)
     check_writable(directory)
+    if jax.process_index() == 0:
+      check_free(directory)  # before much text is read; the lock is taken later
     corpus = data.load()
   check_equal(text=corpus.fingerprint)
   return Setup(experiment, directory, mesh, program, corpus, jax.process_index() == 0)
@@ -98,6 +135,12 @@ def introduction(setup: Setup, step: int) -> list[str]:
     f"{devices}.",
     setup.corpus.summary(steps),
   ]
+  accumulated = experiment.optimizer.accumulate_steps
+  if left := steps % accumulated:
+    lines.append(
+      f"Optimizer.accumulate_steps={accumulated} does not divide Trainer.steps={steps}: the last update is made of {left} "
+      f"batch{'es' * (left > 1)}."
+    )
   return lines + ([layout(mesh, params)] if mesh.size > 1 else [])
 
 

@@ -3,7 +3,8 @@
     state, metrics = train_step(state, batch)
 
 Loss is the mean cross-entropy in nats over the targets of non-zero weight. A step whose loss or gradient is not finite
-changes only the counters: its update is discarded.
+changes only the counters: its update is discarded. With gradient accumulation a step adds its batch to the others of an update,
+and the last step of a run makes an update of the batches that are there.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from ..zoo.stack import PERIODS
+from .accumulation import Accumulation
+from .keys import key_from_data, new_key
 from .optimizer import Optimizer
 from .sharding import batch_sharding, parameter_shardings, replicated, split_operations
 
@@ -28,7 +31,7 @@ class TrainState(NamedTuple):
     step: int32; batches seen.
     skipped: int32; how many of them had a loss or a gradient that was not finite.
     skipped_in_a_row: int32; how many were skipped since the last finite one.
-    key: uint32; the data of a random key. Every step folds its number into this key.
+    key: uint32; the data of a random key (`keys.py`). Every step folds its number into this key.
     params: the model's variables, as `model.apply` takes them.
     opt_state: the optimiser's.
   """
@@ -45,20 +48,24 @@ class Metrics(NamedTuple):
   """The numbers that a step returns, on its devices.
 
   Attributes:
-    loss: float32; nats per token.
-    gradient_norm: float32; over all parameters, before clipping.
+    loss: float32; nats per target of this batch.
+    targets: float32; the number of these targets (the sum of their weights).
+    gradient_norm: float32; of this batch, over all parameters, before clipping.
     group_norms: float32 [groups]; the same for each group of parameters, in the order of `parameter_groups`.
     learning_rate: float32; of this step's update.
     skipped_in_a_row: int32; 0 if this step updated the parameters.
     nonfinite_groups: bool [groups]; whether each group of parameters had a non-finite gradient.
+    update_loss: nats per target over all batches of the update that this step made; NaN if it made none.
   """
 
   loss: jax.Array
+  targets: jax.Array
   gradient_norm: jax.Array
   group_norms: jax.Array
   learning_rate: jax.Array
   skipped_in_a_row: jax.Array
   nonfinite_groups: jax.Array
+  update_loss: jax.Array
 
 
 class Program(NamedTuple):
@@ -115,10 +122,10 @@ def build_program(
   """
   rows = batch_sharding(mesh, batch_size)
   transform = optimizer.build(steps)
-  create = partial(create_state, model, transform, jax.random.key(seed), tokens)
+  create = partial(create_state, model, transform, new_key(seed), tokens)
   shardings = _state_shardings(model, transform, mesh, tokens)
   shapes = jax.eval_shape(create)
-  train_step = make_train_step(model, transform, optimizer.schedule(steps), optimizer.accumulate_steps)
+  train_step = make_train_step(model, transform, optimizer.schedule(steps), last_step=steps)
   split = split_operations(mesh)
   return Program(
     create=jax.jit(create, out_shardings=shardings),
@@ -156,7 +163,10 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 def create_state(
   model: nn.Module, transform: optax.GradientTransformation, key: jax.Array, tokens: jax.Array | None = None
 ) -> TrainState:
-  """A fresh state, with parameters drawn from `key`. `tokens` is any input that the model takes, by default integers [1, 1]."""
+  """A fresh state, with parameters drawn from `key`, one of `keys.new_key`.
+
+  `tokens` is any input that the model takes, by default integers [1, 1].
+  """
   init_key, step_key = jax.random.split(key)
   params = nn.unbox(_init(model, init_key, tokens))
   zero = jnp.zeros((), jnp.int32)
@@ -164,29 +174,46 @@ def create_state(
 
 
 def make_train_step(
-  model: nn.Module, transform: optax.GradientTransformation, schedule: optax.Schedule, accumulate_steps: int = 1
+  model: nn.Module, transform: optax.GradientTransformation, schedule: optax.Schedule, last_step: int | None = None
 ) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
-  """The pure function `train_step(state, batch) -> (state, metrics)`, not yet jitted."""
+  """The pure function `train_step(state, batch) -> (state, metrics)`, not yet jitted.
+
+  `schedule` gives the learning rate that is reported. Step `last_step` completes an update that is still accumulated.
+  """
+  transform = optax.with_extra_args_support(transform)
 
   def mean_loss(params, batch, key):
-    nats, tokens = sum_loss(model, params, batch, key)
-    return nats / jnp.maximum(tokens, 1)
+    nats, targets = sum_loss(model, params, batch, key)
+    return nats / jnp.where(targets > 0, targets, 1), targets
 
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    loss, gradients = jax.value_and_grad(mean_loss)(state.params, batch, key)
+    key = jax.random.fold_in(key_from_data(state.key), state.step)
+    (loss, targets), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, batch, key)
     squares = group_squares(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(squares.sum())
     # Not optax.apply_if_finite: it does not look at the loss, and after its limit it applies updates that are not finite.
-    updates, opt_state = transform.update(gradients, state.opt_state, state.params)
+    of_batch = {"weight": targets, "loss": loss, "finite": finite, "last": state.step + 1 == (last_step or -1)}
+    updates, opt_state = transform.update(gradients, state.opt_state, state.params, **of_batch)
     params = optax.apply_updates(state.params, updates)
+    if accumulated := isinstance(opt_state, Accumulation):  # it leaves out such a batch on its own
+      made, made_before = opt_state.updates, state.opt_state.updates
+      update_loss = jnp.where(made > made_before, opt_state.loss, jnp.nan)
+    else:
+      made_before, update_loss = state.step - state.skipped, loss
     params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+      lambda new, old: jnp.where(finite | accumulated, new, old), (params, opt_state), (state.params, state.opt_state)
     )
     in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-    learning_rate = jnp.asarray(schedule((state.step - state.skipped) // accumulate_steps), jnp.float32)
-    norms = jnp.sqrt(squares)
-    metrics = Metrics(loss, jnp.sqrt(squares.sum()), norms, learning_rate, in_a_row, ~jnp.isfinite(squares))
+    metrics = Metrics(
+      loss=loss,
+      targets=targets,
+      gradient_norm=jnp.sqrt(squares.sum()),
+      group_norms=jnp.sqrt(squares),
+      learning_rate=jnp.asarray(schedule(made_before), jnp.float32),
+      skipped_in_a_row=in_a_row,
+      nonfinite_groups=~jnp.isfinite(squares),
+      update_loss=update_loss,
+    )
     skipped = state.skipped + jnp.where(finite, 0, 1)
     return TrainState(state.step + 1, skipped, in_a_row, state.key, params, opt_state), metrics
 
@@ -253,7 +280,7 @@ def _init(model: nn.Module, key: jax.Array, tokens: jax.Array | None = None) -> 
 def _state_shardings(
   model: nn.Module, transform: optax.GradientTransformation, mesh: Mesh, tokens: jax.Array | None
 ) -> TrainState:
-  boxed = jax.eval_shape(partial(_init, model, tokens=tokens), jax.random.key(0))
+  boxed = jax.eval_shape(partial(_init, model, tokens=tokens), new_key(0))
   params, whole = parameter_shardings(mesh, boxed), replicated(mesh)
   opt_state = optax.tree_utils.tree_map_params(
     transform,

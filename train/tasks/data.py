@@ -12,6 +12,7 @@ import numpy as np
 
 from ..checks import at_least, check_seed
 from ..data import check_documents
+from ..keys import new_key
 from .task import Example, Task
 
 _VALIDATION = 2**31  # validation batches are numbered from here, beyond any training batch
@@ -122,7 +123,7 @@ class TaskCorpus:
   def batch_on_device(self) -> Callable[[jax.Array], dict[str, jax.Array]]:
     """A jitted function from a batch's number to the batch."""
     task, size, seed = self.data.task.training(), self.data.batch_size, self.data.seed
-    return jax.jit(lambda number: as_batch(task.batch(jax.random.fold_in(jax.random.key(seed), number), size)))
+    return jax.jit(lambda number: as_batch(task.batch(jax.random.fold_in(new_key(seed), number), size)))
 
   def batch(self, number: int) -> dict[str, np.ndarray]:
     """The whole batch of a number, on the host."""

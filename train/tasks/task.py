@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..keys import new_key
+
 
 class Example(NamedTuple):
   """One sequence, or a batch of them with a leading axis.
@@ -156,7 +158,7 @@ class Mixture(Task):
 
   def _answers(self) -> np.ndarray:
     """The relative number of answers of each task, counted in 64 examples because examples of a task may differ."""
-    key = jax.random.key(0)
+    key = new_key(0)
     asked = [float(jax.jit(lambda key, task=task: task.batch(key, 64).weights.sum())(key)) for task in self.tasks]
     return np.array(self.counts) * np.array(asked)
 

@@ -1,0 +1,49 @@
+"""Files that are complete or absent: written under a temporary name, then renamed."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """Yields a temporary path beside `path`, with the same suffix, to write to. It becomes `path` if the block succeeds."""
+  temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+  try:
+    yield temporary
+    with temporary.open("rb+") as written:
+      os.fsync(written.fileno())
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes `text` to `path`, whose content at any moment is the old text or the new."""
+  with replacing(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
+
+
+def read_text(path: Path, remedy: str) -> str:
+  """The text of `path`. Raises `ValueError`, which ends with `remedy`, if it is blank or not UTF-8."""
+  try:
+    text = path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is damaged ({error}); {remedy}.") from None
+  if not text.strip():
+    raise ValueError(f"{path} is empty; {remedy}.")
+  return text
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+  """The JSON object in `path`. Raises `ValueError`, which ends with `remedy`, if it holds something else."""
+  try:
+    found = json.loads(text := read_text(path, remedy))
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path} is not JSON ({error}); {remedy}.") from None
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} holds {text.strip()[:40]!r}, not a JSON object; {remedy}.")
+  return found
