@@ -1,6 +1,6 @@
 """Titans and Miras: memories that are small networks, trained on every token that they read.
 
-    S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2      M_t = (1 - alpha_t) M_{t-1} + S_t      o_t = M_t(q_t)
+    S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2      M_t = M_0 + (1 - alpha_t) (M_{t-1} - M_0) + S_t      o_t = M_t(q_t)
 
 with q, k = L2(silu(conv(W x))), v = silu(conv(W x)), gates of each token and head, and y = W_o (RMSNorm(o) * sigmoid(W_g x)).
 The inner training is a pure function in `memzoo.pallas_kernels.test_time_memory`. This file adds projections, gates and the
@@ -17,6 +17,9 @@ The papers leave open -> we do:
 - heads -> `num_heads`, each with a memory of its own
 - M_0 -> learned. Matrices start such that their outputs have variance one. The last matrix starts at zero, so the initial
   output is zero; not in Moneta, which divides by the norm of its matrices.
+- where the memory decays to -> M_0, the learned weights that a document begins with. The paper prints
+  M_t = (1 - alpha_t) M_{t-1} + S_t, which decays to zero: there all gradients of a network vanish, so after some thousand
+  tokens its output is zero and stays zero. `Gating.decay_to="zero"` is the printed form.
 - persistent tokens -> written before every document, in a chunk of their own. No convolution reaches back to them.
 - the length of a write -> the gradient of each matrix is clipped to a norm of 10. For the last matrix that norm is 2 |h| |e|:
   with 256 hidden units, errors beyond one half are clipped, including those of values that grow in training.
@@ -98,6 +101,8 @@ class Gating:
       are stable, is slow for distinct keys.
     forget_bias: initial logit of alpha.
     momentum_bias: initial logit of eta.
+    decay_to: what the memory decays to: "start", the weights that the document began with, or "zero", as printed, where a
+      network of two or more matrices learns nothing more.
   """
 
   momentum: bool = True
@@ -106,6 +111,7 @@ class Gating:
   step_bias: float | None = None
   forget_bias: float = -5.3
   momentum_bias: float = 0.0
+  decay_to: Literal["start", "zero"] = "start"
 
   def __post_init__(self):
     if self.max_step is not None and self.max_step < 0:
@@ -144,7 +150,7 @@ class Projections(NamedTuple):
 class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
   """The neural memory of Titans (Behrouz et al. 2025, arXiv:2501.00663): a network trained on every token that it reads.
 
-      S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2      M_t = (1 - alpha_t) M_{t-1} + S_t      o_t = M_t(q_t)
+      S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2     M_t = M_0 + (1 - alpha_t) (M_{t-1} - M_0) + S_t     o_t = M_t(q_t)
 
   with gradients taken at the weights that the token's chunk began with.
 
@@ -181,6 +187,7 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
       self.retention,
       chunk_size=self.chunk_size,
       momentum=self.gates.momentum,
+      decay_to=self.gates.decay_to,
       **dataclasses.asdict(self.update),
     )
 
@@ -324,7 +331,7 @@ _MIRAS = Network(residual=True, norm=True)  # x + LN(MLP(x))
 class Yaad(TitansMemory, kw_only=True):
   """Yaad (Miras, arXiv:2504.13173): errors beyond a learned threshold count as outliers and are written by their sign.
 
-      M_t = (1 - alpha_t) M_{t-1} - theta_t grad l      l = |e|^2 where |e| <= delta_t, else 2 delta_t sum_i |e_i|
+      M_t = M_0 + (1 - alpha_t) (M_{t-1} - M_0) - theta_t grad l      l = |e|^2 where |e| <= delta_t, else 2 delta_t sum_i |e_i|
 
   As printed, the loss jumps at the threshold; `Loss("huber_norm")` is the continuous variant. Thresholds start at
   2 sqrt(head_dim), twice the length of a layer norm's output. Started at half of that, many writes are signs, and recall is
@@ -341,7 +348,7 @@ class Yaad(TitansMemory, kw_only=True):
 class Moneta(TitansMemory, kw_only=True):
   """Moneta (Miras, arXiv:2504.13173): the p-th power of the error, and weights held to a norm.
 
-      A_t = (1 - alpha_t) A_{t-1} - theta_t grad sum_i |e_i|^p      M_t = A_t / |A_t|_q^{q-2}
+      A_t = A_0 + (1 - alpha_t) (A_{t-1} - A_0) - theta_t grad sum_i |e_i|^p      M_t = A_t / |A_t|_q^{q-2}
 
   as printed, with p = 3 (`Loss.power`) and q = 4 (`Retention.norm`). The exact dual of the norm would have degree one in A.
   Within a chunk the divisor is that of the chunk's start.
@@ -359,7 +366,7 @@ class Moneta(TitansMemory, kw_only=True):
 class Memora(TitansMemory, kw_only=True):
   """Memora (Miras, arXiv:2504.13173): weights on a simplex, trained by exponentiated gradients.
 
-      L_t = (1 - alpha_t) L_{t-1} - theta_t grad_M |e|^2      M_t = c softmax(L_t) over the inputs of each output
+      L_t = L_0 + (1 - alpha_t) (L_{t-1} - L_0) - theta_t grad_M |e|^2      M_t = c softmax(L_t) over each output's inputs
 
   A constant added to a column does not change its softmax, so logits are not normalised between writes, and the extra token
   with which the paper begins a chunk is not needed. Reads see the writes of earlier chunks, because M is not linear in L.

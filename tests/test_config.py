@@ -354,10 +354,18 @@ def test_the_operative_text_of_an_earlier_version_builds_the_same_layer():
     loss=Loss("power", 0.5, 2.5),
     retention=Retention("norm", 2.5),
     update=Update("token", "decay_first", "before", None),
-    gates=Gating(False, False, 0.25, -1.0, -2.0, 1.0),
+    gates=Gating(False, False, 0.25, -1.0, -2.0, 1.0, "zero"),
     parent=None,
   )
   assert build_with(OLD, "Loss.scale=3").model.mixers[0].loss == Loss("power", 3.0, 2.5), "overrides win"
+
+
+def test_an_operative_text_without_a_field_that_was_added_later_means_what_it_meant():
+  text = build("models/titans_memory_10m").text
+  (line,) = [line for line in text.splitlines() if line.endswith(".decay_to = 'start'")]
+  (layer,) = rebuilt(build_text(text.replace(line, ""), "old")).model.mixers
+  assert layer.gates.decay_to == "zero"
+  assert build("models/titans_memory_10m", ["Gating.momentum=False"]).model.mixers[0].gates.decay_to == "start"
 
 
 def test_the_operative_text_of_an_earlier_vector_model_loses_the_fields_of_its_tokens():

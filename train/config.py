@@ -246,7 +246,7 @@ class _Bindings:
     self.values.setdefault((scope, name), {})[argument] = binding
 
   def renew(self) -> None:
-    """Moves the values of fields of earlier versions to their new fields; see `old_configs.renewed`."""
+    """Moves values of fields of earlier versions to their new fields, and sets what they lacked; see `old_configs`."""
     for (scope, name), fields in self.old.items():
       binding = next(iter(fields.values()))
       moved = old_configs.renewed(name, self.resolve(name, binding.where), {f: b.where for f, b in fields.items()})
@@ -254,6 +254,9 @@ class _Bindings:
         inner = "/".join(filter(None, (scope, _last(name), group))), group_name
         if field_name not in self.values.get(("", group_name), {}):  # else an override sets it
           self.values.setdefault(inner, {})[field_name] = fields[argument]
+    for (_, name), fields in self.values.items():
+      where = next(iter(fields.values())).where
+      fields |= {f: _Binding(value, where) for f, value in old_configs.before_added(self.resolve(name, where), fields).items()}
 
   def _import(self, statement: config_parser.ImportStatement, where: str) -> None:
     try:

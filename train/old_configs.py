@@ -1,13 +1,14 @@
-"""Fields that earlier versions of the package had, and where they are now.
+"""Fields that earlier versions of the package had, where they are now, and what the absence of later fields meant.
 
 An operative config (`config.gin` of a run) sets every field. So a config that sets all old fields of a class was written by an
 earlier version, and its values move to the new fields. A config that sets only some of them was written by hand, and is refused
 with a message that gives the new name.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
-from ..layers.titans import TitansMemory
+from ..layers.titans import Gating, TitansMemory
 from ..layers.titans_wirings import MemoryAsLayer
 from ..zoo.language_model import VectorModel
 
@@ -50,6 +51,9 @@ _OLD: dict[type, dict[str, Place | None]] = {
   VectorModel: {"vocab_size": None, "tie_embeddings": None},
 }
 
+# Fields that were added to a class, with the values that make it what it was before.
+_ADDED: dict[type, dict[str, Any]] = {Gating: {"decay_to": "zero"}}
+
 # Classes whose old runs cannot be continued, and why.
 _ENDED = {MemoryAsLayer: "has another norm now, so the parameters of this run do not fit"}
 
@@ -80,6 +84,13 @@ def renewed(name: str, cls: type, where: dict[str, str]) -> dict[str, Place]:
         f"{next(iter(where.values()))}: {name} {reason}. Train it anew, or continue with the version of memzoo that began it."
       )
   return {field: place for field, place in old.items() if place is not None}
+
+
+def before_added(cls: type, bound: dict[str, Any]) -> dict[str, Any]:
+  """What `cls` was before fields were added to it, if `bound` are all its earlier fields, else nothing."""
+  added = _ADDED.get(cls, {})
+  earlier = {field.name for field in dataclasses.fields(cls)} - added.keys()
+  return added if bound.keys() == earlier else {}
 
 
 def _old(cls: type) -> dict[str, Place | None]:
