@@ -277,8 +277,8 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     if spec.memory.norm:
       shape, axes = (self.num_heads, self.head_dim), ("heads", None)
       norm = (
-        self.param("memory_norm_scale", named(nn.initializers.ones, *axes), shape, self.param_dtype),
-        self.param("memory_norm_bias", named(nn.initializers.zeros, *axes), shape, self.param_dtype),
+        self.param("memory_norm_scale", named(nn.initializers.ones, *axes, decays=False), shape, self.param_dtype),
+        self.param("memory_norm_bias", named(nn.initializers.zeros, *axes, decays=False), shape, self.param_dtype),
       )
     initial = ttm.InitialWeights(weights, norm=norm)
     if persistent is None:

@@ -125,11 +125,11 @@ class TTTLinear(InnerLearner, kw_only=True):
   def initial_weights(self) -> ttm.InitialWeights:
     """The weights at the start of a document."""
 
-    def param(name: str, init: Any, *shape: int) -> jax.Array:
+    def param(name: str, init: Any, *shape: int, decays: bool = False) -> jax.Array:
       shape, axes = (self.num_heads, *shape), ("heads", *[None] * len(shape))
-      return self.param(name, named(init, *axes), shape, self.param_dtype)
+      return self.param(name, named(init, *axes, decays=decays), shape, self.param_dtype)
 
-    weights = {name: param(f"memory_{name}", _start, *shape) for name, shape in self.spec.memory.shapes().items()}
+    weights = {name: param(f"memory_{name}", _start, *shape, decays=True) for name, shape in self.spec.memory.shapes().items()}
     norm = param("memory_norm_scale", nn.initializers.ones, self.head_dim), param("memory_norm_bias", _zeros, self.head_dim)
     return ttm.InitialWeights(weights, norm=norm, average=param("average", _zeros, self.chunk_size))
 

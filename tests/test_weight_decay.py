@@ -1,0 +1,34 @@
+"""Which parameters weight decay applies to: every parameter of every layer says so itself."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from memzoo.layers.axes import Named
+from memzoo.layers.titans import Loss, Network, TitansMemory
+from memzoo.zoo.registry import LAYERS
+from subjects import hybrid, layer
+
+DECAY = {"kernel", "weight", "embedding", "persistent", "memory_0", "memory_1", "memory_gate", "memory_up", "memory_down"}
+STAY = {"scale", "bias", "A_log", "dt_bias", "average", "memory_norm_scale", "memory_norm_bias"}
+MODULES = {name: layer(name, persistent_tokens=2) for name in LAYERS} | {
+  "memory with all options": TitansMemory(
+    num_heads=2, head_dim=4, network=Network(gated=True, norm=True), loss=Loss("huber"), persistent_tokens=2
+  ),
+  "model": hybrid(8),
+  "scanned model": hybrid(8).clone(scan=True),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_matrices_decay_and_gates_norms_and_biases_do_not(name):
+  module = MODULES[name]
+  x = jnp.zeros((1, 3), jnp.int32) if "model" in name else jnp.zeros((1, 3, 8), jnp.float32)
+  boxed = jax.eval_shape(module.init, jax.random.key(0), x)
+  leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+  assert leaves
+  for path, leaf in leaves:
+    assert isinstance(leaf, Named), f"{jax.tree_util.keystr(path)} does not say whether it decays"
+    last = path[-1].key
+    assert leaf.decays == (last in DECAY), jax.tree_util.keystr(path)
+    assert last in DECAY | STAY, jax.tree_util.keystr(path)
