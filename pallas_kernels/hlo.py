@@ -135,14 +135,23 @@ class Module:
     return [self._trip_count(each.instruction) for each in self.executions() if each.instruction.opcode == "while"]
 
   def collectives(self) -> list[Collective]:
-    """All communications between chips; an asynchronous one is one."""
-    found = []
+    """All communications between chips; an asynchronous one is one.
+
+    A TPU also makes one in steps, beside the arithmetic of several fusions or of a loop. The steps have one channel and a
+    "chain_id". The first is executed as often as the communication, others perhaps more often.
+    """
+    found, chains = [], {}
     for execution in self.executions():
       instruction, kind = execution.instruction, execution.instruction.opcode.removesuffix("-start")
       if kind in _COLLECTIVES:
         size = max(_received(instruction), sum(_bytes(operand.type) for operand in self._operands(execution)))
-        found.append(Collective(kind, execution.times, size, instruction.op_name, self._files(instruction)))
-    return found
+        one = Collective(kind, execution.times, size, instruction.op_name, self._files(instruction))
+        if "chain_id=" not in instruction.attributes:
+          found.append(one)
+          continue
+        channel = _search(r"channel_id=(\d+)", instruction.attributes)
+        chains[channel] = min(one, chains.get(channel, one), key=lambda step: step.times)
+    return found + list(chains.values())
 
   def products(self) -> list[Product]:
     """All matrix products. A TPU's are convolutions."""

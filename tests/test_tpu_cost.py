@@ -112,6 +112,13 @@ def test_collectives_count_once_per_iteration_with_the_larger_of_both_sides(modu
   assert found["all-gather"].files == ()
 
 
+def test_the_steps_of_one_collective_count_as_often_as_its_first():
+  step = 'all-gather(%x), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}'
+  text = LOOPS.replace("  %sum = f32[4]", f"  %x = f32[1]{{0}} copy(%a)\n  %next = f32[99]{{0}} {step}\n  %sum = f32[4]")
+  text = text.replace("  %buffer = ", f"  %first = f32[99]{{0}} {step}\n  %buffer = ")
+  assert [(c.kind, c.times) for c in hlo.parse(text).collectives() if c.bytes == 396] == [("all-gather", 1)]
+
+
 def test_products_inside_fusions_count_with_their_loops(module):
   files = ("/site/memzoo/train/step.py",)
   assert module.products() == [Product("bf16", "bf16", 1, 5, "jit(step)/dot_general", files)]
