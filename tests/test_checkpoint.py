@@ -1,7 +1,8 @@
-"""A checkpoint restores what was saved, on any mesh; a damaged one is never used."""
+"""A checkpoint restores what was saved, on any mesh; a damaged one is never used, and one that does not fit is kept."""
 
 import errno
 import gc
+import json
 import logging
 import os
 import shutil
@@ -157,6 +158,120 @@ def test_if_all_are_damaged_nothing_is_restored_and_no_late_error_is_shown(run, 
   assert len(said) == 3
   gc.collect()
   assert later == []
+
+
+def contents(folder) -> dict[str, bytes]:
+  return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def with_parameter(tree, make):
+  """The state, or its abstract form, of a model with one more parameter."""
+  params = {"params": tree.params["params"] | {"gate": make((3,), np.float32)}}
+  return tree._replace(params=params)
+
+
+def narrower(abstract):
+  embedding = jax.ShapeDtypeStruct((256, 8), np.float32)
+  return abstract._replace(params={"params": abstract.params["params"] | {"embedding": embedding}})
+
+
+def of_bfloat16(abstract):
+  embedding = jax.ShapeDtypeStruct((256, 16), jax.numpy.bfloat16)
+  return abstract._replace(params={"params": abstract.params["params"] | {"embedding": embedding}})
+
+
+MISFITS = {
+  "name": (lambda state: with_parameter(state, jax.ShapeDtypeStruct), r"params/params/gate is absent there, .* \[3\] here"),
+  "shape": (narrower, r"params/params/embedding is float32 \[256, 16\] there, float32 \[256, 8\] here"),
+  "dtype": (of_bfloat16, r"params/params/embedding is float32 \[256, 16\] there, bfloat16 \[256, 16\] here"),
+}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_touched(run, target, name, earlier):
+  change, words = MISFITS[name]
+  if earlier:
+    forget_arrays(run)
+  before, said = contents(run), []
+  with Checkpoints(run, say=said.append) as checkpoints:
+    with pytest.raises(ValueError, match=f"{run}/checkpoints/3 does not fit this model and optimizer: {words}") as refusal:
+      checkpoints.restore(change(target))
+    assert "\n" not in str(refusal.value)
+  with pytest.raises(ValueError, match=f"checkpoints/3 does not fit .*: {words}"):
+    restore_params(run, change(target).params, say=said.append)
+  assert (contents(run), said) == (before, [])
+
+
+def forget_arrays(run) -> None:
+  """Makes the checkpoints those of an earlier version, which saved neither the arrays' shapes nor a digest."""
+  for step in (1, 2, 3):
+    path = run / "checkpoints" / str(step) / "facts" / "metadata"
+    facts = json.loads(path.read_text())
+    for name in ("arrays", "digest", "position"):
+      del facts[name]
+    path.write_text(json.dumps(facts))
+
+
+def test_a_checkpoint_with_one_parameter_too_many_does_not_fit(tmp_path, saved, target):
+  state = with_parameter(saved[1], np.zeros)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, {}, {})
+    with pytest.raises(ValueError, match=r"params/params/gate is float32 \[3\] there, absent here"):
+      checkpoints.restore(target)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_restored(run, target, saved):
+  forget_arrays(run)
+  with Checkpoints(run) as checkpoints:
+    restored = checkpoints.restore(target)
+  chex.assert_trees_all_equal(jax.device_get(restored.state), saved[1])
+  assert (restored.data, restored.facts) == ({"next_index": 3}, {"note": "kept"})
+
+
+def test_a_damaged_checkpoint_is_passed_over_before_an_older_one_that_does_not_fit(run, target):
+  flip_bits(run / "checkpoints" / "3")
+  (run / "checkpoints" / "3" / "facts" / "metadata").write_text("{")
+  with Checkpoints(run, say=lambda line: None) as checkpoints, pytest.raises(ValueError, match="checkpoints/2 does not fit"):
+    checkpoints.restore(narrower(target))
+  assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+  ("file", "old", "new"),
+  [("facts", "kept", "kepu"), ("data", '"next_index": 3', '"next_index": 7'), ("facts", "float32 [256", "float32 [254")],
+)
+def test_facts_and_position_with_a_flipped_bit_are_damaged(run, target, file, old, new):
+  path = run / "checkpoints" / "3" / file / "metadata"
+  assert old in path.read_text()
+  path.write_text(path.read_text().replace(old, new))
+  said = []
+  with Checkpoints(run, say=said.append) as checkpoints:
+    assert checkpoints.restore(target).data == {"next_index": 2}
+  assert len(said) == 1
+  assert "digest" in said[0]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
+def test_a_checkpoint_that_this_process_may_not_read_is_not_damaged(run, target, monkeypatch, number):
+  before = contents(run)
+
+  def refuse(*_, **__):
+    raise OSError(number, os.strerror(number))
+
+  with Checkpoints(run) as checkpoints:
+    monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+    with pytest.raises(OSError, match=rf"a checkpoint cannot be read here \(.*{os.strerror(number)}.*Nothing was changed"):
+      checkpoints.restore(target)
+  assert contents(run) == before
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(tmp_path, saved):
+  with Checkpoints(tmp_path, kept=1) as checkpoints:
+    for step, loss in enumerate([float("nan"), 2.0, float("nan"), None]):
+      checkpoints.save(step, saved[1], {}, {}, loss)
+    assert checkpoints.best_loss == 2.0
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]
 
 
 def test_a_save_cut_short_leaves_no_checkpoint(run, target):

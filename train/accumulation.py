@@ -19,9 +19,9 @@ class Accumulation(NamedTuple):
   Attributes:
     batches: int32; batches in `gradients`.
     updates: int32; updates made.
-    weight: `sum_i w_i` of these batches, in float32 or the parameters' wider dtype.
+    weight: `sum_i w_i` of these batches, in float64 if a parameter is, else in float32.
     nats: their summed loss, in the same dtype.
-    gradients: `sum_i w_i g_i`, each leaf in float32 or its parameter's wider dtype.
+    gradients: `sum_i w_i g_i`, each leaf in float64 if its parameter is, else in float32.
     loss: the mean loss of the batches of the last update.
     inner: the state of the inner transform.
   """
@@ -65,7 +65,7 @@ def accumulate(transform: optax.GradientTransformation, count: int) -> optax.Gra
 
 
 def _sum_dtype(*leaves: jax.Array) -> jnp.dtype:
-  return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+  return jnp.dtype(jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32)
 
 
 def _zeros(tree: Any) -> Any:
