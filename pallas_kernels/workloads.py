@@ -71,6 +71,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 # Further uses of them. Accelerators are measured on all but `HALF_AS_WIDE`, for which they have "titans_mlp".
 VARIANTS: dict[str, Callable[..., Any]] = {
+  "linear_attention_without_decay": delta_rule.linear_attention,
   "kimi_delta_rule_unbounded": delta_rule.kimi_delta_rule,
   "erase_then_delta_rule_unbounded": delta_rule.erase_then_delta_rule,
   "titans_mlp": partial(_titans, memory=_MLP),
@@ -113,6 +114,8 @@ def _named_inputs(name: str, shape: Shape, seed: int) -> dict[str, jax.Array]:
   decay = lambda *dims: -jax.nn.softplus(normal(*dims) - jnp.float32(5.0))  # noqa: E731
   q, values = unit(b, t, h, k), normal(b, t, h, v)
   match name.removesuffix("_unbounded"):
+    case "linear_attention_without_decay":
+      return {"q": q, "k": unit(b, t, h, k), "v": values}
     case "linear_attention":
       return {"q": q, "k": unit(b, t, h, k), "v": values, "log_decay": decay(b, t, h)}
     case "delta_rule":
