@@ -42,7 +42,8 @@ def test_standard_library_is_found_and_split_the_same_way_every_time():
 def test_every_token_that_has_a_predecessor_in_its_document_is_a_target_once(documents, sequence_length, max_documents):
   split = split_of(documents, sequence_length, max_documents)
   rows = [split[i] for i in range(len(split))]
-  targets = np.concatenate([row["targets"][row["weights"] > 0] for row in rows])
+  targets = np.concatenate([np.zeros(0, int), *(row["targets"][row["weights"] > 0] for row in rows)])
+  assert all(row["weights"].any() for row in rows)
   assert targets.astype(np.uint8).tobytes() == b"".join(document[1:] for document in documents)
   assert split.num_targets == len(targets)
   assert max_documents is None or max(row["segment_ids"].max() for row in rows) <= max_documents
@@ -53,10 +54,17 @@ def test_every_token_that_has_a_predecessor_in_its_document_is_a_target_once(doc
 def test_segment_ids_count_the_documents_of_a_row_and_are_zero_after_the_last_token(documents, sequence_length):
   split = split_of(documents, sequence_length)
   owner = np.concatenate([np.full(len(document), i) for i, document in enumerate(documents)])
-  for i in range(len(split)):
-    segment_ids, own = split[i]["segment_ids"], owner[i * sequence_length :][:sequence_length]
+  with_targets = [start for start in range(0, len(owner), sequence_length) if _repeats(owner[start:][: sequence_length + 1])]
+  assert len(split) == len(with_targets)
+  for row, start in zip(split, with_targets, strict=True):
+    segment_ids, own = row["segment_ids"], owner[start:][:sequence_length]
     np.testing.assert_array_equal(segment_ids[: len(own)], own - own[0] + 1)
     assert not segment_ids[len(own) :].any()
+
+
+def _repeats(owner: np.ndarray) -> bool:
+  """Whether a token and the next are of one document."""
+  return bool((owner[1:] == owner[:-1]).any())
 
 
 def test_a_row_has_the_promised_shapes_and_dtypes(corpus):

@@ -1,9 +1,12 @@
 """Documents from the standard library, files, folders and globs: which are read, and under which names."""
 
 import gzip
+import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
-from memzoo.train.sources import read_documents
+from memzoo.train.sources import read_documents, read_sources, skipped_in_words
 
 
 def test_standard_library_is_source_text_without_packages_and_tests():
@@ -68,3 +71,112 @@ def test_unreadable_source_is_an_error(tmp_path, monkeypatch):
   monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
   with pytest.raises(ValueError, match=r"a\.txt cannot be read: Permission denied"):
     read_documents(str(path))
+
+
+# Names do not depend on what else is there.
+
+
+def names(source) -> list[str]:
+  return [document.name for document in read_documents(str(source))]
+
+
+def write(*paths: Path) -> None:
+  for path in paths:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(path.name)
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/x.txt", "a/*.txt", "a/x.t[x]t", "?/**/x.txt"])
+def test_a_file_that_is_added_renames_no_other(tmp_path, pattern):
+  write(tmp_path / "a" / "x.txt")
+  before = names(tmp_path / pattern)
+  write(tmp_path / "b" / "deep" / "x.txt", tmp_path / "a" / "y.txt", tmp_path / "c" / "x.txt")
+  assert before == ["x.txt" if pattern.startswith("a/") else "a/x.txt"]
+  assert before[0] in names(tmp_path / pattern)
+  assert (len(names(tmp_path / pattern)) > 1) == (pattern != "a/x.t[x]t")
+
+
+def test_names_are_relative_to_the_part_of_a_glob_without_wildcards(tmp_path, monkeypatch):
+  write(tmp_path / "d" / "a" / "x.txt")
+  monkeypatch.chdir(tmp_path)
+  patterns = ("**/*.txt", "./**/*.txt", "d/*/x.txt", "d/a/*", "d/../d/*/*.txt")
+  assert [names(pattern) for pattern in patterns] == [["d/a/x.txt"], ["d/a/x.txt"], ["a/x.txt"], ["x.txt"], ["a/x.txt"]]
+
+
+def test_a_binary_file_of_a_glob_is_left_out_whatever_else_matches(tmp_path):
+  write(tmp_path / "a.txt")
+  (tmp_path / "b.bin").write_bytes(b"a\0")
+  (source,) = read_sources(str(tmp_path / "*"))
+  assert ([document.name for document in source.documents], source.skipped) == (["a.txt"], {"binary files": 1})
+  with pytest.raises(ValueError, match=r"b\.\*', which holds no text; .* Skipped: binary files \(1\)\."):
+    read_documents(str(tmp_path / "b.*"))
+  assert names(tmp_path / "b.bin") == ["b.bin"], "a file that is named alone is read"
+
+
+# What is not read is counted.
+
+
+def test_a_linked_folder_is_read_under_its_own_name(tmp_path):
+  write(tmp_path / "text" / "a.txt", tmp_path / "elsewhere" / "sub" / "b.txt", tmp_path / "text" / ".cache" / "c.txt")
+  (tmp_path / "text" / "linked").symlink_to(tmp_path / "elsewhere")
+  (tmp_path / "text" / "cached").symlink_to(tmp_path / "text" / ".cache")
+  assert names(tmp_path / "text") == ["a.txt", "cached/c.txt", "linked/sub/b.txt"]
+
+
+def test_a_linked_folder_that_is_read_anyway_is_counted(tmp_path):
+  write(tmp_path / "text" / "a.txt", tmp_path / "text" / "sub" / "b.txt", tmp_path / "elsewhere" / "c.txt")
+  (tmp_path / "text" / "all").symlink_to(tmp_path / "text")
+  (tmp_path / "text" / "again").symlink_to(tmp_path / "text" / "sub")
+  (tmp_path / "text" / "out").symlink_to(tmp_path / "elsewhere")
+  (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+  (source,) = read_sources(str(tmp_path / "text"))
+  assert [document.name for document in source.documents] == ["a.txt", "out/c.txt", "sub/b.txt"]
+  assert source.skipped == {"links to folders that are read anyway": 3}
+
+
+def test_a_loop_of_links_gives_a_glob_every_file_once(tmp_path):
+  write(tmp_path / "text" / "sub" / "a.txt")
+  (tmp_path / "text" / "sub" / "loop").symlink_to(tmp_path / "text")
+  assert names(tmp_path / "text" / "**" / "*.txt") == ["sub/a.txt"]
+
+
+def test_empty_documents_special_files_and_folders_of_a_glob_are_counted(tmp_path):
+  write(tmp_path / "a.txt", tmp_path / "sub" / "b.txt")
+  (tmp_path / "empty.txt").touch()
+  (tmp_path / "c.jsonl").write_text('{"text": ""}\n\n{"text": "c"}\n')
+  os.mkfifo(tmp_path / "pipe")
+  (folder,) = read_sources(str(tmp_path))
+  assert [document.name for document in folder.documents] == ["a.txt", "c.jsonl:3", "sub/b.txt"]
+  assert folder.skipped == {"empty documents": 2, "special files": 1}
+  (matched,) = read_sources(str(tmp_path / "*"))
+  assert [document.name for document in matched.documents] == ["a.txt", "c.jsonl:3"]
+  assert matched.skipped == {"empty documents": 2, "special files": 1, "folders that a glob matches": 1}
+  (deep,) = read_sources(str(tmp_path / "**"))
+  assert deep.skipped == {"empty documents": 2, "special files": 1}
+
+
+def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
+  write(tmp_path / "a.txt", tmp_path / "sub" / "b.txt")
+  scandir = os.scandir
+
+  def refuse(path):
+    if os.path.basename(path) == "sub":
+      raise PermissionError(13, "Permission denied", str(path))
+    return scandir(path)
+
+  monkeypatch.setattr("os.scandir", refuse)
+  with pytest.raises(ValueError, match=r"sub cannot be read: Permission denied"):
+    read_documents(str(tmp_path))
+
+
+@pytest.mark.parametrize("pattern", ["", "*.jsonl", "b.jsonl"])
+def test_a_line_that_cannot_be_text_is_named(tmp_path, pattern):
+  (tmp_path / "b.jsonl").write_text('{"text": "\\ud800"}\n')
+  with pytest.raises(ValueError, match=r"b\.jsonl, line 1: expected a JSON object .*UnicodeEncodeError"):
+    read_documents(str(tmp_path / pattern))
+
+
+def test_skipped_units_are_counted_in_words():
+  skipped = Counter({"empty documents": 1, "binary files": 1200})
+  assert skipped_in_words(skipped) == " Skipped: binary files (1,200), empty documents (1)."
+  assert skipped_in_words(Counter()) == ""

@@ -2,7 +2,8 @@
 
 The documents of a split are concatenated into one array of tokens, which is cut into rows of `sequence_length`. Grain shuffles
 the rows anew every epoch. A row depends only on its number, so any batch can be made without the others, and the position of a
-run is one integer. No token is dropped, and only the end of a split is padded.
+run is one integer. No token that has a target is dropped, and only the end of a split is padded. Documents without tokens are
+left out, and so are rows without targets.
 
 In a row `segment_ids` counts documents from 1; 0 is padding. The target of a token is the next token of the same document.
 The last token of a document has no target: its weight is 0. A document that does not fit in its row continues in another
@@ -14,11 +15,11 @@ The tokens of all text are held in memory, in one byte each if tokens are bytes.
 import hashlib
 import math
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, pairwise
-from pathlib import Path
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -26,7 +27,8 @@ import numpy as np
 from ..zoo.formats import thousands
 from ..zoo.stack import Stack
 from .checks import at_least, check_seed
-from .sources import ByteTokenizer, Document, FileTokenizer, load_tokenizer, read_sources
+from .sources import Document, read_sources, skipped_in_words
+from .tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
   import grain
@@ -84,7 +86,7 @@ class TextData:
 
   @property
   def vocab_size(self) -> int:
-    """Number of different tokens; a model's `vocab_size` must be at least this."""
+    """One more than the largest token; a model's `vocab_size` must be at least this."""
     return self._tokenizer.vocab_size
 
   def encode(self, text: str) -> list[int]:
@@ -107,8 +109,8 @@ class TextData:
     known = getattr(model, "vocab_size", 0)
     if known < self.vocab_size:
       raise ValueError(
-        f"LanguageModel.vocab_size is {known}; expected at least {self.vocab_size}, the number of "
-        f"tokens of TextData.tokenizer={self.tokenizer!r}."
+        f"LanguageModel.vocab_size is {known}; expected at least {self.vocab_size}: the largest token of "
+        f"TextData.tokenizer={self.tokenizer!r} is {self.vocab_size - 1}."
       )
     check_documents(model, self.max_documents or self.sequence_length, "set TextData.max_documents")
 
@@ -120,12 +122,10 @@ class TextData:
         "as it was during training."
       )
 
-  @cached_property
+  @property
   def tokenizer_digest(self) -> str:
-    """"bytes", or a digest of the tokenizer's file."""
-    if self.tokenizer == "bytes":
-      return "bytes"
-    return hashlib.blake2b(Path(self.tokenizer).expanduser().read_bytes(), digest_size=16).hexdigest()
+    """"bytes", or a digest of the tokenizer's file as it was when it was loaded."""
+    return self._tokenizer.digest
 
   def load(self) -> "Corpus":
     """Reads, splits and tokenises all text.
@@ -134,32 +134,54 @@ class TextData:
       ValueError: if a source is missing, unreadable, empty or malformed, or there is less than a row of text to train on.
     """
     sources = read_sources(self.sources, self.text_field)
+    names, skipped = [source.name for source in sources], sum((source.skipped for source in sources), Counter())
+    parts = [source.documents for source in sources]
     if self.weights is None:
-      sources = [[document for source in sources for document in source]]
-    training, validation = zip(*(split_documents(source, self.validation_fraction) for source in sources), strict=True)
-    corpus = Corpus(self, *map(self._lay_out, map(chain.from_iterable, (training, validation))), tuple(map(len, training)))
-    if corpus.training.tokens.size <= self.sequence_length:
-      raise ValueError(
-        f"TextData.sources={self.sources!r} leave {corpus.training.tokens.size} tokens to train on; expected more than "
-        f"TextData.sequence_length={self.sequence_length}: give more text, or shorter rows."
-      )
-    if len(corpus.validation.document_ends) >= corpus.validation.tokens.size:
-      raise ValueError(
-        f"TextData.sources={self.sources!r} leave {corpus.validation.tokens.size} tokens to validate on; expected more: "
-        "give more text, or a larger TextData.validation_fraction."
-      )
+      parts = [[document for part in parts for document in part]]
+    splits = [split_documents(part, self.validation_fraction) for part in parts]
+    del sources, parts  # documents that were cut in two
+    training, counts = self._lay_out([part for part, _ in splits])
+    validation, _ = self._lay_out([part for _, part in splits])
+    without = sum(len(part) for split in splits for part in split) - sum(counts) - len(validation.document_ends)
+    corpus = Corpus(self, training, validation, counts, skipped + Counter({"documents or parts without tokens": without}))
+    self._check(corpus, names)
     return corpus
 
-  def _lay_out(self, documents: Iterable[Document]) -> "Split":
-    documents = list(documents)
-    tokens = self._tokenizer.encode_documents(documents)
-    return Split(
-      tokens=np.concatenate(tokens),
-      document_ends=np.cumsum([len(document) for document in tokens]),
-      num_bytes=sum(len(document.text) for document in documents),
+  def _lay_out(self, parts: Sequence[Sequence[Document]]) -> tuple["Split", tuple[int, ...]]:
+    """The split of all documents that have tokens, and their number in each part."""
+    documents = [document for part in parts for document in part]
+    tokens, lengths = self._tokenizer.encode_documents(documents)
+    kept = lengths > 0
+    split = Split(
+      tokens=tokens,
+      document_ends=np.cumsum(lengths[kept]),
+      num_bytes=sum(len(document.text) for document, length in zip(documents, lengths, strict=True) if length),
       sequence_length=self.sequence_length,
       max_documents=self.max_documents,
     )
+    bounds = np.cumsum([0, *map(len, parts)])
+    return split, tuple(int(kept[start:end].sum()) for start, end in pairwise(bounds))
+
+  def _check(self, corpus: "Corpus", names: Sequence[str]) -> None:
+    """Raises `ValueError` if there is too little text in a split, or in a source of a mixture."""
+    training, validation, skipped = corpus.training, corpus.validation, skipped_in_words(corpus.skipped)
+    if training.tokens.size <= self.sequence_length:
+      raise ValueError(
+        f"TextData.sources={self.sources!r} leave {training.tokens.size} tokens to train on; expected more than "
+        f"TextData.sequence_length={self.sequence_length}: give more text, or shorter rows.{skipped}"
+      )
+    for part, name in zip(corpus.parts, names if self.weights else [""], strict=True):
+      if not part.num_targets:
+        what = f"names {name!r}, which leaves" if self.weights else f"is {self.sources!r}, which leave"
+        raise ValueError(
+          f"TextData.sources {what} {part.tokens.size} tokens to train on and none to predict; expected a document of at least "
+          f"two tokens.{skipped}"
+        )
+    if not validation.num_targets:
+      raise ValueError(
+        f"TextData.sources={self.sources!r} leave {validation.tokens.size} tokens to validate on and none to predict; expected "
+        f"a document of at least two tokens: give more text, or a larger TextData.validation_fraction.{skipped}"
+      )
 
 
 def check_documents(model: Any, most: int, remedy: str) -> None:
@@ -174,8 +196,8 @@ def check_documents(model: Any, most: int, remedy: str) -> None:
 def split_documents(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
   """Splits `documents` into training and validation by a hash of their names.
 
-  The split of a document does not depend on the others, so adding text moves none. If one side would be empty, the last
-  `fraction` of every document is validation instead.
+  The split of a document depends only on its name, so adding documents moves none. But if one side would be empty, as with few
+  documents, the last `fraction` of every document is validation instead.
   """
 
   def is_validation(document: Document) -> bool:
@@ -188,14 +210,14 @@ def split_documents(documents: list[Document], fraction: float) -> tuple[list[Do
     return training, validation
   cuts = [(name, text, len(text) - math.ceil(len(text) * fraction)) for name, text in documents]
   return (
-    [Document(name, text[:cut]) for name, text, cut in cuts],
+    [Document(name, text[:cut]) for name, text, cut in cuts if cut],
     [Document(name, text[cut:]) for name, text, cut in cuts],
   )
 
 
 @dataclass(frozen=True)
 class Split:
-  """The text of one split, concatenated. It is a sequence of rows: `split[i]` is row `i`.
+  """The text of one split, concatenated. It is a sequence of rows, each with at least one target: `split[i]` is row `i`.
 
   Attributes:
     tokens: [tokens] of unsigned integers.
@@ -225,13 +247,13 @@ class Split:
     """The split of documents `start` to `end` alone. Nothing is copied."""
     bounds = np.concatenate([[0], self.document_ends])
     tokens = self.tokens[bounds[start] : bounds[end]]
-    num_bytes = round(self.bytes_per_token * tokens.size)
+    num_bytes = round(self.num_bytes * tokens.size / max(1, self.tokens.size))
     ends = self.document_ends[start:end] - bounds[start]
     return Split(tokens, ends, num_bytes, self.sequence_length, self.max_documents)
 
   @cached_property
   def bounds(self) -> np.ndarray:
-    """[rows + 1], ascending; the start of each row in `tokens`, and the end of the last one."""
+    """Ascending; the start of each row in `tokens`, also of those without targets, and the end of the last one."""
     length, last = self.sequence_length, max(1, self.tokens.size - 1)
     if self.max_documents is None:
       return np.minimum(np.arange(math.ceil(last / length) + 1) * length, self.tokens.size)
@@ -241,12 +263,25 @@ class Split:
       bounds.append(min(bounds[-1] + length, int(ends[first + self.max_documents - 1])))
     return np.array(bounds)
 
+  @cached_property
+  def _rows(self) -> np.ndarray:
+    """[rows]; the places in `bounds` of the rows that have more tokens than last tokens of documents, which have no target."""
+    starts, ends = self.bounds[:-1], self.bounds[1:]
+    last_tokens = np.searchsorted(np.unique(self.document_ends), self.bounds, side="right")
+    return np.flatnonzero(ends - starts > np.diff(last_tokens))
+
+  @property
+  def left_out(self) -> int:
+    """Number of rows that are left out, for lack of a target."""
+    return len(self.bounds) - 1 - len(self)
+
   def __len__(self) -> int:
-    return len(self.bounds) - 1
+    return len(self._rows)
 
   def __getitem__(self, row: int) -> Batch:
     """Row `row`: tokens, targets and segment_ids int32, weights float32, all [sequence_length]."""
-    (start, end), length = self.bounds[int(row) : int(row) + 2], self.sequence_length
+    place, length = self._rows[int(row)], self.sequence_length
+    start, end = self.bounds[place : place + 2]
     window = self.tokens[start : end + 1 if end - start == length else end]  # a full row's last target is the next token
     document = np.searchsorted(self.document_ends, np.arange(start, start + window.size), side="right")
     segments = (document - document[0] + 1).astype(np.int32)
@@ -268,12 +303,14 @@ class Corpus:
     data: the `TextData`.
     training, validation: the splits.
     counts: numbers of training documents in the parts that rows are drawn from; with weights, a part is a source.
+    skipped: number of things in the sources that were skipped, by what they are.
   """
 
   data: TextData
   training: Split
   validation: Split
   counts: tuple[int, ...]
+  skipped: Counter[str] = field(default_factory=Counter)
 
   measure: ClassVar[str] = "bits_per_byte"
 
@@ -286,14 +323,15 @@ class Corpus:
     found = baselines(predicted_text(batches, self.data))
     return {"byte frequencies": found.order_0, "zlib -9": found.zlib}
 
-  @property
+  @cached_property
   def parts(self) -> list[Split]:
     """The parts of `training` that rows are drawn from, with `data.weights`."""
     bounds = np.cumsum([0, *self.counts])
     return [self.training.documents(start, end) for start, end in pairwise(bounds)]
 
   def summary(self, steps: int) -> str:
-    """One line about the documents, the rows that they are packed into, and the epochs in `steps` batches."""
+    """One line about the documents, the rows that they are packed into, the epochs in `steps` batches, and what was skipped."""
+    left_out = Counter({"rows without a target": self._left_out})
     rows = sum(map(len, self.parts))
     without = 1 - sum(part.num_targets for part in self.parts) / (rows * self.data.sequence_length)
     documents = len(self.training.document_ends)
@@ -301,8 +339,12 @@ class Corpus:
       f"{documents:,} document{'s' * (documents > 1)} packed into {rows:,} rows of {self.data.sequence_length}, "
       f"{without:.2%} of their places without a target; {len(self.validation.document_ends):,} into "
       f"{len(self.validation):,} for validation. {steps * self.data.batch_size / rows:.2g} epochs of "
-      f"{thousands(self.training.num_bytes, 'B')} of text."
+      f"{thousands(self.training.num_bytes, 'B')} of text.{skipped_in_words(self.skipped + left_out)}"
     )
+
+  @property
+  def _left_out(self) -> int:
+    return sum(split.left_out for split in (*self.parts, self.validation))
 
   def batches(self, share: int = 0, shares: int = 1) -> "grain.DatasetIterator":
     """An endless iterator over training batches: tokens, targets, segment_ids, weights, each [rows, sequence_length].
@@ -337,11 +379,13 @@ class Corpus:
 
   @cached_property
   def fingerprint(self) -> str:
-    """A digest of all tokens and document ends of both splits."""
+    """A digest of all tokens and document ends of both splits, and of the number of rows that are left out, if any."""
     digest = hashlib.blake2b(digest_size=16)
     for split in (self.training, self.validation):
       digest.update(split.tokens.data)
       digest.update(split.document_ends.data)
+    if self._left_out:
+      digest.update(str(self._left_out).encode())
     return digest.hexdigest()
 
 
@@ -364,7 +408,9 @@ class Baselines:
 
 
 def baselines(text: bytes) -> Baselines:
-  """Bits per byte of `text` under its own byte frequencies, and compressed by zlib at level 9."""
+  """Bits per byte of `text` under its own byte frequencies, and compressed by zlib at level 9; NaN if it is empty."""
+  if not text:
+    return Baselines(math.nan, math.nan)
   counts = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
   share = counts[counts > 0] / len(text)
   return Baselines(order_0=float(-(share * np.log2(share)).sum()), zlib=8 * len(zlib.compress(text, 9)) / len(text))

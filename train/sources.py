@@ -1,40 +1,52 @@
-"""Text from the standard library's source, files, folders and globs; and tokenizers."""
+"""Text from the standard library's source, files, folders and globs."""
 
 import glob
 import gzip
+import itertools
 import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 # Tests and tables of character sets. They are near copies of one another and would leak from training to validation.
 _NOT_STDLIB_TEXT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
 
 
 class Document(NamedTuple):
-  """One text. `name` is relative to its source, so it is the same on every machine."""
+  """One text.
+
+  `name` is relative to the source: to the folder, to the part of a glob before its first wildcard, or to the file's own folder.
+  So it is the same on every machine, and other files do not change it.
+  """
 
   name: str
   text: bytes
 
 
+class Source(NamedTuple):
+  """The documents of a source, and how many things in it were skipped, by what they are."""
+
+  name: str
+  documents: list[Document]
+  skipped: Counter[str]
+
+
 def read_documents(sources: str | Sequence[str], field: str = "text") -> list[Document]:
   """All documents of `sources` in one list; see `read_sources`."""
-  return [document for source in read_sources(sources, field) for document in source]
+  return [document for source in read_sources(sources, field) for document in source.documents]
 
 
-def read_sources(sources: str | Sequence[str], field: str = "text") -> list[list[Document]]:
-  """The documents of each of `sources`, sorted by name within each.
+def read_sources(sources: str | Sequence[str], field: str = "text") -> list[Source]:
+  """Reads each of `sources`.
 
   Args:
     sources: one or several of "stdlib" (the *.py files of Python's standard library), a file, a folder (its text files at
-      any depth, without hidden and binary ones) or a glob. Every line of a *.jsonl file is a document; any other file is
-      one document. Files may be compressed (*.gz).
+      any depth, also in linked folders, without hidden and binary ones) or a glob (without hidden and binary files). Every
+      line of a *.jsonl file is a document; any other file is one document. Files may be compressed (*.gz).
     field: the field of a JSONL line's object that holds the text.
 
   Raises:
@@ -46,43 +58,75 @@ def read_sources(sources: str | Sequence[str], field: str = "text") -> list[list
   return [_read_source(source, field) for source in sources]
 
 
-def _read_source(source: str, field: str) -> list[Document]:
+def skipped_in_words(skipped: Counter[str]) -> str:
+  """A sentence that follows another, such as " Skipped: binary files (3)."; empty if nothing was skipped."""
+  return f" Skipped: {', '.join(f'{what} ({count:,})' for what, count in sorted(skipped.items()))}." if skipped else ""
+
+
+def _read_source(source: str, field: str) -> Source:
+  skipped: Counter[str] = Counter()
   if source == "stdlib":
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in _walk(root, _NOT_STDLIB_TEXT) if path.suffix == ".py"]
+    paths = [path for path in _walk(source, root, _NOT_STDLIB_TEXT) if path.suffix == ".py"]
     documents = [Document(_name(path, root), _read(source, path)) for path in paths]
   else:
-    documents = list(_read_paths(source, field))
-  documents = [document for document in documents if document.text]
+    documents = list(_read_paths(source, field, skipped))
+  if empty := sum(not document.text for document in documents):
+    skipped["empty documents"] = empty
+    documents = [document for document in documents if document.text]
   if not documents:
-    raise ValueError(f"TextData.sources names {source!r}, which holds no text; expected a file that is not empty.")
-  return documents
+    raise ValueError(
+      f"TextData.sources names {source!r}, which holds no text; expected a file that is not empty.{skipped_in_words(skipped)}"
+    )
+  return Source(source, documents, skipped)
 
 
-def _read_paths(source: str, field: str) -> Iterator[Document]:
-  expanded = os.path.expanduser(source)
-  if os.path.isdir(expanded):
-    root = Path(expanded)
-    for path in _walk(root, frozenset()):
-      yield from _read_file(source, path, _name(path, root), field, skip_binary=True)
+def _read_paths(source: str, field: str, skipped: Counter[str]) -> Iterator[Document]:
+  path = Path(os.path.expanduser(source))
+  if path.is_dir():
+    root, paths = path, _walk(source, path, frozenset(), skipped)
+  elif path.exists():
+    yield from _read_file(source, path, path.name, field)
     return
-  paths = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
-  paths = [path for path in paths if not os.path.isdir(path)]
+  else:
+    root, paths = _glob(source, os.path.expanduser(source), skipped)
+  for path in paths:
+    if path.exists() and not path.is_file():
+      skipped["special files"] += 1
+    else:
+      yield from _read_file(source, path, _name(path, root), field, skipped)
+
+
+def _glob(source: str, pattern: str, skipped: Counter[str]) -> tuple[Path, list[Path]]:
+  """The part of a glob before its first wildcard, and the files that match, sorted."""
+  found = [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if not _in_loop(path)]
+  paths = [path for path in found if not path.is_dir()]
   if not paths:
     raise ValueError(
       f"TextData.sources names {source!r}, which matches no file here ({os.getcwd()}); expected \"stdlib\", or the path of "
       "a file or folder, or a glob."
     )
-  root = Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
-  for path in map(Path, paths):
-    yield from _read_file(source, path, _name(path, root), field, skip_binary=len(paths) > 1)
+  read = {folder for path in paths for folder in path.parents}
+  if folders := sum(path.is_dir() and path not in read for path in found):
+    skipped["folders that a glob matches"] = folders
+  parts = Path(pattern).parts
+  return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1])), paths
 
 
-def _read_file(source: str, path: Path, name: str, field: str, skip_binary: bool) -> Iterator[Document]:
+def _in_loop(path: Path) -> bool:
+  """Whether `path` passes a link to a folder that it has already passed."""
+  folders = path.parents
+  return any(folder.is_symlink() for folder in folders) and len(set(map(os.path.realpath, folders))) < len(folders)
+
+
+def _read_file(source: str, path: Path, name: str, field: str, skipped: Counter[str] | None = None) -> Iterator[Document]:
+  """The documents of a file. If `skipped` is given, a binary file has none and is counted there."""
   text = _read(source, path)
   if path.name.removesuffix(".gz").endswith(".jsonl"):
     yield from _json_lines(path, name, text, field)
-  elif not (skip_binary and b"\0" in text[:8192]):
+  elif skipped is not None and b"\0" in text[:8192]:
+    skipped["binary files"] += 1
+  else:
     yield Document(name, text)
 
 
@@ -100,10 +144,31 @@ def _json_lines(path: Path, name: str, text: bytes, field: str) -> Iterator[Docu
       ) from None
 
 
-def _walk(root: Path, left_out: frozenset[str]) -> Iterator[Path]:
-  """Files under `root` sorted by name, without hidden ones and folders named in `left_out`."""
-  for folder, folders, files in os.walk(root):
-    folders[:] = sorted(name for name in folders if name not in left_out and not name.startswith((".", "__pycache__")))
+def _walk(source: str, root: Path, left_out: frozenset[str], skipped: Counter[str] | None = None) -> Iterator[Path]:
+  """Files under `root` sorted by name, without hidden ones and folders named in `left_out`.
+
+  If `skipped` is given, linked folders are entered too. Those that would be read twice are counted there instead.
+  """
+
+  def hidden(names: Iterable[str]) -> bool:
+    return any(name in left_out or name.startswith((".", "__pycache__")) for name in names)
+
+  def read_anyway(link: Path) -> bool:
+    real, top = Path(os.path.realpath(link)), Path(os.path.realpath(root))
+    above = {os.path.realpath(folder) for folder in link.parents if folder == root or root in folder.parents}
+    return str(real) in above or (real.is_relative_to(top) and not hidden(real.relative_to(top).parts))
+
+  def enter(folder: Path) -> bool:
+    if skipped is None or not folder.is_symlink() or not read_anyway(folder):
+      return True
+    skipped["links to folders that are read anyway"] += 1
+    return False
+
+  def refuse(error: OSError) -> None:
+    raise _unreadable(source, error.filename, error)
+
+  for folder, folders, files in os.walk(root, onerror=refuse, followlinks=skipped is not None):
+    folders[:] = sorted(name for name in folders if not hidden([name]) and enter(Path(folder, name)))
     yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
 
 
@@ -116,102 +181,9 @@ def _read(source: str, path: Path) -> bytes:
     content = path.read_bytes()
     return gzip.decompress(content) if path.suffix == ".gz" else content
   except (OSError, EOFError, zlib.error) as error:
-    reason = getattr(error, "strerror", None) or error
-    raise ValueError(f"TextData.sources names {source!r}, but {path} cannot be read: {reason}.") from None
+    raise _unreadable(source, path, error) from None
 
 
-class ByteTokenizer:
-  """Tokens are the bytes of the UTF-8 text; none is special."""
-
-  vocab_size = 256
-
-  def encode(self, text: str) -> list[int]:
-    """The tokens of `text`."""
-    return list(text.encode())
-
-  def decode(self, tokens: Sequence[int]) -> str:
-    """The text of `tokens`. Bytes that are not valid UTF-8 become U+FFFD."""
-    return bytes(int(token) & 255 for token in tokens).decode(errors="replace")
-
-  def encode_documents(self, documents: Sequence[Document]) -> list[np.ndarray]:
-    """The tokens of each document, in the smallest dtype that holds them."""
-    return [np.frombuffer(document.text, np.uint8) for document in documents]
-
-
-class FileTokenizer:
-  """A `tokenizer.json` of the `tokenizers` library, used without special tokens."""
-
-  def __init__(self, path: str):
-    """Loads the file at `path`.
-
-    Raises:
-      ValueError: if the library is not installed, or the file is missing or is not a tokenizer.
-    """
-    _need_tokenizers(f"TextData.tokenizer is {path!r}, which")
-    from tokenizers import Tokenizer
-
-    if not os.path.isfile(path):
-      raise ValueError(f'TextData.tokenizer is {path!r}, not a file; expected "bytes" or the path of a tokenizer.json.')
-    try:
-      self._tokenizer = Tokenizer.from_file(path)
-    except Exception as error:  # the library raises bare Exception
-      raise ValueError(f"TextData.tokenizer is {path!r}, which is not a tokenizer.json: {error}.") from None
-    self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-
-  def encode(self, text: str) -> list[int]:
-    """The tokens of `text`."""
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-  def decode(self, tokens: Sequence[int]) -> str:
-    """The text of `tokens`."""
-    return self._tokenizer.decode([int(token) for token in tokens])
-
-  def encode_documents(self, documents: Sequence[Document]) -> list[np.ndarray]:
-    """The tokens of each document, in the smallest dtype that holds them."""
-    dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-    texts = [document.text.decode(errors="replace") for document in documents]
-    encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.asarray(encoding.ids, dtype) for encoding in encodings]
-
-
-def _need_tokenizers(what: str) -> None:
-  try:
-    import tokenizers  # noqa: F401
-  except ImportError:
-    raise ValueError(
-      f'{what} needs the tokenizers library: pip install "memzoo[hub]". The default, "bytes", needs nothing.'
-    ) from None
-
-
-def load_tokenizer(name: str) -> ByteTokenizer | FileTokenizer:
-  """The tokenizer that `TextData.tokenizer` names: "bytes", or the path of a tokenizer.json."""
-  return ByteTokenizer() if name == "bytes" else FileTokenizer(os.path.expanduser(name))
-
-
-def train_tokenizer(sources: str | Sequence[str], vocab_size: int, path: str | os.PathLike, field: str = "text") -> int:
-  """Learns byte-pair merges from text and writes them as a `tokenizer.json`. It can encode any text.
-
-  Args:
-    sources, field: as for `read_sources`.
-    vocab_size: number of tokens, including the 256 bytes.
-    path: path of the file to write.
-
-  Returns:
-    The number of tokens; fewer than `vocab_size` if the text has no more pairs.
-
-  Raises:
-    ValueError: if a source cannot be used, or `vocab_size` is less than 256.
-  """
-  if vocab_size < 256:
-    raise ValueError(f"vocab_size is {vocab_size}; expected at least 256, one for each byte.")
-  _need_tokenizers("learning a tokenizer")
-  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-  tokenizer = Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-  alphabet = pre_tokenizers.ByteLevel.alphabet()
-  trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-  texts = (document.text.decode(errors="replace") for document in read_documents(sources, field))
-  tokenizer.train_from_iterator(texts, trainer)
-  tokenizer.save(os.fspath(path))
-  return tokenizer.get_vocab_size()
+def _unreadable(source: str, path: str | Path, error: Exception) -> ValueError:
+  reason = getattr(error, "strerror", None) or error
+  return ValueError(f"TextData.sources names {source!r}, but {path} cannot be read: {reason}.")
