@@ -45,6 +45,7 @@ from pathlib import Path
 import jax
 import pytest
 from memzoo.train import loop, processes, setup
+from memzoo.train.lock import Lock
 from test_processes import experiment
 from test_training import Spoiled
 from tiny_run import Model, make_runs_quick
@@ -63,6 +64,13 @@ def attempt(name, **settings):
     print(name, "failed:", error)
 
 attempt("other config", steps=20 + number)
+if not number:
+  (folder / "in use").mkdir()
+  lock = Lock(folder / "in use")
+attempt("in use")
+if not number:
+  lock.release()
+attempt("in use", steps=1)
 if number:
   real, setup.check_writable = setup.check_writable, lambda directory: (_ for _ in ()).throw(ValueError("no disk here"))
 attempt("no disk")
@@ -150,6 +158,11 @@ def test_errors_and_signals_in_one_process_are_broadcast_to_all(runs):
   folder, (first, second) = runs
   for said in (first, second):
     assert "other config failed: process 1 has another config than process 0; expected the same for all." in said
+  assert "in use failed: " in first
+  assert "/in use is in use by process" in first
+  assert "in use failed: another process failed; see its message" in second
+  for said in (first, second):
+    assert "in use interrupted None 1" in said, "the lock was given back"
   assert "no disk failed: another process failed; see its message" in first
   assert "no disk failed: no disk here" in second
   step = first.split("signal interrupted SIGTERM ")[1].split()[0]

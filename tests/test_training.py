@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from memzoo.pallas_kernels.measure import matmul_rate
-from memzoo.train import finish, loop
+from memzoo.train import evaluation, finish, loop
+from memzoo.train.checkpoint import Checkpoints, restore_params
 from memzoo.train.diagnosis import Spikes, first_nonfinite_module
 from memzoo.train.loop import NonFiniteError, train
 from memzoo.train.optimizer import Optimizer
-from memzoo.train.report import keep_rows, plot_losses, read_rows, smoothed
+from memzoo.train.probes import probe
+from memzoo.train.report import Report, keep_rows, plot_losses, read_rows, smoothed
 from memzoo.train.runtime import Stopwatch
 from memzoo.train.sharding import MeshShape, put_batch
 from tiny_run import Model, convolution_model, import_path, program_of, quick_runs, tiny_experiment
@@ -60,7 +62,7 @@ def test_a_finished_run_has_written_all_its_files(finished):
   assert list((directory / "tensorboard").glob("events.out.tfevents.*"))
   rows = read_rows(directory / "metrics.jsonl")
   assert [row["step"] for row in rows] == list(range(1, 13))
-  assert [row["step"] for row in rows if "validation_loss" in row] == [5, 10]
+  assert [row["step"] for row in rows if "validation_loss" in row] == [5, 10, 12]
   assert result.step == 12
   assert result.interrupted is None
   assert 0 < result.validation_bits_per_byte < 8
@@ -140,7 +142,7 @@ def test_more_steps_may_be_asked_for(tmp_path):
   result = train(longer, directory, progress=False)
   assert result.step == 9
   evaluated = [step for step, _, validation in losses(directory) if validation is not None]
-  assert evaluated == [5, 7], "7 is the first step after the resumption"
+  assert evaluated == [5, 6, 7, 9], "6 was the last step, and 7 is the first after the resumption"
   assert steps_of(directory) == list(range(1, 10))
   assert "Trainer.steps = 9" in (directory / "config.gin").read_text()
 
@@ -164,6 +166,190 @@ def test_a_run_that_never_saved_may_be_started_anew(tmp_path):
   train(experiment, tmp_path / "run", progress=False)
   assert (tmp_path / "run" / "config.gin").read_text() == experiment.text
   assert steps_of(tmp_path / "run") == [1, 2]
+
+
+@pytest.mark.parametrize("fault", ["save", "step"])
+def test_a_folder_whose_first_start_failed_takes_another_config(tmp_path, monkeypatch, fault):
+  directory = tmp_path / "run"
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    if fault == "step":
+      patch.setattr(loop._Run, "take_step", fail)
+    else:
+      patch.setattr("orbax.checkpoint._src.path.atomicity.AtomicRenameTemporaryPath.finalize", fail)
+    with pytest.raises(OSError, match="No space left"):
+      train(tiny_experiment(tmp_path, steps=2), directory, progress=False)
+  if fault == "save":
+    assert any("tmp" in path.name for path in (directory / "checkpoints").iterdir()), "the case in question"
+  other = tiny_experiment(tmp_path, steps=2, optimizer=Optimizer(learning_rate=0.5))
+  assert train(other, directory, progress=False).step == 2
+  assert steps_of(directory) == [1, 2]
+
+
+def test_a_run_resumes_under_another_default_of_random_keys(finished, tmp_path):
+  _, uninterrupted, _ = finished
+  directory = tmp_path / "run"
+  train(tiny_experiment(tmp_path, steps=5), directory, progress=False)
+  jax.config.update("jax_default_prng_impl", "rbg")
+  try:
+    train(tiny_experiment(tmp_path, steps=6), directory, progress=False)
+    program_of.__globals__["_program"].cache_clear()
+    train(tiny_experiment(tmp_path, steps=7), tmp_path / "other", progress=False)
+  finally:
+    jax.config.update("jax_default_prng_impl", "threefry2x32")
+    program_of.__globals__["_program"].cache_clear()
+  assert steps_of(directory) == [1, 2, 3, 4, 5, 6]
+  assert not (directory / "unreadable").exists()
+  assert losses(tmp_path / "other")[0] == losses(uninterrupted)[0], "the parameters are drawn from the same key"
+
+
+def test_a_run_whose_layer_gained_a_parameter_is_refused_and_left_alone(tmp_path, monkeypatch):
+  directory = tmp_path / "run"
+  train(tiny_experiment(tmp_path, steps=5), directory, progress=False)
+  before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and ".lock" not in path.parts}
+
+  class Grown(Model):
+    """The same layer after an edit of its code."""
+
+    @nn.compact
+    def __call__(self, tokens, state=None, segment_ids=None):
+      scale = self.param("scale", nn.initializers.ones, (), jnp.float32)
+      logits, state = Model.__call__(self, tokens, state, segment_ids)
+      return logits * scale, state
+
+  Grown.__name__ = "Model"
+  words = r"checkpoints/5 does not fit this model and optimizer: params/params/scale is absent there, float32 \[\] here"
+  with pytest.raises(ValueError, match=words):
+    train(tiny_experiment(tmp_path, steps=9, model=Grown()), directory, progress=False)
+  assert {path: path.read_bytes() for path in before} == before
+  assert not (directory / "unreadable").exists()
+
+
+def test_the_last_step_can_be_the_best(tmp_path):
+  experiment = tiny_experiment(tmp_path, steps=9, evaluate_every=0, checkpoint_every=3, checkpoints_kept=3)
+  train(experiment, tmp_path / "run", progress=False)
+  with Checkpoints(tmp_path / "run") as checkpoints:
+    saved = dict(checkpoints._losses)
+  rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+  assert saved == {9: rows[-1]["validation_loss"]}
+  params = program_of(experiment).abstract_state.params
+  assert restore_params(tmp_path / "run", params, best=True)[1] == 9
+
+
+def test_a_checkpoint_of_an_evaluated_step_has_its_loss_also_if_it_is_not_the_best(tmp_path, monkeypatch):
+  found = iter([9.0, 1.0, 2.0, 9.0])
+  monkeypatch.setattr(loop, "mean_loss", lambda *_: (next(found), 0.5))
+  settings = {"steps": 6, "evaluate_every": 2, "checkpoint_every": 4, "checkpoints_kept": 3}
+  train(tiny_experiment(tmp_path, **settings), tmp_path / "run", progress=False)
+  with Checkpoints(tmp_path / "run") as checkpoints:
+    assert checkpoints._losses == {2: 1.0, 4: 2.0, 6: 9.0}, "9.0 is the warm-up's"
+
+
+def test_evaluation_and_probes_refuse_text_that_has_changed(tmp_path, monkeypatch):
+  experiment = tiny_experiment(tmp_path, steps=2)
+  trained = train(experiment, tmp_path / "run", progress=False)
+  monkeypatch.setattr(evaluation, "build_text", lambda text, name: tiny_experiment(tmp_path, steps=2))
+  monkeypatch.setattr(evaluation, "experiment_program", lambda experiment, mesh: program_of(experiment))
+  found, step = evaluation.evaluate_run(tmp_path / "run")
+  assert (found.loss, step) == (pytest.approx(trained.validation_loss, rel=1e-6), 2)
+  monkeypatch.setattr(evaluation, "build_text", lambda text, name: changed(tiny_experiment(tmp_path, steps=2)))
+
+  def changed(experiment):
+    (tmp_path / "text" / "3.txt").write_text("something else entirely")
+    return experiment
+
+  for measure in (evaluation.evaluate_run, lambda run: probe("perplexity", run)):
+    with pytest.raises(ValueError, match=rf"has changed since {tmp_path / 'run'} was trained on it"):
+      measure(tmp_path / "run")
+  assert evaluation.load_run(tmp_path / "run")[2] == 2, "generation needs no text"
+
+
+@pytest.mark.parametrize("name", ["config.gin", "result.json"])
+def test_a_file_of_a_run_that_cannot_be_parsed_is_named(tmp_path, name):
+  experiment = tiny_experiment(tmp_path, steps=2)
+  train(experiment, tmp_path / "run", progress=False)
+  (tmp_path / "run" / name).write_text("")
+  with pytest.raises(ValueError, match=f"{tmp_path / 'run' / name} is empty"):
+    train(experiment, tmp_path / "run", progress=False)
+  if name == "config.gin":
+    with pytest.raises(ValueError, match=f"{tmp_path / 'run' / name} is empty"):
+      evaluation.load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["config.gin", "result.json", "sample.txt", "loss.png", "metrics.jsonl"])
+def test_a_run_replaces_its_files_as_a_whole(tmp_path, monkeypatch, name):
+  """Each file that exists when a run begins or ends is another file afterwards, never the same one, cut and written anew."""
+  monkeypatch.setattr(finish, "plot_losses", plot_losses)
+  train(tiny_experiment(tmp_path, steps=2, sample_tokens=2), tmp_path / "run", progress=False)
+  path = tmp_path / "run" / name
+  kept = tmp_path / "kept"
+  os.link(path, kept)
+  before = kept.read_bytes()
+  train(tiny_experiment(tmp_path, steps=3, sample_tokens=2), tmp_path / "run", progress=False)
+  assert kept.read_bytes() == before
+  assert path.read_bytes() != before or name == "sample.txt"
+  assert not path.samefile(kept)
+  assert not [other for other in path.parent.iterdir() if other.name.startswith(".") and other.name != ".lock"]
+
+
+def test_a_run_in_a_folder_in_use_is_refused_and_changes_nothing(tmp_path, monkeypatch):
+  directory, experiment = tmp_path / "run", tiny_experiment(tmp_path, steps=6)
+  said = []
+
+  def start_another():
+    before = (directory / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=rf"{directory} is in use by process {os.getpid()} on ") as refusal:
+      train(experiment, directory, progress=False)
+    said.append(str(refusal.value))
+    assert (directory / "metrics.jsonl").read_bytes() == before
+
+  with monkeypatch.context() as patch:
+    _at_step(patch, 4, start_another)
+    train(experiment, directory, progress=False)
+  assert len(said) == 1
+  assert steps_of(directory) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_lost_its_lock_stops_before_it_saves(tmp_path, monkeypatch):
+  directory = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    _at_step(patch, 2, lambda: (directory / ".lock" / "99").touch())
+    with pytest.raises(OSError, match="another process has taken over"):
+      train(tiny_experiment(tmp_path, steps=6), directory, progress=False)
+  assert not list((directory / "checkpoints").iterdir())
+
+
+def test_accumulated_batches_are_reported_and_the_last_update_is_completed(tmp_path, capsys):
+  optimizer = Optimizer(learning_rate=1e-2, warmup_steps=0, accumulate_steps=8)
+  experiment = tiny_experiment(tmp_path, steps=7, optimizer=optimizer, evaluate_every=0)
+  with pytest.MonkeyPatch.context() as patch:
+    _at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    assert train(experiment, tmp_path / "cut").interrupted
+  train(experiment, tmp_path / "cut")
+  words = "Optimizer.accumulate_steps=8 does not divide Trainer.steps=7: the last update is made of 7 batches."
+  assert words in capsys.readouterr().out
+  train(experiment, tmp_path / "whole", progress=False)
+  rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
+  assert rows == read_rows(tmp_path / "cut" / "metrics.jsonl")
+  assert ["update_loss" in row for row in rows] == [False] * 6 + [True]
+  weights = [row["targets"] for row in rows]
+  assert len(set(weights)) > 1
+  assert rows[-1]["update_loss"] == pytest.approx(np.average([row["loss"] for row in rows], weights=weights), rel=1e-6)
+  with Checkpoints(tmp_path / "whole") as one, Checkpoints(tmp_path / "cut") as other:
+    states = [checkpoints.restore(program_of(experiment).abstract_state).state for checkpoints in (one, other)]
+  for leaf, same in zip(*map(jax.tree.leaves, states), strict=True):
+    np.testing.assert_array_equal(leaf, same)
+  assert np.any(states[0].params["params"]["embedding"] != program_of(experiment).create().params["params"]["embedding"])
+
+
+def test_printed_means_are_over_targets(tmp_path, capsys):
+  with Report(tmp_path, first_step=0, last_step=2, tokens_per_step=1, log_every=2) as report:
+    for step, loss, targets in ((1, 1.0, 16.0), (2, 18.0, 1.0)):
+      report.row({"step": step, "loss": loss, "bits_per_byte": loss, "targets": targets})
+  assert "loss 2.000  2.000 bits/byte" in capsys.readouterr().out
 
 
 def test_text_that_changed_under_a_run_is_refused(tmp_path):
