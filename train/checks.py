@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ..zoo.seeds import as_seed
+
 
 def at_least(least: int, settings: Any, *names: str) -> None:
   """Raises `ValueError` for the first of these fields that is less than `least`, or NaN."""
@@ -13,6 +15,5 @@ def at_least(least: int, settings: Any, *names: str) -> None:
 
 
 def check_seed(settings: Any) -> None:
-  """Raises `ValueError` unless the field `seed` can seed a random key."""
-  if not 0 <= settings.seed < 2**32:
-    raise ValueError(f"{type(settings).__name__}.seed is {settings.seed}; expected 0 or more, and less than 2**32.")
+  """Makes the field `seed` of a frozen dataclass a Python integer. Raises `ValueError` unless it can seed a random key."""
+  object.__setattr__(settings, "seed", as_seed(settings.seed, f"{type(settings).__name__}.seed"))

@@ -17,12 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from .seeds import as_seed
+
 STOPPED = -1  # the token of a row that has already ended
 
 # A prompt is padded to a power of two between these; a longer one is padded to a multiple of the second and read in pieces
 # of that length. So only a few shapes occur, and each is compiled once.
 _SHORTEST_PIECE = 16
 _LONGEST_PIECE = 1024
+
+_HELD = 64  # the most tokens whose text is held back, and whose text decides that of the next
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Sampling:
   def __post_init__(self):
     if not 0 <= self.temperature < float("inf"):
       raise ValueError(f"temperature is {self.temperature}; expected 0 (the likeliest token) or more.")
-    if self.top_k is not None and self.top_k < 1:
-      raise ValueError(f"top_k is {self.top_k}; expected at least 1, or None.")
+    if self.top_k is not None and not (self.top_k >= 1 and self.top_k == int(self.top_k)):
+      raise ValueError(f"top_k is {self.top_k}; expected an integer of at least 1, or None.")
     if self.top_p is not None and not 0 < self.top_p <= 1:
       raise ValueError(f"top_p is {self.top_p}; expected a probability above 0 and up to 1, or None.")
 
@@ -90,8 +94,8 @@ def stream(
     prompts: a list of tokens for each row, at least one token each; lengths may differ.
     max_new_tokens: how many tokens to generate per row.
     temperature, top_k, top_p: see `Sampling`.
-    seed: row `i` uses the seed `seed + i`, or `seed[i]`. The tokens of a row depend only on its own seed and prompt, not on
-      the other rows of the batch.
+    seed: row `i` uses the seed `seed + i`, or `seed[i]`; integers from 0 to 2**32 - 1. The tokens of a row depend only on its
+      own seed and prompt, not on the other rows of the batch.
     stop_token: ends a row when it is drawn; None ends no row.
 
   Yields:
@@ -102,22 +106,32 @@ def stream(
   """
   sampling = Sampling(temperature, top_k, top_p)
   _check_prompts(prompts, model.vocab_size)
-  if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+  if not (max_new_tokens >= 1 and max_new_tokens == int(max_new_tokens)):
+    raise ValueError(f"max_new_tokens is {max_new_tokens}; expected an integer of at least 1.")
   return _stream(model, params, prompts, max_new_tokens, sampling, _row_keys(seed, len(prompts)), stop_token)
 
 
-def as_text(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-  """Yields the text of `tokens` as they arrive. A character is held back until all its bytes have arrived."""
-  seen: list[int] = []
-  shown = 0
+def as_text(
+  tokens: Iterable[int], decode: Callable[[list[int]], str], prompt: Sequence[int] = ()
+) -> Iterator[str]:
+  """Yields the text of `tokens` as they arrive, as it continues the text of `prompt`.
+
+  A character is held back until all its bytes have arrived. A token is decoded together with the few before it, because its
+  text may depend on them: some tokenizers put a space before every word but the first. So the time is linear in the number of
+  tokens.
+  """
+  before, held = list(prompt)[-_HELD:], []  # tokens whose text is shown, and tokens whose text is not
   for token in tokens:
-    seen.append(token)
-    text = decode(seen)
-    if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-      yield text[shown:]
-      shown = len(text)
-  if seen and (rest := decode(seen)[shown:]):
+    held.append(token)
+    text = decode([*before, *held])
+    if text.endswith("\N{REPLACEMENT CHARACTER}") and len(held) < _HELD:
+      continue
+    if piece := text[len(decode(before)) :]:
+      yield piece
+      before, held = held, []
+    elif len(held) == _HELD:  # tokens without any text
+      held = []
+  if held and (rest := decode([*before, *held])[len(decode(before)) :]):
     yield rest
 
 
@@ -187,7 +201,11 @@ def _draw_rows(logits, keys, step, sampling):
 
 
 def _row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
-  seeds = [seed + i for i in range(rows)] if isinstance(seed, int) else list(seed)
+  if np.ndim(seed) == 0:
+    first = as_seed(seed, "seed")
+    seeds = [as_seed(first + i, f"seed {first} of the first of {rows} rows + {i}") for i in range(rows)]
+  else:
+    seeds = [as_seed(number, f"seed[{i}]") for i, number in enumerate(seed)]
   if len(seeds) != rows:
     raise ValueError(f"seed has {len(seeds)} numbers; expected one number, or one for each of the {rows} prompts.")
   return jnp.stack([jax.random.key(s) for s in seeds])
