@@ -1,15 +1,22 @@
 """Batches of text: every token once, documents kept apart, and an order that a saved position restores."""
 
 import dataclasses
+import hashlib
 import json
+import math
 import zlib
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from memzoo.train.data import Split, TextData, baselines, predicted_text, split_documents
 from memzoo.train.sources import Document
+from memzoo.train.tasks import TaskData
+from memzoo.train.trainer import Trainer
 from tiny_run import write_text
 
 MAYBE_FEW = st.sampled_from([None, 1, 2, 3])
@@ -210,7 +217,16 @@ def test_empty_and_short_sources_are_errors(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "field", [{"sequence_length": 0}, {"batch_size": 0}, {"validation_fraction": 1.0}, {"seed": -1}]
+  "field",
+  [
+    {"sequence_length": 0},
+    {"batch_size": 0},
+    {"validation_fraction": 1.0},
+    {"seed": -1},
+    {"seed": 2**32},
+    {"seed": 1.5},
+    {"max_documents": 0},
+  ],
 )
 def test_impossible_settings_are_named(field):
   with pytest.raises(ValueError, match=f"TextData.{next(iter(field))} is "):
@@ -227,3 +243,123 @@ def test_a_layer_made_for_fewer_documents_than_a_row_may_hold_is_refused():
   with pytest.raises(ValueError, match=r"TitansMemory.max_documents is 16, and a row .* 512 .* set TextData.max_documents"):
     check(build("quickstart", titans))
   check(build("quickstart", [*titans, "TextData.max_documents=16"]))
+
+# Units without anything to predict are left out and counted, or refused by name.
+
+
+def text_of(folder: Path, **files: str) -> tuple[str, ...]:
+  for name, text in files.items():
+    (folder / f"{name}.txt").write_text(text)
+  return tuple(str(folder / f"{name}.txt") for name in files)
+
+
+@pytest.mark.parametrize("tiny", ["b", "bc"])
+def test_a_source_of_a_mixture_without_targets_is_refused_by_name(tmp_path, tiny):
+  sources = text_of(tmp_path, a="the memory writes " * 20, b=tiny)
+  with pytest.raises(ValueError, match=rf"names '.*b\.txt', which leaves {len(tiny) - 1} tokens .* and none to predict"):
+    TextData(sources, weights=(1.0, 1.0), sequence_length=16).load()
+  whole = TextData(sources, sequence_length=16).load()
+  assert len(whole.parts) == 1
+  sources = text_of(tmp_path, a="the memory writes " * 20, b="bcd")
+  mixed = TextData(sources, weights=(1.0, 1.0), sequence_length=16, batch_size=8).load()
+  assert len(mixed.parts[1]) == 1
+  assert all(next(mixed.batches())["weights"].any(axis=1))
+
+
+def test_text_of_documents_of_one_token_is_refused(tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 300)
+  with pytest.raises(ValueError, match=r"sources is '.*', which leave 2\d\d tokens to train on and none to predict"):
+    TextData(str(tmp_path), sequence_length=16).load()
+
+
+def test_a_validation_text_without_targets_is_refused(tmp_path):
+  source = text_of(tmp_path, a="a" * 60)
+  with pytest.raises(ValueError, match=r"leave 1 tokens to validate on and none to predict; .*larger TextData\.validation"):
+    TextData(source, sequence_length=16, validation_fraction=0.01).load()
+
+
+def test_rows_without_targets_are_left_out_and_counted(tmp_path):
+  """Documents of one token fill whole rows, also of the first validation batch."""
+  (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 400 + '{"text": "the memory"}\n' * 40)
+  corpus = TextData(str(tmp_path), sequence_length=8, batch_size=2, validation_fraction=0.3).load()
+  assert corpus.training.left_out > 20
+  assert corpus.validation.left_out > 5
+  assert len(corpus.training) + corpus.training.left_out == len(corpus.training.bounds) - 1
+  for batch in [*corpus.validation_batches(0)[:-1], *(next(corpus.batches()) for _ in range(20))]:
+    assert batch["weights"].any(axis=1).all()
+  assert sum(batch["weights"].sum() for batch in corpus.validation_batches(0)) == corpus.validation.num_targets
+  left_out = corpus.training.left_out + corpus.validation.left_out
+  assert corpus.summary(1).endswith(f"Skipped: rows without a target ({left_out}).")
+
+
+def test_documents_without_tokens_are_left_out_and_counted(tmp_path):
+  path, tokenizer = tmp_path / "tokenizer.json", tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a"))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  tokenizer.save(str(path))
+  lines = ["a b a b"] * 60 + ["  "] * 30 + [""] * 20
+  (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+  data = TextData(str(tmp_path / "a.jsonl"), str(path), sequence_length=4, validation_fraction=0.3)
+  corpus = data.load()
+  assert len(corpus.training.document_ends) + len(corpus.validation.document_ends) == 60
+  assert sum(corpus.counts) == len(corpus.training.document_ends)
+  assert corpus.training.num_bytes + corpus.validation.num_bytes == 60 * 7
+  assert corpus.summary(1).endswith("Skipped: documents or parts without tokens (30), empty documents (20).")
+
+
+def test_rows_that_are_left_out_change_the_fingerprint_and_nothing_else_does(corpus):
+  digest = hashlib.blake2b(digest_size=16)
+  for split in (corpus.training, corpus.validation):
+    digest.update(split.tokens.data)
+    digest.update(split.document_ends.data)
+  assert corpus.fingerprint == digest.hexdigest()
+  split = split_of([b"a"] * 40 + [b"the memory"] * 9, 8)
+  sparse = dataclasses.replace(corpus, training=split, counts=(49,))
+  assert sparse.parts[0].left_out == split.left_out == 5
+  digest = hashlib.blake2b(digest_size=16)
+  for split in (sparse.training, sparse.validation):
+    digest.update(split.tokens.data)
+    digest.update(split.document_ends.data)
+  assert sparse.fingerprint != digest.hexdigest()
+
+
+def test_an_empty_text_has_no_baselines():
+  assert math.isnan(baselines(b"").order_0)
+  assert math.isnan(baselines(b"").zlib)
+
+
+@pytest.mark.parametrize("make", [TextData, Trainer, partial(TaskData, None)])
+def test_a_seed_is_any_integer_of_32_bits_and_kept_as_pythons_own(make):
+  for seed in (np.int64(3), np.uint32(3), np.array(3), 3):
+    assert make(seed=seed) == make(seed=3)
+    assert type(make(seed=seed).seed) is int
+  assert make(seed=np.uint32(2**32 - 1)).seed == 2**32 - 1
+  for seed in (-1, 2**32, np.int64(-1), 2**70, 0.0, "0", None):
+    with pytest.raises(ValueError, match=r"\.seed is .*; expected an integer of 0 or more, and less than 2\*\*32\.$"):
+      make(seed=seed)
+
+
+def test_the_largest_seed_orders_rows_over_epochs(corpus):
+  batches = dataclasses.replace(corpus, data=dataclasses.replace(corpus.data, seed=2**32 - 1)).batches()
+  rows = [row.tobytes() for _ in range(len(corpus.training)) for row in next(batches)["tokens"]]
+  assert len(set(rows)) == len(corpus.training)
+
+
+# The prompt of a sample.
+
+
+def test_a_prompt_is_taken_from_the_validation_text_or_given(corpus):
+  first = corpus.validation.tokens[: corpus.validation.document_ends[0]]
+  assert corpus.prompt(None) == first[:32].tolist()
+  short = dataclasses.replace(corpus, validation=split_of([b"abc", b"the memory writes" * 9], 16))
+  assert short.prompt(None) == list(b"abc")
+  assert corpus.prompt("é") == list("é".encode())
+
+
+def test_a_prompt_without_tokens_is_refused(corpus, tmp_path):
+  with pytest.raises(ValueError, match=r"Trainer\.sample_prompt is '', which has no tokens; expected"):
+    corpus.prompt("")
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}))
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  data = dataclasses.replace(corpus.data, tokenizer=str(tmp_path / "tokenizer.json"))
+  with pytest.raises(ValueError, match=r"Trainer\.sample_prompt is 'c': TextData\.tokenizer is .* cannot encode a text"):
+    dataclasses.replace(corpus, data=data).prompt("c")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 
 _EPOCHS = 2**31
+_PROMPT = 32  # the most tokens of a prompt that is taken from the text
 
 
 @dataclass(frozen=True)
@@ -376,6 +377,25 @@ class Corpus:
     padding = {name: np.zeros_like(values) for name, values in chosen[0].items()}
     chosen += [padding] * (-len(chosen) % size)
     return [stack_rows(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+
+  def prompt(self, text: str | None) -> list[int]:
+    """The tokens of `text`, a run's `Trainer.sample_prompt`; by default the first of the validation text.
+
+    Raises:
+      ValueError: if `text` has no tokens, or cannot be encoded.
+    """
+    if text is None:
+      return self.validation.tokens[: min(_PROMPT, self.validation.document_ends[0])].tolist()
+    try:
+      tokens = self.data.encode(text)
+    except ValueError as error:
+      raise ValueError(f"Trainer.sample_prompt is {text!r}: {error}") from None
+    if not tokens:
+      raise ValueError(
+        f"Trainer.sample_prompt is {text!r}, which has no tokens; expected text with at least one token of "
+        f"TextData.tokenizer={self.data.tokenizer!r}."
+      )
+    return tokens
 
   @cached_property
   def fingerprint(self) -> str:
