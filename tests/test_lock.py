@@ -110,6 +110,20 @@ def test_a_file_without_an_owner_is_waited_for(tmp_path, quick, content):
   assert time.monotonic() - began > 1.0
 
 
+def test_a_lock_that_cannot_be_written_is_not_left_behind(tmp_path, monkeypatch):
+  assert take(tmp_path) == []
+
+  def fail(_):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(module.json, "dumps", fail)
+    with pytest.raises(OSError, match="No space left"):
+      Lock(tmp_path)
+  assert owner_of(tmp_path)["held"] is False
+  assert take(tmp_path) == []
+
+
 def test_the_copy_of_a_folder_in_use_becomes_free(tmp_path, quick):
   (tmp_path / "run").mkdir()
   lock = Lock(tmp_path / "run")

@@ -23,7 +23,7 @@ import optax
 from flax import linen as nn
 
 from .checks import at_least
-from .files import read_object, write_text
+from .files import read_as, write_text
 from .keys import new_key
 from .step import create_state, make_train_step, score_targets
 from .tasks import TASKS, Task
@@ -156,7 +156,7 @@ def compare(
   for entrant in entrants:
     path = folder / f"{_file_name(entrant, budget)}.json"
     if path.exists():
-      trial = Trial(**read_object(path, "remove it, and its trial is run again"))
+      trial = read_as(Trial, path, "remove it, and its trial is run again")
     else:
       trial = run_trial(entrant, budget, partial(report, entrant))
       write_text(path, json.dumps(asdict(trial)))

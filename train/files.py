@@ -5,7 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -47,3 +49,11 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
   if not isinstance(found, dict):
     raise ValueError(f"{path} holds {text.strip()[:40]!r}, not a JSON object; {remedy}.")
   return found
+
+
+def read_as(cls: type[T], path: Path, remedy: str) -> T:
+  """The dataclass `cls` whose fields are the JSON object in `path`. Raises `ValueError` as `read_object`."""
+  try:
+    return cls(**read_object(path, remedy))
+  except TypeError as error:
+    raise ValueError(f"{path} does not hold a {cls.__name__} ({error}); {remedy}.") from None

@@ -68,6 +68,9 @@ class Lock:
           file.write(json.dumps(self._owner))
       except FileExistsError:
         continue
+      except OSError:  # such as a full disk: no file without an owner is left, for which the next would wait
+        path.unlink(missing_ok=True)
+        raise
       others = set(_numbers(self._folder)) - {newest + 1}
       if max(others, default=0) > newest:  # the file that was found was old, and so is the new one
         path.unlink()

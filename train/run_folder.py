@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import read_object, read_text
+from .files import read_as, read_text
 
 _SHOWN = 3  # differences between two configs in a message
 
@@ -121,11 +121,6 @@ def _may_change(name: str) -> bool:
 
 def finished_result(directory: Path, steps: int) -> Result | None:
   """The result of the run in `directory`, if it has taken at least `steps` steps."""
-  path, remedy = directory / "result.json", "remove it, and the same command writes it again"
-  if not path.exists():
-    return None
-  try:
-    result = Result(**read_object(path, remedy))
-  except TypeError as error:
-    raise ValueError(f"{path} is not the result of a run ({error}); {remedy}.") from None
-  return result if result.step >= steps else None
+  path = directory / "result.json"
+  result = read_as(Result, path, "remove it, and the same command writes it again") if path.exists() else None
+  return result if result and result.step >= steps else None
