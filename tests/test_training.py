@@ -58,7 +58,9 @@ def test_a_finished_run_has_written_all_its_files(finished):
   for name in ("config.gin", "metrics.jsonl", "loss.png", "sample.txt", "result.json", "checkpoints/12"):
     assert (directory / name).exists(), name
   assert (directory / "config.gin").read_text() == experiment.text
-  assert (directory / "sample.txt").read_text().startswith("def ")
+  prompt = experiment.data.decode(experiment.data.load().prompt(None))
+  assert len(prompt) == 32
+  assert (directory / "sample.txt").read_text(encoding="utf-8").startswith(prompt)
   assert list((directory / "tensorboard").glob("events.out.tfevents.*"))
   rows = read_rows(directory / "metrics.jsonl")
   assert [row["step"] for row in rows] == list(range(1, 13))

@@ -89,7 +89,7 @@ def _write_sample(setup: Setup, state: TrainState) -> None:
   if not trainer.sample_tokens or jax.process_count() > 1 or setup.corpus.measure != "bits_per_byte":
     return
   params = jax.device_put(state.params, jax.devices()[0])
-  prompt = data.encode(trainer.sample_prompt)
+  prompt = setup.corpus.prompt(trainer.sample_prompt)
   options = {"max_new_tokens": trainer.sample_tokens, "temperature": 0.8, "seed": trainer.seed}
   tokens = generate(setup.experiment.model, params, [prompt], **options)
   write_text(setup.directory / "sample.txt", data.decode(prompt + tokens[0]) + "\n")

@@ -61,7 +61,7 @@ def check_text(corpus: Corpus, facts: dict[str, Any], directory: Path) -> None:
   if facts["fingerprint"] != corpus.fingerprint:
     raise ValueError(
       f"{corpus.data.source} has changed since {directory} was trained on it; expected the same text (for the standard "
-      "library, the same Python), or a new directory."
+      "library, the same Python) and a version of memzoo that reads it alike, or a new directory."
     )
 
 
@@ -118,6 +118,8 @@ def set_up(experiment: Experiment, directory: Path) -> Setup:
     if jax.process_index() == 0:
       check_free(directory)  # before much text is read; the lock is taken later
     corpus = data.load()
+    if experiment.trainer.sample_tokens and corpus.measure == "bits_per_byte":
+      corpus.prompt(experiment.trainer.sample_prompt)  # the sample is written after the last step, too late for an error
   check_equal(text=corpus.fingerprint)
   return Setup(experiment, directory, mesh, program, corpus, jax.process_index() == 0)
 

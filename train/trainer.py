@@ -22,7 +22,7 @@ class Trainer:
     save_best: also save after each evaluation that is the best so far.
     log_group_norms: write the gradient norm of every group of parameters to `metrics.jsonl`.
     nonfinite_limit: number of non-finite steps in a row that ends the run. Each is skipped: it does not change the parameters.
-    sample_prompt: the text that the sample at the end of the run continues.
+    sample_prompt: the text that the sample at the end of the run continues; `None` takes the beginning of the validation text.
     sample_tokens: length of that sample in tokens; 0 writes none.
     seed: random seed of the parameters, and of any randomness in the model.
   """
@@ -37,16 +37,13 @@ class Trainer:
   save_best: bool = True
   log_group_norms: bool = False
   nonfinite_limit: int = 5
-  sample_prompt: str = "def "
+  sample_prompt: str | None = None
   sample_tokens: int = 400
   seed: int = 0
 
   def __post_init__(self):
     at_least(1, self, "steps", "log_every", "checkpoints_kept", "nonfinite_limit")
-    at_least(0, self, "evaluate_every", "evaluation_batches", "final_evaluation_batches", "checkpoint_every")
-    if self.sample_tokens < 0 or (self.sample_tokens and not self.sample_prompt):
-      raise ValueError(
-        f"Trainer.sample_tokens is {self.sample_tokens} with the sample_prompt {self.sample_prompt!r}; expected 0, or "
-        "more with a prompt of at least one character."
-      )
+    at_least(0, self, "evaluate_every", "evaluation_batches", "final_evaluation_batches", "checkpoint_every", "sample_tokens")
+    if self.sample_tokens and self.sample_prompt == "":
+      raise ValueError("Trainer.sample_prompt is ''; expected at least one character, or None, or Trainer.sample_tokens=0.")
     check_seed(self)
