@@ -192,7 +192,8 @@ def generate(
 
   experiment, params, _ = load_run(run, best=best)
   options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-  steps = stream(experiment.model, params, [experiment.data.encode(prompt)], max_new_tokens=tokens, **options)
+  read = experiment.data.encode(prompt)
+  steps = stream(experiment.model, params, [read], max_new_tokens=tokens, **options)
   times = []
 
   def single_row():
@@ -201,7 +202,7 @@ def generate(
       yield int(step[0])
 
   print(prompt, end="", flush=True)
-  for text in as_text(single_row(), experiment.data.decode):
+  for text in as_text(single_row(), experiment.data.decode, read):
     print(text, end="", flush=True)
   print()
   if len(times) > 2:  # the first two include compilation
