@@ -17,11 +17,13 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memzoo.train import tokenizer
+from memzoo.train import cli, tokenizer
 from memzoo.train.data import TextData
+from memzoo.train.setup import set_up
 from memzoo.train.sources import Document, read_documents
-from memzoo.train.tokenizer import FileTokenizer, encode_in_pieces
-from tiny_run import write_text
+from memzoo.train.tokenizer import FileTokenizer, encode_in_pieces, train_tokenizer
+from memzoo.zoo.generate import as_text
+from tiny_run import tiny_experiment, write_text
 
 
 @pytest.fixture
@@ -284,3 +286,48 @@ def test_encoding_takes_at_most_three_times_the_memory_of_text_and_tokens(tmp_pa
   environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
   done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
   assert float(done.stdout) < 3
+
+
+# What a run needs of a tokenizer.
+
+
+def test_a_prompt_that_cannot_be_encoded_is_refused_before_the_first_step(tmp_path):
+  path = str(tmp_path / "tokenizer.json")
+  words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"memory": 0, "writes": 1}))
+  words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  words.save(path)
+  (tmp_path / "text.txt").write_text("memory writes " * 99)
+  data = TextData(str(tmp_path / "text.txt"), path, sequence_length=8, batch_size=2)
+  for prompt, refusal in (("def ", "'def ': .* cannot encode"), (" ", "' ', which has no tokens")):
+    with pytest.raises(ValueError, match=rf"Trainer\.sample_prompt is {refusal}"):
+      set_up(tiny_experiment(tmp_path, data=data, sample_tokens=4, sample_prompt=prompt), tmp_path / "run")
+    set_up(tiny_experiment(tmp_path, data=data, sample_tokens=0, sample_prompt=prompt), tmp_path / "run")
+  set_up(tiny_experiment(tmp_path, data=data, sample_tokens=4), tmp_path / "run")
+
+
+def test_the_command_shows_a_text_as_it_continues_the_prompt(trained, monkeypatch, capsys):
+  data = TextData(tokenizer=trained(unigram))
+  prompt, whole = data.encode("memory gate"), data.encode("memory gate memory gate")
+  assert whole[: len(prompt)] == prompt, "as this test needs it"
+  assert data.decode(whole[len(prompt) :]) == "memory gate", "decoded alone, it lacks the space"
+  monkeypatch.setattr("memzoo.train.evaluation.load_run", lambda *_, **__: (SimpleNamespace(model=None, data=data), None, 1))
+  monkeypatch.setattr("memzoo.zoo.generate.stream", lambda *_, **__: iter(np.array(whole)[len(prompt) :, None]))
+  cli.generate(Path("run"), "memory gate")
+  assert capsys.readouterr().out == "memory gate memory gate\n"
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, unigram, word_pieces])
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 300), max_size=40), st.integers(0, 40))
+def test_the_pieces_of_a_stream_are_the_whole_text(trained, make, tokens, known):
+  data = TextData(tokenizer=trained(make))
+  tokens = [token % data.vocab_size for token in tokens]
+  prompt, new = tokens[:known], tokens[known:]
+  assert data.decode(prompt) + "".join(as_text(new, data.decode, prompt)) == data.decode(tokens)
+
+
+def test_a_place_to_write_is_checked_before_a_tokenizer_is_learned(tmp_path, monkeypatch):
+  monkeypatch.setattr(tokenizer, "read_documents", lambda *_: pytest.fail("the text is read"))
+  for path in (tmp_path / "none" / "tokenizer.json", tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be written; expected a file"):
+      train_tokenizer("stdlib", 300, path)
