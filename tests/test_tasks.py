@@ -277,6 +277,12 @@ def test_impossible_tasks_are_refused_with_what_is_expected(name, fields):
   assert f"{next(reversed(fields))}=" in str(error.value)
 
 
+def test_a_text_too_short_for_its_needles_is_refused(tmp_path):
+  (tmp_path / "a.txt").write_text("memory")
+  with pytest.raises(ValueError, match=r"Needle.* is impossible; expected sources of at least 23\d bytes of text; they hold 6\."):
+    TASKS["needle"](sources=str(tmp_path / "a.txt")).example(jax.random.key(0))
+
+
 def test_impossible_mixtures_are_refused():
   for tasks, counts in itertools.product([(), (WordProblem("S3", 3), WordProblem("S3", 4))], [(), (1,), (1, 1)]):
     with pytest.raises(ValueError, match="is impossible; expected"):

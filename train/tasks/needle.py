@@ -85,6 +85,7 @@ class Needle(Task):
     text = jnp.asarray(haystack(self.sources, self.text_bytes))
     question = self._line - 2  # without the full stop and the line break
     room = self.tokens - question  # for the text with its needles
+    require(self, f"sources of at least {room} bytes of text; they hold {len(text)}", len(text) >= room)
     start = jax.random.randint(for_text, (), 0, max(1, len(text) - room))
     passage = jax.lax.dynamic_slice(text, (start,), (room,)).astype(jnp.int32)
     names = distinct(for_names, self.needles, 0, len(_NAMES))
