@@ -83,12 +83,13 @@ def values_and_gradients(variant: Variant, args, segment_ids=None, **options):
 
 
 @partial(jax.jit, static_argnames=(*STATIC, "accelerator", "matrices"))
-def _values_and_gradients(variant, args, cotangents, segment_ids, accelerator=False, matrices=call._MATRICES, **options):
-  """With `accelerator` in the form for GPUs and TPUs, with blocks of at most so many `matrices`."""
+def _values_and_gradients(variant, args, cotangents, segment_ids, accelerator=False, matrices=None, **options):
+  """With `accelerator` in the form for GPUs and TPUs, with blocks of at most so many `matrices`, if given."""
   with contextlib.ExitStack() as stack:
     if accelerator:
       stack.enter_context(mock.patch.object(call, "by_platform", lambda cpu, others, *args: others(*args)))
-      stack.enter_context(mock.patch.object(call, "_MATRICES", matrices))
+    if matrices:
+      stack.enter_context(mock.patch.multiple(call, _MATRICES=matrices, _MATRICES_BY_CHANNEL=matrices))
     out, pull_back = jax.vjp(lambda args: variant.function(**args, segment_ids=segment_ids, **options), args)
     return out, pull_back(cotangents)[0]
 

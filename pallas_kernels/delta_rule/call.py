@@ -23,10 +23,10 @@ from .terms import Plan, Update, first_span
 
 # CPUs: small chunks, one at a time, so that its arrays stay in a core's cache.
 _CPU_CHUNK = 32
-# GPUs and TPUs: rows of a chunk, matrices of a block (chunks x batch x heads), and tokens of a group of rows. Without decays
-# and inverses a block needs so little memory that a whole sequence of so many matrices is one block.
-_ROWS, _MATRICES, _GROUP, _UNROLL = 64, 256, 8, 4
-_MATRICES_OF_SUMS = 1024
+# GPUs and TPUs: rows of a chunk, tokens of a group of rows, and matrices of a block (chunks x batch x heads), so many that its
+# arrays fit into a TPU's fast memory. Sums without decays need little: a whole sequence of so many matrices is one block.
+_ROWS, _GROUP, _UNROLL = 64, 8, 4
+_MATRICES, _MATRICES_BY_CHANNEL, _MATRICES_OF_SUMS = 256, 128, 1024
 
 # Names for `jax.checkpoint` policies: with both saved, the backward pass does not run the forward again.
 OUTPUT, KEPT = "delta_rule_output", "delta_rule_kept"
@@ -168,7 +168,7 @@ def _plans(options: Options, inputs: Inputs) -> tuple[Plan, Plan]:
   raw = {x.dtype for x in (q, *(update.key for update in updates))}
   is_sum = inputs.log_decay is None and all(update.strength is None for update in updates)
   whole = -(-tokens // chunk) * batch * heads
-  matrices = whole if is_sum and whole <= _MATRICES_OF_SUMS else _MATRICES
+  matrices = whole if is_sum and whole <= _MATRICES_OF_SUMS else _MATRICES_BY_CHANNEL if per_channel else _MATRICES
   others = common._replace(
     chunk_size=chunk,
     block=max(1, matrices // (batch * heads)),
