@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from memzoo.layers.axes import Named
 from memzoo.train.evaluation import evaluate
 from memzoo.train.optimizer import Optimizer, decay_mask
 from memzoo.train.sharding import MeshShape, layout, parameter_shardings, put_batch
-from memzoo.train.step import group_squares, parameter_groups, sum_scores
+from memzoo.train.step import abstract_params, build_program, group_squares, parameter_groups, sum_scores
 from memzoo.train.trainer import Trainer
+from memzoo.zoo.language_model import LanguageModel
+from subjects import layer
 from tiny_run import Model, program_of, tiny_experiment
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training")]
@@ -167,27 +170,33 @@ def test_an_untrained_model_needs_eight_bits_for_a_byte(tmp_path):
 # The optimiser and the mesh.
 
 
-def test_weight_decay_leaves_gates_norms_and_biases_alone():
+def test_weight_decay_applies_to_parameters_that_say_so_and_to_matrices_that_say_nothing():
+  matrix = jnp.zeros((2, 2), jnp.float32)
   params = {
-    "embedding": jnp.zeros((2, 2), jnp.float32),
-    "mixer": {
-      "kernel": jnp.zeros((2, 2), jnp.float32),
-      "bias": jnp.zeros((2,), jnp.float32),
-      "A_log": jnp.zeros((2, 2), jnp.float32),
-    },
-    "norm": {"scale": jnp.zeros((2,), jnp.float32)},
+    "embedding": Named(matrix, names=("vocab", "embed")),
+    "mixer": {"kernel": matrix, "bias": matrix[0], "gain": Named(matrix, names=("heads", None), decays=False)},
   }
-  assert decay_mask(params) == {
-    "embedding": True,
-    "mixer": {"kernel": True, "bias": False, "A_log": False},
-    "norm": {"scale": False},
-  }
+  assert decay_mask(params) == {"embedding": True, "mixer": {"kernel": True, "bias": False, "gain": False}}
+
+
+@pytest.mark.slow
+def test_a_step_without_gradients_shrinks_the_parameters_that_decay_and_no_others():
+  model = LanguageModel(vocab_size=5, width=8, depth=1, mixers=(layer("TTTLinear"),))
+  one_device = MeshShape(1).build(jax.devices()[:1])
+  program = build_program(model, Optimizer(learning_rate=0.1, warmup_steps=0), one_device, steps=10, batch_size=1)
+  before = program.create()
+  params = jax.device_get(before.params)
+  zeros = np.zeros((1, 4), np.int32)
+  batch = {"tokens": zeros, "targets": zeros, "segment_ids": zeros, "weights": np.zeros((1, 4), np.float32)}
+  after = jax.device_get(program.train(before, batch)[0].params)
+  shrunk = jax.tree.map(lambda a, b: not np.array_equal(a, b) or not np.any(a), params, after)
+  assert shrunk == jax.tree.map(lambda decays, a: bool(decays or not np.any(a)), decay_mask(abstract_params(model)), params)
 
 
 def test_a_scanned_model_decays_and_is_grouped_as_an_unrolled_one():
   """The parameters of repeats are stacked over a leading axis, which does not turn a scale into a matrix."""
   block = {
-    "mixer": {"kernel": (4, 4), "gate": (4,), "A_log": (4, 4)},
+    "mixer": {"kernel": (4, 4), "gate": (4,)},
     "mixer_norm": {"scale": (4,)},
     "mlp": {"in": {"kernel": (4, 8)}},
   }
@@ -197,9 +206,7 @@ def test_a_scanned_model_decays_and_is_grouped_as_an_unrolled_one():
     "final_norm": {"scale": jnp.zeros(4, jnp.float32)},
   }
   mask = decay_mask({"params": scanned})["params"]
-  assert mask["periods"]["blocks_0"] == jax.tree.map(lambda shape: len(shape) == 2, block, is_leaf=_is_shape) | {
-    "mixer": {"kernel": True, "gate": False, "A_log": False}
-  }
+  assert mask["periods"]["blocks_0"] == jax.tree.map(lambda shape: len(shape) == 2, block, is_leaf=_is_shape)
   assert (mask["embedding"], mask["final_norm"]["scale"]) == (True, False)
   groups = parameter_groups({"params": scanned})
   assert groups == (
@@ -209,7 +216,7 @@ def test_a_scanned_model_decays_and_is_grouped_as_an_unrolled_one():
     "periods/blocks_0/mixer_norm",
     "periods/blocks_0/mlp",
   )
-  assert group_squares({"params": scanned}).tolist() == [0, 0, 3 * (16 + 4 + 16), 3 * 4, 3 * 32]
+  assert group_squares({"params": scanned}).tolist() == [0, 0, 3 * (16 + 4), 3 * 4, 3 * 32]
 
 
 def _is_shape(leaf):

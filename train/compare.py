@@ -25,7 +25,8 @@ from flax import linen as nn
 from .checks import at_least
 from .files import read_as, write_text
 from .keys import new_key
-from .step import create_state, make_train_step, score_targets
+from .optimizer import decay_mask
+from .step import abstract_params, create_state, make_train_step, score_targets
 from .tasks import TASKS, Task
 from .tasks.data import TaskData, as_batch
 
@@ -333,8 +334,9 @@ class VmappedRuns:
   def __init__(self, entrant: Entrant, budget: Budget):
     self.model, self.budget, self.step = entrant.experiment.model, budget, 0
     task = entrant.task.training()
+    decays = decay_mask(abstract_params(self.model, entrant.experiment.data.one_token))
     unit = replace(entrant.experiment.optimizer, learning_rate=1.0)  # updates of AdamW are proportional to the rate
-    transform, schedule = unit.build(budget.steps), unit.schedule(budget.steps)
+    transform, schedule = unit.build(budget.steps, decays), unit.schedule(budget.steps)
     self.rates = jnp.asarray(budget.learning_rates, jnp.float32)
     seeds = jnp.arange(budget.seeds, dtype=jnp.uint32)
 

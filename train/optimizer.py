@@ -8,13 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
+from ..layers.axes import Named
 from ..zoo.stack import PERIODS
 from .accumulation import accumulate
 from .checks import at_least
-
-# Gates, offsets and scales of any shape. They do not decay, because zero is not a neutral value for them.
-UNDECAYED_NAMES = frozenset({"A_log", "dt_bias", "bias", "scale"})
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Optimizer:
     learning_rate: peak learning rate, reached after `warmup_steps`.
     warmup_steps: steps of linear warm-up; at most a tenth of the run.
     final_fraction: the share of `learning_rate` at the last step; the rate falls to it along a cosine.
-    weight_decay: the decay of matrices and embeddings per update, in units of the learning rate. Gates, norms and biases
-      do not decay; see `decay_mask`.
+    weight_decay: the decay of matrices and embeddings per update, in units of the learning rate. Gates, norms and biases do not
+      decay; see `decay_mask`.
     b1, b2: decay rates of the running averages of the first and second moments.
     epsilon: added to the root of the second moment.
     clip_norm: the largest global norm of a gradient; 0 does not clip.
@@ -66,12 +65,17 @@ class Optimizer:
     )
     return _with_usual_promotion(schedule)
 
-  def build(self, steps: int) -> optax.GradientTransformationExtraArgs:
-    """The optimiser for a run of `steps` batches. Its `update` takes the arguments of `accumulate`."""
+  def build(self, steps: int, decays: Any = None) -> optax.GradientTransformationExtraArgs:
+    """The optimiser for a run of `steps` batches. Its `update` takes the arguments of `accumulate`.
+
+    Args:
+      steps: number of batches.
+      decays: which parameters decay, from `decay_mask` of the parameters in their boxes; `None` for matrices.
+    """
     transform = optax.chain(
       optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
       optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon),
-      optax.add_decayed_weights(self.weight_decay, mask=decay_mask),
+      optax.add_decayed_weights(self.weight_decay, mask=decay_mask if decays is None else decays),
       optax.scale_by_learning_rate(self.schedule(steps)),
     )
     if self.accumulate_steps > 1:
@@ -91,14 +95,16 @@ def _with_usual_promotion(function: Callable) -> Callable:
 
 
 def decay_mask(params: Any) -> Any:
-  """A tree like `params`: True for matrices and embeddings, which decay.
+  """A tree like `params` without boxes: whether weight decay applies to each.
 
-  False for parameters with fewer than two axes or a name in `UNDECAYED_NAMES`. Under `PERIODS` the leading axis counts layers
-  and is not one of these axes.
+  Parameters of this package say so themselves (`memzoo.layers.axes.Named`). Of others, those with two or more axes decay. Under
+  `PERIODS` the leading axis counts layers and is not one of these axes.
   """
 
   def decays(path, leaf) -> bool:
-    names = [getattr(entry, "key", None) for entry in path]
-    return jnp.ndim(leaf) - (PERIODS in names) >= 2 and names[-1] not in UNDECAYED_NAMES
+    if isinstance(leaf, Named):
+      return leaf.decays
+    stacked = any(getattr(entry, "key", None) == PERIODS for entry in path)
+    return jnp.ndim(nn.unbox(leaf)) - stacked >= 2
 
-  return jax.tree_util.tree_map_with_path(decays, params)
+  return jax.tree_util.tree_map_with_path(decays, params, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))

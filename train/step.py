@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ..zoo.stack import PERIODS
 from .accumulation import Accumulation
 from .keys import key_from_data, new_key
-from .optimizer import Optimizer
+from .optimizer import Optimizer, decay_mask
 from .sharding import batch_sharding, parameter_shardings, replicated, split_operations
 
 
@@ -121,7 +121,7 @@ def build_program(
     ValueError: if the batch or a parameter does not divide over the mesh.
   """
   rows = batch_sharding(mesh, batch_size)
-  transform = optimizer.build(steps)
+  transform = optimizer.build(steps, decay_mask(abstract_params(model, tokens)))
   create = partial(create_state, model, transform, new_key(seed), tokens)
   shardings = _state_shardings(model, transform, mesh, tokens)
   shapes = jax.eval_shape(create)
@@ -273,6 +273,11 @@ def _group(path: tuple) -> str:
   return "/".join(names[:depth])
 
 
+def abstract_params(model: nn.Module, tokens: jax.Array | None = None) -> Any:
+  """Shapes of the model's parameters, in the boxes that say what they are; see `memzoo.layers.axes`."""
+  return jax.eval_shape(partial(_init, model, tokens=tokens), new_key(0))
+
+
 def _init(model: nn.Module, key: jax.Array, tokens: jax.Array | None = None) -> Any:
   return model.init(key, jnp.zeros((1, 1), jnp.int32) if tokens is None else tokens)
 
@@ -280,7 +285,7 @@ def _init(model: nn.Module, key: jax.Array, tokens: jax.Array | None = None) -> 
 def _state_shardings(
   model: nn.Module, transform: optax.GradientTransformation, mesh: Mesh, tokens: jax.Array | None
 ) -> TrainState:
-  boxed = jax.eval_shape(partial(_init, model, tokens=tokens), new_key(0))
+  boxed = abstract_params(model, tokens)
   params, whole = parameter_shardings(mesh, boxed), replicated(mesh)
   opt_state = optax.tree_utils.tree_map_params(
     transform,
