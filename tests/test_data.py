@@ -363,3 +363,39 @@ def test_a_prompt_without_tokens_is_refused(corpus, tmp_path):
   data = dataclasses.replace(corpus.data, tokenizer=str(tmp_path / "tokenizer.json"))
   with pytest.raises(ValueError, match=r"Trainer\.sample_prompt is 'c': TextData\.tokenizer is .* cannot encode a text"):
     dataclasses.replace(corpus, data=data).prompt("c")
+
+
+# Settings reach what they set.
+
+
+def test_batches_obey_the_bound_on_documents(tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"text": "memory"}\n' * 90)
+  for bound, most in ((None, 5), (2, 2)):
+    corpus = TextData(str(tmp_path), sequence_length=32, max_documents=bound, validation_fraction=0.3).load()
+    assert max(next(corpus.batches())["segment_ids"].max() for _ in range(5)) >= most
+    if bound:
+      splits = *corpus.parts, corpus.validation
+      assert max(row["segment_ids"].max() for split in splits for row in split) == bound
+
+
+def test_the_text_field_is_that_of_the_settings(tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"text": "no", "body": "memory"}\n' * 30)
+  corpus = TextData(str(tmp_path), sequence_length=8, text_field="body").load()
+  assert set(corpus.training.tokens.tolist()) == set(b"memory")
+
+
+def test_a_loss_is_converted_by_the_bytes_per_token_of_its_own_split(corpus):
+  splits = {name: dataclasses.replace(split, num_bytes=factor * split.tokens.size) for name, split, factor in (
+    ("training", corpus.training, 2), ("validation", corpus.validation, 4)
+  )}
+  corpus = dataclasses.replace(corpus, **splits)
+  assert corpus.measured(math.log(2)) == 0.5
+  assert corpus.measured(math.log(2), validation=True) == 0.25
+
+
+def test_the_parts_of_a_mixture_are_its_sources(tmp_path):
+  sources = text_of(tmp_path, a="a" * 100, b="the memory", c="writes" * 20)
+  corpus = TextData(sources, weights=(1.0, 1.0, 1.0), sequence_length=8, validation_fraction=0.1).load()
+  assert [part.tokens.tobytes() for part in corpus.parts] == [b"a" * 90, b"the memor", (b"writes" * 20)[:108]]
+  assert [part.document_ends.tolist() for part in corpus.parts] == [[90], [9], [108]]
+  assert [part.num_bytes for part in corpus.parts] == [90, 9, 108]
