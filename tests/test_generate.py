@@ -103,6 +103,7 @@ def test_no_two_tokens_share_their_noise():
   assert len({token for row in drawn for token in row}) == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_does_not_depend_on_its_batch(model, params, temperature):
   options = {"max_new_tokens": 6, "temperature": temperature, "top_k": 20, "top_p": 0.95}
