@@ -44,12 +44,15 @@ TITLES = {
   13: "mistakes are named",
   14: "the state does not grow",
   15: "runs under flax.nnx",
-  # To add: 16, plasticity after 50,000 tokens.
+  16: "stays alive",
 }
 # A broken law often breaks others. The first broken law in this order is the one to fix first.
-_CAUSES_FIRST = (14, 6, 1, 2, 3, 4, 5, 7, 9, 12, 15, 11, 10, 8, 13)
+_CAUSES_FIRST = (14, 6, 1, 2, 3, 4, 5, 7, 9, 12, 15, 11, 16, 10, 8, 13)
 
 TRACED, SHARED, COMPILED = "traced", "shared", "compiled"
+
+MANY = 50_000  # tokens after which a layer must still learn
+_LEAST_RESPONSE = 0.1  # and the share of a fresh state's response that must be left
 
 
 @dataclass(frozen=True)
@@ -485,3 +488,21 @@ def nnx_values(trial: Trial) -> Iterator[Violation]:
   message = "the output under flax.nnx differs, first at {where}: keep nothing outside the parameters and the state"
   expected = trial.at_once(trial.x, trial.fresh, first(tokens)).y[:, :tokens]
   yield from trial.differences(15, message, {"y": y}, {"y": expected})
+
+
+@_check(16, COMPILED)
+def plasticity(trial: Trial) -> Iterator[Violation]:
+  """After `MANY` random tokens of one document, new ones change later outputs as in a fresh one, at initial parameters."""
+  half, params = TOKENS // 2, trial.initial
+  other = np.concatenate([trial.other[:, :half], trial.x[:, half:]], axis=1)
+
+  def response(state):
+    """The change of the outputs of the second half when the tokens of the first half change."""
+    y, changed = (trial.at_length(params, x, state, ONE).y[:, half:] for x in (trial.x, other))
+    return float(np.sqrt(np.mean(np.square(changed - y))))
+
+  fresh, worn = response(trial.fresh), response(trial.after_random(params, MANY))
+  if not worn > _LEAST_RESPONSE * fresh:
+    message = f"after {MANY:,} random tokens the response to new ones is {worn:.1e}, that of a fresh state {fresh:.1e}: the "
+    message += "memory must neither fade to where nothing is learned nor fill up; let it decay towards its start, or bound it"
+    yield Violation(16, message, None, None, worn, _LEAST_RESPONSE * fresh)

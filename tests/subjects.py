@@ -35,9 +35,9 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-  "simple": Kind(20, 19),
-  "network": Kind(30, 18, without=("nnx_values",)),
-  "composite": Kind(55, 15, without=("nnx_values", "lengths")),
+  "simple": Kind(20, 21),
+  "network": Kind(30, 20, without=("nnx_values",)),
+  "composite": Kind(55, 17, without=("nnx_values", "lengths")),
   "variant": Kind(15, 7, costs=(TRACED, SHARED)),  # chooses among its parent's options only
 }
 # Layers that are not "simple".
