@@ -77,10 +77,7 @@ class Attention(MemoryLayer):
   @property
   def slots(self) -> int:
     """Number of slots of the cache, which is the number of tokens that each token attends to."""
-    slots = self.max_length if self.window is None else self.window
-    if slots < 1:
-      raise ValueError(f"window={self.window}, max_length={self.max_length}; expected at least one token.")
-    return slots
+    return self.max_length if self.window is None else self.window
 
   def initial_state(self, batch_size: int) -> CacheState:
     """An empty cache."""

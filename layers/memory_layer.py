@@ -9,22 +9,9 @@ from flax import linen as nn
 from ..pallas_kernels.documents import check_segment_ids
 from ..pallas_kernels.partition import varying_alike
 from ..pallas_kernels.states import check_state
+from .ranges import check_ranges
 
 Dtype = Any
-
-# The least values of fields with these names, in every layer.
-_LEAST = {
-  "num_heads": 1,
-  "num_key_heads": 1,
-  "head_dim": 1,
-  "key_dim": 1,
-  "value_dim": 1,
-  "channels": 1,
-  "conv_width": 1,
-  "rope_base": 1,
-  "persistent_tokens": 0,
-  "max_step": 0,
-}
 
 
 class MemoryLayer(nn.Module, kw_only=True):
@@ -50,7 +37,7 @@ class MemoryLayer(nn.Module, kw_only=True):
     param_dtype: dtype of the parameters.
 
   Raises:
-    ValueError: for invalid sizes or arguments; see `begin`.
+    ValueError: for sizes out of range (`ranges.py`) or invalid arguments; see `begin`.
   """
 
   # Whether the output already contains the input (and the norms that the layer needs). A stack then passes its residual
@@ -91,13 +78,10 @@ class MemoryLayer(nn.Module, kw_only=True):
     """Checks sizes and the arguments of a call, and returns the state to start from, on the device.
 
     Raises:
-      ValueError: if a size is too small, `x` is not [batch, tokens, width] of floats, `segment_ids` does not match it, or
+      ValueError: if a size is out of range, `x` is not [batch, tokens, width] of floats, `segment_ids` does not match it, or
         `state` is not one of this layer's for this batch.
     """
-    for name, least in _LEAST.items():
-      value = getattr(self, name, None)
-      if value is not None and value < least:
-        raise ValueError(f"{type(self).__name__}.{name}={value}; expected at least {least}.")
+    check_ranges(self)
     if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected floats of shape [batch, tokens, width].")
     if 0 in x.shape[:2]:

@@ -43,6 +43,7 @@ from .memory_layer import silence_padding
 from .norms import l2_normalise
 from .projected_memory import ProjectedMemory, Stream
 from .projections import INIT, LogShare, Strength, dense, gate_types
+from .ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Network:
   norm: bool = False
   norm_epsilon: float = 1e-2
 
+  def __post_init__(self):
+    check_ranges(self)
+
 
 @dataclass(frozen=True)
 class Update:
@@ -84,6 +88,9 @@ class Update:
   order: Literal["gradient_first", "decay_first"] = "gradient_first"
   read: Literal["after", "before", "chunk_start"] = "after"
   clip: float | None = 10.0
+
+  def __post_init__(self):
+    check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,7 @@ class Gating:
   decay_to: Literal["start", "zero"] = "start"
 
   def __post_init__(self):
-    if self.max_step is not None and self.max_step < 0:
-      raise ValueError(f"Gating.max_step={self.max_step}; expected at least 0, or None.")
+    check_ranges(self)
 
 
 class TitansState(NamedTuple):

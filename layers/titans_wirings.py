@@ -168,8 +168,6 @@ class MemoryAsContext(TitansMemory, kw_only=True):
 
   def initial_state(self, batch_size: int) -> ContextState:
     """The state before the first token."""
-    if self.segment < 1:
-      raise ValueError(f"segment={self.segment}; expected at least one token.")
     memory, *tails = super().initial_state(batch_size)
     context, context_tail = jax.tree.map(jnp.zeros_like, (memory.weights, tails[0]))
     shape = batch_size, 2, self.segment, self.num_heads, self.head_dim

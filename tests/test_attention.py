@@ -260,9 +260,9 @@ def test_rows_without_visible_tokens_have_finite_gradients():
   ("fields", "message"),
   [
     ({"num_key_heads": 3}, r"num_heads=4 .*num_key_heads=3"),
-    ({"window": 0}, r"window=0.*expected at least one token"),
-    ({"window": -1}, r"window=-1.*expected at least one token"),
-    ({"window": None, "max_length": 0}, r"max_length=0.*expected at least one token"),
+    ({"window": 0}, r"window=0; expected at least 1"),
+    ({"window": -1}, r"window=-1; expected at least 1"),
+    ({"window": None, "max_length": 0}, r"max_length=0; expected at least 1"),
     ({"head_dim": 5}, r"head_dim=5.*even"),
   ],
 )

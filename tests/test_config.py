@@ -1,6 +1,7 @@
 """Configurations: what they build, which errors they raise, and that they leave no global state behind."""
 
 import dataclasses
+import math
 import re
 import tempfile
 import threading
@@ -15,7 +16,9 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memzoo.layers import MemoryAsGate, Moneta, TitansMemory, Yaad
+from memzoo.layers.ranges import RANGES
 from memzoo.layers.titans import Gating, Loss, Network, Retention, Update
+from memzoo.train import config
 from memzoo.train.config import build, build_text, shipped
 from memzoo.train.run_folder import check_same_run
 from memzoo.train.values import Mismatch, convert, did_you_mean, in_words
@@ -160,6 +163,48 @@ def test_an_impossible_override_is_refused_with_what_is_expected(small, override
 def test_a_wrong_file_is_refused_with_the_place(text, words):
   with pytest.raises(ValueError, match="bad") as error:
     build_text(text, "bad")
+  assert words in str(error.value)
+
+
+NUMBERS = [
+  pytest.param(cls, f.name, id=f"{name}.{f.name}")
+  for name, cls in config._configurables().items()
+  for f in config._fields(cls)
+  if config._types(cls)[f.name] in (int, float, int | None, float | None)
+]
+
+
+@pytest.mark.parametrize(("cls", "field"), NUMBERS)
+def test_every_number_has_a_range(cls, field):
+  """Layers and models have theirs in `RANGES`; the others check theirs when they are made."""
+  if issubclass(cls, nn.Module):
+    assert field in RANGES
+    return
+  outside = math.nan if config._types(cls)[field] in (float, float | None) else -(10**6)
+  required = {f.name: 1 for f in config._fields(cls) if config._is_required(f)}
+  with pytest.raises(ValueError, match=rf"\b{field}\b"):
+    cls(**required | {field: outside})
+
+
+@pytest.mark.parametrize(
+  ("override", "words"),
+  [
+    ("LanguageModel.width=0", "LanguageModel.width=0; expected at least 1"),
+    ("LanguageModel.width=-8", "LanguageModel.width=-8; expected at least 1"),
+    ("LanguageModel.depth=0", "LanguageModel.depth=0; expected at least 1"),
+    ("LanguageModel.mlp_ratio=-1", "LanguageModel.mlp_ratio=-1.0; expected at least 0"),
+    ("LanguageModel.norm_epsilon=-1", "LanguageModel.norm_epsilon=-1.0; expected more than 0"),
+    ("LanguageModel.norm_epsilon=1e999", "LanguageModel.norm_epsilon=inf; expected a finite number"),
+    ("LanguageModel.mixers=[]", "mixers is empty"),
+    ("Optimizer.clip_norm=1e999", "Optimizer.clip_norm is inf; expected a finite number"),
+    ("EraseThenDelta.num_heads=0", "EraseThenDelta.num_heads=0; expected at least 1"),
+    ("EraseThenDelta.num_heads=2.0", "EraseThenDelta.num_heads = 2.0: expected an integer"),
+    ("EraseThenDelta.num_heads='2'", "EraseThenDelta.num_heads = '2': expected an integer"),
+  ],
+)
+def test_a_size_out_of_range_is_refused_before_anything_is_compiled(override, words):
+  with pytest.raises(ValueError, match="override") as error:
+    build("quickstart", [override])
   assert words in str(error.value)
 
 

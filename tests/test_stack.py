@@ -199,8 +199,8 @@ def test_a_mistake_with_the_context_is_named():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"depth": 0}, r"depth=0.*at least one block"),
-    ({"mixers": ()}, r"mixers has 0 entries.*at least one"),
+    ({"depth": 0}, r"depth=0; expected at least 1"),
+    ({"mixers": ()}, r"mixers is empty.*at least one"),
     ({"mixers": ((SwiGLU(),), ())}, r"mixers\[1\] is \(\).*at least one layer"),
     ({"remat": "some"}, r"remat='some'.*none"),
   ],

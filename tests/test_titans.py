@@ -201,10 +201,11 @@ def test_mistakes_are_named():
   x = jnp.zeros((1, 3, 16))
   for module, message in (
     (TTTLinear(num_heads=2, head_dim=5), "head_dim=5 is odd"),
-    (MemoryAsContext(**SIZES, segment=0), "segment=0; expected at least one token"),
+    (MemoryAsContext(**SIZES, segment=0), "segment=0; expected at least 1"),
     (TitansMemory(**SIZES, update=Update(anchor="token", clip=None)), "anchor='token' is for linear memories"),
-    (TitansMemory(**SIZES, network=Network(depth=0)), "depth=0; expected at least one matrix"),
     (TitansMemory(**SIZES, output_gate="relu"), "output_gate='relu'; expected one of"),
   ):
     with pytest.raises(ValueError, match=message):
       module.init(jax.random.key(0), x)
+  with pytest.raises(ValueError, match=r"Network\.depth=0; expected at least 1"):
+    Network(depth=0)

@@ -21,6 +21,7 @@ Every value is checked against the annotated type of its field, whether or not t
 import dataclasses
 import functools
 import io
+import re
 import tokenize
 import typing
 from collections.abc import Iterator, Sequence
@@ -33,8 +34,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from gin import config_parser
 
+from ..layers.ranges import check_ranges
 from ..zoo.language_model import LanguageModel, VectorModel
 from ..zoo.registry import LAYERS, SUBLAYERS
+from ..zoo.stack import Stack
 from . import old_configs
 from .data import TextData
 from .optimizer import Optimizer
@@ -293,7 +296,11 @@ class _Builder:
         arguments[f] = self.convert(name, cls, f, bound[f])
       elif f in groups and (inner := self._group(groups[f], f"{reference.scope}/{_last(name)}/{f}".lstrip("/"))):
         values[f], arguments[f] = inner, self._replace(getattr(cls, f), inner)
-    return cls(**arguments, **({"parent": None} if issubclass(cls, nn.Module) else {}))
+    try:
+      return _checked(cls(**arguments, **({"parent": None} if issubclass(cls, nn.Module) else {})))
+    except ValueError as error:
+      field = re.match(r"(?:\w+\.)?(\w*)", str(error))[1]
+      raise ValueError(f"{bound[field].where if field in bound else where}: {error}") from None
 
   def _group(self, cls: type, scope: str) -> _Reference | None:
     """The reference to an option group within a layer; `None` for a class that a configuration cannot name."""
@@ -375,6 +382,15 @@ def _configurables() -> dict[str, type]:
   models = {"LanguageModel": LanguageModel, "VectorModel": VectorModel}
   groups = {group.__name__: group for layer in LAYERS.values() for group in _groups(layer).values()}
   return models | LAYERS | SUBLAYERS | groups | run | {task.__name__: task for task in TASKS.values()}
+
+
+def _checked(made: Any) -> Any:
+  """A layer or a model, after its settings are checked; nothing is compiled. Other objects check theirs when they are made."""
+  if isinstance(made, Stack):
+    made.check_settings()
+  elif isinstance(made, nn.Module):
+    check_ranges(made)
+  return made
 
 
 def groups_of(cls: type) -> set[str]:

@@ -44,7 +44,7 @@ class Optimizer:
   accumulate_steps: int = 1
 
   def __post_init__(self):
-    at_least(0, self, "learning_rate", "warmup_steps", "weight_decay", "clip_norm")
+    at_least(0, self, "learning_rate", "warmup_steps", "weight_decay", "epsilon", "clip_norm")
     if not 0 <= self.final_fraction <= 1:
       raise ValueError(f"Optimizer.final_fraction is {self.final_fraction}; expected a share between 0 and 1.")
     for name in ("b1", "b2"):

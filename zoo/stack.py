@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from ..layers.context import Context, ContextLayer
 from ..layers.norms import RMSNorm
+from ..layers.ranges import check_ranges
 from ..layers.swiglu import SwiGLU
 from ..pallas_kernels import delta_rule
 from ..pallas_kernels.states import check_state
@@ -209,18 +210,23 @@ class Stack(nn.Module, kw_only=True):
 
   def check_state(self, state: tuple[Any, ...] | None, batch_size: int) -> None:
     """Raises `ValueError` for invalid settings, or for a state that does not belong to this stack."""
-    if self.remat not in REMAT_POLICIES:
-      raise ValueError(f"remat={self.remat!r}; expected one of {list(REMAT_POLICIES)}.")
-    if self.depth < 1 or not self.mixers:
-      raise ValueError(f"depth={self.depth}, mixers has {len(self.mixers)} entries; expected at least one block and entry.")
-    if () in self.mixers:
-      raise ValueError(f"mixers[{self.mixers.index(())}] is (); expected at least one layer in each entry.")
+    self.check_settings()
     if state is None:
       return
     count = sum(map(len, self._parts()))
     if not isinstance(state, tuple) or len(state) != count:
       raise ValueError(f"state is a {type(state).__name__} of {len(state)}; expected a tuple of {count}, one per block.")
     check_state("state", type(self).__name__, state, jax.eval_shape(lambda: self.initial_state(batch_size)))
+
+  def check_settings(self) -> None:
+    """Raises `ValueError` for invalid settings."""
+    check_ranges(self)
+    if self.remat not in REMAT_POLICIES:
+      raise ValueError(f"remat={self.remat!r}; expected one of {list(REMAT_POLICIES)}.")
+    if not self.mixers:
+      raise ValueError("mixers is empty; expected at least one entry.")
+    if () in self.mixers:
+      raise ValueError(f"mixers[{self.mixers.index(())}] is (); expected at least one layer in each entry.")
 
 
 def unroll_params(model: Stack, params: Any) -> tuple[Stack, Any]:

@@ -167,9 +167,9 @@ class Loss:
   def __post_init__(self):
     if self.kind not in _LOSSES:
       raise ValueError(f"Loss.kind={self.kind!r}; expected one of {list(_LOSSES)}.")
-    if self.scale <= 0:
+    if not 0 < self.scale < math.inf:
       raise ValueError(f"Loss.scale={self.scale}; expected a positive number.")
-    if self.power < 1:
+    if not 1 <= self.power < math.inf:
       raise ValueError(f"Loss.power={self.power}; expected at least 1.")
 
   @property
@@ -240,7 +240,7 @@ class Retention:
   def __post_init__(self):
     if self.kind not in ("none", "norm", "simplex"):
       raise ValueError(f"Retention.kind={self.kind!r}; expected 'none', 'norm' or 'simplex'.")
-    if self.kind == "norm" and not self.norm >= 2:
+    if not 2 <= self.norm < math.inf:
       raise ValueError(f"Retention.norm={self.norm}; expected at least 2.")
 
   def scale(self, a: jax.Array) -> jax.Array:
