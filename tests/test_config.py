@@ -155,6 +155,8 @@ def test_an_impossible_override_is_refused_with_what_is_expected(small, override
     ("LanguageModel.width = (\n", "in multi-line statement."),
     ("LanguageModel.width = four", "bad:1: "),
     ("@@", "bad:1: "),
+    ("x = %y\ny = %x\nTrainer.steps = %x\n" + SMALL, "bad:3: the value of %x contains itself: x -> y -> x"),
+    (SMALL + "\nLanguageModel.mixers = [@LanguageModel]", "LanguageModel contains itself: LanguageModel -> LanguageModel"),
     ("include 'nowhere.gin'", "bad:1: cannot include 'nowhere.gin'"),
     ("import nowhere_at_all", "bad:1: cannot import nowhere_at_all"),
     ("Nonsense:\n  x = 1", "bad:1: nothing is called 'Nonsense'"),

@@ -220,17 +220,19 @@ class _Bindings:
     scopes = ["/".join(parts[:i]) for i in range(len(parts) + 1)]
     return {f: b for s in scopes for f, b in self.values.get((s, name), {}).items()}
 
-  def without_macros(self, value: Any, where: str) -> Any:
-    """`value` with each `%name` in it replaced by the value of `name = ...`."""
+  def without_macros(self, value: Any, where: str, within: tuple[str, ...] = ()) -> Any:
+    """`value`, which is within the values of these macros, with each `%name` replaced by the value of `name = ...`."""
     match value:
       case _Macro(name):
         if name not in self.macros:
           raise ValueError(f"{where}: %{name} is not set{did_you_mean(name, self.macros)} Set it with `{name} = ...`.")
-        return self.without_macros(self.macros[name].value, where)
+        if name in within:
+          raise ValueError(f"{where}: the value of %{name} contains itself: {' -> '.join((*within, name))}.")
+        return self.without_macros(self.macros[name].value, where, (*within, name))
       case list() | tuple():
-        return type(value)(self.without_macros(item, where) for item in value)
+        return type(value)(self.without_macros(item, where, within) for item in value)
       case dict():
-        return {key: self.without_macros(item, where) for key, item in value.items()}
+        return {key: self.without_macros(item, where, within) for key, item in value.items()}
     return value
 
   def _bind(self, statement: config_parser.BindingStatement, where: str) -> None:
@@ -275,11 +277,21 @@ class _Builder:
   def __init__(self, bindings: _Bindings):
     self.bindings = bindings
     self.made: dict[_Reference, tuple[type, dict[str, Any]]] = {}
+    self.within: list[_Reference] = []
 
   def make(self, reference: Any, where: str) -> Any:
     """Builds the object of a reference; returns any other value unchanged."""
     if not isinstance(reference, _Reference):
       return reference
+    if reference in self.within:
+      raise ValueError(f"{where}: {reference} contains itself: {' -> '.join(map(str, (*self.within, reference)))}.")
+    self.within.append(reference)
+    try:
+      return self._make(reference, where)
+    finally:
+      self.within.pop()
+
+  def _make(self, reference: _Reference, where: str) -> Any:
     name = reference.name
     cls = self.bindings.resolve(name, where)
     bound = self.bindings.bound_to(reference.scope, name)
