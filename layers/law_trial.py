@@ -139,7 +139,7 @@ class Trial:
   @functools.cached_property
   def initial(self) -> Any:
     """Parameters as the layer's initialisers make them."""
-    params = nn.unbox(jax.jit(self.layer.init)(jax.random.key(7), self.example(1, 2)))
+    params = nn.unbox(jax.jit(lambda x: self.layer.init(jax.random.key(7), x))(self.inputs(1, 2)))
     return jax.tree.map(lambda a, like: np.asarray(a, like.dtype), params, self.params)
 
   @functools.cached_property
@@ -255,8 +255,10 @@ class Trial:
         x = jax.random.normal(key, like.shape, like.dtype)
       return self.apply(params, x, state)[1], None
 
-    keys = jax.random.split(jax.random.key(0), tokens // piece)
-    return jax.device_get(jax.jit(lambda keys: jax.lax.scan(one, self.fresh, keys)[0])(keys))
+    def all_pieces():
+      return jax.lax.scan(one, self.fresh, jax.random.split(jax.random.key(0), tokens // piece))[0]
+
+    return jax.device_get(jax.jit(all_pieces)())
 
   def at_once(self, x: Any, state: Any, segment_ids: Any, weights: Any = None) -> Pass:
     """A call of `ROWS` rows of `TOKENS` tokens."""
