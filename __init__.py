@@ -14,6 +14,7 @@ _LAZY = {
   "LanguageModel": "memzoo.zoo.language_model",
   "check_layer": "memzoo.layers.laws",
   "generate": "memzoo.zoo.generate",
+  "init": "memzoo.zoo.parameters",
   "describe": "memzoo.zoo.describe",
   "split_over": "memzoo.pallas_kernels.partition",
 }

@@ -1,15 +1,19 @@
 """The stack: context between sublayers, the scan over repeats of the pattern, and blocks of any sublayers."""
 
+import chex
 import jax
 import jax.numpy as jnp
+import memzoo
 import numpy as np
 import pytest
 from context_layers import Feeder, NoteReader
 from filled import filled
 from flax import linen as nn
 from memzoo.layers import Attention, Context, DeltaNet, SwiGLU
+from memzoo.layers.axes import Named
 from memzoo.zoo.language_model import LanguageModel, VectorModel
 from memzoo.zoo.stack import Stack, scan_params, sublayer_names, unroll_params, unroll_state
+from subjects import layer
 from tolerances import assert_close
 
 FLOAT64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
@@ -219,3 +223,12 @@ def test_a_state_of_another_stack_is_refused():
     model.apply(params, x, model.clone(scan=False).initial_state(2))
   with pytest.raises(ValueError, match=r"state.* has shape"):
     model.apply(params, x, model.initial_state(3))
+
+
+def test_init_gives_plain_arrays_equal_to_those_in_boxes():
+  model = LanguageModel(vocab_size=5, width=8, depth=2, mixers=(layer("GatedConv"),), scan=True)
+  params, boxed = memzoo.init(model, jax.random.key(3)), model.init(jax.random.key(3), jnp.zeros((1, 1), jnp.int32))
+  assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Named)))
+  chex.assert_trees_all_equal(params, nn.unbox(boxed))
+  with pytest.raises(ValueError, match="x is missing; expected an input of GatedConv"):
+    memzoo.init(layer("GatedConv"), jax.random.key(0))
