@@ -232,3 +232,11 @@ def test_init_gives_plain_arrays_equal_to_those_in_boxes():
   chex.assert_trees_all_equal(params, nn.unbox(boxed))
   with pytest.raises(ValueError, match="x is missing; expected an input of GatedConv"):
     memzoo.init(layer("GatedConv"), jax.random.key(0))
+
+
+def test_a_layer_keeps_a_dtype_of_parameters_that_it_sets():
+  own = layer("GatedConv", param_dtype=jnp.bfloat16)
+  model = LanguageModel(vocab_size=5, width=8, depth=2, mixers=((own,), (layer("GatedConv"),)), param_dtype=jnp.float16)
+  params = jax.eval_shape(lambda: memzoo.init(model, jax.random.key(0)))["params"]
+  first, second = ({leaf.dtype for leaf in jax.tree.leaves(params[f"blocks_{i}"]["mixer"])} for i in range(2))
+  assert (first, second) == ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)})

@@ -108,7 +108,7 @@ class Stack(nn.Module, kw_only=True):
       of the repeats are then stacked on a leading axis (named "layers") under "periods", states on their second axis; see
       `unroll_params` and `scan_params`. Blocks beyond the last whole repeat follow unrolled.
     dtype: dtype of activations, in every layer that does not set its own.
-    param_dtype: dtype of all parameters.
+    param_dtype: dtype of parameters, except in layers that set another one than their default.
   """
 
   mixers: tuple[nn.Module | tuple[nn.Module, ...], ...]
@@ -136,7 +136,10 @@ class Stack(nn.Module, kw_only=True):
     return self.block(index)[0]
 
   def _with_types(self, template: nn.Module) -> nn.Module:
-    types = {"dtype": getattr(template, "dtype", None) or self.dtype, "param_dtype": self.param_dtype}
+    field = type(template).__dataclass_fields__.get("param_dtype")
+    own = getattr(template, "param_dtype", None)
+    param_dtype = self.param_dtype if field is None or own == field.default else own
+    types = {"dtype": getattr(template, "dtype", None) or self.dtype, "param_dtype": param_dtype}
     return template.clone(parent=None, name=None, **{name: value for name, value in types.items() if hasattr(template, name)})
 
   @property
