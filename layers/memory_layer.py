@@ -44,6 +44,9 @@ class MemoryLayer(nn.Module, kw_only=True):
   # stream to the layer unchanged, and the output is the new residual stream.
   adds_input: ClassVar[bool] = False
 
+  # Whether the memory only adds and never forgets, so that new tokens of a long document count for less and less.
+  fills_up: ClassVar[bool] = False
+
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import memzoo
 import numpy as np
 import pytest
 from filled import filled
@@ -209,3 +210,11 @@ def test_mistakes_are_named():
       module.init(jax.random.key(0), x)
   with pytest.raises(ValueError, match=r"Network\.depth=0; expected at least 1"):
     Network(depth=0)
+
+
+@pytest.mark.slow
+def test_a_memory_that_decays_to_zero_does_not_stay_alive():
+  """As Titans is printed. The default, which decays to the start of the document, obeys the law; see `test_laws.py`."""
+  report = memzoo.check_layer(TitansMemory(**SIZES, gates=Gating(decay_to="zero")), width=8, laws=[16])
+  assert [violation.law for violation in report.violations] == [16]
+  assert report.violations[0].error == 0
