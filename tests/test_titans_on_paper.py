@@ -3,6 +3,8 @@
 Only the names of parameters come from the package. A mistake that operation, oracle and layers share is therefore found here.
 """
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ TITANS = SIZES | {
   "network": Network(expansion=2), "update": Update(clip=None), "gates": Gating(max_step=0.3), "conv_width": 3,
   "persistent_tokens": 2,
 }  # fmt: skip
+PRINTED = Gating(max_step=0.3, decay_to="zero")
 
 
 def sigmoid(x):
@@ -75,10 +78,17 @@ def rotated(x, position):
 
 
 class Network:
-  """gelu(k W_0) W_1 of one head, trained with momentum and decay; gradients at the weights that a chunk began with."""
+  """gelu(k W_0) W_1 of one head, trained with momentum and decay; gradients at the weights that a chunk began with.
 
-  def __init__(self, first, last):
-    self.weights, self.momentum = [first, last], [0 * first, 0 * last]
+  It decays towards the weights that the document began with, or to zero.
+  """
+
+  def __init__(self, first, last, to_zero):
+    self.weights, self.momentum, self.to_zero = [first, last], [0 * first, 0 * last], to_zero
+    self.begin_document()
+
+  def begin_document(self):
+    self.start = [0 * w for w in self.weights] if self.to_zero else self.weights
     self.begin_chunk()
 
   def begin_chunk(self):
@@ -89,7 +99,7 @@ class Network:
     psi = 2 * (gelu(hidden) @ self.anchor[1] - v)
     gradients = np.outer(k, (self.anchor[1] @ psi) * gelu_slope(hidden)), np.outer(gelu(hidden), psi)
     self.momentum = [eta * s - theta * g for s, g in zip(self.momentum, gradients, strict=True)]
-    self.weights = [keep * w + s for w, s in zip(self.weights, self.momentum, strict=True)]
+    self.weights = [o + keep * (w - o) + s for o, w, s in zip(self.start, self.weights, self.momentum, strict=True)]
     self.count += 1
     if self.count == CHUNK:
       self.begin_chunk()
@@ -101,9 +111,9 @@ class Network:
 class Memory:
   """All heads of a `TitansMemory`, with projections, gates and output."""
 
-  def __init__(self, p):
+  def __init__(self, p, to_zero=False):
     self.p = p
-    self.networks = [Network(p["memory_0"][h], p["memory_1"][h]) for h in range(HEADS)]
+    self.networks = [Network(p["memory_0"][h], p["memory_1"][h], to_zero) for h in range(HEADS)]
 
   def streams(self, x):
     def stream(name):
@@ -133,15 +143,15 @@ class Memory:
     """Writes the persistent tokens, with which every document begins, in a chunk of their own."""
     self.learn(persistent)
     for network in self.networks:
-      network.begin_chunk()
+      network.begin_document()
 
   def out(self, x, retrieved):
     retrieved = rms_norm(retrieved, self.p["norm"]["scale"], 1e-5).reshape(len(x), -1)
     return retrieved * sigmoid(x @ self.p["gate"]["full"]["kernel"]) @ self.p["output"]["kernel"]
 
 
-def titans(p, x):
-  memory = Memory(p)
+def titans(p, x, to_zero=False):
+  memory = Memory(p, to_zero)
   memory.read_in(p["persistent"])
   return memory.out(x, memory.learn(x))
 
@@ -231,6 +241,7 @@ def ttt(p, x):
 
 ON_PAPER = {
   "TitansMemory": (TitansMemory(**TITANS), titans),
+  "TitansMemory as printed": (TitansMemory(**TITANS | {"gates": PRINTED}), functools.partial(titans, to_zero=True)),
   "MemoryAsGate": (MemoryAsGate(**TITANS, window=WINDOW), gate),
   "MemoryAsLayer": (MemoryAsLayer(**TITANS, window=WINDOW), layer),
   "MemoryAsContext": (MemoryAsContext(**TITANS, segment=SEGMENT), context),
