@@ -163,18 +163,20 @@ def test_equal_keys_converge_below_the_bound_of_the_step_and_diverge_above():
     assert (loss[-1] < loss[0]) == (share < 1)
 
 
-def test_deep_memories_stay_finite_on_long_hostile_inputs():
-  spec = Spec(Memory(8, 8, depth=4), chunk_size=64, momentum=True, clip=1.0)
+@pytest.mark.parametrize(("decay_to", "longest"), [("start", 0.01), ("zero", 0.1)])
+def test_deep_memories_stay_finite_on_long_hostile_inputs(decay_to, longest):
+  """Results for any step; gradients up to the `longest`. A memory that has decayed to zero has none, hence the longer step."""
+  spec = Spec(Memory(8, 8, depth=4), chunk_size=64, momentum=True, clip=1.0, decay_to=decay_to)
   key = jax.random.key(0)
   initial = InitialWeights({n: jax.random.normal(key, (1, *s)) * s[0] ** -0.5 for n, s in spec.memory.shapes().items()})
   noise = 0.01 * jax.random.normal(key, (1, 4096, 1, 8))
   k = jnp.ones((1, 4096, 1, 8)) / 8**0.5 + noise
   v = 100 * jnp.sign(noise)
   ones = jnp.ones((1, 4096, 1))
-  for step in (1e-3, 0.1, 10.0):  # the last of them far beyond what converges
+  for step in (1e-3, longest, 10.0):  # the last of them far beyond what converges
     gates = Gates(step * ones, -0.01 * ones, -0.1 * ones)
     assert_finite(run(spec, (initial, k, k, v, gates)))
-    if step <= 0.1:
+    if step <= longest:
       assert_finite(values_and_gradients(spec, (initial, k, k, v, gates), None, None, "xla"))
 
 
