@@ -290,7 +290,7 @@ class TitansMemory(ProjectedMemory, InnerLearner, kw_only=True):
     if persistent is None:
       return initial
     operands, _ = self.project(projections, persistent[None], (self.tail(1, self.channels),) * 3, None)
-    memory = ttm.run(spec, initial, *operands, implementation=self.implementation).state
+    memory = ttm.run(spec, initial, *operands, implementation=self.implementation, precision=self.precision).state
     wide = accumulator(*jax.tree.leaves(memory.weights))
     learned = {name: w.astype(wide) + memory.weights[name][0] for name, w in initial.weights.items()}
     return initial._replace(weights=learned, momentum=memory.momentum and {name: s[0] for name, s in memory.momentum.items()})
