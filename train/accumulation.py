@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..pallas_kernels.numerics import accumulator
+
 
 class Accumulation(NamedTuple):
   """The state of `accumulate`.
@@ -43,8 +45,8 @@ def accumulate(transform: optax.GradientTransformation, count: int) -> optax.Gra
   """
 
   def init(params: Any) -> Accumulation:
-    zero, number = jnp.zeros((), jnp.int32), jnp.zeros((), _sum_dtype(*jax.tree.leaves(params)))
-    gradients = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), _sum_dtype(leaf)), params)
+    zero, number = jnp.zeros((), jnp.int32), jnp.zeros((), accumulator(*jax.tree.leaves(params)))
+    gradients = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), accumulator(leaf)), params)
     return Accumulation(zero, zero, number, number, gradients, number, transform.init(params))
 
   def update(gradients, state, params=None, *, weight=1.0, loss=0.0, finite=True, last=False):
@@ -62,10 +64,6 @@ def accumulate(transform: optax.GradientTransformation, count: int) -> optax.Gra
     return _choose(complete, (updates, made), (_zeros(updates), waiting))
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _sum_dtype(*leaves: jax.Array) -> jnp.dtype:
-  return jnp.dtype(jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32)
 
 
 def _zeros(tree: Any) -> Any:
