@@ -91,6 +91,11 @@ def _exact_product_backward(weights, d):
 exact_product.defvjp(_exact_product_forward, _exact_product_backward)
 
 
+def sums(weights: jax.Array, x: jax.Array, precision: Precision) -> jax.Array:
+  """`weights @ x` to float32 precision, for weights as in `exact_product`, in a call with intermediates of this precision."""
+  return exact_product(weights, x) if precision is SPLIT else matmul(weights, x)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def inner_products(x: jax.Array, y: jax.Array, exact_in: Dtype | None, precision: Precision) -> jax.Array:
   """x y^T of x [..., R, K] and y [..., S, K], whose values are exact in the dtype `exact_in`: in one pass if it is 16-bit.

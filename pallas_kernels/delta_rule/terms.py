@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..documents import Documents
-from ..numerics import FULL, SPLIT, Precision, einsum, exact_product, inner_products, matmul
+from ..numerics import FULL, Precision, einsum, inner_products, sums
 from ..partition import varying_alike
 
 # exp() of this is 0 in every float type, and so is its gradient. Unlike -inf, it gives 0 when multiplied by the 0 of a mask.
@@ -342,8 +342,7 @@ def _sum_between(plan: Plan, x: jax.Array) -> jax.Array:
 def _sum(plan: Plan, weights: np.ndarray, x: jax.Array) -> jax.Array:
   """Weighted sums of x [N, C, K] over its tokens, [N, R, K], with the weights [R, C]: zeros, ones and minus ones."""
   weights = jnp.asarray(weights, x.dtype)[None]
-  product = exact_product if plan.precision is SPLIT else matmul
-  return product(jnp.broadcast_to(weights, (x.shape[0], *weights.shape[1:])), x)
+  return sums(jnp.broadcast_to(weights, (x.shape[0], *weights.shape[1:])), x, plan.precision)
 
 
 def _zero_padding(is_token: jax.Array, x: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ..documents import select_rows
-from ..numerics import FULL, SPLIT, Precision, exact_product, inner_products, matmul, scaled
+from ..numerics import FULL, SPLIT, Precision, inner_products, matmul, scaled, sums
 from ..partition import varying_alike
 from ..triangular import unit_lower_inverse
 from .layout import Layout
@@ -448,9 +448,8 @@ def _decays(plan: Plan, log_gate: jax.Array | None, like: jax.Array) -> jax.Arra
     return (row >= column).astype(like.dtype)
   # A product with a matrix of ones is faster than a cumulative sum, but must not contain infinities. exp(_FORGOTTEN) is 0.
   after = jnp.where(row > column, jnp.maximum(log_gate, _FORGOTTEN)[:, None], 0)
-  product = exact_product if plan.precision is SPLIT else matmul
-  sums = product((row >= column).astype(like.dtype), after)
-  return jnp.where(row >= column, jnp.exp(sums), 0)
+  log_decay = sums((row >= column).astype(like.dtype), after, plan.precision)
+  return jnp.where(row >= column, jnp.exp(log_decay), 0)
 
 
 def errors(
