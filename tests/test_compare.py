@@ -60,7 +60,7 @@ def test_entrants_of_equal_state_and_of_equal_parameters():
     (("mqarr", ["DeltaNet"]), "there is no config 'mqarr'"),
     (("quickstart", ["DeltaNet"]), "quickstart has no task"),
     (("mqar", ["DeltaNett"]), "did you mean 'DeltaNet'"),
-    (("mqar", []), "Expected some of"),
+    (("mqar", []), "expected some of"),
     (("mqar", ["DeltaNet"], ["MultiQueryRecall.pairs=99"]), "at least 396 tokens"),
     (("mqar", ["DeltaNet"], ["MultiQueryRecall.tokens=0"]), "expected at least 64 tokens"),
     (("mqar", ["DeltaNet"], ["MultiQueryRecall.vocabulary=8"]), "an even vocabulary of at least 34"),

@@ -410,8 +410,12 @@ def test_the_operative_text_of_an_earlier_version_builds_the_same_layer():
 def test_an_operative_text_without_a_field_that_was_added_later_means_what_it_meant():
   text = build("models/titans_memory_10m").text
   (line,) = [line for line in text.splitlines() if line.endswith(".decay_to = 'start'")]
-  (layer,) = rebuilt(build_text(text.replace(line, ""), "old")).model.mixers
-  assert layer.gates.decay_to == "zero"
+  header, _, text = text.replace(line, "").partition("\n")
+  for old in (text, f"config_format = 1\n{text}"):
+    (layer,) = rebuilt(build_text(old, "old")).model.mixers
+    assert layer.gates.decay_to == "zero"
+  (layer,) = rebuilt(build_text(f"{header}\n{text}", "new")).model.mixers
+  assert layer.gates.decay_to == "start"
   assert build("models/titans_memory_10m", ["Gating.momentum=False"]).model.mixers[0].gates.decay_to == "start"
 
 

@@ -48,9 +48,9 @@ def test_a_file_that_cannot_be_parsed_is_named(tmp_path, content, words):
     finished_result(tmp_path, 1)
 
 
-def test_a_result_with_other_fields_is_named(tmp_path):
+def test_a_result_without_its_fields_is_named(tmp_path):
   (tmp_path / "result.json").write_text('{"speed": 1}')
-  with pytest.raises(ValueError, match=rf"{tmp_path}/result.json does not hold a Result .*'speed'"):
+  with pytest.raises(ValueError, match=rf"{tmp_path}/result.json does not hold a Result .*'directory'"):
     finished_result(tmp_path, 1)
 
 

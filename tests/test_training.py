@@ -253,11 +253,11 @@ def test_a_checkpoint_of_an_evaluated_step_has_its_loss_also_if_it_is_not_the_be
 def test_evaluation_and_probes_refuse_text_that_has_changed(tmp_path, monkeypatch):
   experiment = tiny_experiment(tmp_path, steps=2)
   trained = train(experiment, tmp_path / "run", progress=False)
-  monkeypatch.setattr(evaluation, "build_text", lambda text, name: tiny_experiment(tmp_path, steps=2))
+  monkeypatch.setattr(evaluation, "build_text", lambda *_: tiny_experiment(tmp_path, steps=2))
   monkeypatch.setattr(evaluation, "experiment_program", lambda experiment, mesh: program_of(experiment))
   found, step = evaluation.evaluate_run(tmp_path / "run")
   assert (found.loss, step) == (pytest.approx(trained.validation_loss, rel=1e-6), 2)
-  monkeypatch.setattr(evaluation, "build_text", lambda text, name: changed(tiny_experiment(tmp_path, steps=2)))
+  monkeypatch.setattr(evaluation, "build_text", lambda *_: changed(tiny_experiment(tmp_path, steps=2)))
 
   def changed(experiment):
     (tmp_path / "text" / "3.txt").write_text("something else entirely")
@@ -500,10 +500,10 @@ def test_the_best_evaluation_is_saved_and_group_norms_are_logged_where_asked_for
 
 def test_losses_are_drawn_with_gaps_and_without_validation(tmp_path):
   rows = [{"step": i, "bits_per_byte": None if i == 3 else 8.0 / i} for i in range(1, 6)]
-  plot_losses(rows, tmp_path / "a.png")
+  plot_losses(rows, tmp_path / "a.png", "a run")
   rows[4]["validation_bits_per_byte"] = 2.0
-  plot_losses(rows, tmp_path / "b.png", {"byte frequencies": 4.5, "zlib -9": 2.1})
-  plot_losses(rows[:1], tmp_path / "c.png")
+  plot_losses(rows, tmp_path / "b.png", "a run: text", {"byte frequencies": 4.5, "zlib -9": 2.1})
+  plot_losses(rows[:1], tmp_path / "c.png", "")
   assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png", "c.png"))
 
 

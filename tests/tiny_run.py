@@ -78,7 +78,7 @@ def tiny_experiment(folder: Path, **settings) -> SimpleNamespace:
   parts |= {name: settings.pop(name) for name in list(settings) if name in parts}
   defaults = {"steps": 12, "log_every": 4, "evaluate_every": 5, "checkpoint_every": 4, "sample_tokens": 0}
   parts["trainer"] = Trainer(**(defaults | settings))
-  return SimpleNamespace(name="tiny", text="".join(map(_as_gin, parts.values())), **parts)
+  return SimpleNamespace(name="tiny", ignored=(), text="".join(map(_as_gin, parts.values())), **parts)
 
 
 def program_of(experiment, steps: int | None = None) -> Program:

@@ -19,12 +19,15 @@ app = typer.Typer(
   context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_Config = Annotated[str, typer.Argument(help="Name of a shipped config (see `memzoo list`), or path of a .gin file.")]
+_Config = Annotated[
+  str, typer.Argument(help="Name of a shipped config (see `memzoo list`), path of a .gin file, or folder of a run.")
+]
 _Set = Annotated[
   list[str] | None,
   typer.Option("--set", metavar="X.FIELD=VALUE", help="Set a field of the config, such as LanguageModel.depth=4. Repeatable."),
 ]
 _Best = Annotated[bool, typer.Option("--best", help="Use the checkpoint with the lowest validation loss, not the newest.")]
+_ANYWHERE = ("--debug", "--no-compile-cache")  # options that may stand anywhere in the line
 _SEVERAL = "Run in several processes: start each with the same command and its own --process"
 _OTHER = "On accelerators"
 _Run = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/quickstart.")]
@@ -33,9 +36,8 @@ _Run = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/quicks
 def main() -> None:
   """Runs the command line. A user's mistake prints one line to stderr and exits with status 2."""
   debug = "--debug" in sys.argv
-  arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
   try:
-    app(arguments)
+    app(sorted(sys.argv[1:], key=lambda argument: argument not in _ANYWHERE))
   except BrokenPipeError:  # `memzoo list | head`
     _silence(sys.stdout)
   except (ValueError, OSError, ArithmeticError) as error:
@@ -68,8 +70,11 @@ def _options(
     bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
   ] = False,
   debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+  no_compile_cache: Annotated[
+    bool, typer.Option("--no-compile-cache", help="Do not keep compiled programs in ~/.cache/memzoo, nor take them from there.")
+  ] = False,
 ) -> None:
-  del version, debug  # `_print_version` and `main` handle them
+  del version, debug, no_compile_cache  # `_print_version`, `main` and `_start` handle them
 
 
 @app.command(no_args_is_help=True)
@@ -77,7 +82,7 @@ def train(
   config: _Config,
   overrides: _Set = None,
   steps: Annotated[int | None, typer.Option(help="Number of training steps; short for --set Trainer.steps=N.")] = None,
-  out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/CONFIG")] = None,
+  out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/CONFIG, or the run itself")] = None,
   coordinator: Annotated[
     str | None,
     typer.Option(
@@ -110,6 +115,8 @@ def train(
   [bold]memzoo train quickstart --set LanguageModel.depth=6 --set EraseThenDelta.num_heads=4 --out runs/deeper[/bold]
 
   [bold]memzoo train quickstart --set TextData.sources=~/books --steps 5000 --out runs/books[/bold]
+
+  [bold]memzoo train runs/books --steps 9000[/bold]
   """
   from .processes import join
 
@@ -117,9 +124,10 @@ def train(
   _start()
   from .config import build
   from .loop import train as train_experiment
+  from .run_folder import run_of
 
   experiment = build(config, [*(overrides or ()), *([f"Trainer.steps={steps}"] if steps is not None else [])])
-  result = train_experiment(experiment, out or Path("runs") / experiment.name)
+  result = train_experiment(experiment, out or run_of(config) or Path("runs") / experiment.name)
   if result.interrupted:
     import signal
 
@@ -244,6 +252,8 @@ def describe(
   [bold]memzoo describe models/gated_delta_net_130m --length 65536[/bold]
 
   [bold]memzoo describe quickstart --set TextData.batch_size=64 --peak[/bold]
+
+  [bold]memzoo describe runs/quickstart[/bold]
   """
   _start()
   from ..zoo.describe import describe as describe_model
@@ -309,9 +319,10 @@ def laws(
   from ..layers.law_trial import small
   from ..layers.laws import check_layer
   from ..zoo.registry import LAYERS
+  from .user_modules import import_class
 
   fields = dict(_field(setting) for setting in settings or ())
-  layer_type = LAYERS.get(layer) or _import_class(layer)
+  layer_type = LAYERS.get(layer) or import_class(layer)
   report = check_layer(small(layer_type, **fields), width, laws=None if only is None else _numbers("--only", only, int))
   print(report)
   if not report.ok:
@@ -331,24 +342,10 @@ def _field(setting: str) -> tuple[str, object]:
     return name.strip(), value
 
 
-def _import_class(path: str) -> type:
-  """Imports the class "package.module.Class", also from the current folder."""
-  from importlib import import_module
-
-  module, _, name = path.rpartition(".")
-  sys.path.insert(0, os.getcwd())
-  try:
-    return getattr(import_module(module or "memzoo.layers"), name)
-  except (ImportError, AttributeError) as error:
-    raise ValueError(f"layer {path!r} is neither in `memzoo list` nor a class: {error}; expected module.Class.") from None
-  finally:
-    sys.path.remove(os.getcwd())
-
-
 @app.command(no_args_is_help=True)
 def compare(
   task: Annotated[str, typer.Argument(help="A task (mqar, word_problem, ...; see `memzoo list`), or a config with one.")],
-  layers: Annotated[str, typer.Option(help="Layers to compare, separated by commas.")],
+  layers: Annotated[str, typer.Option(help="Layers to compare, separated by commas; one of your own is my_layers.MyLayer.")],
   overrides: _Set = None,
   learning_rates: Annotated[str, typer.Option(help="Each layer is trained at all of these; the best counts.")] = "0.003,0.01",
   seeds: Annotated[int, typer.Option(help="Number of seeds for parameters and examples.")] = 2,
@@ -524,9 +521,12 @@ def _start(cache: bool = True) -> None:
 
   start_quietly()
   warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
-  if cache and not jax.config.jax_compilation_cache_dir:
+  if not cache or "--no-compile-cache" in sys.argv:
+    jax.config.update("jax_enable_compilation_cache", False)
+  elif not jax.config.jax_compilation_cache_dir:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(home / "memzoo" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _console():

@@ -7,11 +7,10 @@ comparison continues with the next trial.
 
 import bisect
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,16 @@ import optax
 from flax import linen as nn
 
 from .checks import at_least
-from .files import read_as, write_text
+from .files import read_record, write_record
+from .gin_files import Reference
 from .keys import new_key
 from .optimizer import decay_mask
+from .run_folder import settings
 from .step import abstract_params, create_state, make_train_step, score_targets
 from .tasks import TASKS, Task
 from .tasks.data import TaskData, as_batch
+from .user_modules import import_class
+from .values import did_you_mean
 
 _STEPS_PER_CALL = 25  # training steps in one compiled call
 
@@ -134,7 +137,7 @@ class Comparison:
 
   def save(self, path: Path) -> None:
     """Writes it as JSON."""
-    write_text(path, json.dumps(asdict(self), indent=1) + "\n")
+    write_record(path, self, indent=1)
 
 
 Report = Callable[[Entrant, dict[str, Any]], None]
@@ -157,10 +160,10 @@ def compare(
   for entrant in entrants:
     path = folder / f"{_file_name(entrant, budget)}.json"
     if path.exists():
-      trial = read_as(Trial, path, "remove it, and its trial is run again")
+      trial = read_record(Trial, path, "remove it, and its trial is run again")
     else:
       trial = run_trial(entrant, budget, partial(report, entrant))
-      write_text(path, json.dumps(asdict(trial)))
+      write_record(path, trial)
     report(entrant, {"trial": trial})
     trials.append(trial)
   task = entrants[0].task
@@ -170,7 +173,7 @@ def compare(
 
 def _file_name(entrant: Entrant, budget: Budget) -> str:
   """The name of a trial's file; it contains a digest of everything that the trial depends on."""
-  text = f"{entrant.name}\n{entrant.experiment.text}\n{budget}"
+  text = f"{entrant.name}\n{settings(entrant.experiment.text)}\n{budget}"
   digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
   return f"{entrant.name.replace('/', '_')}-{entrant.state_bytes}-{digest}"
 
@@ -220,7 +223,8 @@ def enter(
   Args:
     config: a task's name, such as "mqar" for the shipped "tasks/mqar", or any config whose data is a `TaskData`. Each layer
       replaces the last of the config's mixers.
-    layers: names of layers, or scoped names ("reflecting/DeltaNet") whose fields `overrides` sets.
+    layers: names of layers, or scoped names ("reflecting/DeltaNet") whose fields `overrides` sets. A layer of your own is
+      "my_layers.EMA". A name that is given twice enters once.
     overrides: further bindings. A binding of a layer or of its options (`linear/Network.depth=1`) applies to that layer only.
     state_bytes: each layer enters once for each of these sizes of the model's state, matched as closely as possible by its
       key and value width, or by its window for attention.
@@ -230,34 +234,32 @@ def enter(
     ValueError: if the config or a layer cannot be built.
   """
   from ..zoo.registry import LAYERS
-  from .config import build, groups_of
-  from .values import did_you_mean
+  from .config import build, groups_of, references
 
-  config = f"tasks/{config}" if config in TASKS else config
-  groups = {group for layer in LAYERS.values() for group in groups_of(layer)}
-  base = build(config, [text for text in overrides if _bound(text) not in LAYERS.keys() | groups])
+  config, layers = f"tasks/{config}" if config in TASKS else config, list(dict.fromkeys(layers))
+  classes = {name: _class(name) for name in (layer.rpartition("/")[2] for layer in layers)}
+  if not layers:
+    raise ValueError(f"--layers names none; expected some of {', '.join(LAYERS)}.")
+  known = LAYERS | classes
+  groups = {group for layer in known.values() for group in groups_of(layer)}
+  base = build(config, [text for text in overrides if _bound(text) not in known.keys() | groups])
   if not isinstance(base.data, TaskData):
     raise ValueError(f"{config} has no task{did_you_mean(config, TASKS)} Expected one of {', '.join(TASKS)}.")
-  entering = {name.rpartition("/")[2] for name in layers}
-  grouped = {group for name in entering & LAYERS.keys() for group in groups_of(LAYERS[name])}
-  unknown = next((name for name in layers if name.rpartition("/")[2] not in LAYERS), None)
-  if unknown is not None or not layers:
-    raise ValueError(f"--layers names {unknown!r}{did_you_mean(unknown or '', LAYERS)} Expected some of {', '.join(LAYERS)}.")
-
-  names = jax.tree.map(lambda mixer: f"@{type(mixer).__name__}", base.model.mixers)
+  grouped = {group for layer in classes.values() for group in groups_of(layer)}
+  field, names = f"{type(base.model).__name__}.mixers", references(base, "mixers")
+  imports = [f"import {name.rpartition('.')[0]}" for name in classes if name not in LAYERS]
 
   def counts(text: str, layer: str) -> bool:
     """Whether an override is for `layer`: it does not name another entrant, nor a scope other than the layer's."""
-    (scope, _, name), bound, target = layer.rpartition("/"), _bound(text), text.partition(".")[0].strip()
-    if (bound in entering and bound != name) or (bound in grouped and bound not in groups_of(LAYERS[name])):
+    (scope, _, name), bound, target = layer.rpartition("/"), _bound(text), _target(text)
+    if (bound in classes and bound != name) or (bound in grouped and bound not in groups_of(classes[name])):
       return False
     return "/" not in target or target == layer or (bound in groups and target.rpartition("/")[0] == scope)
 
   def build_one(layer: str, more: Sequence[str]) -> Any:
     own = [text for text in overrides if counts(text, layer)]
-    pattern = str(_replace_last(names, f"@{layer}")).replace("'", "")
-    experiment = build(config, [*own, f"{type(base.model).__name__}.mixers={pattern}", *more])
-    return _fitted(experiment)
+    pattern = _replace_last(names, Reference(*layer.rpartition("/")[::2]))
+    return _fitted(build(config, [*imports, *own, f"{field}={pattern}", *more]))
 
   def enter_one(layer: str, more: Sequence[str]) -> Entrant:
     if parameters is not None:
@@ -274,15 +276,31 @@ def enter(
   return list({entrant.title: entrant for entrant in entrants}.values())
 
 
-def _replace_last(mixers: tuple, mixer: Any) -> tuple:
+def _class(name: str) -> type:
+  """The class of a layer that is called `name` here."""
+  from ..zoo.registry import LAYERS
+
+  if "." not in name and name not in LAYERS:
+    raise ValueError(
+      f"--layers names {name!r}{did_you_mean(name, LAYERS)} Expected some of {', '.join(LAYERS)}, or module.Class of your own."
+    )
+  return LAYERS.get(name) or import_class(name)
+
+
+def _replace_last(mixers: Sequence[Any], mixer: Any) -> tuple:
   """The pattern `mixers` with `mixer` in place of the first layer of its last block."""
   *others, last = mixers
-  return (*others, (mixer, *last[1:]) if isinstance(last, tuple) else mixer)
+  return (*others, (mixer, *last[1:]) if isinstance(last, (tuple, list)) else mixer)
+
+
+def _target(override: str) -> str:
+  """The class that an override sets a field of, with its scope."""
+  return override.partition("=")[0].strip().rpartition(".")[0]
 
 
 def _bound(override: str) -> str:
   """The class that an override sets a field of."""
-  return override.partition("=")[0].strip().rpartition(".")[0].rpartition("/")[2]
+  return _target(override).rpartition("/")[2]
 
 
 def _fitted(experiment: Any) -> Any:
@@ -306,6 +324,8 @@ def _size_for(layer: str, experiment: Any, size: int) -> list[str]:
   """The overrides that bring the model's state closest to `size` bytes."""
   mixer = experiment.model.mixer(len(experiment.model.mixers) - 1)
   fields = [name for name in ("key_dim", "value_dim") if hasattr(mixer, name)] or ["window"]
+  if not hasattr(mixer, fields[0]):
+    raise ValueError(f"--state-bytes needs a layer with key_dim, value_dim or window; {layer} has none of them.")
 
   def state_bytes(width: int) -> int:
     sized = mixer.clone(parent=None, **dict.fromkeys(fields, width))

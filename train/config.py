@@ -9,30 +9,31 @@ gin's own parser reads the file. The bindings are kept in an object of this modu
 configuration, so nothing is left behind and any number of experiments can be built side by side. As in gin, later lines win,
 a scoped reference (`@local/Attention`) takes the unscoped bindings first and then its scope's, and `%name` stands for the
 value of `name = ...`. A layer of your own needs no registration: `import my_package.my_layers`, then
-`@my_package.my_layers.MyLayer`.
+`@my_package.my_layers.MyLayer`. Modules are looked for in the folder of the file, then in the folders that it lists,
+`import_folders = ["../shared"]`, then in the current folder, then on Python's path.
 
 Some fields of layers are option groups, frozen dataclasses such as `Loss` of `TitansMemory`. They are bound like a layer,
 `Loss.kind = "huber"`, and replace fields of the layer's own default. A group takes the bindings of `Loss` in the scope of its
 layer and in the scope `TitansMemory/loss` below it, unless a reference is bound to it (`TitansMemory.loss = @other/Loss`).
 
 Every value is checked against the annotated type of its field, whether or not the experiment uses it.
+
+The operative configuration, which a run keeps, begins with `config_format = ...`, its version. Fields that it sets
+and this version does not know are ignored and kept; those that it lacks have the values that they had then (`old_configs.py`).
 """
 
 import dataclasses
 import functools
-import io
 import re
-import tokenize
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module, resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
-from gin import config_parser
 
 from ..layers.ranges import check_ranges
 from ..zoo.language_model import LanguageModel, VectorModel
@@ -40,13 +41,29 @@ from ..zoo.registry import LAYERS, SUBLAYERS
 from ..zoo.stack import Stack
 from . import old_configs
 from .data import TextData
+from .gin_files import (
+  BindingStatement,
+  BlockDeclaration,
+  ImportStatement,
+  IncludeStatement,
+  Macro,
+  Reference,
+  Source,
+  find,
+  find_included,
+  parse,
+  shipped,
+)
 from .optimizer import Optimizer
+from .run_folder import CONFIG_FORMAT, IGNORED, IMPORT_FOLDERS
 from .sharding import MeshShape
 from .tasks import TASKS, TaskData
 from .trainer import Trainer
+from .user_modules import import_from
 from .values import Mismatch, convert, did_you_mean, to_dtype
 
-_PACKAGE = __package__.rpartition(".")[0]
+__all__ = ["Experiment", "build", "build_text", "groups_of", "shipped"]
+
 _RUN = {"data": "TextData", "optimizer": "Optimizer", "mesh": "MeshShape", "trainer": "Trainer"}
 _INSTEAD = {"LanguageModel": "VectorModel", "TextData": "TaskData"}  # if a config sets a field of the second
 
@@ -62,6 +79,7 @@ class Experiment:
       `MeshShape` and `Trainer` of `memzoo.train`.
     text: the operative configuration: every field of the above, defaults included, as gin text from which `build_text`
       makes an equal experiment.
+    ignored: lines of an operative configuration that set fields which this version does not know. `text` ends with them.
   """
 
   name: str
@@ -71,70 +89,45 @@ class Experiment:
   mesh: Any
   trainer: Any
   text: str
+  ignored: tuple[str, ...] = ()
 
 
 def build(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
   """Builds an experiment.
 
   Args:
-    config: the name of a shipped configuration ("quickstart", "models/delta_net_10m") or the path of a `.gin` file.
-    overrides: further bindings, which win: "LanguageModel.depth=4". A value that is not a Python literal is a string.
+    config: the name of a shipped configuration ("quickstart", "models/delta_net_10m"), the path of a `.gin` file, or the folder
+      of a run.
+    overrides: further bindings, which win: "LanguageModel.depth=4". A value that is not a Python literal is a string. Also
+      "import my_layers".
 
   Raises:
     ValueError: if there is no such configuration, or it has an error; the message gives the place, the field and what is
       expected.
     FileNotFoundError: if `config` is the path of a file that does not exist.
   """
-  source = _find(str(config))
+  source, name = find(str(config))
   bindings = _Bindings()
   bindings.read(source)
   for override in overrides:
     bindings.override(override)
-  return _build(bindings, PurePosixPath(source.name).name.removesuffix(".gin"))
+  return _build(bindings, name)
 
 
-def build_text(text: str, name: str) -> Experiment:
+def build_text(text: str, name: str, folder: Path | None = None) -> Experiment:
   """Builds an experiment from gin text, such as the operative configuration beside a checkpoint.
 
   Args:
     text: the configuration; it can include shipped ones.
     name: the name to give the experiment.
+    folder: where modules that it imports are looked for first.
 
   Raises:
     ValueError: as `build`.
   """
   bindings = _Bindings()
-  bindings.read(_Source(name, text, None))
+  bindings.read(Source(name, text, folder))
   return _build(bindings, name)
-
-
-def shipped() -> list[str]:
-  """Names of the shipped configurations that are whole experiments, not parts to include."""
-  return sorted(name for name in _walk(resources.files(f"{_PACKAGE}.configs"), "") if not name.startswith("parts/"))
-
-
-@dataclass(frozen=True)
-class _Reference:
-  """`@scope/name`: an object, built from the bindings of `name` and of `name` in `scope`."""
-
-  scope: str
-  name: str
-
-  def __str__(self) -> str:
-    return "/".join(filter(None, (self.scope, self.name)))
-
-  def __repr__(self) -> str:
-    return f"@{self}"
-
-
-@dataclass(frozen=True)
-class _Macro:
-  """`%name`: the value of `name = ...`."""
-
-  name: str
-
-  def __repr__(self) -> str:
-    return f"%{self.name}"
 
 
 class _Binding(NamedTuple):
@@ -142,22 +135,8 @@ class _Binding(NamedTuple):
   where: str
 
 
-class _Source(NamedTuple):
-  name: str
-  text: str
-  folder: Path | None  # None for a shipped configuration
-
-
-class _Delegate(config_parser.ParserDelegate):
-  """Tells gin's parser what to make of references and macros. Whether they exist is checked later."""
-
-  def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
-    del evaluate  # `@X()` and `@X` mean the same here: a new object for every mention
-    scope, _, name = scoped_configurable_name.rpartition("/")
-    return _Reference(scope, name)
-
-  def macro(self, macro_name: str) -> _Macro:
-    return _Macro(macro_name)
+class _Unknown(ValueError):
+  """A class or a field that this version does not have."""
 
 
 @dataclass
@@ -166,36 +145,52 @@ class _Bindings:
 
   values: dict[tuple[str, str], dict[str, _Binding]] = field(default_factory=dict)
   macros: dict[str, _Binding] = field(default_factory=dict)
-  modules: list[str] = field(default_factory=list)
+  modules: dict[str, ModuleType] = field(default_factory=dict)
+  folders: list[Path] = field(default_factory=list)  # of these modules, where they are not on Python's path
+  format: int | None = None  # of an operative configuration
+  ignored: list[str] = field(default_factory=list)
   must_be_used: dict[tuple[str, str], str] = field(default_factory=dict)
   old: dict[tuple[str, str], dict[str, _Binding]] = field(default_factory=dict)  # of fields of earlier versions
 
-  def read(self, source: _Source, including: tuple[str, ...] = ()) -> None:
+  def read(self, source: Source, including: tuple[str, ...] = ()) -> None:
     """Reads a file and the files that it includes."""
     if source.name in including:
       raise ValueError(f"{including[-1]} includes {source.name}, which includes it in turn.")
-    for statement in _parse(source.text, source.name):
+    folders, written = [folder for folder in [source.folder] if folder], False
+    for statement in parse(source.text, source.name):
       where = f"{source.name}:{statement.location.line_num}"
       match statement:
-        case config_parser.BindingStatement():
-          self._bind(statement, where)
-        case config_parser.BlockDeclaration():
+        case BindingStatement(selector=name, arg_name="", value=value) if name == CONFIG_FORMAT:
+          self.format, written = _convert(name, value, int, where), True
+        case BindingStatement(selector=name, arg_name="", value=value) if name == IMPORT_FOLDERS:
+          folders += [(source.folder or Path()) / folder for folder in _convert(name, value, tuple[str, ...], where)]
+        case BindingStatement():
+          try:
+            self._bind(statement, where)
+          except _Unknown:
+            if not written:
+              raise
+            self.ignored.append(_line(statement))
+        case BlockDeclaration():
           self.resolve(statement.selector, where)
-        case config_parser.IncludeStatement():
-          self.read(_find_included(statement.filename, source.folder, where), (*including, source.name))
-        case config_parser.ImportStatement():
-          self._import(statement, where)
+        case IncludeStatement():
+          self.read(find_included(statement.filename, source.folder, where), (*including, source.name))
+        case ImportStatement(module=module):
+          self._import(module, folders, where)
 
   def override(self, text: str) -> None:
-    """Adds one binding, "Configurable.field=value"."""
+    """Adds one binding, "Configurable.field=value", or imports a module, "import my_layers"."""
     key, equals, value = text.partition("=")
     where = f"override {text!r}"
+    if text.startswith("import ") and not equals:
+      self._import(text.removeprefix("import ").strip(), [], where)
+      return
     if not equals or not key.strip() or not value.strip():
       raise ValueError(f"{where}: expected Configurable.field=value, such as LanguageModel.depth=4.")
     try:
-      (statement,) = _parse(text, where)
+      (statement,) = parse(text, where)
     except ValueError:  # shells remove quotes, so anything that is not a literal is a string
-      (statement,) = _parse(f"{key}={value.strip()!r}", where)
+      (statement,) = parse(f"{key}={value.strip()!r}", where)
     scope, name, argument = statement.scope, statement.selector, statement.arg_name
     if argument:
       self.must_be_used[scope, name] = where
@@ -209,10 +204,13 @@ class _Bindings:
     module, _, attribute = name.rpartition(".")
     if name in known:
       return known[name]
-    found = getattr(import_module(module), attribute, None) if module in self.modules else None
+    found = getattr(self.modules.get(module), attribute, None)
     if isinstance(found, type) and (issubclass(found, nn.Module) or _is_group(found)):
       return found
-    raise ValueError(f"{where}: nothing is called {name!r}{did_you_mean(name, known)} Expected one of {', '.join(known)}.")
+    newer = " A newer version of memzoo wrote this configuration." if (self.format or 0) > old_configs.FORMAT else ""
+    raise _Unknown(
+      f"{where}: nothing is called {name!r}{did_you_mean(name, known)} Expected one of {', '.join(known)}.{newer}"
+    )
 
   def bound_to(self, scope: str, name: str) -> dict[str, _Binding]:
     """The bindings of `@scope/name` by field; a longer scope wins over a shorter one, and over none."""
@@ -223,7 +221,7 @@ class _Bindings:
   def without_macros(self, value: Any, where: str, within: tuple[str, ...] = ()) -> Any:
     """`value`, which is within the values of these macros, with each `%name` replaced by the value of `name = ...`."""
     match value:
-      case _Macro(name):
+      case Macro(name):
         if name not in self.macros:
           raise ValueError(f"{where}: %{name} is not set{did_you_mean(name, self.macros)} Set it with `{name} = ...`.")
         if name in within:
@@ -235,7 +233,7 @@ class _Bindings:
         return {key: self.without_macros(item, where, within) for key, item in value.items()}
     return value
 
-  def _bind(self, statement: config_parser.BindingStatement, where: str) -> None:
+  def _bind(self, statement: BindingStatement, where: str) -> None:
     scope, name, argument = statement.scope, statement.selector, statement.arg_name
     binding = _Binding(statement.value, where)
     if not argument:
@@ -261,14 +259,16 @@ class _Bindings:
           self.values.setdefault(inner, {})[field_name] = fields[argument]
     for (_, name), fields in self.values.items():
       where = next(iter(fields.values())).where
-      fields |= {f: _Binding(value, where) for f, value in old_configs.before_added(self.resolve(name, where), fields).items()}
+      lacked = old_configs.before_added(self.resolve(name, where), fields, self.format)
+      fields |= {f: _Binding(value, where) for f, value in lacked.items()}
 
-  def _import(self, statement: config_parser.ImportStatement, where: str) -> None:
+  def _import(self, module: str, folders: Sequence[Path], where: str) -> None:
     try:
-      import_module(statement.module)
+      self.modules[module], folder = import_from(module, [*folders, Path()])
     except ImportError as error:
-      raise ValueError(f"{where}: cannot import {statement.module}: {error}") from error
-    self.modules.append(statement.module)
+      raise ValueError(f"{where}: cannot import {module}: {error}.") from error
+    if folder is not None and (folder := folder.resolve()) not in self.folders:
+      self.folders.append(folder)
 
 
 class _Builder:
@@ -276,12 +276,12 @@ class _Builder:
 
   def __init__(self, bindings: _Bindings):
     self.bindings = bindings
-    self.made: dict[_Reference, tuple[type, dict[str, Any]]] = {}
-    self.within: list[_Reference] = []
+    self.made: dict[Reference, tuple[type, dict[str, Any]]] = {}
+    self.within: list[Reference] = []
 
   def make(self, reference: Any, where: str) -> Any:
     """Builds the object of a reference; returns any other value unchanged."""
-    if not isinstance(reference, _Reference):
+    if not isinstance(reference, Reference):
       return reference
     if reference in self.within:
       raise ValueError(f"{where}: {reference} contains itself: {' -> '.join(map(str, (*self.within, reference)))}.")
@@ -291,7 +291,7 @@ class _Builder:
     finally:
       self.within.pop()
 
-  def _make(self, reference: _Reference, where: str) -> Any:
+  def _make(self, reference: Reference, where: str) -> Any:
     name = reference.name
     cls = self.bindings.resolve(name, where)
     bound = self.bindings.bound_to(reference.scope, name)
@@ -314,12 +314,12 @@ class _Builder:
       field = re.match(r"(?:\w+\.)?(\w*)", str(error))[1]
       raise ValueError(f"{bound[field].where if field in bound else where}: {error}") from None
 
-  def _group(self, cls: type, scope: str) -> _Reference | None:
+  def _group(self, cls: type, scope: str) -> Reference | None:
     """The reference to an option group within a layer; `None` for a class that a configuration cannot name."""
-    name = cls.__name__ if _configurables().get(cls.__name__) is cls else f"{cls.__module__}.{cls.__name__}"
-    return _Reference(scope, name) if name in _configurables() or cls.__module__ in self.bindings.modules else None
+    name = _name(cls)
+    return Reference(scope, name) if name in _configurables() or cls.__module__ in self.bindings.modules else None
 
-  def _replace(self, default: Any, reference: _Reference) -> Any:
+  def _replace(self, default: Any, reference: Reference) -> Any:
     """The option group `default` with the fields that are bound to `reference` replaced."""
     cls, bound = type(default), self.bindings.bound_to(reference.scope, reference.name)
     options = {f: self.convert(reference.name, cls, f, b) for f, b in bound.items()}
@@ -333,12 +333,8 @@ class _Builder:
   def convert(self, name: str, cls: type, argument: str, binding: _Binding) -> Any:
     """The bound value, converted to the type of its field."""
     value = self.bindings.without_macros(binding.value, binding.where)
-    try:
-      if _is_dtype(argument):
-        return to_dtype(value)
-      return convert(value, _types(cls)[argument], lambda reference: self.make(reference, binding.where))
-    except Mismatch as mismatch:
-      raise ValueError(f"{binding.where}: {name}.{argument} = {value!r}: {mismatch}.") from None
+    make = functools.partial(self.make, where=binding.where)
+    return _convert(f"{name}.{argument}", value, None if _is_dtype(argument) else _types(cls)[argument], binding.where, make)
 
   def check_all(self) -> None:
     """Checks the types of all bindings. Raises `ValueError` if an override or a scoped binding changes nothing."""
@@ -353,26 +349,31 @@ class _Builder:
 
   def text(self) -> str:
     """All fields of everything that was built, as gin text."""
-    paragraphs = ["\n".join(f"import {module}" for module in self.bindings.modules)]
+    header = [f"{CONFIG_FORMAT} = {old_configs.FORMAT}"]
+    if self.bindings.folders:
+      header.append(f"{IMPORT_FOLDERS} = {[str(folder) for folder in self.bindings.folders]}")
+    paragraphs = ["\n".join(header), "\n".join(f"import {module}" for module in self.bindings.modules)]
     for reference, (cls, bound) in self._with_short_names().items():
       values = {f.name: _literal(bound[f.name] if f.name in bound else _default(f)) for f in _fields(cls)}
       paragraphs.append("\n".join(f"{reference}.{name} = {text}" for name, text in values.items() if text is not None))
+    if self.bindings.ignored:
+      paragraphs.append("\n".join([IGNORED, *self.bindings.ignored]))
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
-  def _with_short_names(self) -> dict[_Reference, tuple[type, dict[str, Any]]]:
+  def _with_short_names(self) -> dict[Reference, tuple[type, dict[str, Any]]]:
     """`made`, with `@Loss` for `@TitansMemory/loss/Loss` if all objects of class `Loss` are equal."""
-    kinds: dict[str, list[tuple[_Reference, Any]]] = {}
+    kinds: dict[str, list[tuple[Reference, Any]]] = {}
     for reference, made in self.made.items():
       kinds.setdefault(reference.name, []).append((reference, made))
     short = {
-      reference: _Reference("", name)
+      reference: Reference("", name)
       for name, found in kinds.items()
       if _is_group(found[0][1][0]) and all(made == found[0][1] for _, made in found)
       for reference, _ in found
     }
     made = {}
     for reference, (cls, bound) in self.made.items():
-      bound = {f: short.get(v, v) if isinstance(v, _Reference) else v for f, v in bound.items()}
+      bound = {f: short.get(v, v) if isinstance(v, Reference) else v for f, v in bound.items()}
       made[short.get(reference, reference)] = cls, bound
     return made
 
@@ -383,9 +384,9 @@ def _build(bindings: _Bindings, name: str) -> Experiment:
   parts = {"model": "LanguageModel"} | _RUN
   for part, usual in parts.items():
     parts[part] = _INSTEAD[usual] if ("", _INSTEAD.get(usual)) in bindings.values else usual
-  made = {part: builder.make(_Reference("", class_name), name) for part, class_name in parts.items()}
+  made = {part: builder.make(Reference("", class_name), name) for part, class_name in parts.items()}
   builder.check_all()
-  return Experiment(name=name, **made, text=builder.text())
+  return Experiment(name=name, **made, text=builder.text(), ignored=tuple(bindings.ignored))
 
 
 @functools.cache
@@ -405,9 +406,20 @@ def _checked(made: Any) -> Any:
   return made
 
 
+def references(experiment: Experiment, field: str) -> Any:
+  """What the operative configuration binds to a field of the model: literals and `Reference`s."""
+  name = f"{type(experiment.model).__name__}.{field}"
+  return next(s.value for s in parse(experiment.text, experiment.name) if str(_line(s)).startswith(f"{name} = "))
+
+
 def groups_of(cls: type) -> set[str]:
-  """The names of the option groups that a layer has."""
-  return {group.__name__ for group in _groups(cls).values()}
+  """What configurations call the option groups that a layer has."""
+  return {_name(group) for group in _groups(cls).values()}
+
+
+def _name(cls: type) -> str:
+  """What configurations call a class: its name, or module and name if it is not one of this package."""
+  return cls.__name__ if _configurables().get(cls.__name__) is cls else f"{cls.__module__}.{cls.__name__}"
 
 
 def _groups(cls: type) -> dict[str, type]:
@@ -427,55 +439,6 @@ def _last(name: str) -> str:
   return name.rpartition(".")[2]
 
 
-def _parse(text: str, name: str) -> list[Any]:
-  """gin's statements in `text`. Raises `ValueError` with the line of a syntax error."""
-  try:
-    return list(config_parser.ConfigParser(io.StringIO(text), _Delegate()))
-  except SyntaxError as error:
-    raise ValueError(f"{name}:{error.lineno}: {error.msg.splitlines()[0]} in {(error.text or '').strip()!r}.") from None
-  except tokenize.TokenError as error:
-    raise ValueError(f"{name}:{error.args[1][0]}: {error.args[0]}.") from None
-
-
-def _find(config: str) -> _Source:
-  path = Path(config).expanduser()
-  if path.suffix == ".gin" and path.is_file():
-    return _Source(str(path), path.read_text(encoding="utf-8"), path.parent)
-  name = config.removesuffix(".gin")
-  if name in shipped():
-    return _shipped_source(name)
-  if path.suffix == ".gin":
-    raise FileNotFoundError(f"there is no file {config}")
-  raise ValueError(
-    f"there is no config {config!r}{did_you_mean(config, shipped())} Expected the path of a .gin file, or one of "
-    f"{', '.join(shipped())}."
-  )
-
-
-def _find_included(filename: str, folder: Path | None, where: str) -> _Source:
-  """An included file: one beside the including file, or else a shipped one."""
-  if folder is not None and (folder / filename).is_file():
-    path = folder / filename
-    return _Source(str(path), path.read_text(encoding="utf-8"), path.parent)
-  if filename.removesuffix(".gin") in _walk(resources.files(f"{_PACKAGE}.configs"), ""):
-    return _shipped_source(filename.removesuffix(".gin"))
-  beside = f"in {folder} or " if folder is not None else ""
-  raise ValueError(f"{where}: cannot include {filename!r}: no such file {beside}among the shipped configurations.")
-
-
-def _shipped_source(name: str) -> _Source:
-  file = resources.files(f"{_PACKAGE}.configs").joinpath(f"{name}.gin")
-  return _Source(f"{name}.gin", file.read_text(encoding="utf-8"), None)
-
-
-def _walk(folder: Any, prefix: str) -> Iterator[str]:
-  for entry in folder.iterdir():
-    if entry.is_dir():
-      yield from _walk(entry, f"{prefix}{entry.name}/")
-    elif entry.name.endswith(".gin"):
-      yield prefix + entry.name.removesuffix(".gin")
-
-
 def _fields(cls: type) -> list[dataclasses.Field]:
   """The fields that configure `cls`, dtypes last, without the two that Flax adds to every module."""
   flax = ("parent", "name") if issubclass(cls, nn.Module) else ()
@@ -490,7 +453,7 @@ def _types(cls: type) -> dict[str, Any]:
 def _check_field(name: str, cls: type, argument: str, where: str) -> None:
   names = [f.name for f in _fields(cls)]
   if argument not in names:
-    raise ValueError(
+    raise _Unknown(
       f"{where}: {name} has no field {argument!r}{did_you_mean(argument, names)} Its fields: {', '.join(names)}."
     )
 
@@ -510,7 +473,7 @@ def _is_dtype(argument: str) -> bool:
 
 def _literal(value: Any) -> str | None:
   """gin text for `value`, or None if gin cannot express it (a function, for example)."""
-  if isinstance(value, _Reference) or value is None or isinstance(value, (bool, int, float, str)):
+  if isinstance(value, Reference) or value is None or isinstance(value, (bool, int, float, str)):
     return repr(value)
   if isinstance(value, (list, tuple)):
     items = [_literal(item) for item in value]
@@ -519,3 +482,16 @@ def _literal(value: Any) -> str | None:
     items = [(_literal(key), _literal(item)) for key, item in value.items()]
     return None if any(None in item for item in items) else f"{{{', '.join(f'{k}: {v}' for k, v in items)}}}"
   return None
+
+
+def _convert(name: str, value: Any, annotation: Any, where: str, make: Callable[[Any], Any] | None = None) -> Any:
+  """A bound value, converted to its annotated type, or to a dtype if that is `None`."""
+  try:
+    return to_dtype(value) if annotation is None else convert(value, annotation, make)
+  except Mismatch as mismatch:
+    raise ValueError(f"{where}: {name} = {value!r}: {mismatch}.") from None
+
+
+def _line(statement: BindingStatement) -> str:
+  """A binding as gin text."""
+  return f"{Reference(statement.scope, statement.selector)}.{statement.arg_name} = {statement.value!r}"

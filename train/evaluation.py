@@ -100,7 +100,7 @@ def _experiment(directory: str | Path) -> Experiment:
     raise ValueError(f"{directory} is no run: it has no config.gin; expected a folder that `memzoo train` has written.")
   text = read_text(config, "a checkpoint's facts hold it as well")
   try:
-    return build_text(text, Path(directory).name)
+    return build_text(text, Path(directory).resolve().name, config.parent)
   except ValueError as error:
     raise ValueError(f"{config} cannot be used: {error}") from None
 

@@ -4,10 +4,13 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_FORMAT = 1  # of JSON files that hold a dataclass
 
 
 @contextmanager
@@ -51,9 +54,21 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
   return found
 
 
-def read_as(cls: type[T], path: Path, remedy: str) -> T:
-  """The dataclass `cls` whose fields are the JSON object in `path`. Raises `ValueError` as `read_object`."""
+def write_record(path: Path, record: Any, indent: int | None = None) -> None:
+  """Writes a dataclass as a JSON object, with the version of the format as "format"."""
+  write_text(path, json.dumps({"format": _FORMAT} | asdict(record), indent=indent) + "\n")
+
+
+def read_record(cls: type[T], path: Path, remedy: str) -> T:
+  """The dataclass `cls` whose fields are the JSON object in `path`. Fields that `cls` does not have are ignored.
+
+  Raises:
+    ValueError: as `read_object`, or if a field without a default is missing.
+  """
+  known = {field.name for field in fields(cls)}
+  found = read_object(path, remedy)
   try:
-    return cls(**read_object(path, remedy))
+    return cls(**{name: value for name, value in found.items() if name in known})
   except TypeError as error:
-    raise ValueError(f"{path} does not hold a {cls.__name__} ({error}); {remedy}.") from None
+    written = "; a newer version of memzoo wrote it" if found.get("format", 0) > _FORMAT else ""
+    raise ValueError(f"{path} does not hold a {cls.__name__} ({error}{written}); {remedy}.") from None

@@ -1,7 +1,6 @@
 """The end of a run, after its last step: evaluation, pictures, a sample, and a summary."""
 
-import json
-from dataclasses import asdict
+import shlex
 
 import jax
 
@@ -10,7 +9,7 @@ from ..zoo.describe import forward_flops
 from ..zoo.formats import binary, clock, thousands
 from ..zoo.generate import generate
 from .evaluation import Evaluation, evaluate, validation_row
-from .files import write_text
+from .files import write_record, write_text
 from .report import Report, plot_losses, read_rows
 from .run_folder import Result
 from .runtime import Stopwatch
@@ -43,9 +42,20 @@ def finish(setup: Setup, state: TrainState, report: Report, watch: Stopwatch, st
   draw(setup, report, evaluation)
   _write_sample(setup, state)
   if setup.primary:
-    write_text(setup.directory / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+    write_record(setup.directory / "result.json", result, indent=2)
   report.table(f"Finished: {result.step} steps", _summary(setup, result, evaluation, watch))
+  for line in _next_commands(setup, result.step):
+    report.say(line)
   return result
+
+
+def _next_commands(setup: Setup, step: int) -> list[str]:
+  """Commands to go on with."""
+  run, lines = shlex.quote(str(setup.directory)), []
+  if setup.corpus.measure == "bits_per_byte":
+    start = setup.experiment.data.decode(setup.corpus.prompt(setup.experiment.trainer.sample_prompt)).split("\n")[0][:20]
+    lines = [f"memzoo generate {run} {shlex.quote(start)}", f"memzoo evaluate {run} --task perplexity"]
+  return ["Next, for example:", *(f"  {line}" for line in (*lines, f"memzoo train {run} --steps {2 * step}"))]
 
 
 def draw(setup: Setup, report: Report, evaluation: Evaluation | None = None) -> None:
@@ -56,7 +66,8 @@ def draw(setup: Setup, report: Report, evaluation: Evaluation | None = None) -> 
     return
   if evaluation:
     rows[-1] |= validation_row(setup.corpus, evaluation.loss)
-  plot_losses(rows, setup.directory / "loss.png", evaluation and evaluation.baselines, setup.corpus.measure)
+  title = f"{setup.directory.resolve().name}: {setup.experiment.data.source}"
+  plot_losses(rows, setup.directory / "loss.png", title, evaluation and evaluation.baselines, setup.corpus.measure)
 
 
 def _of_text(evaluation: Evaluation) -> dict[str, float]:

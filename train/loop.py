@@ -19,11 +19,10 @@ from .checkpoint import Checkpoints, Restored, checksums
 from .config import Experiment
 from .diagnosis import NonFiniteError, Spikes, first_nonfinite_module, nonfinite_groups
 from .evaluation import mean_loss, put_rows, validation_row
-from .files import write_text
 from .finish import draw, finish
 from .processes import Vote, row_share, together
 from .report import Report
-from .run_folder import Result
+from .run_folder import Result, write_config
 from .runtime import Stopwatch, interruptions, start_quietly
 from .setup import Setup, claimed, find_finished, introduction, set_up
 from .sharding import put_batch
@@ -73,7 +72,7 @@ def _train(setup: Setup, progress: bool, check_lock: Callable[[], None]) -> Resu
       setup.check_facts(restored.facts)
     with together():
       if setup.primary:
-        write_text(directory / "config.gin", experiment.text)
+        write_config(directory, experiment.text)
         (directory / "result.json").unlink(missing_ok=True)
     run = _Run(setup, checkpoints, restored, progress, check_lock)
     with run.report:

@@ -2,10 +2,11 @@
 
 An operative config (`config.gin` of a run) sets every field. So a config that sets all old fields of a class was written by an
 earlier version, and its values move to the new fields. A config that sets only some of them was written by hand, and is refused
-with a message that gives the new name.
+with a message that gives the new name. Since format 2 an operative config says which format it has.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from ..layers.titans import Gating, TitansMemory
@@ -51,8 +52,10 @@ _OLD: dict[type, dict[str, Place | None]] = {
   VectorModel: {"vocab_size": None, "tie_embeddings": None},
 }
 
-# Fields that were added to a class, with the values that make it what it was before.
-_ADDED: dict[type, dict[str, Any]] = {Gating: {"decay_to": "zero"}}
+FORMAT = 2  # of operative configs; to be raised with every entry in `_ADDED`
+
+# Fields that were added to a class, each with the format that it was added in and the value that makes it what it was before.
+_ADDED: dict[type, dict[str, tuple[int, Any]]] = {Gating: {"decay_to": (2, "zero")}}
 
 # Classes whose old runs cannot be continued, and why.
 _ENDED = {MemoryAsLayer: "has another norm now, so the parameters of this run do not fit"}
@@ -86,11 +89,18 @@ def renewed(name: str, cls: type, where: dict[str, str]) -> dict[str, Place]:
   return {field: place for field, place in old.items() if place is not None}
 
 
-def before_added(cls: type, bound: dict[str, Any]) -> dict[str, Any]:
-  """What `cls` was before fields were added to it, if `bound` are all its earlier fields, else nothing."""
+def before_added(cls: type, bound: Collection[str], version: int | None) -> dict[str, Any]:
+  """The fields that were added to `cls` after a config was written, with the values that make it what it was.
+
+  Args:
+    cls: the class.
+    bound: the fields that the config sets.
+    version: its format. `None`: it is of format 1 if it sets all fields of that time, and was written by hand otherwise.
+  """
   added = _ADDED.get(cls, {})
-  earlier = {field.name for field in dataclasses.fields(cls)} - added.keys()
-  return added if bound.keys() == earlier else {}
+  if version is None:
+    version = 1 if set(bound) == {field.name for field in dataclasses.fields(cls)} - added.keys() else FORMAT
+  return {name: value for name, (since, value) in added.items() if version < since and name not in bound}
 
 
 def _old(cls: type) -> dict[str, Place | None]:

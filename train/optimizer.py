@@ -52,10 +52,14 @@ class Optimizer:
         raise ValueError(f"Optimizer.{name} is {getattr(self, name)}; expected 0 or more, and less than 1.")
     at_least(1, self, "accumulate_steps")
 
+  def warmup(self, steps: int) -> int:
+    """The warm-up steps of a run of `steps` batches: those that were asked for, or a tenth of the run if that is less."""
+    updates = -(-steps // self.accumulate_steps)
+    return min(self.warmup_steps, updates // 10 * self.accumulate_steps)
+
   def schedule(self, steps: int) -> optax.Schedule:
     """The learning rate as a function of the number of updates made, for a run of `steps` batches."""
-    updates = -(-steps // self.accumulate_steps)
-    warmup = min(self.warmup_steps // self.accumulate_steps, updates // 10)
+    updates, warmup = -(-steps // self.accumulate_steps), self.warmup(steps) // self.accumulate_steps
     schedule = optax.schedules.warmup_cosine_decay_schedule(
       init_value=self.learning_rate / (warmup + 1),  # a rate of zero would waste the first update
       peak_value=self.learning_rate,

@@ -167,7 +167,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def plot_losses(
-  rows: list[Row], path: Path, baselines: dict[str, float] | None = None, measure: str = "bits_per_byte"
+  rows: list[Row], path: Path, title: str, baselines: dict[str, float] | None = None, measure: str = "bits_per_byte"
 ) -> None:
   """Draws a measure against steps: training, validation and the baselines by name, as a PNG file."""
   steps = np.array([row["step"] for row in rows])
@@ -186,6 +186,7 @@ def plot_losses(
   start = np.nanmax([*raw[:1], *(baselines or {}).values(), *(() if measure == "squared_error" else (1.0,))])
   # The first loss and the baselines are inside the frame; a later spike may leave it.
   axes.set(xlabel="step", ylabel=measure.replace("_", " "), xlim=(0, max(2, int(steps.max(initial=1)))), ylim=(0, 1.1 * start))
+  axes.set_title(title, loc="left", fontsize="medium")
   axes.grid(alpha=0.25)
   axes.legend(frameon=False)
   with replacing(path) as temporary:

@@ -4,9 +4,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import read_as, read_text
+from .files import read_record, read_text, write_text
 
 _SHOWN = 3  # differences between two configs in a message
+
+# Parts of an operative config that are no settings: the version of its format, where it found the modules that it imports, and
+# the line before the settings that another version wrote.
+CONFIG_FORMAT, IMPORT_FOLDERS = "config_format", "import_folders"
+IGNORED = "# Unknown to the version of memzoo that wrote this, and ignored:"
 
 
 class DifferentRun(ValueError):
@@ -48,19 +53,42 @@ class Result:
   peak_bytes: int | None = None
 
 
+def run_of(path: str | Path) -> Path | None:
+  """The folder of the run at `path`, which is that folder or the config in it; else None."""
+  path = Path(path).expanduser()
+  if path.name == "config.gin" and (path.parent / "checkpoints").is_dir():
+    return path.parent
+  return path if (path / "config.gin").is_file() else None
+
+
+def write_config(directory: Path, text: str) -> None:
+  """Writes the operative config of a run. Lines of the one there that this version ignores are kept."""
+  path = directory / "config.gin"
+  same = path.exists() and path.read_text(encoding="utf-8") == text
+  _, mark, ignored = ("", "", "") if same or IGNORED in text or _is_free(directory) else _renewed(path).partition(IGNORED)
+  write_text(path, f"{text}\n{mark}{ignored}" if mark else text)
+
+
 def check_same_run(directory: Path, text: str) -> None:
   """Raises `ValueError` if `directory` holds a run whose config differs from `text` in a setting that affects its steps.
 
   A run without a complete checkpoint or a result may be started anew with any config.
   """
-  path = directory / "config.gin"
-  if not path.exists() or not (complete_checkpoints(directory) or (directory / "result.json").exists()):
+  if _is_free(directory):
     return
+  path = directory / "config.gin"
   there = read_text(path, "write the config of the run there, or choose a new directory")
-  if _differences(there, text) and (differences := _differences(_renewed(there, path), text)):
+  if _differences(there, text) and (differences := _differences(_renewed(path), text)):
     raise DifferentRun(
       f"{directory} holds a run with another config:{_listed(differences)}Expected the same, or a new directory."
     )
+
+
+def _is_free(directory: Path) -> bool:
+  """Whether a folder has no run: no config, or neither a complete checkpoint nor a result."""
+  return not (directory / "config.gin").exists() or not (
+    complete_checkpoints(directory) or (directory / "result.json").exists()
+  )
 
 
 def _listed(differences: list[str]) -> str:
@@ -76,18 +104,19 @@ def complete_checkpoints(directory: Path) -> list[int]:
   return sorted(int(path.name) for path in (directory / "checkpoints").glob("[0-9]*") if path.name.isdigit())
 
 
-def _renewed(text: str, path: Path) -> str:
-  """The operative config in `text` with the fields of this version; any other text unchanged."""
+def _renewed(path: Path) -> str:
+  """The operative config in a file with the fields of this version; any other text unchanged."""
   from .config import build_text
 
-  if "LanguageModel." not in text and "VectorModel." not in text:
+  text = path.read_text(encoding="utf-8")
+  if f"{CONFIG_FORMAT} = " not in text and "LanguageModel." not in text and "VectorModel." not in text:
     return text
-  return build_text(text, str(path)).text
+  return build_text(text, str(path), path.parent).text
 
 
 def _differences(there: str, here: str) -> list[str]:
   """The settings that affect the steps of a run and differ between two operative configs."""
-  old, new = _bindings(there), _bindings(here)
+  old, new = settings(there), settings(here)
   return [
     f"{name} = {old.get(name, 'unset')} there, {new.get(name, 'unset')} here"
     for name in sorted(old.keys() | new.keys())
@@ -108,10 +137,11 @@ def check_writable(directory: Path) -> None:
     ) from None
 
 
-def _bindings(text: str) -> dict[str, str]:
-  """The lines of an operative config, as name -> value."""
-  pairs = (line.partition("=") for line in text.splitlines() if "=" in line and not line.startswith("#"))
-  return {name.strip(): value.strip() for name, _, value in pairs}
+def settings(text: str) -> dict[str, str]:
+  """The settings of an operative config, as name -> value."""
+  pairs = (line.partition("=") for line in text.partition(IGNORED)[0].splitlines() if "=" in line and not line.startswith("#"))
+  found = {name.strip(): value.strip() for name, _, value in pairs}
+  return {name: value for name, value in found.items() if name not in (CONFIG_FORMAT, IMPORT_FOLDERS)}
 
 
 def _may_change(name: str) -> bool:
@@ -122,5 +152,5 @@ def _may_change(name: str) -> bool:
 def finished_result(directory: Path, steps: int) -> Result | None:
   """The result of the run in `directory`, if it has taken at least `steps` steps."""
   path = directory / "result.json"
-  result = read_as(Result, path, "remove it, and the same command writes it again") if path.exists() else None
+  result = read_record(Result, path, "remove it, and the same command writes it again") if path.exists() else None
   return result if result and result.step >= steps else None

@@ -137,13 +137,27 @@ def introduction(setup: Setup, step: int) -> list[str]:
     f"{devices}.",
     setup.corpus.summary(steps),
   ]
-  accumulated = experiment.optimizer.accumulate_steps
+  if experiment.ignored:
+    lines.append(f"Ignored, as this version of memzoo does not know it: {'; '.join(experiment.ignored)}.")
+  lines += _surprises(experiment)
+  return lines + ([layout(mesh, params)] if mesh.size > 1 else [])
+
+
+def _surprises(experiment: Experiment) -> list[str]:
+  """Lines about settings that this run is too short for."""
+  optimizer, trainer, lines = experiment.optimizer, experiment.trainer, []
+  steps, accumulated = trainer.steps, optimizer.accumulate_steps
   if left := steps % accumulated:
     lines.append(
       f"Optimizer.accumulate_steps={accumulated} does not divide Trainer.steps={steps}: the last update is made of {left} "
       f"batch{'es' * (left > 1)}."
     )
-  return lines + ([layout(mesh, params)] if mesh.size > 1 else [])
+  if (warmup := optimizer.warmup(steps)) < optimizer.warmup_steps:
+    lines.append(f"Optimizer.warmup_steps={optimizer.warmup_steps} is more than a tenth of the run: shortened to {warmup}.")
+  for name, what in (("evaluate_every", "an evaluation"), ("checkpoint_every", "a checkpoint")):
+    if (every := getattr(trainer, name)) > steps:
+      lines.append(f"Trainer.{name}={every} is more than Trainer.steps={steps}: {what} is due only at the end.")
+  return lines
 
 
 def _numerics(experiment: Experiment, params: Any) -> str:
