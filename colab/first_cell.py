@@ -1,5 +1,6 @@
 # Installs memzoo and its dependencies if it is missing. The JAX of this runtime stays as it is.
-SOURCE = ""  # a folder with memzoo's source, or an address for pip ("git+https://..."); "" if it is already here
+REPOSITORY = ""  # from [project.urls] in pyproject.toml
+SOURCE = ""  # instead: a folder with memzoo's source, or an address for pip ("git+https://...")
 
 import importlib.util
 import subprocess
@@ -18,9 +19,10 @@ def pip_install(*what):
 if importlib.util.find_spec("memzoo") is None:
   project = Path("../pyproject.toml")
   beside = project.is_file() and 'name = "memzoo"' in project.read_text()
-  if not (SOURCE or beside):
-    raise ValueError('SOURCE is "" and memzoo is neither installed nor beside this notebook; expected a folder or an address.')
-  pip_install("--no-deps", SOURCE or str(project.resolve().parent))
+  source = SOURCE or (str(project.resolve().parent) if beside else REPOSITORY and f"git+{REPOSITORY}") or "memzoo"
+  if source == "memzoo":
+    print("Installing memzoo from the package index; for its newest source, set SOURCE above.")
+  pip_install("--no-deps", source)
   needed = [line.partition(";")[0].strip() for line in requires("memzoo") if "colab" in line.partition(";")[2]]
   with tempfile.NamedTemporaryFile("w", suffix=".txt") as kept:
     kept.writelines(f"{name}=={version(name)}\n" for name in ("jax", "jaxlib") if importlib.util.find_spec(name))

@@ -3,7 +3,9 @@
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -60,7 +62,7 @@ def test_a_notebook_runs_from_top_to_bottom_and_shows_pictures(path, tmp_path, m
 def elsewhere(tmp_path, monkeypatch):
   """Runs the first cell in `tmp_path / "colab"` as if memzoo were not installed; returns the arguments it gives to pip."""
 
-  def run(source=""):
+  def run(source="", repository=""):
     asked = []
 
     def pip(command, check):
@@ -75,7 +77,8 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["jax>=0.10.2", *lines])
     (tmp_path / "colab").mkdir()
     monkeypatch.chdir(tmp_path / "colab")
-    exec(compile(FIRST_CELL.replace('SOURCE = ""', f"SOURCE = {source!r}"), "first_cell.py", "exec"), {})
+    cell = FIRST_CELL.replace('SOURCE = ""', f"SOURCE = {source!r}").replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
+    exec(compile(cell, "first_cell.py", "exec"), {})
     return asked
 
   return run
@@ -94,9 +97,35 @@ def test_a_source_that_the_reader_names_is_installed(elsewhere):
   assert elsewhere("git+https://example.org/memzoo")[0] == ["--no-deps", "git+https://example.org/memzoo"]
 
 
-def test_a_missing_source_is_an_error(elsewhere):
-  with pytest.raises(ValueError, match=r'SOURCE is "" .* expected a folder or an address'):
-    elsewhere()
+def test_without_an_address_the_package_index_is_used_by_name(elsewhere, capsys):
+  assert elsewhere()[0] == ["--no-deps", "memzoo"]
+  assert capsys.readouterr().out.splitlines()[0].endswith("from the package index; for its newest source, set SOURCE above.")
+
+
+def test_the_address_of_the_repository_is_used(elsewhere):
+  assert elsewhere(repository="https://example.org/memzoo")[0] == ["--no-deps", "git+https://example.org/memzoo"]
+
+
+def test_notebooks_and_badges_have_the_address_of_the_project(tmp_path):
+  """As they are nothing would be refreshed; with an address in `pyproject.toml`, the cells and both READMEs have it."""
+  before = {path: path.read_bytes() for path in [*NOTEBOOKS, ROOT / "README.md", ROOT / "colab" / "README.md"]}
+  for path in [*before, ROOT / "colab" / "first_cell.py", ROOT / "colab" / "refresh.py"]:
+    copy = tmp_path / path.relative_to(ROOT)
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copy(path, copy)
+  project, refresh = (ROOT / "pyproject.toml").read_text(), [sys.executable, tmp_path / "colab" / "refresh.py"]
+  (tmp_path / "pyproject.toml").write_text(project)
+  subprocess.run(refresh, check=True)
+  for path, content in before.items():
+    assert (tmp_path / path.relative_to(ROOT)).read_bytes() == content
+  address = "https://github.com/somebody/memzoo"
+  (tmp_path / "pyproject.toml").write_text(project.replace("[project.urls]\n", f'[project.urls]\nRepository = "{address}"\n'))
+  subprocess.run(refresh, check=True)
+  for path in NOTEBOOKS:
+    source = nbformat.read(tmp_path / path.relative_to(ROOT), as_version=4).cells[1].source
+    assert f'REPOSITORY = "{address}"' in source
+    for readme in ("README.md", "colab/README.md"):
+      assert f"/github/somebody/memzoo/blob/main/colab/{path.name}" in (tmp_path / readme).read_text()
 
 
 def test_the_colab_extra_has_all_dependencies_except_jax():
