@@ -1,4 +1,4 @@
-"""Probes of a trained language model: perplexity by position, needles by length and depth, speed by length."""
+"""Probes of a trained model: perplexity by position, needles by length and depth, speed by length, lifetime."""
 
 import math
 from itertools import pairwise
@@ -11,7 +11,9 @@ import pytest
 from filled import filled
 from memzoo.train.config import build
 from memzoo.train.data import TextData
-from memzoo.train.probes import _doublings, _positions, draw, needle, perplexity, probe, speed, table
+from memzoo.train.keys import new_key
+from memzoo.train.probes import _doublings, _positions, draw, lifetime, needle, perplexity, probe, speed, table
+from memzoo.train.tasks import Needle, Regression, TaskData, WordProblem
 from tiny_run import Model, memory_model, write_text
 
 pytestmark = pytest.mark.slow
@@ -79,9 +81,59 @@ def test_speed_reports_the_state_bytes_of_the_model(subject, tmp_path):
   assert (tmp_path / "speed.json").read_text().startswith("{")
 
 
+def test_lifetime_on_text_is_the_loss_at_the_end_of_one_pass(subject, tmp_path):
+  model, params, data = subject
+  corpus = data.load()
+  text = corpus.validation.tokens.astype(np.int32)
+  found = lifetime(model, params, corpus, before=(0, 64), rows=3, piece=25)
+  assert (found.rows, found.columns) == (["0", "64"], ["after text", "after random tokens"])
+  one_pass = jax.jit(lambda tokens: model.apply(params, tokens)[0])
+  ends = 64 + np.linspace(0, text.size - 64 - 257, 3).astype(int)
+  for count, values in zip((0, 64), found.values, strict=True):
+    windows = np.stack([text[end - count : end + 257] for end in ends])
+    nats = optax.softmax_cross_entropy_with_integer_labels(one_pass(windows[:, :-1]), windows[:, 1:])[:, count:]
+    assert values[0] == pytest.approx(float(nats.mean()) / math.log(2), rel=1e-5)
+  assert found.values[0][0] == found.values[0][1]
+  assert found.values[1][0] != found.values[1][1]
+  draw(found, tmp_path / "lifetime.png")
+
+
+def test_lifetime_leaves_out_what_the_text_is_too_short_for(subject):
+  _, _, data = subject
+  model, corpus = Model(), data.load()
+  size = corpus.validation.tokens.size
+  found = lifetime(model, filled(model, data.one_token), corpus, before=(0, size), rows=2, piece=size)
+  assert np.isnan(found.values).tolist() == [[False, False], [True, False]]
+
+
+def test_lifetime_on_a_task_is_the_share_of_right_answers_after_random_tokens():
+  data = TaskData(WordProblem(group="S3", tokens=8))
+  model = memory_model().clone(vocab_size=data.vocab_size)
+  params = filled(model, data.one_token, std=0.6)
+  (fresh,), (worn,) = lifetime(model, params, data.load(), before=(0, 60), rows=4, piece=25).values
+  examples = jax.jit(lambda key: data.task.batch(key, 2048))(new_key(2**31))
+  random = np.random.default_rng(0).integers(0, data.vocab_size, (4, 60), np.int32)
+  for prefix, share in ((random[:, :0], fresh), (random, worn)):
+    logits, _ = model.apply(params, np.concatenate([np.repeat(prefix, 512, axis=0), examples.tokens], axis=1))
+    right = np.asarray(logits[:, prefix.shape[1] :].argmax(axis=-1) == examples.targets)
+    assert share == pytest.approx(np.average(right, weights=examples.weights), rel=1e-3)
+  assert abs(fresh - worn) > 1e-3, "the prefix matters"
+
+
+def test_lifetime_of_a_pass_key_has_text_before_it(subject):
+  _, _, data = subject
+  model = Model()
+  corpus = TaskData(Needle(tokens=64, digits=3)).load()
+  found = lifetime(model, filled(model, data.one_token), corpus, before=(0, 20), rows=2)
+  assert found.columns == ["after text", "after random tokens"]
+  assert found.values[0] == found.values[1], "this model has no memory"
+
+
 def test_impossible_probes_are_refused(tmp_path):
-  with pytest.raises(ValueError, match="--task is 'depth'; expected one of perplexity, needle, speed"):
+  with pytest.raises(ValueError, match="--task is 'depth'; expected one of perplexity, needle, speed, lifetime"):
     probe("depth", tmp_path)
   with pytest.raises(ValueError, match=r"is no run: it has no config\.gin"):
     probe("needle", tmp_path)
+  with pytest.raises(ValueError, match=r"Regression\(.*maps vectors to vectors; expected a run on tokens for --task lifetime"):
+    lifetime(Model(), None, TaskData(Regression()).load())
   assert build("quickstart").data.tokenizer == "bytes"

@@ -1,4 +1,4 @@
-"""Probes of a trained language model: perplexity by position, a needle by length and depth, speed by length.
+"""Probes of a trained model: perplexity by position, a needle by length and depth, speed by length, lifetime of its memory.
 
 `memzoo evaluate RUN --task NAME` runs one of them. A probe returns a table of numbers; `table` and `draw` show it.
 """
@@ -24,7 +24,10 @@ from .compare import score_answers, summed
 from .data import Corpus, stack_rows
 from .files import replacing, write_text
 from .keys import new_key
+from .step import score_targets
 from .tasks import Needle
+from .tasks.data import TaskCorpus
+from .tasks.needle import haystack
 
 
 @dataclass(frozen=True)
@@ -111,25 +114,105 @@ def speed(model: nn.Module, params: Any, data: Any, *, factor: int = 16) -> Prob
   return Probe("speed", "Speed and state of one sequence by length", [f"{length:,}" for length in lengths], columns, values)
 
 
-PROBES: dict[str, Callable[..., Probe]] = {"perplexity": perplexity, "needle": needle, "speed": speed}
+def lifetime(
+  model: nn.Module,
+  params: Any,
+  corpus: Corpus | TaskCorpus,
+  *,
+  before: Sequence[int] = (0, 500, 5_000, 50_000),
+  rows: int = 16,
+  piece: int = 500,
+) -> Probe:
+  """The score on the last tokens of a document by the number of tokens `before` them, which are text or random tokens.
+
+  For a run on text the score is bits per byte of 256 tokens of validation text, for a run on a task the share of right answers
+  to its first test (pass keys have text before them, other tasks random tokens only). The last tokens are the same in every
+  row. Where a memory learns less after many tokens, scores get worse from row to row.
+
+  Args:
+    before: numbers of tokens; text too short for a number leaves its place empty.
+    rows: number of documents. A document is one to the model, whatever the text is made of.
+    piece: tokens read in one call, which bounds the memory in use.
+  """
+  make = _answers if isinstance(corpus, TaskCorpus) else _end_of_text
+  prefixes, score, measure = make(model, params, corpus, rows, max(before))
+  prefixes["random tokens"] = np.random.default_rng(0).integers(0, corpus.data.vocab_size, (rows, max(before)), np.int32)
+  read, score = jax.jit(lambda tokens, state: model.apply(params, tokens, state)[1]), jax.jit(score)
+
+  def after(prefix: np.ndarray, count: int) -> float:
+    longest, state = prefix.shape[1], model.apply(params, rows, method="initial_state")
+    if count > longest:
+      return math.nan
+    for start in range(longest - count, longest, piece):
+      state = read(prefix[:, start : start + piece], state)
+    return float(score(state))
+
+  values = [[after(prefix, count) for prefix in prefixes.values()] for count in before]
+  title = f"{measure}, by the number of tokens of the same document before"
+  return Probe("lifetime", title, [f"{count:,}" for count in before], [f"after {name}" for name in prefixes], values)
+
+
+# Prefixes by name, [rows, at most `before`] each; the score of what follows, as a function of the state; its name.
+_Lifetime = tuple[dict[str, np.ndarray], Callable[[Any], jax.Array], str]
+
+
+def _end_of_text(model: nn.Module, params: Any, corpus: Corpus, rows: int, before: int) -> _Lifetime:
+  text = corpus.validation.tokens
+  last = min(256, text.size - 1)
+  windows = _windows(text, rows, min(before + last + 1, text.size))
+  text, end = np.split(windows, [windows.shape[1] - last - 1], axis=1)
+
+  def bits(state: Any) -> jax.Array:
+    logits, _ = model.apply(params, end[:, :-1], state)
+    return score_targets(logits, end[:, 1:])[0].mean() / math.log(2) / corpus.validation.bytes_per_token
+
+  return {"text": text}, bits, f"Bits per byte of {last} tokens of text"
+
+
+def _answers(model: nn.Module, params: Any, corpus: TaskCorpus, rows: int, before: int) -> _Lifetime:
+  task = next(iter(corpus.data.task.tests().values()))
+  if task.continuous:
+    raise ValueError(f"{task} maps vectors to vectors; expected a run on tokens for --task lifetime.")
+  copies = max(1, 16384 // (rows * task.length))  # examples after each document
+  example = jax.jit(partial(task.batch, size=rows * copies))(new_key(2**31))
+  prefixes = {}
+  if isinstance(task, Needle):
+    text = haystack(task.sources, task.text_bytes)
+    prefixes["text"] = _windows(text, rows, min(before, text.size))
+
+  def right(state: Any) -> jax.Array:
+    state = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), state)
+    outputs, _ = model.apply(params, example.tokens, state, example.segment_ids)
+    return example.weights.sum(where=score_targets(outputs, example.targets)[1]) / example.weights.sum()
+
+  return prefixes, right, f"Share of right answers to {task}"
+
+
+def _windows(text: np.ndarray, rows: int, length: int) -> np.ndarray:
+  """int32 [rows, length], from places spread evenly over the text."""
+  starts = np.linspace(0, text.size - length, rows).astype(int)
+  return np.stack([text[start : start + length] for start in starts]).astype(np.int32)
+
+
+PROBES: dict[str, Callable[..., Probe]] = {"perplexity": perplexity, "needle": needle, "speed": speed, "lifetime": lifetime}
 
 
 def probe(name: str, directory: str | Path, *, best: bool = False, say: Callable[[str], None] = print) -> tuple[Probe, int]:
   """Probes a run's newest or best checkpoint; returns the result and the checkpoint's step.
 
   Raises:
-    ValueError: if there is no such probe, or the run was not trained on text.
+    ValueError: if there is no such probe, or it is not for a run on such data.
   """
   from .evaluation import load_run, load_run_and_text
 
   if name not in PROBES:
     raise ValueError(f"--task is {name!r}; expected one of {', '.join(PROBES)}.")
-  if name == "perplexity":
+  if name in ("perplexity", "lifetime"):
     experiment, params, step, corpus = load_run_and_text(directory, best=best, say=say)
   else:
     (experiment, params, step), corpus = load_run(directory, best=best, say=say), None
-  if not hasattr(experiment.data, "sources"):
-    raise ValueError(f"{directory} was trained on {experiment.data.task}; expected a run on text for --task.")
+  if name != "lifetime" and not hasattr(experiment.data, "sources"):
+    raise ValueError(f"{directory} was trained on {experiment.data.task}; expected a run on text for --task {name}.")
   if name == "needle" and experiment.data.tokenizer != "bytes":
     raise ValueError(f"TextData.tokenizer is {experiment.data.tokenizer!r}; expected 'bytes' for --task needle.")
   return PROBES[name](experiment.model, params, corpus or experiment.data), step
