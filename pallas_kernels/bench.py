@@ -9,7 +9,6 @@ alike. The median is reported.
 """
 
 import dataclasses
-import json
 import os
 import statistics
 import subprocess
@@ -18,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 
@@ -77,10 +75,6 @@ class Report:
   shape: Shape
   timings: list[Timing]
   long: list[LongTiming]
-
-  def save(self, path: Path) -> None:
-    """Writes the report as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def bench(

@@ -3,13 +3,10 @@
 Times are in nanoseconds per token-head, beside the roofline: the least work of the operation at the chip's published rates.
 """
 
-import dataclasses
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -105,9 +102,3 @@ def _estimate(name: str, chip: str, shape: Shape, direction: str) -> Estimate:
     custom_calls=dict(cost.custom_calls),
     compile_seconds=time.perf_counter() - began,
   )
-
-
-def save(found: Sequence[Estimate], path: Path) -> None:
-  """Writes estimates as JSON."""
-  rows = [dataclasses.asdict(estimate) for estimate in found]
-  path.write_text(json.dumps({"jax": jax.__version__, "estimates": rows}, indent=2) + "\n", encoding="utf-8")

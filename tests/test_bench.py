@@ -29,6 +29,7 @@ from memzoo.pallas_kernels.workloads import (
   make_inputs,
 )
 from memzoo.train.bench_report import draw, tables
+from memzoo.train.files import write_record
 from memzoo.train.gpu_steps import CONFIGS, step_tasks
 
 TINY = Shape(batch=1, length=32, heads=2, key_dim=8, value_dim=8)
@@ -54,7 +55,7 @@ def test_a_report_has_all_timings_and_is_written(tmp_path, monkeypatch):
     assert set(timing.seconds) == set(timing.compile_seconds) == {"xla", "recurrent"}
     assert all(seconds > 0 for seconds in timing.seconds.values())
   assert report.timings[0].floor_seconds > 0
-  report.save(tmp_path / "bench.json")
+  write_record(tmp_path / "bench.json", report)
   assert json.loads((tmp_path / "bench.json").read_text())["shape"]["length"] == 32
   draw(report, tmp_path / "bench.png")
   assert (tmp_path / "bench.png").stat().st_size > 10_000

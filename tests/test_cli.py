@@ -1,12 +1,14 @@
 """The `memzoo` command: its output, its errors, and one run from training to generated text."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from damage import flip_bits, lose_the_facts, truncate
@@ -238,6 +240,10 @@ def test_train_resume_evaluate_generate(memzoo, tmp_path):
   status, out, err = memzoo(*train, "--steps", "3")
   assert status == 0, err
   assert "bits per byte" in out
+  prompt, *others = (shlex.split(line) for line in out.splitlines()[-3:])
+  assert prompt[:3] == ["memzoo", "generate", run]
+  assert prompt[3] in "the memory writes what the gate lets through. " * 3
+  assert others == [["memzoo", "evaluate", run, "--task", "perplexity"], ["memzoo", "train", run, "--steps", "6"]]
   status, out, _ = memzoo(*train, "--steps", "3")
   assert status == 0
   assert "is finished" in out
@@ -379,6 +385,29 @@ def test_every_command_has_a_help_text(memzoo, command):
   status, out, _ = memzoo(command, "--help")
   assert status == 0
   assert command == "list" or f"memzoo {command}" in out, "with an example"
+
+
+def test_compiled_programs_are_kept_unless_that_is_turned_off(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  try:
+    for arguments, kept in (([], True), (["--no-compile-cache"], False)):
+      jax.config.update("jax_compilation_cache_dir", None)
+      monkeypatch.setattr(sys, "argv", ["memzoo", "list", *arguments])
+      cli._start()
+      assert jax.config.jax_enable_compilation_cache is kept
+      assert (jax.config.jax_compilation_cache_dir == str(tmp_path / "memzoo" / "compiled")) is kept
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+
+
+def test_options_of_the_whole_command_may_stand_anywhere(memzoo):
+  for arguments in (["--no-compile-cache", "list"], ["list", "--no-compile-cache"]):
+    status, out, err = memzoo(*arguments)
+    assert (status, err) == (0, "")
+    assert "EraseThenDelta" in out
 
 
 def test_version(memzoo):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -152,6 +150,7 @@ def test_a_run_is_named_by_its_folder_or_its_config(run, monkeypatch, capsys):
   assert build(run) == build(run / "config.gin") == build_text((run / "config.gin").read_text(), "my_run")
   assert run_of(run) == run_of(run / "config.gin") == run
   assert run_of("quickstart") is None
+  monkeypatch.setattr(cli, "_start", lambda: None)
   monkeypatch.setattr(sys, "argv", ["memzoo", "describe", str(run)])
   with pytest.raises(SystemExit, match="0"):
     cli.main()
@@ -162,6 +161,7 @@ def test_a_run_is_named_by_its_folder_or_its_config(run, monkeypatch, capsys):
 
 def test_training_a_run_continues_it_in_its_folder(run, monkeypatch):
   called = []
+  monkeypatch.setattr(cli, "_start", lambda: None)
   monkeypatch.setattr("memzoo.train.loop.train", lambda experiment, folder: called.append(folder) or Result("", 1))
   monkeypatch.chdir(run.parent)
   for name in ("my_run", "my_run/config.gin", "quickstart"):
@@ -220,16 +220,3 @@ def test_whatever_is_accepted_is_written_and_builds_an_equal_experiment(layer):
       assert again == experiment, (name, value)
       assert again.text == experiment.text, (name, value)
   assert accepted > len(classes)
-
-
-@pytest.mark.slow
-def test_the_compile_cache_is_used_unless_it_is_turned_off(tmp_path):
-  environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-  sizes = "LanguageModel.width=16", "LanguageModel.depth=1", "TextData.sequence_length=64", "TextData.batch_size=1"
-  settings = [f"--set={size}" for size in (*sizes, "Trainer.final_evaluation_batches=1", "Trainer.sample_tokens=0")]
-  command = [sys.executable, "-m", "memzoo.train.cli", "describe", "quickstart", "--peak", *settings]
-  subprocess.run([*command, "--no-compile-cache"], check=True, capture_output=True, env=environment, cwd=tmp_path)
-  assert not (tmp_path / "memzoo").exists()
-  subprocess.run(command, check=True, capture_output=True, env=environment, cwd=tmp_path)
-  assert any((tmp_path / "memzoo" / "compiled").iterdir())

@@ -29,8 +29,8 @@ def test_the_wheel_holds_every_module_and_config_and_nothing_at_the_top_but_memz
   (wheel,) = tmp_path.glob("memzoo-*.whl")
   held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
   tracked = subprocess.run(["git", "ls-files"], cwd=copy, check=True, capture_output=True, text=True).stdout.split()
-  parts = ("configs/", "layers/", "pallas_kernels/", "train/", "zoo/", "__init__.py")
-  assert held == {f"memzoo/{name}" for name in tracked if name.startswith(parts) and name.endswith((".py", ".gin"))}
+  parts = ("configs/", "layers/", "pallas_kernels/", "train/", "zoo/", "__init__.py", "py.typed")
+  assert held == {f"memzoo/{name}" for name in tracked if name.startswith(parts) and name.endswith((".py", ".gin", "py.typed"))}
 
 
 @pytest.mark.compat

@@ -24,6 +24,7 @@ from memzoo.train.optimizer import Optimizer
 from memzoo.train.probes import probe
 from memzoo.train.report import Report, keep_rows, plot_losses, read_rows, smoothed
 from memzoo.train.runtime import Stopwatch
+from memzoo.train.setup import _surprises
 from memzoo.train.sharding import MeshShape, put_batch
 from tiny_run import Model, convolution_model, import_path, program_of, quick_runs, tiny_experiment
 
@@ -322,6 +323,18 @@ def test_a_run_that_lost_its_lock_stops_before_it_saves(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="another process has taken over"):
       train(tiny_experiment(tmp_path, steps=6), directory, progress=False)
   assert not list((directory / "checkpoints").iterdir())
+
+
+def test_settings_that_a_run_is_too_short_for_are_said(tmp_path):
+  long = {"optimizer": Optimizer(warmup_steps=100), "evaluate_every": 50, "checkpoint_every": 31}
+  assert _surprises(tiny_experiment(tmp_path, steps=30, **long)) == [
+    "Optimizer.warmup_steps=100 is more than a tenth of the run: shortened to 3.",
+    "Trainer.evaluate_every=50 is more than Trainer.steps=30: an evaluation is due only at the end.",
+    "Trainer.checkpoint_every=31 is more than Trainer.steps=30: a checkpoint is due only at the end.",
+  ]
+  schedule = long["optimizer"].schedule(30)
+  assert max(range(30), key=schedule) == 3
+  assert not _surprises(tiny_experiment(tmp_path, steps=1000, **long))
 
 
 def test_accumulated_batches_are_reported_and_the_last_update_is_completed(tmp_path, capsys):

@@ -1,19 +1,23 @@
 """What `memzoo bench` and `memzoo compile` do after their arguments are read: measure, show, save."""
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.live import Live
 
 from ..pallas_kernels.bench import bench
 from ..pallas_kernels.gpu_bench import Results, gpu_bench
-from ..pallas_kernels.tpu_bench import estimates, save
+from ..pallas_kernels.tpu_bench import estimates
 from ..pallas_kernels.tpu_cost import DoesNotFit
 from ..pallas_kernels.workloads import Shape
 from .bench_report import draw, tables
+from .files import write_record, write_text
 from .gpu_steps import step_tasks
 from .tpu_report import estimate_line, estimates_table, step_line, traffic_table
 from .tpu_step import compile_step, mesh_shape
@@ -27,7 +31,7 @@ def time_here(
     report = bench(operations or None, shape, directions=directions, long=long, say=status.update)
   for table in tables(report):
     console.print(table)
-  report.save(folder / "bench.json")
+  write_record(folder / "bench.json", report, indent=2)
   draw(report, folder / "bench.png")
   print(f"Wrote {folder / 'bench.json'} and {folder / 'bench.png'}.")
 
@@ -45,7 +49,7 @@ def estimate(
   with Live(console=console, transient=True) if console.is_terminal else nullcontext() as live:
     for each in estimates(operations, chips, shapes, directions):
       found.append(each)
-      save(found, path)
+      write_text(path, json.dumps({"jax": jax.__version__, "estimates": [asdict(row) for row in found]}, indent=2) + "\n")
       if live:
         live.update(estimates_table(found))
       else:

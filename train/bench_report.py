@@ -12,6 +12,7 @@ from rich.table import Table
 from ..pallas_kernels.bench import LONG, Report, Timing
 from ..pallas_kernels.workloads import DIRECTIONS, HALF_AS_WIDE
 from ..zoo.formats import binary, milliseconds, table, thousands
+from .files import save_figure
 
 _BASELINE = "recurrent"
 _COLOURS = {"recurrent": "#b0b0b0", "xla": "#2f6db5"}
@@ -36,7 +37,7 @@ def draw(report: Report, path: Path) -> None:
   axes.invert_yaxis()
   figure.suptitle(_caption(report))
   figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-  figure.savefig(path, dpi=120)
+  save_figure(figure, path)
 
 
 def _caption(report: Report) -> str:

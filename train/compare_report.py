@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..zoo.formats import binary, table
 from .compare import Comparison, Entrant, Trial
+from .files import save_figure
 
 
 class Board:
@@ -140,7 +141,7 @@ def _draw_maps(comparison: Comparison, path: Path) -> Path:
     axes.set_axis_off()
   figure.colorbar(image, ax=grid, label=_measure(comparison), shrink=0.8)
   figure.suptitle(_title(comparison), size=10)
-  figure.savefig(path, dpi=120)
+  save_figure(figure, path)
   return path
 
 
@@ -165,7 +166,7 @@ def _line(axes: Any, x: Iterable, seeds: list[list[float]], label: str, style: d
 
 def _finish(figure: Any, axes: Any, path: Path) -> Path:
   axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-  figure.savefig(path, dpi=120)
+  save_figure(figure, path)
   return path
 
 

@@ -422,6 +422,7 @@ def _name(cls: type) -> str:
   return cls.__name__ if _configurables().get(cls.__name__) is cls else f"{cls.__module__}.{cls.__name__}"
 
 
+@functools.cache
 def _groups(cls: type) -> dict[str, type]:
   """The fields of a layer that are option groups, and their classes."""
   types = _types(cls) if issubclass(cls, nn.Module) else {}
@@ -439,6 +440,7 @@ def _last(name: str) -> str:
   return name.rpartition(".")[2]
 
 
+@functools.cache
 def _fields(cls: type) -> list[dataclasses.Field]:
   """The fields that configure `cls`, dtypes last, without the two that Flax adds to every module."""
   flax = ("parent", "name") if issubclass(cls, nn.Module) else ()
@@ -446,6 +448,7 @@ def _fields(cls: type) -> list[dataclasses.Field]:
   return sorted(fields, key=lambda f: _is_dtype(f.name))
 
 
+@functools.cache
 def _types(cls: type) -> dict[str, Any]:
   return typing.get_type_hints(cls)
 

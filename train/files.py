@@ -32,6 +32,12 @@ def write_text(path: Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
 
 
+def save_figure(figure: Any, path: Path) -> None:
+  """Writes a Matplotlib figure as a PNG file."""
+  with replacing(path) as temporary:
+    figure.savefig(temporary, dpi=120)
+
+
 def read_text(path: Path, remedy: str) -> str:
   """The text of `path`. Raises `ValueError`, which ends with `remedy`, if it is blank or not UTF-8."""
   try:

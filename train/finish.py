@@ -1,6 +1,7 @@
 """The end of a run, after its last step: evaluation, pictures, a sample, and a summary."""
 
 import shlex
+import textwrap
 
 import jax
 
@@ -53,8 +54,9 @@ def _next_commands(setup: Setup, step: int) -> list[str]:
   """Commands to go on with."""
   run, lines = shlex.quote(str(setup.directory)), []
   if setup.corpus.measure == "bits_per_byte":
-    start = setup.experiment.data.decode(setup.corpus.prompt(setup.experiment.trainer.sample_prompt)).split("\n")[0][:20]
-    lines = [f"memzoo generate {run} {shlex.quote(start)}", f"memzoo evaluate {run} --task perplexity"]
+    prompt = setup.experiment.data.decode(setup.corpus.prompt(setup.experiment.trainer.sample_prompt))
+    words = textwrap.shorten(prompt.strip().partition("\n")[0], 30, placeholder="") or prompt[:20]
+    lines = [f"memzoo generate {run} {shlex.quote(words)}", f"memzoo evaluate {run} --task perplexity"]
   return ["Next, for example:", *(f"  {line}" for line in (*lines, f"memzoo train {run} --steps {2 * step}"))]
 
 

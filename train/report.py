@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from ..zoo.formats import clock, table, thousands
-from .files import replacing, write_text
+from .files import save_figure, write_text
 
 Row = dict[str, Any]
 MEASURES = {"bits_per_byte": "bits/byte", "bits_per_answer": "bits/answer", "squared_error": "squared error"}
@@ -189,8 +189,7 @@ def plot_losses(
   axes.set_title(title, loc="left", fontsize="medium")
   axes.grid(alpha=0.25)
   axes.legend(frameon=False)
-  with replacing(path) as temporary:
-    figure.savefig(temporary, dpi=120)
+  save_figure(figure, path)
 
 
 def smoothed(values: np.ndarray, span: float = 0.02) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .files import replacing
 from .sources import Document, read_documents
 
 # Bytes of text that the library encodes at once. It takes up to 200 bytes of memory for each, so a batch is a small share of
@@ -228,5 +229,6 @@ def train_tokenizer(sources: str | Sequence[str], vocab_size: int, path: str | o
   trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
   texts = (document.text.decode(errors="replace") for document in read_documents(sources, field))
   tokenizer.train_from_iterator(texts, trainer)
-  tokenizer.save(os.fspath(path))
+  with replacing(Path(path)) as temporary:
+    tokenizer.save(os.fspath(temporary))
   return tokenizer.get_vocab_size()
