@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 from ..pallas_kernels.documents import Documents, documents, positions, undivided
 from ..pallas_kernels.numerics import accumulator, einsum
 from ..pallas_kernels.partition import HEADS, ROWS, partitioned
+from ..pallas_kernels.sizes import at_most, pad_end, pieces
+from ..pallas_kernels.states import exportable
 from .memory_layer import MemoryLayer, count_key_heads, silence_padding
 from .norms import RMSNorm
 from .projections import dense
@@ -26,6 +28,7 @@ from .projections import dense
 _BY_ROW, _BY_HEAD, _PREFIX = P(ROWS), P(ROWS, None, HEADS), P(None, None, HEADS)
 
 
+@exportable
 class CacheState(NamedTuple):
   """A ring of the last keys and values. Slot p % slots holds the token at position p of the current document.
 
@@ -156,7 +159,7 @@ class Attention(MemoryLayer):
   def _attend(self, q, k, v, state, docs: Documents, position, prefix_kv) -> jax.Array:
     """Attention [B, T, H, d] of the new tokens to themselves, to `prefix_kv` and, unless `state` is `None`, to the cache."""
     tokens = q.shape[1]
-    if tokens > self.slots:  # move padding to the end: blocks count columns, the window counts tokens
+    if not at_most(tokens, self.slots):  # move padding to the end: blocks count columns, the window counts tokens
       order = jnp.argsort(~docs.is_token, axis=1, stable=True)
       back = jnp.argsort(order, axis=1)
       q, k, v = (jnp.take_along_axis(a, order[..., None, None], axis=1) for a in (q, k, v))
@@ -167,7 +170,7 @@ class Attention(MemoryLayer):
     if state is not None:
       k, v = jnp.concatenate([state.keys, k], axis=1), jnp.concatenate([state.values, v], axis=1)
       key_tokens = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self._cached(state.length), key_tokens)
-    if tokens <= self.slots:
+    if at_most(tokens, self.slots):
       return _windowed(q, k, v, query_tokens, key_tokens, self.slots, prefix_kv)
     if state is None:
       before = [(0, 0), (self.slots, 0)]
@@ -179,10 +182,10 @@ class Attention(MemoryLayer):
     """`_windowed` for T queries and slots + T keys, in blocks of `slots` queries, each against two blocks of keys."""
     batch, tokens = q.shape[:2]
     size = self.slots
+    missing = pieces(tokens, size) * size - tokens
 
     def blocks(a, fill=0):
-      widths = [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2)
-      return jnp.pad(a, widths, constant_values=fill).reshape(batch, -1, size, *a.shape[2:])
+      return pad_end(a, missing, fill=fill).reshape(batch, -1, size, *a.shape[2:])
 
     def pairs(a, fill=0):
       a = blocks(a, fill)
@@ -209,7 +212,7 @@ class Attention(MemoryLayer):
 
 def _locate(tokens: int, segment_ids: jax.Array | None, length: jax.Array) -> tuple[Documents, jax.Array, jax.Array]:
   """The documents of `tokens` tokens, the tokens' positions in them, and the length of the last one."""
-  docs = undivided(len(length), tokens) if segment_ids is None else documents(segment_ids)
+  docs = undivided(length.shape[0], tokens) if segment_ids is None else documents(segment_ids)
   carried = jnp.where(docs.index[:, -1] == 0, length, 0)
   return docs, positions(docs, length), carried + jnp.sum(_in_last_document(docs), axis=1, dtype=jnp.int32)
 

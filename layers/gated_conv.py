@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels.short_conv import short_conv
+from ..pallas_kernels.states import exportable
 from .memory_layer import MemoryLayer, silence_padding
 from .projections import conv_weight, dense
 
 
+@exportable
 class ConvState(NamedTuple):
   """State of `GatedConv`.
 
@@ -36,10 +38,12 @@ class GatedConv(MemoryLayer):
   Attributes:
     channels: number of channels that are convolved.
     conv_width: number of tokens that each output depends on, the current one included.
+    implementation: of the convolution: "auto", "xla" or "recurrent" (the oracle: slow, but with derivatives of every mode).
   """
 
   channels: int
   conv_width: int = 4
+  implementation: str = "auto"
 
   def initial_state(self, batch_size: int) -> ConvState:
     """Zeros as the earlier inputs."""
@@ -56,6 +60,7 @@ class GatedConv(MemoryLayer):
     value = dense(self.channels, ("embed", "heads"), name="value", **types)(x)
     gate = dense(self.channels, ("embed", "heads"), name="gate", **types)(x)
     weight = conv_weight(self, self.conv_width, self.channels)
-    mixed, tail = short_conv(value, weight, initial_state=state.tail, segment_ids=segment_ids)
+    options = {"segment_ids": segment_ids, "implementation": self.implementation}
+    mixed, tail = short_conv(value, weight, initial_state=state.tail, **options)
     y = dense(x.shape[-1], ("heads", "embed"), name="output", **types)(mixed * gate)
     return silence_padding(y, segment_ids), ConvState(tail)

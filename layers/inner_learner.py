@@ -13,7 +13,8 @@ class InnerLearner(MemoryLayer, kw_only=True):
 
   Attributes:
     max_documents: largest number of documents in a row; rows with more return NaN, unless their chunks fit; see `ttm.run`.
-    implementation: implementation of the operation, "auto", "xla" or "recurrent".
+    implementation: of the operation and of the convolutions: "auto", "xla" or "recurrent" (the oracle: slow, but with
+      derivatives of every mode and order).
     precision: of the operation and the gates: `None`, or "highest" to multiply bfloat16 activations as float32.
   """
 

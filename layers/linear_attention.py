@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from ..pallas_kernels import delta_rule
 from ..pallas_kernels.numerics import accumulator
+from ..pallas_kernels.states import exportable
 from .memory_layer import count_key_heads, silence_padding
 from .norms import l2_normalise
 from .projected_memory import ProjectedMemory
@@ -25,6 +26,7 @@ from .projected_memory import ProjectedMemory
 FEATURES = {"silu": nn.silu, "elu": lambda x: nn.elu(x) + 1}
 
 
+@exportable
 class MatrixState(NamedTuple):
   """State of the linear-attention family.
 
@@ -49,7 +51,7 @@ class LinearAttention(ProjectedMemory, kw_only=True):
     value_dim: width of a head's values, V.
     num_key_heads: number of query and key heads, a divisor of `num_heads`; `None` for `num_heads`.
     feature_map: function applied to queries and keys before L2 normalisation: "silu", or "elu" for elu + 1, which is positive.
-    chunk_size, implementation: options of the operation, which affect speed only; see `memzoo.pallas_kernels.delta_rule`.
+    chunk_size: option of the operation, which affects speed only; see `memzoo.pallas_kernels.delta_rule`.
     precision: of the operation and the gates: `None`, or "highest" to multiply bfloat16 activations as float32.
 
   The other attributes are those of `ProjectedMemory`; `num_heads` is the number of value heads.
@@ -60,7 +62,6 @@ class LinearAttention(ProjectedMemory, kw_only=True):
   num_key_heads: int | None = None
   feature_map: str = "silu"
   chunk_size: int | None = None
-  implementation: str = "auto"
   precision: str | None = None
 
   def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:

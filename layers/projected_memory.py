@@ -28,6 +28,8 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
     output_gate: activation of W_g x, which multiplies the normalised output: "none" (no gate), "silu" or "sigmoid".
     gate_rank: rank of W_g, which then has a bias; `None` for full rank and no bias.
     norm_epsilon: epsilon of the output norm over each head's channels.
+    implementation: of the memory's operation and of the convolutions: "auto", "xla" or "recurrent" (the oracle: slow, but with
+      derivatives of every mode and order).
   """
 
   num_heads: int
@@ -35,6 +37,7 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
   output_gate: str = "none"
   gate_rank: int | None = None
   norm_epsilon: float = 1e-5
+  implementation: str = "auto"
 
   @property
   def output_gate_rank(self) -> int | None:
@@ -52,7 +55,7 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
   def stream(self, name: str, features: int, activation: Callable[[jax.Array], jax.Array] = nn.silu) -> Stream:
     """Returns a function from (x [B, T, D], tail, segment_ids) to (activation(conv(W x)) [B, T, features], the next tail)."""
     project = dense(features, ("embed", "heads"), name=name, **self.types)
-    convolve = ShortConv(self.conv_width, self.param_dtype, activation, name=f"{name}_conv")
+    convolve = ShortConv(self.conv_width, self.param_dtype, activation, self.implementation, name=f"{name}_conv")
     return lambda x, tail, segment_ids: convolve(project(x), tail, segment_ids)
 
   def read_out(self, x: jax.Array, out: jax.Array) -> jax.Array:

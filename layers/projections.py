@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..pallas_kernels.numerics import FULL, Precision, accumulator, intermediate_precision
+from ..pallas_kernels.partition import axis_names
 from ..pallas_kernels.short_conv import short_conv
 from .axes import named
 
@@ -41,19 +42,20 @@ def _product(
 ) -> jax.Array:
   """x [..., D] times the kernel [D, F], in one pass where both are 16-bit, else at `precision`, by default in full.
 
-  Over explicit mesh axes the kernel's D is laid out like that of x, and F is whole where its axis splits x's rows.
+  Over explicit mesh axes the kernel's D is laid out like that of x, and F is not split over axes that split x.
   """
   precision = jax.lax.Precision.DEFAULT if x.dtype.itemsize == 2 else precision or FULL
   product = partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, precision=precision)
   x_type, kernel_type = jax.typeof(x).sharding, jax.typeof(kernel).sharding
   *rows, inner = x_type.spec
   before, outer = kernel_type.spec
-  if inner is None and before is None:
+  taken = {name for axis in x_type.spec for name in axis_names(axis)}
+  free = tuple(name for name in axis_names(outer) if name not in taken) or None
+  if inner is None and before is None and axis_names(free) == axis_names(outer):
     return product(x, kernel)
-  outer = None if outer in rows else outer
   mesh = kernel_type.mesh if x_type.mesh.empty else x_type.mesh
-  kernel = jax.sharding.reshard(kernel, NamedSharding(mesh, P(inner, outer)))
-  return product(x, kernel, out_sharding=NamedSharding(mesh, P(*rows, outer)))
+  kernel = jax.sharding.reshard(kernel, NamedSharding(mesh, P(inner, free)))
+  return product(x, kernel, out_sharding=NamedSharding(mesh, P(*rows, free)))
 
 
 def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -98,16 +100,20 @@ class ShortConv(nn.Module):
   Attributes:
     width: number of tokens that each output depends on, the current one included.
     activation: function applied to the output.
+    implementation: of the operation.
   """
 
   width: int = 4
   param_dtype: Any = jnp.float32
   activation: Callable[[jax.Array], jax.Array] = nn.silu
+  implementation: str = "auto"
 
   @nn.compact
   def __call__(self, x: jax.Array, tail: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Maps x [B, T, D] and the inputs before it, `tail` [B, width - 1, D], to the output and the next tail."""
-    y, tail = short_conv(x, conv_weight(self, self.width, x.shape[-1]), initial_state=tail, segment_ids=segment_ids)
+    weight = conv_weight(self, self.width, x.shape[-1])
+    options = {"segment_ids": segment_ids, "implementation": self.implementation}
+    y, tail = short_conv(x, weight, initial_state=tail, **options)
     return self.activation(y), tail
 
 

@@ -3,30 +3,19 @@
 import jax
 from flax import linen as nn
 
+from ..pallas_kernels.derivatives import gradients_together
 from .memory_layer import MemoryLayer, silence_padding
 from .projections import dense
 
 
-@jax.custom_vjp
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """silu(gate) * up, with a backward pass that writes both gradients to memory once.
+  """silu(gate) * up, with a backward pass that keeps gate and up, and writes both gradients to memory once.
 
   Each gradient enters two matrix products. Without the barrier, XLA on a CPU recomputes the gradient, exponentials
   included, inside the transposed copy that one of the products reads.
   """
-  return nn.silu(gate) * up
-
-
-def _gated_forward(gate, up):
-  return gated(gate, up), (gate, up)
-
-
-def _gated_backward(residuals, d_out):
-  d_gate, d_up = jax.vjp(lambda gate, up: nn.silu(gate) * up, *residuals)[1](d_out)
-  return jax.lax.optimization_barrier((d_gate, d_up))
-
-
-gated.defvjp(_gated_forward, _gated_backward)
+  gate, up = gradients_together(gate, up)
+  return jax.checkpoint(lambda gate, up: nn.silu(gate) * up, prevent_cse=False)(gate, up)
 
 
 class SwiGLU(MemoryLayer, kw_only=True):

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from ..pallas_kernels import test_time_memory as ttm
 from ..pallas_kernels.documents import documents, select_rows
 from ..pallas_kernels.partition import HEADS, ROWS, aligned, partitioned
+from ..pallas_kernels.states import exportable
 from ..pallas_kernels.test_time_memory.layout import Layout, lay_out
 from .attention import Attention, CacheState, rotate, softmax_attention
 from .memory_layer import silence_padding
@@ -34,6 +35,7 @@ from .projections import dense
 from .titans import TitansMemory, TitansState
 
 
+@exportable
 class MemoryAttentionState(NamedTuple):
   """State of a memory and attention.
 
@@ -118,6 +120,7 @@ class MemoryAsLayer(MemoryAsGate, kw_only=True):
     return h + a, memory, cache
 
 
+@exportable
 class ContextState(NamedTuple):
   """State of a memory as context.
 
@@ -211,7 +214,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
 
     def lay_out_rows(count, segment_ids):
       docs = None if segment_ids is None else documents(segment_ids)
-      return lay_out(len(count), tokens, self.segment, None if fresh else count, docs, self.max_documents)
+      return lay_out(count.shape[0], tokens, self.segment, None if fresh else count, docs, self.max_documents)
 
     return partitioned(lay_out_rows, P(ROWS), P(ROWS))(count, segment_ids)
 

@@ -28,6 +28,7 @@ from flax import linen as nn
 from ..pallas_kernels import test_time_memory as ttm
 from ..pallas_kernels.documents import documents, positions, undivided
 from ..pallas_kernels.numerics import accumulator
+from ..pallas_kernels.states import exportable
 from .attention import rotate
 from .axes import named
 from .inner_learner import InnerLearner
@@ -36,6 +37,7 @@ from .norms import LayerNorm
 from .projections import INIT, ShortConv, Strength, dense
 
 
+@exportable
 class TTTState(NamedTuple):
   """State of a TTT layer.
 
@@ -110,7 +112,8 @@ class TTTLinear(InnerLearner, kw_only=True):
       return dense(channels, ("embed", "heads"), name=name, **types)(x)
 
     def convolve(name: str, tail: jax.Array) -> tuple[jax.Array, jax.Array]:
-      return ShortConv(self.conv_width, self.param_dtype, lambda y: y, name=f"{name}_conv")(shared, tail, segment_ids)
+      conv = ShortConv(self.conv_width, self.param_dtype, lambda y: y, self.implementation, name=f"{name}_conv")
+      return conv(shared, tail, segment_ids)
 
     shared = project("query_key")
     q, query_tail = convolve("query", state.query_tail)

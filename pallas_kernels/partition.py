@@ -56,7 +56,7 @@ def split_over(mesh: Mesh, *, rows: str | Sequence[str] = (), heads: str | Seque
   Raises:
     ValueError: if the mesh lacks an axis, or an axis has both roles.
   """
-  names = {ROWS: _names(rows), HEADS: _names(heads)}
+  names = {ROWS: axis_names(rows), HEADS: axis_names(heads)}
   for label, own in names.items():
     if missing := sorted(set(own) - set(mesh.axis_names)):
       raise ValueError(f"split_over({label}={own}): the mesh has no axis {missing}; expected some of {mesh.axis_names}.")
@@ -172,7 +172,7 @@ class _Split(NamedTuple):
     """Moves x where its type says that it is split over explicit axes in another way."""
     if not self.explicit:
       return x
-    wanted = P(*(tuple(n for n in _names(name) if n in self.explicit) or None for name in self.spec(labels)))
+    wanted = P(*(tuple(n for n in axis_names(name) if n in self.explicit) or None for name in self.spec(labels)))
     if _dimensions(jax.typeof(x).sharding.spec, x.ndim) == _dimensions(wanted, x.ndim):
       return x
     return jax.sharding.reshard(x, NamedSharding(self.mesh, wanted))
@@ -212,15 +212,16 @@ def _mesh(x: jax.Array) -> Mesh | AbstractMesh:
 
 def _dividing(mesh: Mesh | AbstractMesh, names: list[str], sizes: list[int]) -> tuple[str, ...]:
   """The first of these mesh axes, as long as their devices divide all sizes."""
-  while names and math.gcd(*sizes) % math.prod(mesh.shape[name] for name in names):
+  while names and any(size % math.prod(mesh.shape[name] for name in names) != 0 for size in sizes):
     names = names[:-1]
   return tuple(names)
 
 
 def _dimensions(spec: P, ndim: int) -> list[tuple[str, ...]]:
   """The mesh axes of each dimension."""
-  return [_names(name) for name in (*spec, *(None,) * (ndim - len(spec)))]
+  return [axis_names(name) for name in (*spec, *(None,) * (ndim - len(spec)))]
 
 
-def _names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+def axis_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+  """The mesh axes in an entry of a `PartitionSpec`."""
   return () if names is None else (names,) if isinstance(names, str) else tuple(names)

@@ -1,9 +1,21 @@
-"""Validation of recurrent states."""
+"""Recurrent states: their validation, and their names in exported programs."""
 
+import contextlib
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
+
+
+def exportable(state: type) -> type:
+  """Registers a NamedTuple, so that `jax.export` can serialise programs that take or return one. A class decorator.
+
+  A process that deserialises such a program must have imported the class.
+  """
+  with contextlib.suppress(ValueError):  # the module is loaded again
+    jax.export.register_namedtuple_serialization(state, serialized_name=f"{state.__module__}.{state.__qualname__}")
+  return state
 
 
 def check_state(name: str, owner: str, state: Any, expected: Any) -> None:

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from ..derivatives import reverse_only
 from ..dispatch import by_platform
 from ..documents import documents
 from ..numerics import FULL, Precision
 from ..partition import HEADS, ROWS, aligned, partitioned, varying_alike
+from ..sizes import known, pieces, quotient
 from .chunked import backward, forward
 from .recurrent import recurrent
 from .terms import Plan, Update, first_span
@@ -76,7 +78,7 @@ class Inputs(NamedTuple):
 
 def run(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
   """The output [B, T, H, V] in the dtype of the values, and the final state [B, H, K, V]."""
-  return _rule(options, aligned(inputs, _specs(options)))
+  return _rule(options, reverse_only(aligned(inputs, _specs(options))))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -156,10 +158,11 @@ def _plans(options: Options, inputs: Inputs) -> tuple[Plan, Plan]:
   """The plan of the chunked form in programs for CPUs, and in programs for other platforms, for one device's part."""
   q, updates = jax.eval_shape(options.updates, *inputs.operands)
   (batch, tokens), heads = q.shape[:2], inputs.state.shape[1]
-  longest = 1 << (tokens - 1).bit_length()  # no chunk is longer than the sequence, rounded up to a power of two
 
   def size(default):
-    return min(options.chunk_size or default, longest)
+    chunk = options.chunk_size or default
+    # No chunk is longer than the sequence, rounded up to a power of two.
+    return min(chunk, 1 << (tokens - 1).bit_length()) if known(tokens) else chunk
 
   common = Plan(options.updates, heads, options.scale, options.dtype, size(_CPU_CHUNK), decay_bound=options.decay_bound)
   chunk = size(_ROWS >> (len(updates) - 1).bit_length())
@@ -167,11 +170,13 @@ def _plans(options: Options, inputs: Inputs) -> tuple[Plan, Plan]:
   in_groups = len(updates) > 1 and not (per_channel and first_span(chunk, options.decay_bound) < _GROUP)
   raw = {x.dtype for x in (q, *(update.key for update in updates))}
   is_sum = inputs.log_decay is None and all(update.strength is None for update in updates)
-  whole = -(-tokens // chunk) * batch * heads
-  matrices = whole if is_sum and whole <= _MATRICES_OF_SUMS else _MATRICES_BY_CHANNEL if per_channel else _MATRICES
+  whole = pieces(tokens, chunk) * batch * heads
+  matrices = _MATRICES_BY_CHANNEL if per_channel else _MATRICES
+  if is_sum and known(whole) and whole <= _MATRICES_OF_SUMS:
+    matrices = whole
   others = common._replace(
     chunk_size=chunk,
-    block=max(1, matrices // (batch * heads)),
+    block=quotient(matrices, batch * heads),
     group=min(_GROUP, chunk) if in_groups else 1,
     unroll=_UNROLL,
     raw=q.dtype if len(raw) == 1 and options.precision is not FULL else None,

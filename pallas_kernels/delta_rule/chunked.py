@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from ..documents import Documents
 from ..numerics import einsum, inner, matmul
 from ..partition import varying_alike
+from ..sizes import Size, known, pad_end, pieces
 from ..triangular import unit_lower_inverse, unit_lower_inverse_in_lanes
 from .terms import (
   Plan,
@@ -311,20 +312,20 @@ def _sum_rows(plan: Plan, x: jax.Array, tokens: Tokens) -> jax.Array:
 def _in_blocks(plan: Plan, tree: Any) -> tuple[Plan, int, Any]:
   """The plan with blocks of nearly equal size, their number, and arrays [B, T, ...] with padding that completes the last."""
   tokens = jax.tree.leaves(tree)[0].shape[1]
-  chunks = -(-tokens // plan.chunk_size)
-  blocks = -(-chunks // plan.block)
-  plan = plan._replace(block=-(-chunks // blocks))
+  chunks = pieces(tokens, plan.chunk_size)
+  blocks = pieces(chunks, plan.block)
+  if known(chunks):
+    plan = plan._replace(block=pieces(chunks, blocks))
   missing = blocks * plan.block * plan.chunk_size - tokens
   return plan, blocks, jax.tree.map(partial(_pad, missing=missing), tree)
 
 
-def _pad(x: jax.Array, missing: int) -> jax.Array:
+def _pad(x: jax.Array, missing: Size) -> jax.Array:
   """Appends `missing` tokens, which have no effect, to x [B, T, ...]."""
-  if not missing:
+  if known(missing) and not missing:
     return x
   # Zeros write nothing. The document index is repeated, because the final state belongs to the last token's document.
-  mode = "edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant"
-  return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+  return pad_end(x, missing, fill=None if jnp.issubdtype(x.dtype, jnp.integer) else 0)
 
 
 def _documents(plan: Plan, docs: Documents | None, i: jax.Array) -> tuple[Documents | None, jax.Array | None]:

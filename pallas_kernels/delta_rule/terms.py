@@ -158,7 +158,7 @@ def make_masks(plan: Plan, docs: Documents | None, entry: jax.Array | None, upda
     return Masks(jnp.asarray(read), jnp.asarray(update))
   index = to_chunks(jnp.repeat(docs.index[..., None], plan.heads, axis=2), plan.chunk_size)
   last = index[:, -1:]
-  entry = jnp.concatenate([jnp.repeat(entry, plan.heads)[:, None], last])[: len(last)]
+  entry = jnp.concatenate([jnp.repeat(entry, plan.heads)[:, None], last])[: last.shape[0]]
   row = by_row(plan, index, updates)
   return Masks(
     jnp.asarray(read) & (index[:, :, None] == row[:, None]),
@@ -181,7 +181,7 @@ def make_terms(plan: Plan, masks: Masks, q: jax.Array, keys: jax.Array, log_deca
     leaving = jnp.where(masks.leaves[..., None], leaving, 0)
     keep = jnp.where(masks.keeps[:, None], keep, 0)
   products = partial(_decayed_products, plan, keys, log_decay)
-  n = len(q)
+  n = q.shape[0]
   return Terms(
     jnp.where(masks.read, products(q), 0) * jnp.asarray(plan.scale, plan.dtype),
     jnp.where(masks.update, products(keys), 0) if erases else None,
@@ -311,7 +311,7 @@ def first_span(chunk_size: int, decay_bound: float | None) -> int:
 
 def _spans(x: jax.Array, *counts: int) -> jax.Array:
   """x [N, X, K] cut along its rows, [N * counts[0], *counts[1:], rows, K]."""
-  return x.reshape(len(x) * counts[0], *counts[1:], -1, x.shape[-1])
+  return x.reshape(x.shape[0] * counts[0], *counts[1:], -1, x.shape[-1])
 
 
 # Sums of log-decays are matrix products with zeros and ones. All terms have one sign, so nothing cancels, as it would in

@@ -2,15 +2,25 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from ..documents import documents
 from ..numerics import accumulator
+from ..partition import HEADS, ROWS, partitioned
+
+# The axes of x and the states, of the weight, and of integers per row.
+TOKENS, _WEIGHT, OF_ROWS = P(ROWS, None, HEADS), P(None, HEADS), P(ROWS)
+INPUTS = (TOKENS, _WEIGHT, TOKENS, OF_ROWS)
 
 
 def recurrent(
   x: jax.Array, weight: jax.Array, initial_state: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """Maps x [B, T, D], weight [W, D] and initial_state [B, W - 1, D] to y [B, T, D] and the final state."""
+  return partitioned(_recurrent, INPUTS, TOKENS)(x, weight, initial_state, segment_ids)
+
+
+def _recurrent(x, weight, initial_state, segment_ids):
   docs = None if segment_ids is None else documents(segment_ids)
   starts = None if docs is None else jnp.diff(docs.index, axis=1, prepend=0) > 0
   is_token = None if docs is None else docs.is_token

@@ -7,33 +7,33 @@ TPU, where gathers are slow, only if there are such tokens. The first W - 1 toke
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
+from ..derivatives import reverse_only
 from ..documents import documents, positions
 from ..numerics import accumulator, einsum
-from ..partition import HEADS, ROWS, aligned, partitioned
-
-# The axes of x and the states, of the weight, and of integers per row.
-_TOKENS, _WEIGHT, _ROWS = P(ROWS, None, HEADS), P(None, HEADS), P(ROWS)
-_INPUTS = (_TOKENS, _WEIGHT, _TOKENS, _ROWS)
+from ..partition import aligned, partitioned
+from ..sizes import as_array, known, pad_end
+from .recurrent import INPUTS, OF_ROWS, TOKENS
 
 
 def shifted(
   x: jax.Array, weight: jax.Array, initial_state: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """The same function as `recurrent`, with `segment_ids` in place of the documents."""
-  x, weight, initial_state, segment_ids = aligned((x, weight, initial_state, segment_ids), _INPUTS)
-  tail = partitioned(_tail, (_TOKENS, _TOKENS, _ROWS), _TOKENS)(x, initial_state, segment_ids)
-  return _convolve(x, weight, initial_state, segment_ids), tail
+  inputs = aligned((x, weight, initial_state, segment_ids), INPUTS)
+  x, _, initial_state, segment_ids = inputs
+  tail = partitioned(_tail, (TOKENS, TOKENS, OF_ROWS), TOKENS)(x, initial_state, segment_ids)
+  return _convolve(*reverse_only(inputs)), tail
 
 
 @jax.custom_vjp
 def _convolve(x, weight, state, segment_ids):
-  return partitioned(_forward, _INPUTS, _TOKENS, differentiable=False)(x, weight, state, segment_ids)
+  return partitioned(_forward, INPUTS, TOKENS, differentiable=False)(x, weight, state, segment_ids)
 
 
 def _convolve_forward(*inputs):
@@ -41,7 +41,7 @@ def _convolve_forward(*inputs):
 
 
 def _convolve_backward(inputs, dy):
-  gradients = partitioned(_backward, (*_INPUTS, _TOKENS), (_TOKENS, _TOKENS, _TOKENS), differentiable=False)
+  gradients = partitioned(_backward, (*INPUTS, TOKENS), (TOKENS, TOKENS, TOKENS), differentiable=False)
   dx, dweight, dstate = gradients(*inputs, dy)
   return dx, jnp.sum(dweight, axis=0).astype(inputs[1].dtype), dstate, None
 
@@ -68,7 +68,7 @@ def _places(segment_ids: jax.Array, width: int) -> _Places:
   of_state = jnp.full(segment_ids.shape[:1], width - 1, jnp.int32)
   reach = jnp.where(docs.is_token, positions(docs, of_state), -1)
   count = jnp.cumsum(docs.is_token, axis=1, dtype=jnp.int32)
-  return _Places(reach, jnp.where(docs.is_token, count - 1, reach.shape[1]), count)
+  return _Places(reach, jnp.where(docs.is_token, count - 1, as_array(reach.shape[1])), count)
 
 
 def _forward(x, weight, state, segment_ids):
@@ -107,10 +107,15 @@ def _(size, is_mapped, condition):
 
 
 def _forward_by_shifts(places, x, weight, state):
-  width, first = weight.shape[0], min(x.shape[1], state.shape[1])
-  taps = [_where_seen(places, j, _later(x, j)) for j in range(width)]
+  width, tokens = weight.shape[0], x.shape[1]
+  if known(tokens):
+    first, taps = min(tokens, state.shape[1]), [_where_seen(places, j, _later(x, j)) for j in range(width)]
+  else:
+    first, taps = tokens, None
   window = jnp.concatenate([state, x[:, :first]], axis=1)
   near = [_where_seen(places, j, window[:, width - 1 - j :][:, :first]) for j in range(width)]
+  if taps is None:
+    return _weighted_sum(near, weight)
   return jax.lax.dynamic_update_slice_in_dim(_weighted_sum(taps, weight), _weighted_sum(near, weight), 0, axis=1)
 
 
@@ -123,17 +128,19 @@ def _forward_by_gathers(places, x, weight, state):
 
 
 def _backward_by_shifts(places, x, weight, state, dy):
-  width, first = weight.shape[0], min(x.shape[1], state.shape[1])
+  width = weight.shape[0]
   after = [_where_seen(_earlier(places, j, width), j, _earlier(dy, j, width)) for j in range(width)]
-  return _gradients(x, weight, state, after, [_where_seen(places, j, dy[:, :first]) for j in range(width)])
+  first = [_of_first(width - 1, partial(_where_seen, places, j), dy) for j in range(width)]
+  return _gradients(x, weight, state, after, first)
 
 
 def _backward_by_gathers(places, x, weight, state, dy):
-  width, tokens, order = weight.shape[0], x.shape[1], _order(places)
+  width, order = weight.shape[0], _order(places)
+  tokens = as_array(x.shape[1])
   seen = [_where_seen(places, j, dy) for j in range(width)]
   after = [_take(d, _take(order, places.rank + j)) for j, d in enumerate(seen)]
   after = [seen[0], *(jnp.where((places.rank < tokens - j)[..., None], after[j], 0) for j in range(1, width))]
-  return _gradients(x, weight, state, after, [_take(d, order[:, : width - 1]) for d in seen])
+  return _gradients(x, weight, state, after, [_of_first(width - 1, partial(_take, d), order) for d in seen])
 
 
 def _gradients(x, weight, state, after, first):
@@ -155,6 +162,8 @@ def _tail(x, state, segment_ids):
   tokens, kept = x.shape[1], state.shape[1]
   x = jax.lax.optimization_barrier(x)  # otherwise XLA copies all of x on a TPU, into the layout that suits its last tokens
   if segment_ids is None or not kept:
+    if not known(tokens):
+      return jnp.concatenate([state, x], axis=1)[:, tokens:]
     return jnp.concatenate([state[:, tokens:], x[:, max(tokens - kept, 0) :]], axis=1)
   places = _places(segment_ids, kept + 1)
   last = places.count[:, -1:] - 1
@@ -180,6 +189,14 @@ def _where_seen(places: _Places | None, j: int, x: jax.Array) -> jax.Array:
 def _order(places: _Places) -> jax.Array:
   """The column of each row's k-th token, int32 [B, T]; columns of padding come last."""
   return jnp.argsort(places.reach < 0, axis=1, stable=True).astype(jnp.int32)
+
+
+def _of_first(count: int, function: Callable, x: jax.Array) -> jax.Array:
+  """`function`, which maps each token, of the first `count` tokens of x [B, T, ...].
+
+  There are fewer if T is less, and zeros in place of the missing ones if T is not known.
+  """
+  return function(x[:, :count]) if known(x.shape[1]) else pad_end(function(x), count)[:, :count]
 
 
 def _later(x: jax.Array, j: int) -> jax.Array:

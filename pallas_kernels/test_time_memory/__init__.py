@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from ..derivatives import reverse_only
 from ..dispatch import Choice, by_platform, choose
 from ..documents import check_segment_ids, documents, undivided
 from ..numerics import Precision, accumulator, intermediate_precision
 from ..partition import HEADS, ROWS, partitioned
-from ..states import check_state
+from ..states import check_state, exportable
 from .chunked import carry_at_start, chunked, plans
 from .layout import lay_out
 from .recurrent import recurrent
@@ -43,6 +44,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@exportable
 class State(NamedTuple):
   """The memories of B sequences, as differences from the initial weights. A fresh state is all zeros.
 
@@ -173,7 +175,7 @@ def _run(
   else:
     layout = lay_out(batch, tokens, spec.chunk_size, None if how.fresh else state.count, docs, how.max_documents)
     forms = [partial(chunked, spec, plan) for plan in plans(how.precision, layout.is_token.shape[1])]
-    y, loss, carry = by_platform(*forms, *operands, layout)
+    y, loss, carry = by_platform(*forms, *reverse_only(operands), layout)
     count = layout.count
   change = jax.tree.map(lambda start, end: end - start[None], at_start, carry)
   return Result(y.astype(v.dtype), State(*change, count), loss)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from ..documents import select_rows
 from ..numerics import FULL, SPLIT, Precision, inner_products, matmul, scaled, sums
 from ..partition import varying_alike
+from ..sizes import Size, known
 from ..triangular import unit_lower_inverse
 from .layout import Layout
 from .spec import Carry, Gates, InitialWeights, Spec, Weights, length, running_average, shortened
@@ -84,12 +85,13 @@ class Plan(NamedTuple):
   span: int | None = None
 
 
-def plans(precision: Precision, chunks: int) -> tuple[Plan, Plan]:
+def plans(precision: Precision, chunks: Size) -> tuple[Plan, Plan]:
   """The plans for a CPU and for other platforms, of sequences of so many chunks.
 
   Spans of half the root need little more memory than the root. Shorter ones would need more time.
   """
-  return Plan(precision), Plan(precision, span=max(_UNROLL, math.isqrt(chunks) // 2))
+  span = max(_UNROLL, math.isqrt(chunks) // 2) if known(chunks) else _UNROLL
+  return Plan(precision), Plan(precision, span=span)
 
 
 class Affine(NamedTuple):
@@ -196,16 +198,22 @@ def chunked(
   y has the dtype of v, loss and carry that of the gates.
   """
   operands = q, k, v, gates, carry, layout
-  together = len(q) if plan.span is None else _rows_together(carry, len(q))
-  if together == len(q):
+  batch = q.shape[0]
+  together = batch if plan.span is None else _rows_together(carry, batch)
+  if together == batch:
     return _rows(spec, plan, initial, *operands)
   groups = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), operands)
   out = jax.lax.map(lambda group: _rows(spec, plan, initial, *group), groups)
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
 
-def _rows_together(carry: Carry, batch: int) -> int:
-  """Rows that are computed together on an accelerator, a divisor of `batch`: their carries should fit into its fast memory."""
+def _rows_together(carry: Carry, batch: Size) -> Size:
+  """Rows that are computed together on an accelerator, a divisor of `batch`: their carries should fit into its fast memory.
+
+  All rows if `batch` is not known.
+  """
+  if not known(batch):
+    return batch
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(carry)) / batch
   return next(n for n in range(batch, 0, -1) if batch % n == 0 and (n == 1 or n * size <= _FAST_BYTES))
 
@@ -284,7 +292,8 @@ def _rows(
     chunk, of_rows = inputs
     if not plan.span:
       return jax.lax.scan(step, carry, inputs)
-    carry, out = jax.lax.scan(step, carry, (jax.vmap(prepare)(*chunk), of_rows), unroll=_UNROLL)
+    unroll = _UNROLL if known(of_rows[0].shape[0]) else 1
+    carry, out = jax.lax.scan(step, carry, (jax.vmap(prepare)(*chunk), of_rows), unroll=unroll)
     return carry, jax.tree.map(jax.vmap(heads_last), out)
 
   is_token, position, *flags = jax.tree.map(by_row, tuple(layout[:5]))
@@ -300,9 +309,12 @@ def _rows(
 
 
 def _in_spans(walk: Any, carry: Any, inputs: Any, span: int | None) -> tuple[Any, Any]:
-  """`walk`, a scan over `inputs`, in pieces. The backward pass keeps the carries between spans, and computes the rest again."""
+  """`walk`, a scan over `inputs`, in pieces. The backward pass keeps the carries between spans, and computes the rest again.
+
+  One piece if the number of inputs is not known.
+  """
   length = jax.tree.leaves(inputs)[0].shape[0]
-  if span is None or span >= length:
+  if span is None or not known(length) or span >= length:
     return walk(carry, inputs)
   whole = length // span * span
   spans = jax.tree.map(lambda x: x[:whole].reshape(-1, span, *x.shape[1:]), inputs)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..documents import Documents, positions, select_rows, undivided
+from ..sizes import Size, as_array, bounded, known, pad_end, pieces
 
 
 class Layout(NamedTuple):
@@ -43,8 +44,7 @@ class Layout(NamedTuple):
     """x [B, T, ...] to [B, N, C, ...], with zeros in empty slots."""
     batch, chunks, size = self.is_token.shape
     if self.source is None:
-      x = jnp.pad(x, [(0, 0), (0, chunks * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-      return x.reshape(batch, chunks, size, *x.shape[2:])
+      return pad_end(x, chunks * size - x.shape[1]).reshape(batch, chunks, size, *x.shape[2:])
     flat = self.source.reshape(batch, -1, *[1] * (x.ndim - 2))
     x = jnp.take_along_axis(x, jnp.maximum(flat, 0), axis=1)
     return jnp.where(flat >= 0, x, jnp.zeros((), x.dtype)).reshape(batch, chunks, size, *x.shape[2:])
@@ -64,14 +64,15 @@ class Layout(NamedTuple):
     return select_rows(self.overflow, floats, tree)
 
 
-def count_chunks(tokens: int, chunk_size: int, documents: int) -> int:
+def count_chunks(tokens: Size, chunk_size: int, documents: int) -> Size:
   """The number of chunks that always suffices for `tokens` tokens in `documents` documents; the first may continue a state."""
   waste = (documents + 1) * (chunk_size - 1)
-  return min(tokens, (tokens + waste) // chunk_size)
+  chunks = (tokens + waste) // chunk_size
+  return min(tokens, chunks) if known(tokens) else chunks
 
 
 def lay_out(
-  batch: int, tokens: int, chunk_size: int, count: jax.Array | None, docs: Documents | None, max_documents: int
+  batch: Size, tokens: Size, chunk_size: int, count: jax.Array | None, docs: Documents | None, max_documents: int
 ) -> Layout:
   """The layout of [batch, tokens].
 
@@ -88,7 +89,7 @@ def lay_out(
   count = jnp.zeros((batch,), jnp.int32) if count is None else count
   if docs is None:
     docs, max_documents = undivided(batch, tokens), 1
-  chunks, size = count_chunks(tokens, chunk_size, max_documents), min(tokens, chunk_size)
+  chunks, size = count_chunks(tokens, chunk_size, max_documents), bounded(tokens, chunk_size)
   place = positions(docs, count) % chunk_size
   begins = docs.is_token & (place == 0)
   chunk = jnp.cumsum(begins, axis=1, dtype=jnp.int32) - jnp.where(count == 0, 1, 0)[:, None]
@@ -121,17 +122,17 @@ def _starts(docs: Documents) -> jax.Array:
   return jnp.diff(docs.index, axis=1, prepend=0) > 0
 
 
-def _in_place(batch: int, tokens: int, chunk_size: int) -> Layout:
+def _in_place(batch: Size, tokens: Size, chunk_size: int) -> Layout:
   """The layout of one whole document per row, from its first token: nothing moves."""
-  size = min(tokens, chunk_size)
-  chunks = -(-tokens // size)
+  size = bounded(tokens, chunk_size)
+  chunks = pieces(tokens, size)
   column = jnp.arange(chunks * size, dtype=jnp.int32).reshape(chunks, size)
-  place = jnp.minimum(column, tokens - 1) % chunk_size
+  place = jnp.minimum(column, as_array(tokens - 1)) % chunk_size
 
   def rows(x):
     return jnp.broadcast_to(x, (batch, *x.shape))
 
   left = tokens % chunk_size
-  still_open = rows(jnp.arange(chunks) == chunks - 1) if left else None
-  count = jnp.full((batch,), left, jnp.int32)
-  return Layout(rows(column < tokens), rows(place), None, still_open, None, count, None, None, None)
+  still_open = rows(jnp.arange(chunks, dtype=jnp.int32) == as_array(tokens // chunk_size)) if not known(left) or left else None
+  count = jnp.full((batch,), as_array(left), jnp.int32)
+  return Layout(rows(column < as_array(tokens)), rows(place), None, still_open, None, count, None, None, None)
