@@ -1,0 +1,144 @@
+"""Local linear attention: each query fits a linear model to the keys and values so far, weighted by softmax, and reads it.
+
+    y_i = b    of    min over b, W    sum_j p_ij |v_j - b - W (k_j - q_i)|^2 + ridge_i |W|^2,    p_i = softmax(scale q_i . k)
+
+It lies between softmax attention (no slope; ridge to infinity) and a global linear model (equal weights; scale = 0). Source:
+Zuo et al. 2025, arXiv:2510.01450. In centred form, with the mean m_i = sum_j p_ij k_j,
+
+    A_i = sum_j p_ij (k_j - m_i)(k_j - m_i)^T + ridge_i I
+    x_i = A_i^{-1} (q_i - m_i)        y_i = sum_j p_ij (1 + (k_j - m_i) . x_i) v_j
+
+which is the same function without a denominator that could vanish.
+
+The paper leaves open -> we do:
+
+- the ridge: lambda in the paper, lambda times the sum of weights in its code -> the second, so it does not depend on the length
+- the gradient: the published kernels leave out how that sum depends on queries and keys -> the exact one, the ridge's included
+- small denominators: raised to a floor -> none, because there is none in the centred form
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ..dispatch import Choice, choose
+from ..documents import check_segment_ids, documents, positions, undivided
+from ..numerics import accumulator, intermediate_precision
+from .blockwise import by_blocks
+from .dense import dense
+from .spec import Allowed, Spec
+
+__all__ = ["Allowed", "causal", "explain", "explain_solver", "local_linear_attention"]
+
+_DIRECT = 32  # channels of a diagonal block up to which a direct solve takes less work than 16 iterations
+
+
+def local_linear_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  ridge: jax.Array,
+  *,
+  segment_ids: jax.Array | None = None,
+  allowed: Allowed | None = None,
+  window: int | None = None,
+  scale: float | None = None,
+  blocks: int = 1,
+  solver: str = "auto",
+  iterations: int = 16,
+  tolerance: float = 1e-5,
+  implementation: str = "auto",
+  precision: str | None = None,
+) -> jax.Array:
+  """Local linear attention of each query to the keys at and before it, in its document.
+
+  Args:
+    q: [B, T, H, d].
+    k: [B, S, Hk, d]; Hk divides H, and H / Hk neighbouring query heads share a key head. S = T without `allowed`.
+    v: [B, S, Hk, V].
+    ridge: positive, [H] or [B, T, H]; in units of the squared length of keys. Sums are float32 (float64 if q, k or v is).
+    segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding, which is not attended to and yields zeros.
+    allowed: documents and positions of queries and keys, for keys from a cache; replaces `segment_ids`.
+    window: number of last positions that a query sees, its own included; `None` for all.
+    scale: factor of q . k; d^{-1/2} by default.
+    blocks: the covariance of the keys is cut to this many diagonal blocks; a divisor of d.
+    solver: "direct" (Cholesky), "cg" (conjugate gradients), or "auto"; see `explain_solver`.
+    iterations, tolerance: of the conjugate gradients; a query stops when its residual is `tolerance` times the first one. The
+      gradient solves a second system in the same way.
+    implementation: "auto", "dense" (the reference) or "xla" (blocks; memory O(T d)).
+    precision: `None`, or "highest" for full products whatever the operands are; see `numerics`.
+
+  Returns:
+    y [B, T, H, V] in v's dtype. A query that sees no key gives zeros.
+
+  Raises:
+    ValueError: for shapes that do not fit together and for unknown options.
+  """
+  _check(q, k, v, blocks, window)
+  if allowed is None:
+    if k.shape[1] != q.shape[1]:
+      raise ValueError(f"k has {k.shape[1]} tokens and q {q.shape[1]}; expected as many, or `allowed`.")
+    check_segment_ids(segment_ids, q.shape[:2])
+    allowed = causal(q.shape[0], q.shape[1], segment_ids)
+  elif segment_ids is not None:
+    raise ValueError("segment_ids and allowed were both given; expected one of them.")
+  _check_allowed(allowed, q.shape[:2], k.shape[:2])
+  if ridge.shape not in (q.shape[2:3], q.shape[:3]):
+    raise ValueError(f"ridge has shape {list(ridge.shape)}; expected [{q.shape[2]}], one a head, or {list(q.shape[:3])}.")
+  ridge = ridge.astype(accumulator(q, k, v)).reshape((1,) * (3 - ridge.ndim) + ridge.shape)
+  ridge = jnp.broadcast_to(ridge, q.shape[:3])
+  intermediate_precision(precision, q, k, v)
+  chosen = explain_solver(q.shape[-1], blocks=blocks, solver=solver).implementation
+  spec = Spec(
+    scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    window=window,
+    blocks=blocks,
+    iterations=None if chosen == "direct" else iterations,
+    tolerance=tolerance,
+    precision=precision,
+  )
+  run = dense if explain(implementation=implementation).implementation == "dense" else by_blocks
+  return run(spec, q, k, v, ridge, allowed)
+
+
+def causal(batch: int, tokens: int, segment_ids: jax.Array | None = None) -> Allowed:
+  """The keys that queries see if both are the same tokens."""
+  docs = undivided(batch, tokens) if segment_ids is None else documents(segment_ids)
+  position = positions(docs, jnp.zeros((batch,), jnp.int32))
+  document = jnp.where(docs.is_token, docs.index, -1)
+  return Allowed(document, position, document, position)
+
+
+def explain(*, implementation: str = "auto") -> Choice:
+  """Says which implementation runs, and why the others do not."""
+  reasons = {"xla": None, "dense": "all pairs at once, memory O(T^2 d): the reference"}
+  return choose("local_linear_attention", implementation, reasons)
+
+
+def explain_solver(head_dim: int, *, blocks: int = 1, solver: str = "auto") -> Choice:
+  """Says which solver runs for keys of width `head_dim`, and why the other does not."""
+  width = head_dim // blocks
+  work = f"a direct solve takes {width} products for each pair of query and key, an iteration 3"
+  direct, iterative = (None, work) if width <= _DIRECT else (work, None)
+  return choose("local_linear_attention, solver", solver, {"direct": direct, "cg": iterative})
+
+
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, blocks: int, window: int | None) -> None:
+  if q.ndim != 4 or q.shape[1] == 0:
+    raise ValueError(f"q has shape {list(q.shape)}; expected [batch, tokens, heads, width] with at least one token.")
+  if k.ndim != 4 or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[1] == 0:
+    raise ValueError(f"k has shape {list(k.shape)}; expected [{q.shape[0]}, tokens, key heads, {q.shape[3]}] to fit q.")
+  if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+    raise ValueError(f"k has {k.shape[2]} heads; expected a divisor of the {q.shape[2]} heads of q.")
+  if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
+    raise ValueError(f"v has shape {list(v.shape)}; expected {list(k.shape[:3])} and a width, to fit k.")
+  if blocks < 1 or q.shape[3] % blocks:
+    raise ValueError(f"blocks={blocks}; expected a divisor of the width {q.shape[3]} of q.")
+  if window is not None and window < 1:
+    raise ValueError(f"window={window}; expected at least 1, or None.")
+
+
+def _check_allowed(allowed: Allowed, queries: tuple[int, int], keys: tuple[int, int]) -> None:
+  for name, x in allowed._asdict().items():
+    expected = queries if name.startswith("query") else keys
+    if x.shape != expected or x.dtype != jnp.int32:
+      raise ValueError(f"allowed.{name} is {x.dtype}{list(x.shape)}; expected int32{list(expected)}.")
