@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels.numerics import accumulator
+from ..pallas_kernels.partition import apart
 from .axes import named
 
 
@@ -34,7 +35,7 @@ class RMSNorm(nn.Module):
     scale = self.param("scale", named(nn.initializers.ones, self.axis), x.shape[-1:], self.param_dtype)
     wide = x.astype(accumulator(x))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-    return (normed * jnp.expand_dims(scale.astype(wide.dtype), range(x.ndim - 1))).astype(x.dtype)
+    return (normed * _beside(wide, scale)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -55,5 +56,11 @@ class LayerNorm(nn.Module):
     scale = self.param("scale", named(nn.initializers.ones, self.axis), x.shape[-1:], self.param_dtype)
     bias = self.param("bias", named(nn.initializers.zeros, self.axis), x.shape[-1:], self.param_dtype)
     wide = x.astype(accumulator(x))
-    scale, bias = (jnp.expand_dims(a.astype(wide.dtype), range(x.ndim - 1)) for a in (scale, bias))
+    scale, bias = (_beside(wide, a) for a in (scale, bias))
     return (jax.nn.standardize(wide, epsilon=self.epsilon) * scale + bias).astype(x.dtype)
+
+
+def _beside(x: jax.Array, param: jax.Array) -> jax.Array:
+  """A parameter [D] in the dtype of x [..., D] and with its number of axes."""
+  param = apart(param, jax.typeof(x).sharding.spec[:-1])
+  return jnp.expand_dims(param.astype(x.dtype), range(x.ndim - 1))

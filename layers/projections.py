@@ -7,34 +7,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..pallas_kernels.numerics import FULL, Precision, accumulator, intermediate_precision
-from ..pallas_kernels.partition import axis_names
+from ..pallas_kernels.partition import apart, free_axes
 from ..pallas_kernels.short_conv import short_conv
 from .axes import named
 
 INIT = nn.initializers.normal(0.02)
 
 
-def dense(features: int, axes: tuple[str | None, str | None], *, bias: Callable | None = None, **options: Any) -> nn.Dense:
-  """`nn.Dense` with weights from normal(0, 0.02) and logical axis names for sharding.
+def dense(
+  features: int, axes: tuple[str | None, str | None], *, kernel: Callable = INIT, bias: Callable | None = None, **options: Any
+) -> nn.Dense:
+  """`nn.Dense` with logical axis names for sharding, and by default weights from normal(0, 0.02).
 
   Args:
     features: output width.
     axes: logical names of the kernel's (input, output) axes.
+    kernel: initialiser of the weights.
     bias: initialiser of the bias; `None` for no bias.
     **options: `name`, `dtype`, `param_dtype`, `precision` of `nn.Dense`.
   """
   return nn.Dense(
     features,
     use_bias=bias is not None,
-    kernel_init=named(INIT, *axes),
+    kernel_init=named(kernel, *axes),
     bias_init=named(bias or nn.initializers.zeros, axes[1]),
     dot_general=_product,
+    promote_dtype=_promoted,
     **options,
   )
+
+
+def _promoted(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, **options: Any) -> list[jax.Array | None]:
+  """The arrays in one dtype, the bias not split over explicit mesh axes that split x."""
+  x, kernel, bias = promote_dtype(x, kernel, bias, **options)
+  return [x, kernel, bias if bias is None else apart(bias, jax.typeof(x).sharding.spec)]
 
 
 def _product(
@@ -49,9 +60,8 @@ def _product(
   x_type, kernel_type = jax.typeof(x).sharding, jax.typeof(kernel).sharding
   *rows, inner = x_type.spec
   before, outer = kernel_type.spec
-  taken = {name for axis in x_type.spec for name in axis_names(axis)}
-  free = tuple(name for name in axis_names(outer) if name not in taken) or None
-  if inner is None and before is None and axis_names(free) == axis_names(outer):
+  free = free_axes(outer, x_type.spec)
+  if inner is None and before is None and free == outer:
     return product(x, kernel)
   mesh = kernel_type.mesh if x_type.mesh.empty else x_type.mesh
   kernel = jax.sharding.reshard(kernel, NamedSharding(mesh, P(inner, free)))
@@ -199,6 +209,7 @@ class LogDecay(nn.Module):
     a_log = self.param("A_log", named(_a_log_init, "heads"), shape[:1], self.param_dtype)
     dt_bias = self.param("dt_bias", named(_dt_bias_init, "heads"), (features,), self.param_dtype)
 
+    a_log, dt_bias = (apart(a, jax.typeof(u).sharding.spec[:2]) for a in (a_log, dt_bias))
     step = nn.softplus(u + dt_bias.astype(wide)[None, None]).reshape(*x.shape[:2], *shape)
     rate = jnp.exp(a_log.astype(wide)).reshape(1, 1, -1, *[1] * (len(shape) - 1))
     decay = rate * step

@@ -18,7 +18,7 @@ Inside a `jax.shard_map` of the caller's, over manual axes, operands are parts a
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from .compat import varying_axes
 from .partition_callback import by_callback
 
-__all__ = ["HEADS", "ROWS", "aligned", "partitioned", "split_over", "varying_alike"]
+__all__ = ["HEADS", "ROWS", "aligned", "apart", "free_axes", "partitioned", "split_over", "varying_alike"]
 
 ROWS, HEADS = "rows", "heads"
 
@@ -56,7 +56,7 @@ def split_over(mesh: Mesh, *, rows: str | Sequence[str] = (), heads: str | Seque
   Raises:
     ValueError: if the mesh lacks an axis, or an axis has both roles.
   """
-  names = {ROWS: axis_names(rows), HEADS: axis_names(heads)}
+  names = {ROWS: _names(rows), HEADS: _names(heads)}
   for label, own in names.items():
     if missing := sorted(set(own) - set(mesh.axis_names)):
       raise ValueError(f"split_over({label}={own}): the mesh has no axis {missing}; expected some of {mesh.axis_names}.")
@@ -118,6 +118,24 @@ def aligned(tree: Any, specs: Any) -> Any:
   return _alike(jax.tree.unflatten(structure, map(split.place, leaves, labels)))
 
 
+def apart(x: jax.Array, taken: Iterable[Any]) -> jax.Array:
+  """x, not split over explicit mesh axes in the entries `taken` of another array's `PartitionSpec`.
+
+  Arithmetic of x with that array is then possible: a result has no axis that is split like another one.
+  """
+  place = jax.typeof(x).sharding
+  free = [free_axes(entry, taken) for entry in place.spec]
+  return x if free == [*place.spec] else jax.sharding.reshard(x, NamedSharding(place.mesh, P(*free)))
+
+
+def free_axes(entry: Any, taken: Iterable[Any]) -> Any:
+  """An entry of a `PartitionSpec` without the mesh axes in the entries `taken`; as it is if it has none of them."""
+  others = {name for each in taken for name in _names(each)}
+  if others.isdisjoint(_names(entry)):
+    return entry
+  return tuple(name for name in _names(entry) if name not in others) or None
+
+
 def varying_alike(like: Any, tree: Any) -> Any:
   """The arrays of `tree`, varying over the manual axes of the arrays of `like` too. Outside of `jax.shard_map` no change.
 
@@ -172,7 +190,7 @@ class _Split(NamedTuple):
     """Moves x where its type says that it is split over explicit axes in another way."""
     if not self.explicit:
       return x
-    wanted = P(*(tuple(n for n in axis_names(name) if n in self.explicit) or None for name in self.spec(labels)))
+    wanted = P(*(tuple(n for n in _names(name) if n in self.explicit) or None for name in self.spec(labels)))
     if _dimensions(jax.typeof(x).sharding.spec, x.ndim) == _dimensions(wanted, x.ndim):
       return x
     return jax.sharding.reshard(x, NamedSharding(self.mesh, wanted))
@@ -219,9 +237,8 @@ def _dividing(mesh: Mesh | AbstractMesh, names: list[str], sizes: list[int]) -> 
 
 def _dimensions(spec: P, ndim: int) -> list[tuple[str, ...]]:
   """The mesh axes of each dimension."""
-  return [axis_names(name) for name in (*spec, *(None,) * (ndim - len(spec)))]
+  return [_names(name) for name in (*spec, *(None,) * (ndim - len(spec)))]
 
 
-def axis_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
-  """The mesh axes in an entry of a `PartitionSpec`."""
+def _names(names: str | Sequence[str] | None) -> tuple[str, ...]:
   return () if names is None else (names,) if isinstance(names, str) else tuple(names)

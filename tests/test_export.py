@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from memzoo.layers.law_trial import Trial
 from memzoo.pallas_kernels.delta_rule import gated_delta_rule
+from memzoo.pallas_kernels.short_conv import short_conv
 from memzoo.pallas_kernels.sizes import at_most, bounded, known, pieces, quotient
 from subjects import WIDTH, module
 from tolerances import assert_close
@@ -105,13 +106,24 @@ def _delta_gradients(*args):
   return jax.grad(half_squares, range(5))(*args)
 
 
-@pytest.mark.slow
-def test_gradients_are_exported_for_all_batches_and_lengths():
-  batch, length = jax.export.symbolic_shape("b, t")
-  program = exported(_delta_gradients, *_delta_shapes(batch, length))
-  for size in ((2, 5), (1, 40)):
-    args = filled(_delta_shapes(*size), 2)
-    assert_close(program.call(*args), jax.jit(_delta_gradients)(*args), jnp.float32, gradients=True)
+def _conv_shapes(batch, length):
+  return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, length, 3), (4, 3))]
+
+
+def _conv_gradients(*args):
+  return jax.grad(lambda *args: sum(jnp.sum(x * x) for x in short_conv(*args)), (0, 1))(*args)
+
+
+@pytest.mark.parametrize(
+  ("gradients", "shapes"),
+  [pytest.param(_delta_gradients, _delta_shapes, marks=pytest.mark.slow), (_conv_gradients, _conv_shapes)],
+  ids=["delta rule", "convolution"],
+)
+def test_gradients_are_exported_for_all_batches_and_lengths(gradients, shapes):
+  program = exported(gradients, *shapes(*jax.export.symbolic_shape("b, t")))
+  for size in ((2, 2), (1, 40)):
+    args = filled(shapes(*size), 2)
+    assert_close(program.call(*args), jax.jit(gradients)(*args), jnp.float32, gradients=True)
 
 
 def test_a_program_for_any_batch_is_exported_for_other_platforms():

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from delta_variants import Variant
 from memzoo.layers.law_trial import Trial
+from memzoo.layers.swiglu import gated
 from memzoo.layers.tolerances import tolerance
 from memzoo.pallas_kernels import delta_rule
 from memzoo.pallas_kernels.short_conv import short_conv
+from memzoo.pallas_kernels.test_time_memory import Gates, InitialWeights, Memory, Spec
+from memzoo.pallas_kernels.test_time_memory import run as run_memory
 from subjects import WIDTH, module
 from tolerances import assert_close
 
@@ -128,6 +131,23 @@ def fast(x):
   return conv(x, implementation="auto")[0]
 
 
+def _delta(x):
+  return delta_rule.linear_attention(x[:, :, None], x[:, :, None], x[:, :, None])[0]
+
+
+def _memory(x):
+  gates = Gates(jnp.full((*x.shape[:2], 1), 0.1, x.dtype))
+  initial = InitialWeights({"0": jnp.zeros((1, 3, 3), x.dtype)})
+  return run_memory(Spec(Memory(3, 3, depth=1)), initial, *[x[:, :, None]] * 3, gates).y
+
+
+@pytest.mark.parametrize("operation", [_delta, _memory])
+def test_every_operation_names_the_form_that_has_forward_mode(operation):
+  x = jax.ShapeDtypeStruct(X.shape, jnp.float64)
+  with pytest.raises(TypeError, match="expected implementation='recurrent'"):
+    jax.jit(lambda x: jax.jvp(operation, (x,), (x,))).lower(x)
+
+
 FORWARD = {
   "jvp": lambda x: jax.jvp(fast, (x,), (x,)),
   "jacfwd": lambda x: jax.jacfwd(fast)(x),
@@ -161,3 +181,10 @@ def test_reverse_mode_of_any_order_passes():
   gradient, again, scanned, unrolled = gradients(x)
   np.testing.assert_allclose(again, 2 * gradient, rtol=1e-9)  # the loss is quadratic
   np.testing.assert_allclose(scanned, unrolled, rtol=1e-9)
+
+
+def test_both_gradients_of_a_gated_product_are_written_before_they_are_read():
+  x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+  gradients = jax.grad(lambda *args: jnp.sum(gated(*args)), (0, 1))
+  texts = [jax.jit(f).lower(x, x).as_text() for f in (gated, gradients)]
+  assert ["optimization_barrier" in text for text in texts] == [False, True]

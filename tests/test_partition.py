@@ -10,12 +10,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from memzoo.layers.attention import Attention, CacheState, softmax_attention
+from memzoo.layers.law_trial import Trial
 from memzoo.pallas_kernels.delta_rule import delta_product, gated_delta_rule
 from memzoo.pallas_kernels.hlo import parse
 from memzoo.pallas_kernels.partition import HEADS, ROWS, partitioned, split_over, varying_alike
 from memzoo.pallas_kernels.short_conv import short_conv
 from memzoo.pallas_kernels.test_time_memory import Gates, InitialWeights, Memory, Spec, State
 from memzoo.pallas_kernels.test_time_memory import run as run_memory
+from subjects import module
 from tolerances import assert_close
 
 pytestmark = pytest.mark.xdist_group("partition")
@@ -242,6 +244,23 @@ def test_operations_run_in_a_shard_map_over_rows_with_its_default_checks(name):
   (out, gradients), _ = on_one_device(name)
   assert_close(own_out, out, jnp.float32)
   assert_close(own_gradients, gradients, jnp.float32, gradients=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GatedConv", "EraseThenDelta", "TTTLinear", "LanguageModel"])
+def test_rows_may_be_split_over_the_explicit_axes_that_split_parameters(name):
+  """As where the batch is split over all devices, and parameters over some. A width may be split like rows or heads too."""
+  trial = Trial(module(name, 8), 8, float64=False)
+  mesh = jax.make_mesh((2, 2), ("x", "y"))
+  rows = [P(("x", "y"))] if trial.takes_tokens else [P(("x", "y")), P("x", None, "y")]
+  with jax.set_mesh(mesh):
+    for axes in ({"heads": "y", "mlp": "y"}, {"embed": "y", "vocab": "y"}):
+      shardings = trial.shardings(mesh, axes)
+      params = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), trial.param_shapes, shardings)
+      for spec in rows:
+        x = trial.example(4, 5).update(sharding=NamedSharding(mesh, spec))
+        y, _ = jax.eval_shape(trial.apply, params, x)
+        assert y.sharding.spec[0] == spec[0]
 
 
 # The mechanism itself, on a function with a scan, an argument without rows and an integer.
