@@ -6,6 +6,7 @@ from .delta_net import DeltaNet, DeltaProduct, GatedDeltaNet, KimiDeltaAttention
 from .erase_then_delta import EraseThenDelta
 from .gated_conv import GatedConv
 from .linear_attention import LinearAttention
+from .local_linear_attention import LocalLinearAttention, Parallax
 from .memory_layer import MemoryLayer
 from .swiglu import SwiGLU
 from .titans import Gating, Loss, Memora, Moneta, Network, Retention, TitansMemory, Update, Yaad
@@ -25,6 +26,7 @@ __all__ = [
   "Gating",
   "KimiDeltaAttention",
   "LinearAttention",
+  "LocalLinearAttention",
   "Loss",
   "Memora",
   "MemoryAsContext",
@@ -33,6 +35,7 @@ __all__ = [
   "MemoryLayer",
   "Moneta",
   "Network",
+  "Parallax",
   "Retention",
   "SwiGLU",
   "TTTLinear",

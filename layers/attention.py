@@ -106,10 +106,15 @@ class Attention(MemoryLayer):
     q, k, v = queries(x), keys(x), values(x)
     prefix_kv = None if prefix is None else tuple(project(prefix[None].astype(x.dtype)) for project in (keys, values))
 
-    out, state = self.attend(q, k, v, state, segment_ids, prefix_kv, fresh=fresh)
+    out, state = self.attend(q, k, v, state, segment_ids, prefix_kv, *self._extras(x), fresh=fresh)
     out = out.reshape(*out.shape[:2], -1)
     y = dense(x.shape[-1], ("heads", "embed"), name="output", dtype=self.dtype, param_dtype=self.param_dtype)(out)
     return silence_padding(y, segment_ids), state
+
+  def _extras(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    """Further arrays [B, T, H, ...] that `_attend` needs. Layers with another attention override both."""
+    del x
+    return ()
 
   def _heads(self, name: str, heads: int, normed: bool = False) -> Callable[[jax.Array], jax.Array]:
     """The map from x [B, T, D] to [B, T, heads, d]."""
@@ -127,7 +132,7 @@ class Attention(MemoryLayer):
     state: CacheState,
     segment_ids: jax.Array | None = None,
     prefix_kv: tuple[jax.Array, jax.Array] | None = None,
-    *,
+    *extras: jax.Array,
     fresh: bool = False,
   ) -> tuple[jax.Array, CacheState]:
     """What the layer does between its projections, without parameters: attention, and the next state.
@@ -137,23 +142,28 @@ class Attention(MemoryLayer):
       k, v: [B, T, Hk, d].
       state, segment_ids: those of the call.
       prefix_kv: keys and values that all tokens also attend to, [1, N, Hk, d], or `None`.
+      *extras: see `_extras`.
       fresh: whether `state` is known to be empty.
     """
     locate = partitioned(partial(_locate, q.shape[1]), in_specs=_BY_ROW, out_specs=_BY_ROW)
     docs, position, length = locate(segment_ids, state.length)
     attend = partitioned(
-      partial(self._attend_and_write, fresh), in_specs=(*[_BY_HEAD] * 5, _BY_ROW, _PREFIX), out_specs=_BY_HEAD
+      partial(self._attend_and_write, fresh),
+      in_specs=(*[_BY_HEAD] * 5, _BY_ROW, _PREFIX, *[_BY_HEAD] * len(extras)),
+      out_specs=_BY_HEAD,
     )
     where = docs, position, state.length, length
-    out, keys, values = attend(q, k, v, state.keys, state.values, where, prefix_kv)
+    out, keys, values = attend(q, k, v, state.keys, state.values, where, prefix_kv, *extras)
     return out, CacheState(keys, values, length)
 
-  def _attend_and_write(self, fresh: bool, q, k, v, keys, values, where, prefix_kv) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def _attend_and_write(
+    self, fresh: bool, q, k, v, keys, values, where, prefix_kv, *extras
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The output [B, T, H, d], and the cached keys and values after these tokens."""
     docs, position, before, length = where
     if self.rope_base is not None:
       q, k = (rotate(a, position, self.rope_base) for a in (q, k))
-    out = self._attend(q, k, v, None if fresh else CacheState(keys, values, before), docs, position, prefix_kv)
+    out = self._attend(q, k, v, None if fresh else CacheState(keys, values, before), docs, position, prefix_kv, *extras)
     return out, *(self._write(cache, new, docs, position, length) for cache, new in ((keys, k), (values, v)))
 
   def _attend(self, q, k, v, state, docs: Documents, position, prefix_kv) -> jax.Array:
@@ -166,10 +176,7 @@ class Attention(MemoryLayer):
       docs, position = jax.tree.map(lambda a: jnp.take_along_axis(a, order, axis=1), (docs, position))
 
     query_tokens = _Tokens(docs.index, position)
-    key_tokens = _Tokens(jnp.where(docs.is_token, docs.index, -1), position)
-    if state is not None:
-      k, v = jnp.concatenate([state.keys, k], axis=1), jnp.concatenate([state.values, v], axis=1)
-      key_tokens = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self._cached(state.length), key_tokens)
+    k, v, key_tokens = self._after_cache(k, v, state, docs, position)
     if at_most(tokens, self.slots):
       return _windowed(q, k, v, query_tokens, key_tokens, self.slots, prefix_kv)
     if state is None:
@@ -177,6 +184,14 @@ class Attention(MemoryLayer):
       k, v = (jnp.pad(a, [*before, (0, 0), (0, 0)]) for a in (k, v))
       key_tokens = jax.tree.map(lambda a: jnp.pad(a, before, constant_values=-1), key_tokens)
     return jnp.take_along_axis(self._blocked(q, k, v, query_tokens, key_tokens, prefix_kv), back[..., None, None], axis=1)
+
+  def _after_cache(self, k, v, state: CacheState | None, docs: Documents, position) -> tuple[jax.Array, jax.Array, _Tokens]:
+    """Keys and values of the cache, unless it is `None`, and of the new tokens; and what they are."""
+    tokens = _Tokens(jnp.where(docs.is_token, docs.index, -1), position)
+    if state is None:
+      return k, v, tokens
+    k, v = jnp.concatenate([state.keys, k], axis=1), jnp.concatenate([state.values, v], axis=1)
+    return k, v, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self._cached(state.length), tokens)
 
   def _blocked(self, q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, prefix_kv) -> jax.Array:
     """`_windowed` for T queries and slots + T keys, in blocks of `slots` queries, each against two blocks of keys."""

@@ -296,7 +296,7 @@ class Trial:
   def _by_token(self) -> Any:
     oracle = self.layer
     if isinstance(oracle, MemoryLayer) and hasattr(oracle, "implementation"):
-      oracle = oracle.clone(implementation="recurrent")
+      oracle = oracle.clone(implementation=oracle.reference)
     call = jax.checkpoint(lambda params, x, state: oracle.apply(params, x[None, None], state))
 
     def row(params, x, state, ids):

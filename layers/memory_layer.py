@@ -47,6 +47,9 @@ class MemoryLayer(nn.Module, kw_only=True):
   # Whether the memory only adds and never forgets, so that new tokens of a long document count for less and less.
   fills_up: ClassVar[bool] = False
 
+  # The value of the field `implementation`, if there is one, that stands for the reference.
+  reference: ClassVar[str] = "recurrent"
+
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from memzoo.pallas_kernels import local_linear as ops
-from memzoo.pallas_kernels.local_linear import Allowed, blockwise, causal, local_linear_attention
+from memzoo.pallas_kernels.local_linear import Allowed, blockwise, causal, local_linear_attention, parallax_attention
 from tolerances import assert_close, assert_finite
 
 
@@ -106,6 +106,30 @@ def test_the_gradient_is_that_of_finite_differences():
   assert_close(gradients[0][:, 0], jnp.zeros_like(gradients[0][:, 0]))
 
 
+def errors_of_published_gradients(ridge: float) -> list[float]:
+  """Largest errors of the gradients by q, k and v, relative to the largest gradient, without the sum of weights in the ridge.
+
+  The published kernels have a ridge of lambda times the sum of weights, and differentiate as if it were constant.
+  """
+  q, k, v, _ = inputs(batch=1, tokens=24, heads=1, key_heads=1, width=6, values=6)
+
+  def loss(q, k, v, published):
+    weights = jnp.exp(6**-0.5 * jnp.einsum("bthd,bshd->bths", q, k))
+    total = jnp.sum(jnp.where(jnp.tril(jnp.ones((24, 24), bool))[None, :, None], weights, 0), axis=-1)
+    lam = ridge * jax.lax.stop_gradient(total) / total if published else jnp.full_like(total, ridge)
+    return jnp.sum(jnp.sin(local_linear_attention(q, k, v, lam)))
+
+  exact, published = (jax.grad(loss, argnums=(0, 1, 2))(q, k, v, published) for published in (False, True))
+  return [float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a))) for a, b in zip(exact, published, strict=True)]
+
+
+def test_the_published_gradient_is_wrong_at_small_ridges():
+  by_q, by_k, by_v = errors_of_published_gradients(0.05)
+  assert by_q > 0.05
+  assert by_k > 0.01
+  assert by_v < 1e-10
+
+
 def test_keys_from_a_cache_in_any_order(small_blocks):
   """The last 7 queries see all keys, the first 15 of which are shuffled."""
   q, k, v, ridge = inputs()
@@ -139,7 +163,7 @@ def test_weights_sum_to_one_and_reproduce_keys_up_to_the_ridge(small_blocks):
   shift = local_linear_attention(q, k, v + 3, ridge) - local_linear_attention(q, k, v, ridge)
   assert_close(shift, jnp.full_like(shift, 3))
   allowed, spec = causal(2, 22), ops.Spec(6**-0.5)
-  _, (_, _, x) = blockwise._forward(spec, q, k, v, ridge, allowed)
+  _, (_, _, x) = blockwise._forward(spec, q, k, v, ridge[..., None], allowed)
   assert_close(local_linear_attention(q, k, k, ridge), q - ridge[..., None] * x)
 
 
@@ -206,6 +230,33 @@ def test_narrow_inputs_give_narrow_outputs_close_to_wide_ones():
   assert_close(found, dense(*(x.astype(jnp.float64) for x in arrays), ridge), jnp.bfloat16)
 
 
+@pytest.mark.parametrize("case", ["documents", "window"])
+def test_with_a_given_solution_blocks_are_the_dense_form(case, small_blocks):
+  options = {name: jnp.asarray(x) if name == "segment_ids" else x for name, x in CASES[case].items()}
+  q, k, v, _ = inputs()
+  r = 0.3 * inputs(seed=5)[0]
+
+  def loss(implementation, *arrays):
+    y = parallax_attention(*arrays, **options, implementation=implementation)
+    return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+
+  found, expected = (
+    jax.jit(jax.value_and_grad(partial(loss, run), argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, r) for run in ("xla", "dense")
+  )
+  assert_close(found, expected)
+
+
+def test_a_given_solution_is_softmax_at_zero_and_local_linear_attention_at_its_solution(small_blocks):
+  q, k, v, ridge = inputs(heads=2)
+  assert_close(parallax_attention(q, k, v, jnp.zeros_like(q)), softmax(q, k, v))
+  _, (_, _, x) = blockwise._forward(ops.Spec(6**-0.5), q, k, v, ridge[..., None], causal(2, 22))
+  assert_close(parallax_attention(q, k, v, -x), local_linear_attention(q, k, v, ridge))
+  ones = parallax_attention(q, k, jnp.ones_like(v), inputs(seed=6, heads=2)[0])
+  assert_close(ones, jnp.ones_like(ones))
+  with pytest.raises(ValueError, match=r"r has shape \[2, 22, 2, 5\]; expected \[2, 22, 2, 6\]"):
+    parallax_attention(q, k, v, q[..., :5])
+
+
 def test_explain_says_what_runs_and_why():
   assert ops.explain().implementation == "xla"
   assert "reference" in str(ops.explain())
@@ -233,3 +284,10 @@ def test_what_does_not_fit_is_refused(change, words):
   arrays = dict(zip(("q", "k", "v", "ridge"), inputs(), strict=True))
   with pytest.raises(ValueError, match=words):
     local_linear_attention(**arrays | change)
+
+
+if __name__ == "__main__":
+  with jax.enable_x64(True):
+    print("ridge  errors of the published gradient by q, k, v")
+    for ridge in (0.05, 0.5, 10.0):
+      print(f"{ridge:5g}  " + "  ".join(f"{error:.0e}" for error in errors_of_published_gradients(ridge)))

@@ -10,12 +10,14 @@ from ..layers import (
   GatedDeltaNet,
   KimiDeltaAttention,
   LinearAttention,
+  LocalLinearAttention,
   Memora,
   MemoryAsContext,
   MemoryAsGate,
   MemoryAsLayer,
   MemoryLayer,
   Moneta,
+  Parallax,
   SwiGLU,
   TitansMemory,
   TTTLinear,
@@ -39,6 +41,8 @@ LAYERS: dict[str, type[MemoryLayer]] = {
   "TTTLinear": TTTLinear,
   "TTTMLP": TTTMLP,
   "Attention": Attention,
+  "LocalLinearAttention": LocalLinearAttention,
+  "Parallax": Parallax,
   "GatedConv": GatedConv,
 }
 

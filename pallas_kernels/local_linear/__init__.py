@@ -27,7 +27,7 @@ from .blockwise import by_blocks
 from .dense import dense
 from .spec import Allowed, Spec
 
-__all__ = ["Allowed", "causal", "explain", "explain_solver", "local_linear_attention"]
+__all__ = ["Allowed", "causal", "explain", "explain_solver", "local_linear_attention", "parallax_attention"]
 
 _DIRECT = 32  # channels of a diagonal block up to which a direct solve takes less work than 16 iterations
 
@@ -74,18 +74,13 @@ def local_linear_attention(
     ValueError: for shapes that do not fit together and for unknown options.
   """
   _check(q, k, v, blocks, window)
-  if allowed is None:
-    if k.shape[1] != q.shape[1]:
-      raise ValueError(f"k has {k.shape[1]} tokens and q {q.shape[1]}; expected as many, or `allowed`.")
-    check_segment_ids(segment_ids, q.shape[:2])
-    allowed = causal(q.shape[0], q.shape[1], segment_ids)
-  elif segment_ids is not None:
-    raise ValueError("segment_ids and allowed were both given; expected one of them.")
-  _check_allowed(allowed, q.shape[:2], k.shape[:2])
+  allowed = _allowed(q, k, segment_ids, allowed)
+  if iterations < 0 or not 0 <= tolerance < 1:
+    raise ValueError(f"iterations={iterations} and tolerance={tolerance}; expected at least 0, and a share below 1.")
   if ridge.shape not in (q.shape[2:3], q.shape[:3]):
     raise ValueError(f"ridge has shape {list(ridge.shape)}; expected [{q.shape[2]}], one a head, or {list(q.shape[:3])}.")
   ridge = ridge.astype(accumulator(q, k, v)).reshape((1,) * (3 - ridge.ndim) + ridge.shape)
-  ridge = jnp.broadcast_to(ridge, q.shape[:3])
+  ridge = jnp.broadcast_to(ridge, q.shape[:3])[..., None]
   intermediate_precision(precision, q, k, v)
   chosen = explain_solver(q.shape[-1], blocks=blocks, solver=solver).implementation
   spec = Spec(
@@ -98,6 +93,36 @@ def local_linear_attention(
   )
   run = dense if explain(implementation=implementation).implementation == "dense" else by_blocks
   return run(spec, q, k, v, ridge, allowed)
+
+
+def parallax_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  r: jax.Array,
+  *,
+  segment_ids: jax.Array | None = None,
+  allowed: Allowed | None = None,
+  window: int | None = None,
+  scale: float | None = None,
+  implementation: str = "auto",
+  precision: str | None = None,
+) -> jax.Array:
+  """Local linear attention with x = -r given (Zuo et al. 2026, arXiv:2605.29157), y_i = sum_j p_ij (1 - (k_j - m_i) . r_i) v_j.
+
+  Args:
+    r: [B, T, H, d], in any unit of inverse keys; it is not scaled. With zeros the result is softmax attention.
+
+  The other arguments, the result and the errors are those of `local_linear_attention`.
+  """
+  _check(q, k, v, 1, window)
+  allowed = _allowed(q, k, segment_ids, allowed)
+  if r.shape != q.shape:
+    raise ValueError(f"r has shape {list(r.shape)}; expected {list(q.shape)}, like q.")
+  intermediate_precision(precision, q, k, v)
+  spec = Spec(q.shape[-1] ** -0.5 if scale is None else scale, window, given=True, precision=precision)
+  run = dense if explain(implementation=implementation).implementation == "dense" else by_blocks
+  return run(spec, q, k, v, -r.astype(accumulator(q, k, v)), allowed)
 
 
 def causal(batch: int, tokens: int, segment_ids: jax.Array | None = None) -> Allowed:
@@ -122,6 +147,22 @@ def explain_solver(head_dim: int, *, blocks: int = 1, solver: str = "auto") -> C
   return choose("local_linear_attention, solver", solver, {"direct": direct, "cg": iterative})
 
 
+def _allowed(q: jax.Array, k: jax.Array, segment_ids: jax.Array | None, allowed: Allowed | None) -> Allowed:
+  """`allowed`, checked, or what it is without."""
+  if allowed is None:
+    if k.shape[1] != q.shape[1]:
+      raise ValueError(f"k has {k.shape[1]} tokens and q {q.shape[1]}; expected as many, or `allowed`.")
+    check_segment_ids(segment_ids, q.shape[:2])
+    return causal(q.shape[0], q.shape[1], segment_ids)
+  if segment_ids is not None:
+    raise ValueError("segment_ids and allowed were both given; expected one of them.")
+  for name, x in allowed._asdict().items():
+    expected = (q if name.startswith("query") else k).shape[:2]
+    if x.shape != expected or x.dtype != jnp.int32:
+      raise ValueError(f"allowed.{name} is {x.dtype}{list(x.shape)}; expected int32{list(expected)}.")
+  return allowed
+
+
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, blocks: int, window: int | None) -> None:
   if q.ndim != 4 or q.shape[1] == 0:
     raise ValueError(f"q has shape {list(q.shape)}; expected [batch, tokens, heads, width] with at least one token.")
@@ -135,10 +176,3 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, blocks: int, window: int | 
     raise ValueError(f"blocks={blocks}; expected a divisor of the width {q.shape[3]} of q.")
   if window is not None and window < 1:
     raise ValueError(f"window={window}; expected at least 1, or None.")
-
-
-def _check_allowed(allowed: Allowed, queries: tuple[int, int], keys: tuple[int, int]) -> None:
-  for name, x in allowed._asdict().items():
-    expected = queries if name.startswith("query") else keys
-    if x.shape != expected or x.dtype != jnp.int32:
-      raise ValueError(f"allowed.{name} is {x.dtype}{list(x.shape)}; expected int32{list(expected)}.")

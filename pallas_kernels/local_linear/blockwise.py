@@ -13,7 +13,8 @@ system with the same operator. With g_ij = dy_i . v_j and g_i = sum_j p_ij g_ij,
     dq_i = scale sum_j ds_ij k_j + z_i        dridge_i = -x_i . z_i        dv_j = sum_i p_ij f_ij dy_i
     dk_j = sum_i scale ds_ij q_i + p_ij ((g_ij - g_i - t_ij) x_i - f_ij z_i)
 
-If A is cut to diagonal blocks, the product t_ij (f_ij - 1) is a sum over blocks, and dk_j takes t and f of its own block.
+If A is cut to diagonal blocks, the product t_ij (f_ij - 1) is a sum over blocks, and dk_j takes t and f of its own block. If x
+is given, z = 0, c_i = a_i . x_i and dx_i = a_i.
 
 Shapes: a block has rows [B, Hk, n, R, d / n], in which R counts queries times the query heads that share a key head, and n the
 diagonal blocks. Arrays without channels have n = 1.
@@ -97,8 +98,9 @@ def _forward(spec, q, k, v, ridge, allowed):
 
   def one(rows):
     rows = _with_mean(spec, rows, keys)
-    shift = jnp.where(jnp.isfinite(rows.log_sum), rows.q.astype(rows.mean.dtype) - rows.mean, 0)
-    rows = rows._replace(x=_solve(spec, rows, keys, shift))
+    if not spec.given:
+      shift = jnp.where(jnp.isfinite(rows.log_sum), rows.q.astype(rows.mean.dtype) - rows.mean, 0)
+      rows = rows._replace(x=_solve(spec, rows, keys, shift))
 
     def add(y, block):
       factor = 1 + jnp.sum(_inner(spec, rows.x, rows, block), axis=2, keepdims=True)
@@ -119,15 +121,17 @@ def _backward(spec, q, k, v, ridge, allowed, sums, dy):
 
   def one(gradients, inputs):
     rows, dy = inputs
-    z, mean_gain = _second_solution(spec, rows, keys, dy)
-    shared = jnp.sum(rows.x * z, axis=(2, 4), keepdims=True)
+    a, mean_gain = _gain_of_keys(spec, rows, keys, dy)
+    z = jnp.zeros_like(a) if spec.given else _solve(spec, rows, keys, a)
+    shared = jnp.sum(rows.x * (a if spec.given else z), axis=(2, 4), keepdims=True)
+    constant = shared if spec.given else rows.ridge * shared
 
     def pair(dq, block):
       p, precision = _weights(spec, rows, block), _precision(spec, block)
       gain = matmul(dy, _transposed(block.v), precision) - mean_gain
       f, t = 1 + _inner(spec, rows.x, rows, block), _inner(spec, z, rows, block)
       whole = 1 + jnp.sum(f - 1, axis=2, keepdims=True)
-      ds = p * (gain * whole - jnp.sum(t * f, axis=2, keepdims=True) - rows.ridge * shared)
+      ds = p * (gain * whole - jnp.sum(t * f, axis=2, keepdims=True) - constant)
       dk = spec.scale * matmul(_transposed(ds), rows.q, precision)
       dk += matmul(_transposed(p * (gain - t)), rows.x, precision) - matmul(_transposed(p * f), z, precision)
       dv = matmul(_transposed(p * whole), dy, precision)
@@ -135,16 +139,16 @@ def _backward(spec, q, k, v, ridge, allowed, sums, dy):
 
     nothing = tuple(jnp.zeros(x.shape[1:], z.dtype) for x in (keys.k, keys.v))
     dq, by_keys = _over_keys(pair, z, rows, keys, nothing)
-    return jax.tree.map(jnp.add, gradients, by_keys), (dq, -shared)
+    return jax.tree.map(jnp.add, gradients, by_keys), (dq, a if spec.given else -shared)
 
   start = varying_alike(rows.q, tuple(jnp.zeros(x.shape, rows.x.dtype) for x in (keys.k, keys.v)))
   (dk, dv), (dq, dridge) = jax.lax.scan(one, start, (rows, arrange.rows(dy)))
-  dq, dridge = arrange.tokens(dq), arrange.tokens(dridge)[..., 0]
+  dq, dridge = arrange.tokens(dq), arrange.tokens(dridge)
   return dq.astype(q.dtype), arrange.keys(dk).astype(k.dtype), arrange.keys(dv).astype(v.dtype), dridge.astype(ridge.dtype)
 
 
-def _second_solution(spec: Spec, rows: _Rows, keys: _Keys, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """z like q, and g_i [B, Hk, 1, R, 1]."""
+def _gain_of_keys(spec: Spec, rows: _Rows, keys: _Keys, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """a like q, and g_i [B, Hk, 1, R, 1]."""
 
   def add(carry, block):
     a, total = carry
@@ -152,7 +156,7 @@ def _second_solution(spec: Spec, rows: _Rows, keys: _Keys, dy: jax.Array) -> tup
     return a + matmul(gain, block.k, _precision(spec, block)), total + jnp.sum(gain, axis=-1, keepdims=True)
 
   a, total = _over_keys(add, (jnp.zeros_like(rows.mean), jnp.zeros_like(rows.log_sum)), rows, keys)
-  return _solve(spec, rows, keys, a - total * rows.mean), total
+  return a - total * rows.mean, total
 
 
 def _with_mean(spec: Spec, rows: _Rows, keys: _Keys) -> _Rows:
@@ -297,7 +301,7 @@ class _Arrangement:
   def __init__(self, spec: Spec, q: jax.Array, k: jax.Array):
     (self.batch, self.length, heads, _), self.key_heads = q.shape, k.shape[2]
     self.groups, self.blocks, self.key_length = heads // self.key_heads, spec.blocks, k.shape[1]
-    self.window = spec.window
+    self.window, self.given = spec.window, spec.given
     self.query_size, self.key_size = bounded(self.length, QUERIES), bounded(self.key_length, KEYS)
 
   def __call__(self, q, k, v, ridge, allowed: Allowed) -> tuple[_Rows, _Keys]:
@@ -306,7 +310,9 @@ class _Arrangement:
     keys = [self._split(x, self.key_size, -1) for x in allowed[2:]]
     visible = Allowed(*queries, *keys).may_meet(self.window)
     per_row = [jnp.repeat(x, self.groups, axis=2) for x in queries]
-    rows = _Rows(self.cut(self.rows(q)), self.rows(ridge[..., None], fill=1), *per_row, visible)
+    rows = _Rows(self.cut(self.rows(q)), self.rows(ridge, fill=1), *per_row, visible)
+    if self.given:
+      rows = rows._replace(ridge=rows.ridge[..., :1], x=self.cut(rows.ridge))
     k, v = (jnp.moveaxis(self._split(x, self.key_size), 3, 2)[:, :, :, None] for x in (k, v))
     return rows, _Keys(self.cut(k), v, *keys)
 

@@ -15,6 +15,7 @@ class Spec:
     scale: factor of q . k in the weights.
     window: number of last positions that a query sees, its own included; `None` for all.
     blocks: number of diagonal blocks that the covariance of the keys is cut to; 1 keeps all of it.
+    given: x is given instead of the ridge, and no system is solved.
     iterations: of the conjugate gradients; `None` for a direct solve.
     tolerance: a query whose residual is this share of the first one is left alone.
     precision: option of the operation; see `numerics.intermediate_precision`.
@@ -23,6 +24,7 @@ class Spec:
   scale: float
   window: int | None = None
   blocks: int = 1
+  given: bool = False
   iterations: int | None = None
   tolerance: float = 1e-5
   precision: str | None = None
