@@ -7,7 +7,6 @@ TPU, where gathers are slow, only if there are such tokens. The first W - 1 toke
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from ..derivatives import reverse_only
 from ..documents import documents, positions
 from ..numerics import accumulator, einsum
 from ..partition import aligned, partitioned
-from ..sizes import as_array, known, pad_end
+from ..sizes import as_array, known
 from .recurrent import INPUTS, OF_ROWS, TOKENS
 
 
@@ -130,8 +129,7 @@ def _forward_by_gathers(places, x, weight, state):
 def _backward_by_shifts(places, x, weight, state, dy):
   width = weight.shape[0]
   after = [_where_seen(_earlier(places, j, width), j, _earlier(dy, j, width)) for j in range(width)]
-  first = [_of_first(width - 1, partial(_where_seen, places, j), dy) for j in range(width)]
-  return _gradients(x, weight, state, after, first)
+  return _gradients(x, weight, state, after, [_where_seen(places, j, _first(dy, width - 1)) for j in range(width)])
 
 
 def _backward_by_gathers(places, x, weight, state, dy):
@@ -140,7 +138,7 @@ def _backward_by_gathers(places, x, weight, state, dy):
   seen = [_where_seen(places, j, dy) for j in range(width)]
   after = [_take(d, _take(order, places.rank + j)) for j, d in enumerate(seen)]
   after = [seen[0], *(jnp.where((places.rank < tokens - j)[..., None], after[j], 0) for j in range(1, width))]
-  return _gradients(x, weight, state, after, [_of_first(width - 1, partial(_take, d), order) for d in seen])
+  return _gradients(x, weight, state, after, [_take(d, _first(order, width - 1)) for d in seen])
 
 
 def _gradients(x, weight, state, after, first):
@@ -149,7 +147,8 @@ def _gradients(x, weight, state, after, first):
   Args:
     x, weight, state: of the call.
     after: for each j the cotangent at the j-th token after each token, where that sees it, else 0; [B, T, D].
-    first: for each j the cotangents of the first W - 1 tokens that see a j-th token before them, else 0; [B, <W, D].
+    first: for each j the cotangents of the first W - 1 tokens that see a j-th token before them, else 0; [B, <W, D]. Of all
+      tokens if T is not known.
   """
   width, count = weight.shape[0], first[0].shape[1]
   after_state = [jax.lax.pad(d, jnp.zeros((), d.dtype), _along_tokens(width - 1 - j, j - count)) for j, d in enumerate(first)]
@@ -191,12 +190,9 @@ def _order(places: _Places) -> jax.Array:
   return jnp.argsort(places.reach < 0, axis=1, stable=True).astype(jnp.int32)
 
 
-def _of_first(count: int, function: Callable, x: jax.Array) -> jax.Array:
-  """`function`, which maps each token, of the first `count` tokens of x [B, T, ...].
-
-  There are fewer if T is less, and zeros in place of the missing ones if T is not known.
-  """
-  return function(x[:, :count]) if known(x.shape[1]) else pad_end(function(x), count)[:, :count]
+def _first(x: jax.Array, count: int) -> jax.Array:
+  """The first `count` tokens of x [B, T, ...]; all tokens if T is not known."""
+  return x[:, :count] if known(x.shape[1]) else x
 
 
 def _later(x: jax.Array, j: int) -> jax.Array:
