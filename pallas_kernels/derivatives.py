@@ -12,7 +12,8 @@ from jax.interpreters import ad, batching, mlir
 
 _ADVICE = (
   "this form has a hand-written gradient for reverse mode (jax.grad, jax.vjp) and no forward mode (jax.jvp, jax.jacfwd, "
-  "jax.hessian); expected implementation='recurrent', an argument of the operation and a field of the layers, which has both."
+  "jax.hessian); expected implementation='recurrent' ('dense' for local linear attention), an argument of the operation and a "
+  "field of the layers, which has both."
 )
 
 
