@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from .compat import varying_axes
 from .partition_callback import by_callback
+from .sizes import known
 
 __all__ = ["HEADS", "ROWS", "aligned", "apart", "free_axes", "partitioned", "split_over", "varying_alike"]
 
@@ -173,7 +174,7 @@ class _Split(NamedTuple):
     names: for each label the mesh axes that it is split over.
     manual: these axes, and the other explicit axes that operands are split over.
     explicit: those of `manual` that are explicit.
-    is_unknown: whether operands may be split over automatic axes, and nobody declared how.
+    is_unknown: whether operands of known sizes may be split over automatic axes, and nobody declared how.
   """
 
   mesh: Mesh | AbstractMesh | None
@@ -217,6 +218,7 @@ def _split(leaves: list[jax.Array], specs: list[P]) -> _Split:
     names[label] = _dividing(mesh, [n for n in (*seen, *told) if n not in taken], sizes)
     taken |= set(names[label])
   automatic = any(kind == AxisType.Auto and mesh.shape[name] > 1 for name, kind in kinds.items())
+  automatic = automatic and all(known(*x.shape) for x in leaves)  # a callback is made for its sizes
   is_unknown = automatic and declared is None and not explicit and AxisType.Manual not in kinds.values()
   return _Split(mesh, names, explicit | taken, explicit, is_unknown)
 

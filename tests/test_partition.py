@@ -360,6 +360,19 @@ def test_automatic_axes_that_nobody_declared_are_split_by_callback():
   assert_close(split_by_callback(undifferentiated_sums, 0, SUMS), on_host(*SUMS), jnp.float32)
 
 
+def test_symbolic_rows_are_split_only_where_their_number_is_a_multiple():
+  few, many = (jax.export.symbolic_shape(rows)[0] for rows in ("b", "2*b"))
+
+  def mapped(rows, function):
+    args = [jax.ShapeDtypeStruct((rows if len(x) == 4 else len(x), *x.shape[1:]), x.dtype) for x in SUMS]
+    with jax.set_mesh(mesh_of(AUTO)):
+      return str(jax.make_jaxpr(lambda *args: function(*args))(*args))
+
+  assert "custom_partitioning" not in mapped(few, undifferentiated_sums)  # a callback is made for known sizes
+  declared = split_over(mesh_of(AUTO), rows="x", heads="y")(decayed_sums)
+  assert ["'x'" in re.search("manual_axes=.*", mapped(rows, declared))[0] for rows in (few, many)] == [False, True]
+
+
 def test_a_mapped_axis_joins_the_rows_of_a_callback():
   x, weight, state, count = SUMS
   mapped = jax.vmap(undifferentiated_sums, (0, None, 0, 0))
