@@ -184,13 +184,16 @@ def test_a_layer_of_ones_own_is_compared_once(tmp_path, monkeypatch, my_module):
     enter("mqar", [f"{my_module}.Other"])
 
 
-def test_a_comparison_keeps_the_other_layers_of_its_config_as_they_are(tmp_path):
-  path = tmp_path / "task.gin"
+def test_a_comparison_keeps_the_other_layers_of_its_config_as_they_are(tmp_path, my_module):
+  path, mine = tmp_path / "task.gin", f"{my_module}.Mine"
+  sizes = "".join(f"{mine}.{name} = 4\n" for name in ("num_heads", "key_dim", "value_dim"))
   path.write_text(
-    "include 'tasks/mqar.gin'\nLanguageModel.mixers = [@narrow/GatedConv, @LinearAttention]\nnarrow/GatedConv.conv_width = 2\n"
+    f"import {my_module}\ninclude 'tasks/mqar.gin'\nLanguageModel.mixers = [@narrow/GatedConv, @{mine}, @LinearAttention]\n"
+    f"narrow/GatedConv.conv_width = 2\n{sizes}"
   )
   (entrant,) = enter(str(path), ["DeltaNet"])
-  assert entrant.experiment.model.mixers[0].conv_width == 2
+  first, second, _ = entrant.experiment.model.mixers
+  assert (first.conv_width, type(second).__name__) == (2, "Mine")
 
 
 VALUES = [0, 1, 2, 3, 8, 0.5, -0.0, 1e-7, 1e22, -1.5, True, False, None, [1, 2], ["a"], {}]

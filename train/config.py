@@ -408,8 +408,9 @@ def _checked(made: Any) -> Any:
 
 def references(experiment: Experiment, field: str) -> Any:
   """What the operative configuration binds to a field of the model: literals and `Reference`s."""
-  name = f"{type(experiment.model).__name__}.{field}"
-  return next(s.value for s in parse(experiment.text, experiment.name) if str(_line(s)).startswith(f"{name} = "))
+  wanted = "", type(experiment.model).__name__, field
+  bindings = (s for s in parse(experiment.text, experiment.name) if isinstance(s, BindingStatement))
+  return next(s.value for s in bindings if (s.scope, s.selector, s.arg_name) == wanted)
 
 
 def groups_of(cls: type) -> set[str]:
