@@ -50,7 +50,7 @@ class Subject:
 
 
 def marks(name):
-  return [] if name == "GatedConv" else [pytest.mark.slow]
+  return [pytest.mark.compat] if name == "GatedConv" else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def marks(name):
       ("GatedConv", True),
       ("GatedConv", False),
       ("LanguageModel", True),  # erase-then-delta and attention
-      ("MemoryAsContext", True),
+      ("TitansMemory", True),
       ("TitansMemory", False),
     ]
   ],
@@ -80,7 +80,7 @@ def test_one_program_serves_all_batches_and_lengths(name, continues):
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(lambda leaf: (1, *leaf.shape[1:]), state)
 
 
-OTHERS = "DeltaProduct", "Memora", "TTTLinear", "ScannedContextModel"
+OTHERS = "DeltaProduct", "MemoryAsContext", "TTTLinear", "ScannedContextModel"
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS])

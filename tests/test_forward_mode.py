@@ -68,6 +68,21 @@ def test_forward_mode_of_the_convolution_equals_reverse_mode_of_the_fast_form():
   assert_forward_equals_reverse(lambda args: conv(**args), lambda args: conv(**args, implementation="auto"), args)
 
 
+def _delta(x):
+  return delta_rule.linear_attention(x[:, :, None], x[:, :, None], x[:, :, None])[0]
+
+
+def _memory(x, implementation="auto"):
+  gates = Gates(jnp.full((*x.shape[:2], 1), 0.1, x.dtype))
+  initial = InitialWeights({"0": jnp.ones((1, 3, 12), x.dtype), "1": jnp.ones((1, 12, 3), x.dtype)})
+  return run_memory(Spec(Memory(3, 3), chunk_size=4), initial, *[x[:, :, None]] * 3, gates, implementation=implementation).y
+
+
+@pytest.mark.slow
+def test_forward_mode_of_a_test_time_memory_equals_reverse_mode_of_the_fast_form():
+  assert_forward_equals_reverse(functools.partial(_memory, implementation="recurrent"), _memory, jnp.asarray(X))
+
+
 def half_squares(x):
   y, state = conv(x)
   return 0.5 * jnp.sum(y**4) + jnp.sum(state**2)
@@ -93,31 +108,12 @@ def test_second_derivatives_of_all_orders_agree():
     assert_close({"product": product}, {"product": by_difference}, jnp.float32, gradients=True)
 
 
-def made_with(name, implementation):
-  return Trial(module(name, WIDTH, implementation=implementation), WIDTH, float64=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["TTTLinear"])
-def test_forward_mode_of_layers_equals_reverse_mode_of_their_fast_form(name):
-  recurrent, fast = made_with(name, "recurrent"), made_with(name, "auto")
-  x = recurrent.example(1, 6)
-  x = np.arange(6, dtype=np.int32)[None] if recurrent.takes_tokens else normal_like(x)
-
-  def run(trial, params):
-    y, state = trial.apply(params, x, None, jnp.asarray([[1, 1, 1, 2, 2, 2]], jnp.int32))
-    return [y, *(leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating))]
-
-  params = jax.tree.map(jnp.asarray, recurrent.params)
-  assert_forward_equals_reverse(functools.partial(run, recurrent), functools.partial(run, fast), params)
-
-
 FEW = "DeltaProduct", "KimiDeltaAttention", "GatedConv", "TitansMemory", "Memora", "Attention", "LanguageModel"
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_no_part_of_a_recurrent_layer_lacks_forward_mode(name):
-  trial = made_with(name, "recurrent")
+  trial = Trial(module(name, WIDTH, implementation="recurrent"), WIDTH, float64=True)
   x = trial.example(1, 2)
 
   def pushed(params, x):
@@ -129,16 +125,6 @@ def test_no_part_of_a_recurrent_layer_lacks_forward_mode(name):
 
 def fast(x):
   return conv(x, implementation="auto")[0]
-
-
-def _delta(x):
-  return delta_rule.linear_attention(x[:, :, None], x[:, :, None], x[:, :, None])[0]
-
-
-def _memory(x):
-  gates = Gates(jnp.full((*x.shape[:2], 1), 0.1, x.dtype))
-  initial = InitialWeights({"0": jnp.zeros((1, 3, 3), x.dtype)})
-  return run_memory(Spec(Memory(3, 3, depth=1)), initial, *[x[:, :, None]] * 3, gates).y
 
 
 @pytest.mark.parametrize("operation", [_delta, _memory])
@@ -158,12 +144,14 @@ FORWARD = {
 CASES = [(FORWARD["jvp"], False), *((function, True) for function in FORWARD.values())]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(("differentiated", "compiled"), CASES, ids=["not compiled", *FORWARD])
 def test_the_fast_form_names_the_form_that_has_forward_mode(differentiated, compiled):
   with pytest.raises(TypeError, match=r"no forward mode .*expected implementation='recurrent'"):
     (jax.jit(differentiated) if compiled else differentiated)(jnp.asarray(X))
 
 
+@pytest.mark.compat
 def test_reverse_mode_of_any_order_passes():
   x = jnp.asarray(X)
 
