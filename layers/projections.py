@@ -11,7 +11,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..pallas_kernels.numerics import FULL, Precision, accumulator, intermediate_precision
+from ..pallas_kernels.numerics import FULL, Precision, accumulator, einsum, intermediate_precision
 from ..pallas_kernels.partition import apart, free_axes
 from ..pallas_kernels.short_conv import short_conv
 from .axes import named
@@ -76,6 +76,18 @@ def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
   mesh = place.mesh if jax.typeof(tokens).sharding.mesh.empty else jax.typeof(tokens).sharding.mesh
   table = jax.sharding.reshard(table, NamedSharding(mesh, P(None, None)))
   return table.at[tokens].get(out_sharding=NamedSharding(mesh, P(*spec, None)))
+
+
+def unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+  """x [B, T, D] times the transposed table [V, D], in `accumulator(x)`; over explicit mesh axes D is whole on each device."""
+  place, (vocab, width) = jax.typeof(x).sharding, jax.typeof(table).sharding.spec
+  *rows, inner = place.spec
+  free = free_axes(vocab, rows)
+  if (inner, width, free) != (None, None, vocab):
+    mesh = jax.typeof(table).sharding.mesh if place.mesh.empty else place.mesh
+    x = jax.sharding.reshard(x, NamedSharding(mesh, P(*rows, None)))
+    table = jax.sharding.reshard(table, NamedSharding(mesh, P(free, None)))
+  return einsum("btd,vd->btv", x, table)
 
 
 class LowRank(nn.Module):

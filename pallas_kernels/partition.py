@@ -32,7 +32,17 @@ from .compat import varying_axes
 from .partition_callback import by_callback
 from .sizes import known
 
-__all__ = ["HEADS", "ROWS", "aligned", "apart", "free_axes", "partitioned", "split_over", "varying_alike"]
+__all__ = [
+  "HEADS",
+  "ROWS",
+  "aligned",
+  "apart",
+  "free_axes",
+  "partitioned",
+  "placed_like",
+  "split_over",
+  "varying_alike",
+]
 
 ROWS, HEADS = "rows", "heads"
 
@@ -127,6 +137,12 @@ def apart(x: jax.Array, taken: Iterable[Any]) -> jax.Array:
   place = jax.typeof(x).sharding
   free = [free_axes(entry, taken) for entry in place.spec]
   return x if free == [*place.spec] else jax.sharding.reshard(x, NamedSharding(place.mesh, P(*free)))
+
+
+def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+  """x, split over explicit mesh axes as `like` is. The carry of a scan keeps its type."""
+  place, own = jax.typeof(like).sharding, jax.typeof(x).sharding
+  return x if own.spec == place.spec else jax.sharding.reshard(x, NamedSharding(own.mesh, place.spec))
 
 
 def free_axes(entry: Any, taken: Iterable[Any]) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from memzoo.layers.attention import Attention, CacheState, softmax_attention
+from memzoo.layers.gated_conv import GatedConv
 from memzoo.layers.law_trial import Trial
 from memzoo.pallas_kernels.delta_rule import delta_product, gated_delta_rule
 from memzoo.pallas_kernels.hlo import parse
@@ -17,6 +18,7 @@ from memzoo.pallas_kernels.partition import HEADS, ROWS, partitioned, split_over
 from memzoo.pallas_kernels.short_conv import short_conv
 from memzoo.pallas_kernels.test_time_memory import Gates, InitialWeights, Memory, Spec, State
 from memzoo.pallas_kernels.test_time_memory import run as run_memory
+from memzoo.zoo.language_model import LanguageModel
 from subjects import module
 from tolerances import assert_close
 
@@ -261,6 +263,18 @@ def test_rows_may_be_split_over_the_explicit_axes_that_split_parameters(name):
         x = trial.example(4, 5).update(sharding=NamedSharding(mesh, spec))
         y, _ = jax.eval_shape(trial.apply, params, x)
         assert y.sharding.spec[0] == spec[0]
+
+
+@pytest.mark.parametrize(("axis", "rows"), [("embed", P("x")), ("vocab", P(("x", "y")))])
+def test_a_scanned_model_may_split_its_width_or_its_vocabulary_over_an_explicit_axis(axis, rows):
+  mixer = GatedConv(channels=4, parent=None)
+  model = LanguageModel(vocab_size=12, width=8, depth=2, mixers=((mixer,),), scan=True)
+  trial, mesh = Trial(model, 8, float64=False), jax.make_mesh((2, 2), ("x", "y"))
+  tokens = np.arange(20, dtype=np.int32).reshape(4, 5) % 12
+  params = jax.device_put(trial.params, trial.shardings(mesh, {axis: "y"}))
+  with jax.set_mesh(mesh):
+    logits, _ = jax.jit(trial.apply)(params, jax.device_put(tokens, NamedSharding(mesh, rows)))
+  assert_close(jax.device_get(logits), jax.device_get(jax.jit(trial.apply)(trial.params, tokens)[0]), jnp.float32)
 
 
 # The mechanism itself, on a function with a scan, an argument without rows and an integer.

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..layers.axes import named
-from ..layers.projections import INIT, dense, embed
-from ..pallas_kernels.numerics import accumulator, einsum
+from ..layers.projections import INIT, dense, embed, unembed
+from ..pallas_kernels.numerics import accumulator
 from .stack import Stack
 
 
@@ -55,7 +55,7 @@ class LanguageModel(Stack, kw_only=True):
     x = embed(embedding, tokens).astype(self.dtype)
     x, state = self.residual(x, state, segment_ids, tokens)
     if self.tie_embeddings:
-      logits = einsum("btd,vd->btv", x, embedding.astype(x.dtype))
+      logits = unembed(x, embedding.astype(x.dtype))
     else:
       types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
       logits = dense(self.vocab_size, ("embed", "vocab"), name="head", **types)(x)

@@ -18,6 +18,7 @@ from ..layers.norms import RMSNorm
 from ..layers.ranges import check_ranges
 from ..layers.swiglu import SwiGLU
 from ..pallas_kernels import delta_rule
+from ..pallas_kernels.partition import placed_like
 from ..pallas_kernels.states import check_state
 
 REMAT_POLICIES = {
@@ -84,12 +85,12 @@ class _Period(nn.Module):
   @nn.compact
   def __call__(self, carry, states, segment_ids):
     x, context = carry
-    after = []
+    incoming, after = x, []
     for i, sublayers in enumerate(self.blocks):
       block = Block(sublayers, self.norm_epsilon, self.param_dtype, name=f"blocks_{i}")
       x, state, context = block(x, None if states is None else states[i], segment_ids, context)
       after.append(state)
-    return (x, context), tuple(after)
+    return (placed_like(x, incoming), context), tuple(after)
 
 
 class Stack(nn.Module, kw_only=True):
