@@ -106,15 +106,10 @@ def _(size, is_mapped, condition):
 
 
 def _forward_by_shifts(places, x, weight, state):
-  width, tokens = weight.shape[0], x.shape[1]
-  if known(tokens):
-    first, taps = min(tokens, state.shape[1]), [_where_seen(places, j, _later(x, j)) for j in range(width)]
-  else:
-    first, taps = tokens, None
-  window = jnp.concatenate([state, x[:, :first]], axis=1)
-  near = [_where_seen(places, j, window[:, width - 1 - j :][:, :first]) for j in range(width)]
-  if taps is None:
-    return _weighted_sum(near, weight)
+  width, head = weight.shape[0], x[:, : state.shape[1]]
+  taps = [_where_seen(places, j, _later(x, j)) for j in range(width)]
+  window = jnp.concatenate([state, head], axis=1)
+  near = [_where_seen(places, j, window[:, width - 1 - j :][:, : head.shape[1]]) for j in range(width)]
   return jax.lax.dynamic_update_slice_in_dim(_weighted_sum(taps, weight), _weighted_sum(near, weight), 0, axis=1)
 
 
@@ -129,7 +124,7 @@ def _forward_by_gathers(places, x, weight, state):
 def _backward_by_shifts(places, x, weight, state, dy):
   width = weight.shape[0]
   after = [_where_seen(_earlier(places, j, width), j, _earlier(dy, j, width)) for j in range(width)]
-  return _gradients(x, weight, state, after, [_where_seen(places, j, _first(dy, width - 1)) for j in range(width)])
+  return _gradients(x, weight, state, after, [_where_seen(places, j, dy[:, : width - 1]) for j in range(width)])
 
 
 def _backward_by_gathers(places, x, weight, state, dy):
@@ -138,7 +133,7 @@ def _backward_by_gathers(places, x, weight, state, dy):
   seen = [_where_seen(places, j, dy) for j in range(width)]
   after = [_take(d, _take(order, places.rank + j)) for j, d in enumerate(seen)]
   after = [seen[0], *(jnp.where((places.rank < tokens - j)[..., None], after[j], 0) for j in range(1, width))]
-  return _gradients(x, weight, state, after, [_take(d, _first(order, width - 1)) for d in seen])
+  return _gradients(x, weight, state, after, [_take(d, order[:, : width - 1]) for d in seen])
 
 
 def _gradients(x, weight, state, after, first):
@@ -147,8 +142,7 @@ def _gradients(x, weight, state, after, first):
   Args:
     x, weight, state: of the call.
     after: for each j the cotangent at the j-th token after each token, where that sees it, else 0; [B, T, D].
-    first: for each j the cotangents of the first W - 1 tokens that see a j-th token before them, else 0; [B, <W, D]. Of all
-      tokens if T is not known.
+    first: for each j the cotangents of the first W - 1 tokens that see a j-th token before them, else 0; [B, <W, D].
   """
   width, count = weight.shape[0], first[0].shape[1]
   after_state = [jax.lax.pad(d, jnp.zeros((), d.dtype), _along_tokens(width - 1 - j, j - count)) for j, d in enumerate(first)]
@@ -188,11 +182,6 @@ def _where_seen(places: _Places | None, j: int, x: jax.Array) -> jax.Array:
 def _order(places: _Places) -> jax.Array:
   """The column of each row's k-th token, int32 [B, T]; columns of padding come last."""
   return jnp.argsort(places.reach < 0, axis=1, stable=True).astype(jnp.int32)
-
-
-def _first(x: jax.Array, count: int) -> jax.Array:
-  """The first `count` tokens of x [B, T, ...]; all tokens if T is not known."""
-  return x[:, :count] if known(x.shape[1]) else x
 
 
 def _later(x: jax.Array, j: int) -> jax.Array:
