@@ -106,8 +106,9 @@ def _(size, is_mapped, condition):
 
 
 def _forward_by_shifts(places, x, weight, state):
-  width, head = weight.shape[0], x[:, : state.shape[1]]
+  width = weight.shape[0]
   taps = [_where_seen(places, j, _later(x, j)) for j in range(width)]
+  head = x[:, : state.shape[1]]
   window = jnp.concatenate([state, head], axis=1)
   near = [_where_seen(places, j, window[:, width - 1 - j :][:, : head.shape[1]]) for j in range(width)]
   return jax.lax.dynamic_update_slice_in_dim(_weighted_sum(taps, weight), _weighted_sum(near, weight), 0, axis=1)
