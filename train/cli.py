@@ -141,7 +141,10 @@ def evaluate(
   best: _Best = False,
   task: Annotated[
     str | None,
-    typer.Option(help="Run a probe instead: perplexity by position, needle by length and depth, or speed by length."),
+    typer.Option(
+      help="Run a probe instead: perplexity by position, needle by length and depth, speed by length, or lifetime, the score "
+      "after up to 50,000 tokens of one document."
+    ),
   ] = None,
 ) -> None:
   """Evaluate the newest checkpoint of a run on its validation data, or probe its memory.
