@@ -64,8 +64,9 @@ def run_of(path: str | Path) -> Path | None:
 def write_config(directory: Path, text: str) -> None:
   """Writes the operative config of a run. Lines of the one there that this version ignores are kept."""
   path = directory / "config.gin"
-  same = path.exists() and path.read_text(encoding="utf-8") == text
-  _, mark, ignored = ("", "", "") if same or IGNORED in text or _is_free(directory) else _renewed(path).partition(IGNORED)
+  there = "" if _is_free(directory) else path.read_text(encoding="utf-8")
+  may_have_more = f"{CONFIG_FORMAT} = " in there and there != text and IGNORED not in text
+  _, mark, ignored = _renewed(path).partition(IGNORED) if may_have_more else ("", "", "")
   write_text(path, f"{text}\n{mark}{ignored}" if mark else text)
 
 
@@ -109,7 +110,7 @@ def _renewed(path: Path) -> str:
   from .config import build_text
 
   text = path.read_text(encoding="utf-8")
-  if f"{CONFIG_FORMAT} = " not in text and "LanguageModel." not in text and "VectorModel." not in text:
+  if "LanguageModel." not in text and "VectorModel." not in text:
     return text
   return build_text(text, str(path), path.parent).text
 
