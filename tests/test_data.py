@@ -240,7 +240,7 @@ def test_a_layer_made_for_fewer_documents_than_a_row_may_hold_is_refused():
     experiment.data.check_model(experiment.model)
 
   titans = ["LanguageModel.mixers=[@TitansMemory]", "TitansMemory.num_heads=2", "TitansMemory.head_dim=64"]
-  with pytest.raises(ValueError, match=r"TitansMemory.max_documents is 16, and a row .* 512 .* set TextData.max_documents"):
+  with pytest.raises(ValueError, match=r"TitansMemory.max_documents is 16, and a row .* 256 .* set TextData.max_documents"):
     check(build("quickstart", titans))
   check(build("quickstart", [*titans, "TextData.max_documents=16"]))
 
