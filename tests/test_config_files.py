@@ -200,6 +200,7 @@ VALUES = [0, 1, 2, 3, 8, 0.5, -0.0, 1e-7, 1e22, -1.5, True, False, None, [1, 2],
 VALUES += ["", "full", "x'\"\\\n%é", "bfloat16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["Attention", "DeltaProduct", "GatedConv", "MemoryAsContext", "Moneta", "TTTMLP"])
 def test_whatever_is_accepted_is_written_and_builds_an_equal_experiment(layer):
   """Every field of a layer, of its option groups and of the run, with values of many types."""

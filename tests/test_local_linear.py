@@ -74,8 +74,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("solver", ["direct", "cg"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("solver", ["direct", pytest.param("cg", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name != "documents")) for name in CASES])
 def test_blocks_are_the_dense_form_in_values_and_all_gradients(case, solver, small_blocks):
   options = {name: jnp.asarray(x) if name == "segment_ids" else x for name, x in CASES[case].items()}
   iterative = {"solver": solver, "iterations": 40, "tolerance": 1e-14}
@@ -91,6 +91,7 @@ def test_blocks_are_the_dense_form_in_values_and_all_gradients(case, solver, sma
   assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_finite_differences():
   arrays = inputs(batch=1, tokens=9, heads=2, key_heads=1, width=4, values=3)
 
@@ -123,6 +124,7 @@ def errors_of_published_gradients(ridge: float) -> list[float]:
   return [float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a))) for a, b in zip(exact, published, strict=True)]
 
 
+@pytest.mark.slow
 def test_the_published_gradient_is_wrong_at_small_ridges():
   by_q, by_k, by_v = errors_of_published_gradients(0.05)
   assert by_q > 0.05
@@ -167,6 +169,7 @@ def test_weights_sum_to_one_and_reproduce_keys_up_to_the_ridge(small_blocks):
   assert_close(local_linear_attention(q, k, k, ridge), q - ridge[..., None] * x)
 
 
+@pytest.mark.slow
 def test_a_small_ridge_reproduces_affine_values():
   q, k, _, _ = inputs(heads=2)
   rng = np.random.default_rng(3)
@@ -203,6 +206,7 @@ def test_rotations_of_queries_and_keys_change_nothing():
   assert_close(local_linear_attention(q @ rotation, k @ rotation, v, ridge), local_linear_attention(q, k, v, ridge))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["direct", "cg"])
 @pytest.mark.parametrize("keys", ["unit", "repeated", "collinear", "far", "large"])
 def test_hostile_keys_stay_finite(keys, solver):
@@ -230,7 +234,7 @@ def test_narrow_inputs_give_narrow_outputs_close_to_wide_ones():
   assert_close(found, dense(*(x.astype(jnp.float64) for x in arrays), ridge), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("case", ["documents", "window"])
+@pytest.mark.parametrize("case", ["documents", pytest.param("window", marks=pytest.mark.slow)])
 def test_with_a_given_solution_blocks_are_the_dense_form(case, small_blocks):
   options = {name: jnp.asarray(x) if name == "segment_ids" else x for name, x in CASES[case].items()}
   q, k, v, _ = inputs()
