@@ -22,7 +22,7 @@ from rich.table import Table
 from ..zoo import formats
 from .compare import score_answers, summed
 from .data import Corpus, stack_rows
-from .files import replacing, write_text
+from .files import save_figure, write_text
 from .keys import new_key
 from .step import score_targets
 from .tasks import Needle
@@ -253,8 +253,7 @@ def draw(found: Probe, path: Path) -> None:
       axes.set(ylabel=found.columns[column])
       axes.grid(alpha=0.25)
   figure.suptitle(found.title, size=10)
-  with replacing(path) as temporary:
-    figure.savefig(temporary, dpi=120)
+  save_figure(figure, path)
 
 
 def _doublings(end: int) -> list[int]:

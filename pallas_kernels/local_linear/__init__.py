@@ -17,6 +17,8 @@ The paper leaves open -> we do:
 - small denominators: raised to a floor -> none, because there is none in the centred form
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -91,8 +93,7 @@ def local_linear_attention(
     tolerance=tolerance,
     precision=precision,
   )
-  run = dense if explain(implementation=implementation).implementation == "dense" else by_blocks
-  return run(spec, q, k, v, ridge, allowed)
+  return _run(implementation)(spec, q, k, v, ridge, allowed)
 
 
 def parallax_attention(
@@ -121,8 +122,7 @@ def parallax_attention(
     raise ValueError(f"r has shape {list(r.shape)}; expected {list(q.shape)}, like q.")
   intermediate_precision(precision, q, k, v)
   spec = Spec(q.shape[-1] ** -0.5 if scale is None else scale, window, given=True, precision=precision)
-  run = dense if explain(implementation=implementation).implementation == "dense" else by_blocks
-  return run(spec, q, k, v, -r.astype(accumulator(q, k, v)), allowed)
+  return _run(implementation)(spec, q, k, v, -r.astype(accumulator(q, k, v)), allowed)
 
 
 def causal(batch: int, tokens: int, segment_ids: jax.Array | None = None) -> Allowed:
@@ -145,6 +145,11 @@ def explain_solver(head_dim: int, *, blocks: int = 1, solver: str = "auto") -> C
   work = f"a direct solve takes {width} products for each pair of query and key, an iteration 3"
   direct, iterative = (None, work) if width <= _DIRECT else (work, None)
   return choose("local_linear_attention, solver", solver, {"direct": direct, "cg": iterative})
+
+
+def _run(implementation: str) -> Callable[..., jax.Array]:
+  """The function that computes the operation."""
+  return dense if explain(implementation=implementation).implementation == "dense" else by_blocks
 
 
 def _allowed(q: jax.Array, k: jax.Array, segment_ids: jax.Array | None, allowed: Allowed | None) -> Allowed:
