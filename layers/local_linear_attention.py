@@ -16,14 +16,14 @@ The papers leave open -> we do:
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from ..pallas_kernels.documents import Documents
-from ..pallas_kernels.local_linear import Allowed, local_linear_attention, parallax_attention
+from ..pallas_kernels.local_linear import Allowed, causal, local_linear_attention, parallax_attention, squared_distance
 from ..pallas_kernels.numerics import accumulator
 from .attention import Attention, CacheState, rotate
 from .axes import named
@@ -77,9 +77,24 @@ class LocalLinearAttention(_LocalModel, kw_only=True):
     ridge = nn.softplus(logit.astype(accumulator(x))) + self.min_ridge
     return (jnp.broadcast_to(ridge[None, None], (*x.shape[:2], self.num_heads)),)
 
+  def attend(self, *args: Any, **options: Any) -> tuple[jax.Array, CacheState]:
+    """See `Attention`. Unlike there, it is a method of the module, so that `memzoo.zoo.inspect` sees its arguments."""
+    return super().attend(*args, **options)
+
+  @nn.nowrap
+  def distances(self, q: jax.Array, k: jax.Array, ridge: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """`squared_distance` [B, T, H] in a call without a state, for the arguments of `attend`."""
+    if self.rope_base is not None:
+      position = causal(*q.shape[:2], segment_ids).query_position
+      q, k = (rotate(a, position, self.rope_base) for a in (q, k))
+    return squared_distance(q, k, ridge, segment_ids=segment_ids, window=self.slots, **self._solving)
+
+  @property
+  def _solving(self) -> dict[str, Any]:
+    return {"blocks": self.blocks, "solver": self.solver, "iterations": self.iterations}
+
   def _read(self, q, k, v, ridge, position, **options) -> jax.Array:
-    options |= {"blocks": self.blocks, "solver": self.solver, "iterations": self.iterations}
-    return local_linear_attention(q, k, v, ridge, **options)
+    return local_linear_attention(q, k, v, ridge, **options, **self._solving)
 
 
 class Parallax(_LocalModel, kw_only=True):

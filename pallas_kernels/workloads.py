@@ -1,7 +1,7 @@
 """The operations as benchmarks call them: their inputs, what is differentiated, hostile cases, and the least work they need."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import delta_rule, short_conv
+from . import delta_rule, local_linear, short_conv
 from . import test_time_memory as ttm
 from .measure import count_flops
 
@@ -52,6 +52,13 @@ def _ttt_mlp(q, k, v, step, norm_scale, norm_bias, average, *weights, **options)
   return ttm.run(spec, initial, q, k, v, ttm.Gates(step), **options)[:2]
 
 
+def _local_linear(q, k, v, ridge, *, iterations: int, implementation: str = "auto", **options):
+  """Local linear attention by conjugate gradients; without iterations it is softmax attention."""
+  implementation = "dense" if implementation == "recurrent" else implementation
+  options |= {"solver": "cg", "iterations": iterations, "implementation": implementation}
+  return local_linear.local_linear_attention(q, k, v, ridge, **options), ()
+
+
 _LINEAR = partial(ttm.Memory, depth=1, residual=False)
 _MLP = partial(ttm.Memory, depth=2, residual=False)
 _TTT_MLP = partial(ttm.Memory, depth=2, expansion=4, norm=True, biases=True)
@@ -76,7 +83,10 @@ VARIANTS: dict[str, Callable[..., Any]] = {
   "erase_then_delta_rule_unbounded": delta_rule.erase_then_delta_rule,
   "titans_mlp": partial(_titans, memory=_MLP),
   "ttt_mlp": _ttt_mlp,
+  "softmax_attention": partial(_local_linear, iterations=0),
+  "local_linear_attention": partial(_local_linear, iterations=16),
 }
+_OF_PAIRS = ("softmax_attention", "local_linear_attention")
 ON_ACCELERATORS = tuple(name for name in OPERATIONS | VARIANTS if name != HALF_AS_WIDE)
 
 
@@ -142,6 +152,9 @@ def _named_inputs(name: str, shape: Shape, seed: int) -> dict[str, jax.Array]:
       tokens = {"q": q, "k": unit(b, t, h, k), "v": values, "step": 0.1 / k * strength(b, t, h)}
       start = {"norm_scale": jnp.ones((h, v)), "norm_bias": jnp.zeros((h, v)), "average": jnp.zeros((h, _TTT_CHUNK))}
       return tokens | start | _weights(_TTT_MLP(k, v), h, normal)
+    case "softmax_attention" | "local_linear_attention":
+      key_norm = jnp.float32(k**0.5)  # keys as long as the layer's
+      return {"q": key_norm * q, "k": key_norm * unit(b, t, h, k), "v": values, "ridge": jnp.ones(h)}
     case "short_conv":
       return {"x": normal(b, t, h * k), "weight": normal(4, h * k)}
 
@@ -185,7 +198,7 @@ class Work(NamedTuple):
   """The least work of a function of an operation.
 
   Attributes:
-    flops: FLOPs of the matrix products in the recurrence, three times that for a gradient.
+    flops: FLOPs of the matrix products in the recurrence, or for pairs of a query and a key; three times that for a gradient.
     bytes: size of all inputs and results, each read or written once.
   """
 
@@ -200,9 +213,19 @@ class Work(NamedTuple):
 def least_work(name: str, direction: str, *arguments: Any) -> Work:
   """The least work of `function(name, direction)` on these arguments, arrays or shapes. Nothing is computed."""
   inputs = arguments[direction == "both" :]
-  flops = count_flops(function(name, "forward", "recurrent"), *inputs) * (1 if direction == "forward" else 3)
+  flops = _forward_flops(name, inputs) * (1 if direction == "forward" else 3)
   results = jax.eval_shape(function(name, direction, "recurrent"), *arguments)
   return Work(flops, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, results))))
+
+
+def _forward_flops(name: str, inputs: Sequence[Any]) -> int:
+  if name not in _OF_PAIRS:
+    return count_flops(function(name, "forward", "recurrent"), *inputs)
+  batch, length, heads, width = inputs[0].shape
+  iterations = find(name).keywords["iterations"]
+  # Scores and values; the mean of the keys and k . x; k . b of the iterates b, and the sum of keys that it weights.
+  products = width + inputs[2].shape[-1] + (2 * width + iterations * 2 * width if iterations else 0)
+  return batch * heads * length * (length + 1) // 2 * 2 * products
 
 
 def cases(name: str) -> list[str]:

@@ -12,6 +12,7 @@ from context_layers import Feeder, NoteReader
 from flax import linen as nn
 from memzoo.layers.law_trial import Trial, small
 from memzoo.layers.laws import CHECKS, COMPILED, SHARED, TRACED, Check
+from memzoo.layers.titans import Network
 from memzoo.zoo.language_model import LanguageModel
 from memzoo.zoo.registry import LAYERS
 
@@ -38,6 +39,7 @@ KINDS = {
   "simple": Kind(20, 21),
   "network": Kind(30, 20, without=("nnx_values",)),
   "composite": Kind(55, 17, without=("nnx_values", "lengths")),
+  "unrolled": Kind(45, 14, without=("nnx_values", "lengths", "bfloat16", "hostile")),  # the same model is also scanned
   "variant": Kind(15, 7, costs=(TRACED, SHARED)),  # chooses among its parent's options only
 }
 # Layers that are not "simple".
@@ -48,7 +50,7 @@ KIND_OF = {
   "MemoryAsGate": "composite",
   "MemoryAsLayer": "composite",
   "LanguageModel": "composite",
-  "ContextModel": "composite",
+  "ContextModel": "unrolled",
   "ScannedContextModel": "composite",
   "Moneta": "variant",
   "Yaad": "variant",
@@ -60,16 +62,22 @@ KIND_OF = {
 QUICK = "EraseThenDelta"
 
 
+# What wirings of a memory add does not depend on the memory, so theirs has one matrix. That of `TitansMemory` has two.
+_ONE_MATRIX = {"network": Network(depth=1)}
+FIELDS = {"MemoryAsContext": _ONE_MATRIX, "MemoryAsGate": _ONE_MATRIX, "MemoryAsLayer": _ONE_MATRIX}
+
+
 def layer(name: str, **fields: Any) -> nn.Module:
   """A small layer of the registry, with those of `fields` that it has."""
   known = LAYERS[name].__dataclass_fields__
+  fields = FIELDS.get(name, {}) | fields
   return small(LAYERS[name], **{field: value for field, value in fields.items() if field in known})
 
 
 def hybrid(width: int, **fields: Any) -> nn.Module:
   """A language model of memories and attention."""
   mixers = layer("EraseThenDelta", **fields), layer("Attention", **fields)
-  return LanguageModel(vocab_size=11, width=width, depth=3, mixers=mixers)
+  return LanguageModel(vocab_size=11, width=width, depth=2, mixers=mixers)
 
 
 def with_context(width: int, scan: bool = False, **_: Any) -> nn.Module:

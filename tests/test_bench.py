@@ -205,6 +205,13 @@ def test_the_least_work_counts_inputs_results_and_the_recurrence():
   forward, gradient = (least_work("gated_delta_rule", each, *inputs).flops for each in ("forward", "gradient"))
   assert 32 * 2 * 2 * 2 * 8 * 8 <= forward <= 32 * 2 * 2 * 3 * 8 * 8
   assert gradient == 3 * forward
+  softmax, local_linear = (
+    least_work(f"{name}_attention", "forward", *jax.eval_shape(lambda name=name: make_inputs(f"{name}_attention", TINY))).flops
+    for name in ("softmax", "local_linear")
+  )
+  pairs = 2 * 32 * 33 // 2  # heads, and keys that each query sees
+  assert softmax == pairs * 2 * 2 * 8  # scores and values
+  assert local_linear == pairs * 2 * (4 + 16 * 2) * 8  # and the mean, k . x, and two products an iteration
   assert Work(100, 10).seconds(10, 10) == 10
   assert Work(10, 100).seconds(10, 10) == 10
 

@@ -7,10 +7,20 @@ import pytest
 from filled import filled
 from flax import linen as nn
 from matplotlib.figure import Figure
-from memzoo.layers import Attention, DeltaNet, DeltaProduct, EraseThenDelta, GatedDeltaNet, LinearAttention
+from memzoo.layers import (
+  Attention,
+  DeltaNet,
+  DeltaProduct,
+  EraseThenDelta,
+  GatedDeltaNet,
+  LinearAttention,
+  LocalLinearAttention,
+)
+from memzoo.layers.attention import rotate
 from memzoo.layers.memory_layer import MemoryLayer
 from memzoo.pallas_kernels.delta_rule import gated_delta_rule
 from memzoo.pallas_kernels.documents import documents
+from memzoo.pallas_kernels.local_linear import squared_distance
 from memzoo.train.tasks.recall import MultiQueryRecall, NoisyRecall
 from memzoo.train.tasks.task import Example
 from memzoo.zoo import inspect_figures as figures
@@ -22,6 +32,7 @@ from memzoo.zoo.inspect import (
   by_distance,
   by_lag,
   curves_over_time,
+  distances,
   effective_rank,
   gates,
   linear_response,
@@ -251,7 +262,30 @@ def test_the_response_of_a_memory_that_only_decays_is_the_product_of_its_decays(
   assert_close(found, expected, jnp.float32, gradients=True)
 
 
-@pytest.mark.slow
+def test_distances_are_those_of_the_queries_and_keys_that_local_linear_attention_sees():
+  module = LocalLinearAttention(num_heads=2, head_dim=4, window=5, ridge=0.1)
+  model = LanguageModel(vocab_size=11, width=8, depth=1, mixers=(module,))
+  tokens = jax.random.randint(jax.random.key(0), (2, TOKENS), 0, 11, jnp.int32)
+  ids = jnp.asarray([[1] * 5 + [2] * 7, [0] * 3 + [4] * 9], jnp.int32)
+  position = jnp.asarray([[*range(5), *range(7)], [0] * 3 + [*range(9)]], jnp.int32)
+  params, seen = filled(model, tokens), []
+
+  def keep(call, args, kwargs, context):
+    seen.extend([args] if context.method_name == "attend" else [])
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(keep):
+    model.apply(params, tokens, None, ids)
+  (q, k, *_, ridge) = seen[0]
+  q, k = (rotate(x, position, module.rope_base) for x in (q, k))
+  found = distances(model, params, tokens, ids)
+  assert list(found) == ["block 0/distance"]
+  assert_close(found["block 0/distance"], squared_distance(q, k, ridge, segment_ids=ids, window=5))
+  assert isinstance(figures.draw_gates(found), Figure)
+  with pytest.raises(ValueError, match="has no local linear attention; expected a model with a layer such as LocalLinear"):
+    distances(model.clone(mixers=(Attention(num_heads=2, head_dim=4),)), params, tokens)
+
+
 def test_the_response_of_a_layer_is_that_of_its_jacobian():
   module = DeltaNet(**SMALL)
   x = jax.random.normal(jax.random.key(0), (2, 7, 6), jnp.float32)

@@ -349,7 +349,11 @@ def _width_for(build_one: Callable[[str], Any], base: Any, parameters: int) -> s
 
 
 class VmappedRuns:
-  """Trains a model at several learning rates and from several seeds at once; arrays have leading axes [rates, seeds]."""
+  """Trains a model at several learning rates and from several seeds at once.
+
+  Attributes:
+    state: that of all runs, leaves [rates * seeds, ...]; runs of the same rate are neighbours. Results are [rates, seeds].
+  """
 
   def __init__(self, entrant: Entrant, budget: Budget):
     self.model, self.budget, self.step = entrant.experiment.model, budget, 0
@@ -357,8 +361,9 @@ class VmappedRuns:
     decays = decay_mask(abstract_params(self.model, entrant.experiment.data.one_token))
     unit = replace(entrant.experiment.optimizer, learning_rate=1.0)  # updates of AdamW are proportional to the rate
     transform, schedule = unit.build(budget.steps, decays), unit.schedule(budget.steps)
-    self.rates = jnp.asarray(budget.learning_rates, jnp.float32)
-    seeds = jnp.arange(budget.seeds, dtype=jnp.uint32)
+    self.grid = len(budget.learning_rates), budget.seeds
+    self.rates = np.repeat(np.asarray(budget.learning_rates, np.float32), budget.seeds)
+    self.seeds = np.tile(np.arange(budget.seeds, dtype=np.uint32), len(budget.learning_rates))
 
     def scaled(rate):
       return optax.chain(transform, optax.scale(rate))
@@ -377,11 +382,8 @@ class VmappedRuns:
       state, losses = jax.lax.scan(one, state, steps)
       return state, losses.mean()
 
-    over_seeds = jax.vmap(advance, in_axes=(None, 0, 0, None))
-    self.advance = jax.jit(jax.vmap(over_seeds, in_axes=(0, None, 0, None)), donate_argnums=2)
-    each = jax.jit(jax.vmap(create))(seeds)
-    self.state = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(self.rates), axis=0), each)
-    self.seeds = seeds
+    self.advance = jax.jit(jax.vmap(advance, in_axes=(0, 0, 0, None)), donate_argnums=2)
+    self.state = jax.jit(jax.vmap(create))(self.seeds)
     self._scorers: dict[Task, Callable] = {}
 
   def train(self, until: int) -> tuple[int, np.ndarray]:
@@ -394,27 +396,29 @@ class VmappedRuns:
       losses.append((count, loss))
       self.step += count
     weights = [count for count, _ in losses]
-    return self.step, np.average([np.asarray(loss) for _, loss in losses], axis=0, weights=weights)
+    mean = np.average([np.asarray(loss) for _, loss in losses], axis=0, weights=weights)
+    return self.step, mean.reshape(self.grid)
 
   def score(self, task: Task) -> np.ndarray:
     """Scores on examples that no training step uses, [rates, seeds]."""
     sums, counts = self._sums(task, self.state.params, self.budget.test_examples)
-    return sums.sum(axis=-1) / counts.sum(axis=-1)
+    return (sums.sum(axis=-1) / counts.sum(axis=-1)).reshape(self.grid)
 
   def test(self, task: Task, rate: int) -> tuple[list[float], dict[str, list[float]]]:
     """Scores at one learning rate: for each seed, and for each kind of answer and seed."""
-    params = jax.tree.map(lambda leaf: leaf[rate : rate + 1], self.state.params)
-    sums, counts = (array[0] for array in self._sums(task, params, self.budget.test_examples))
+    runs = slice(rate * self.budget.seeds, (rate + 1) * self.budget.seeds)
+    params = jax.tree.map(lambda leaf: leaf[runs], self.state.params)
+    sums, counts = self._sums(task, params, self.budget.test_examples)
     with np.errstate(invalid="ignore"):
       by_kind = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
     kinds = {name: column.tolist() for name, column in zip(task.kinds, by_kind.T, strict=True) if not np.isnan(column).all()}
     return (sums.sum(axis=-1) / counts.sum(axis=-1)).tolist(), kinds
 
   def _sums(self, task: Task, params: Any, examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of scores and numbers of answers by kind, [rates, seeds, kinds] each."""
+    """Sums of scores and numbers of answers by kind, [runs, kinds] each."""
     rows = max(1, min(examples, 16384 // task.length))  # of one batch
     if task not in self._scorers:
-      scored = jax.vmap(jax.vmap(partial(score_answers, self.model, len(task.kinds)), (0, None)), (0, None))
+      scored = jax.vmap(partial(score_answers, self.model, len(task.kinds)), (0, None))
       make = jax.jit(lambda key: task.batch(key, rows))
       self._scorers[task] = make, jax.jit(scored)
     make, scored = self._scorers[task]

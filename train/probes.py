@@ -64,7 +64,7 @@ def perplexity(model: nn.Module, params: Any, corpus: Corpus, *, factor: int = 4
   edges = _doublings(factor * length)
 
   @jax.jit
-  def sums(row: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  def sums(params: Any, row: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     logits, _ = model.apply(params, row["tokens"], segment_ids=row["segment_ids"])
     nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), row["targets"])
     bucket = jnp.searchsorted(jnp.asarray(edges[1:]), row["position"], side="right")
@@ -72,7 +72,7 @@ def perplexity(model: nn.Module, params: Any, corpus: Corpus, *, factor: int = 4
     empty = jnp.zeros(len(edges) - 1, jnp.float32)
     return empty.at[bucket].add(nats * weights, mode="drop"), empty.at[bucket].add(weights, mode="drop")
 
-  nats, tokens = summed(sums(stack_rows([row | {"position": _positions(row["segment_ids"])}])) for row in longest)
+  nats, tokens = summed(sums(params, stack_rows([row | {"position": _positions(row["segment_ids"])}])) for row in longest)
   with np.errstate(invalid="ignore"):
     bits = nats / tokens / math.log(2) / corpus.validation.bytes_per_token
   names = [f"{low:,} to {high:,}" for low, high in pairwise(edges)]
@@ -85,12 +85,12 @@ def needle(model: nn.Module, params: Any, data: Any, *, factor: int = 4, example
   """The share of a pass key's digits that the model predicts right, by length of the text and depth of the key in it."""
   length = max(128, data.sequence_length // 2)
   tests = [Needle(tokens=size) for size in _doublings(factor * data.sequence_length) if size >= length]
-  score = jax.jit(partial(score_answers, model, len(tests[0].kinds), params))
+  score = jax.jit(partial(score_answers, model, len(tests[0].kinds)))
   columns = {}
   for test in tests:
     keys = jax.random.split(new_key(test.tokens), max(1, examples * test.tokens // 16384))
     make = jax.jit(partial(test.batch, size=math.ceil(examples / len(keys))))
-    right, asked = summed(score(make(key)) for key in keys)
+    right, asked = summed(score(params, make(key)) for key in keys)
     columns[f"{test.tokens:,}"] = np.where(asked > 0, right / np.maximum(asked, 1), np.nan)
   values = np.stack(list(columns.values()), axis=1).tolist()
   title = "Digits of a pass key predicted right, by length of the text and depth of the key in it (chance 0.10)"
@@ -101,14 +101,13 @@ def speed(model: nn.Module, params: Any, data: Any, *, factor: int = 16) -> Prob
   """Tokens per second for one sequence, in one pass and token by token, and bytes of its state, by length."""
   from ..pallas_kernels.measure import seconds_per_call
 
-  forward = jax.jit(lambda tokens: model.apply(params, tokens))
-  step = jax.jit(lambda token, state: model.apply(params, token, state))
+  call = jax.jit(model.apply)
   values, lengths = [], [size for size in _doublings(factor * data.sequence_length) if size >= data.sequence_length]
   for length in lengths:
     tokens = jnp.zeros((1, length), jnp.int32)
-    whole = seconds_per_call(partial(forward, tokens), seconds=1.0, at_least=1)
-    _, state = forward(tokens)
-    single = seconds_per_call(partial(step, tokens[:, :1], state), seconds=0.3)
+    whole = seconds_per_call(partial(call, params, tokens), seconds=1.0, at_least=1)
+    _, state = call(params, tokens)
+    single = seconds_per_call(partial(call, params, tokens[:, :1], state), seconds=0.3)
     values.append([length / whole, 1 / single, float(model.state_bytes(1, length))])
   columns = ["tokens/s in one pass", "tokens/s one by one", "bytes of state"]
   return Probe("speed", "Speed and state of one sequence by length", [f"{length:,}" for length in lengths], columns, values)
@@ -135,41 +134,41 @@ def lifetime(
     piece: tokens read in one call, which bounds the memory in use.
   """
   make = _answers if isinstance(corpus, TaskCorpus) else _end_of_text
-  prefixes, score, measure = make(model, params, corpus, rows, max(before))
+  prefixes, end, score, measure = make(model, corpus, rows, max(before))
   prefixes["random tokens"] = np.random.default_rng(0).integers(0, corpus.data.vocab_size, (rows, max(before)), np.int32)
-  read, score = jax.jit(lambda tokens, state: model.apply(params, tokens, state)[1]), jax.jit(score)
+  read, score = jax.jit(lambda params, tokens, state: model.apply(params, tokens, state)[1]), jax.jit(score)
 
   def after(prefix: np.ndarray, count: int) -> float:
     longest, state = prefix.shape[1], model.apply(params, rows, method="initial_state")
     if count > longest:
       return math.nan
     for start in range(longest - count, longest, piece):
-      state = read(prefix[:, start : start + piece], state)
-    return float(score(state))
+      state = read(params, prefix[:, start : start + piece], state)
+    return float(score(params, end, state))
 
   values = [[after(prefix, count) for prefix in prefixes.values()] for count in before]
   title = f"{measure}, by the number of tokens of the same document before"
   return Probe("lifetime", title, [f"{count:,}" for count in before], [f"after {name}" for name in prefixes], values)
 
 
-# Prefixes by name, [rows, at most `before`] each; the score of what follows, as a function of the state; its name.
-_Lifetime = tuple[dict[str, np.ndarray], Callable[[Any], jax.Array], str]
+# Prefixes by name, [rows, at most `before`] each; what follows; its score by params, itself and a state; the score's name.
+_Lifetime = tuple[dict[str, np.ndarray], Any, Callable[[Any, Any, Any], jax.Array], str]
 
 
-def _end_of_text(model: nn.Module, params: Any, corpus: Corpus, rows: int, before: int) -> _Lifetime:
+def _end_of_text(model: nn.Module, corpus: Corpus, rows: int, before: int) -> _Lifetime:
   text = corpus.validation.tokens
   last = min(256, text.size - 1)
   windows = _windows(text, rows, min(before + last + 1, text.size))
   text, end = np.split(windows, [windows.shape[1] - last - 1], axis=1)
 
-  def bits(state: Any) -> jax.Array:
+  def bits(params: Any, end: jax.Array, state: Any) -> jax.Array:
     logits, _ = model.apply(params, end[:, :-1], state)
     return score_targets(logits, end[:, 1:])[0].mean() / math.log(2) / corpus.validation.bytes_per_token
 
-  return {"text": text}, bits, f"Bits per byte of {last} tokens of text"
+  return {"text": text}, end, bits, f"Bits per byte of {last} tokens of text"
 
 
-def _answers(model: nn.Module, params: Any, corpus: TaskCorpus, rows: int, before: int) -> _Lifetime:
+def _answers(model: nn.Module, corpus: TaskCorpus, rows: int, before: int) -> _Lifetime:
   task = next(iter(corpus.data.task.tests().values()))
   if task.continuous:
     raise ValueError(f"{task} maps vectors to vectors; expected a run on tokens for --task lifetime.")
@@ -180,12 +179,12 @@ def _answers(model: nn.Module, params: Any, corpus: TaskCorpus, rows: int, befor
     text = haystack(task.sources, task.text_bytes)
     prefixes["text"] = _windows(text, rows, min(before, text.size))
 
-  def right(state: Any) -> jax.Array:
+  def right(params: Any, example: Any, state: Any) -> jax.Array:
     state = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), state)
     outputs, _ = model.apply(params, example.tokens, state, example.segment_ids)
     return example.weights.sum(where=score_targets(outputs, example.targets)[1]) / example.weights.sum()
 
-  return prefixes, right, f"Share of right answers to {task}"
+  return prefixes, example, right, f"Share of right answers to {task}"
 
 
 def _windows(text: np.ndarray, rows: int, length: int) -> np.ndarray:

@@ -78,9 +78,9 @@ def describe(model: nn.Module, length: int = 1024) -> Description:
     length: tokens of the sequence for which work and memory are counted.
   """
   model = model.clone(scan=False)  # the same numbers, block by block
-  parameters = _count_parameters(model)
-  flops = Counter()
-  for scope, count in flops_by_scope(_forward(model), _parameter_shapes(model), model.example(1, length)).items():
+  shapes = _parameter_shapes(model)
+  parameters, flops = _count_parameters(shapes), Counter()
+  for scope, count in flops_by_scope(_forward(model), shapes, model.example(1, length)).items():
     flops[_part(scope)] += count / length
   rows = [Row("embedding", "", parameters["embedding"], 0, 0, 0.0)]
   for i in range(model.depth):
@@ -113,10 +113,10 @@ def _parameter_shapes(model: nn.Module) -> Any:
   return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), model.example(1, 1)))
 
 
-def _count_parameters(model: nn.Module) -> Counter:
+def _count_parameters(shapes: Any) -> Counter:
   """Parameters of each row, and under (row, "mixer") those of its mixer."""
   count: Counter = Counter()
-  for path, leaf in jax.tree.leaves_with_path(_parameter_shapes(model)["params"]):
+  for path, leaf in jax.tree.leaves_with_path(shapes["params"]):
     keys = [key.key for key in path]
     block = _BLOCK.fullmatch(keys[0])
     name = f"block {block[1]}" if block else keys[0]

@@ -3,6 +3,7 @@
     curves = curves_over_time(model, params, tokens, every=16)      # norm and effective rank of every memory matrix
     inner_losses(model, params, tokens)                             # errors of memories that learn at test time, per token
     gates(model, params, tokens)                                    # write strengths, decays, erase strengths
+    distances(model, params, tokens)                                # of queries from the keys, in local linear attention
     retention(model, params, tokens)                                # how well each written value can be read later
     linear_response(lambda x: layer.apply(params, x)[0], x, 0)      # how strongly an input affects later outputs
     recall(model, params, task.batch(key, 64))                      # right answers, and their distance from the write
@@ -27,6 +28,7 @@ from flax.traverse_util import flatten_dict
 
 from ..layers.inner_learner import InnerLearner
 from ..layers.linear_attention import LinearAttention
+from ..layers.local_linear_attention import LocalLinearAttention
 from ..layers.memory_layer import MemoryLayer
 from ..layers.projections import LogDecay, LogShare, Strength
 from ..layers.titans_wirings import MemoryAsContext
@@ -262,6 +264,19 @@ def writes(model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Ar
   return {f"{place}/memory".lstrip("/"): written for place, written in found.items()}
 
 
+def distances(model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Array | None = None) -> dict[str, jax.Array]:
+  """How far each query of local linear attention lies from the keys that it attends to, [B, T, H]: "block 0/distance".
+
+  The squared Mahalanobis distance of `memzoo.pallas_kernels.local_linear.squared_distance`. `draw_gates` draws it.
+
+  Raises:
+    ValueError: if the model has no such layer.
+  """
+  found = _capture(model, _distance, params, inputs, segment_ids)
+  found = found or _nothing(model, "local linear attention", "LocalLinearAttention")
+  return {f"{place}/distance".lstrip("/"): distance for place, distance in found.items()}
+
+
 def inner_losses(
   model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Array | None = None
 ) -> dict[str, InnerLoss]:
@@ -302,6 +317,13 @@ def _gate(module, method, args, result):
   if method == "__call__" and isinstance(module, LogDecay | LogShare):
     return jnp.exp(result)
   return None
+
+
+def _distance(module, method, args, result):
+  if method != "attend" or not isinstance(module, LocalLinearAttention):
+    return None
+  q, k, _, _, segment_ids, _, ridge = args
+  return module.distances(q, k, ridge, segment_ids)
 
 
 def _write(module, method, args, result):
@@ -352,8 +374,8 @@ def _place(path: list[str]) -> str:
   return "/".join(re.sub(r"^blocks_(\d+)$", r"block \1", part) for part in path if part != "mixer")
 
 
-def _nothing(model: nn.Module, what: str):
-  raise ValueError(f"model, a {type(model).__name__}, has no {what}; expected a model with a layer such as GatedDeltaNet.")
+def _nothing(model: nn.Module, what: str, layer: str = "GatedDeltaNet"):
+  raise ValueError(f"model, a {type(model).__name__}, has no {what}; expected a model with a layer such as {layer}.")
 
 
 def read_back(memory: jax.Array, written: Writes) -> tuple[jax.Array, jax.Array, jax.Array]:

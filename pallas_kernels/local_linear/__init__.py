@@ -18,6 +18,7 @@ The paper leaves open -> we do:
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,19 @@ import jax.numpy as jnp
 from ..dispatch import Choice, choose
 from ..documents import check_segment_ids, documents, positions, undivided
 from ..numerics import accumulator, intermediate_precision
-from .blockwise import by_blocks
+from .blockwise import by_blocks, distances
 from .dense import dense
 from .spec import Allowed, Spec
 
-__all__ = ["Allowed", "causal", "explain", "explain_solver", "local_linear_attention", "parallax_attention"]
+__all__ = [
+  "Allowed",
+  "causal",
+  "explain",
+  "explain_solver",
+  "local_linear_attention",
+  "parallax_attention",
+  "squared_distance",
+]
 
 _DIRECT = 32  # channels of a diagonal block up to which a direct solve takes less work than 16 iterations
 
@@ -75,6 +84,40 @@ def local_linear_attention(
   Raises:
     ValueError: for shapes that do not fit together and for unknown options.
   """
+  options = {"window": window, "scale": scale, "blocks": blocks, "solver": solver, "iterations": iterations}
+  options |= {"tolerance": tolerance, "precision": precision}
+  return _run(implementation)(*_prepared(q, k, v, ridge, segment_ids, allowed, **options))
+
+
+def squared_distance(q: jax.Array, k: jax.Array, ridge: jax.Array, **options: Any) -> jax.Array:
+  """How far each query lies from the keys that it attends to: (q_i - m_i)^T A_i^{-1} (q_i - m_i), [B, T, H], at least 0.
+
+  It is a squared Mahalanobis distance, in units of the keys' own spread. Its root bounds how far the result is from that of
+  softmax attention, in standard deviations of the values that are attended to, for each channel. It is large at the edge of the
+  keys, where a local mean is biased.
+
+  Arguments and errors are those of `local_linear_attention`, but for `implementation`. It has no gradient of its own.
+  """
+  return distances(*_prepared(q, k, k, ridge, **options))
+
+
+def _prepared(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  ridge: jax.Array,
+  segment_ids: jax.Array | None = None,
+  allowed: Allowed | None = None,
+  *,
+  window: int | None = None,
+  scale: float | None = None,
+  blocks: int = 1,
+  solver: str = "auto",
+  iterations: int = 16,
+  tolerance: float = 1e-5,
+  precision: str | None = None,
+) -> tuple[Any, ...]:
+  """The checked arguments of an implementation."""
   _check(q, k, v, blocks, window)
   allowed = _allowed(q, k, segment_ids, allowed)
   if iterations < 0 or not 0 <= tolerance < 1:
@@ -93,7 +136,7 @@ def local_linear_attention(
     tolerance=tolerance,
     precision=precision,
   )
-  return _run(implementation)(spec, q, k, v, ridge, allowed)
+  return spec, q, k, v, ridge, allowed
 
 
 def parallax_attention(

@@ -25,6 +25,8 @@ class Regression(Task):
     piece: number of tokens with the same W; divides `tokens`. If the two are equal, W never changes.
     key_dim, value_dim: dimensions of k and of W k.
     noise: standard deviation of the noise on written values; targets have none.
+    centre: length of a vector, drawn anew for every piece, to which keys of length 1 are added before they are normalised. With
+      0, keys of all pieces are alike: those of earlier pieces mislead any method that does not forget by age.
   """
 
   continuous: ClassVar[bool] = True
@@ -35,11 +37,12 @@ class Regression(Task):
   key_dim: int = 16
   value_dim: int = 16
   noise: float = 0.0
+  centre: float = 0.0
 
   def __post_init__(self):
     require(self, "a piece of at least 2 that divides tokens", self.piece >= 2 and self.tokens % self.piece == 0)
     require(self, "tokens, key_dim and value_dim of at least 1", min(self.tokens, self.key_dim, self.value_dim) >= 1)
-    require(self, "a noise of 0 or more", self.noise >= 0)
+    require(self, "a noise and a centre of 0 or more", min(self.noise, self.centre) >= 0)
 
   @property
   def length(self) -> int:
@@ -67,6 +70,10 @@ class Regression(Task):
     pieces = self.tokens // self.piece
     keys = jax.random.normal(for_keys, (pieces, self.piece, self.key_dim))
     keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
+    if self.centre:
+      centres = jax.random.normal(jax.random.fold_in(for_keys, 1), (pieces, 1, self.key_dim))
+      keys = keys + self.centre * centres / jnp.linalg.norm(centres, axis=-1, keepdims=True)
+      keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
     maps = jax.random.normal(for_maps, (pieces, self.value_dim, self.key_dim))
     values = jnp.einsum("pvk,pik->piv", maps, keys, precision=jax.lax.Precision.HIGHEST)
     written = values + self.noise * jax.random.normal(for_noise, values.shape)
