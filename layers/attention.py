@@ -82,6 +82,14 @@ class Attention(MemoryLayer):
     """Number of slots of the cache, which is the number of tokens that each token attends to."""
     return self.max_length if self.window is None else self.window
 
+  @nn.nowrap
+  def check_settings(self) -> None:
+    """See `MemoryLayer`."""
+    super().check_settings()
+    count_key_heads(self.num_heads, self.num_key_heads)
+    if self.rope_base is not None:
+      check_even(self.head_dim)
+
   def initial_state(self, batch_size: int) -> CacheState:
     """An empty cache."""
     shape = (batch_size, self.slots, self.key_heads, self.head_dim)
@@ -285,15 +293,19 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arra
 
 def rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
   """Rotates the pairs (x_i, x_{i + d/2}) of x [B, T, H, d] by position * base^(-2i/d)."""
-  half, odd = divmod(x.shape[-1], 2)
-  if odd:
-    raise ValueError(f"head_dim={x.shape[-1]} is odd; expected an even width, because rotary positions rotate pairs.")
-  wide = accumulator(x)
+  check_even(x.shape[-1])
+  half, wide = x.shape[-1] // 2, accumulator(x)
   frequency = base ** -(jnp.arange(half, dtype=wide) / half)
   angle = position[..., None, None].astype(wide) * frequency[None, None, None]
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def check_even(width: int) -> None:
+  """Raises `ValueError` for a width of heads that rotary positions cannot rotate."""
+  if width % 2:
+    raise ValueError(f"head_dim={width} is odd; expected an even width, because rotary positions rotate pairs.")
 
 
 def _merge(a: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from flax import linen as nn
 
 from ..pallas_kernels import test_time_memory as ttm
 from .memory_layer import MemoryLayer
@@ -26,6 +27,12 @@ class InnerLearner(MemoryLayer, kw_only=True):
   def spec(self) -> ttm.Spec:
     """The arguments of the operation."""
     raise NotImplementedError(f"{type(self).__name__} must define spec")
+
+  @nn.nowrap
+  def check_settings(self) -> None:
+    """See `MemoryLayer`."""
+    super().check_settings()
+    _ = self.spec  # which checks its own
 
   def matrices(self, state: Any) -> dict[str, jax.Array]:
     """The differences of the inner matrices from their initial values, biases as a last row: "memory 0", ..."""

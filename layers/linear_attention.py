@@ -97,6 +97,14 @@ class LinearAttention(ProjectedMemory, kw_only=True):
     """Returns S under the name "memory"."""
     return {"memory": state.memory}
 
+  @nn.nowrap
+  def check_settings(self) -> None:
+    """See `MemoryLayer`."""
+    super().check_settings()
+    count_key_heads(self.num_heads, self.num_key_heads)
+    if self.feature_map not in FEATURES:
+      raise ValueError(f"feature_map={self.feature_map!r}; expected one of {list(FEATURES)}.")
+
   @nn.compact
   def __call__(
     self, x: jax.Array, state: MatrixState | None = None, segment_ids: jax.Array | None = None
@@ -105,8 +113,6 @@ class LinearAttention(ProjectedMemory, kw_only=True):
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
     keys, values = self.key_heads * self.key_dim, self.num_heads * self.value_dim
-    if self.feature_map not in FEATURES:
-      raise ValueError(f"feature_map={self.feature_map!r}; expected one of {list(FEATURES)}.")
     feature_map = FEATURES[self.feature_map]
     q, query_tail = self.stream("query", keys, feature_map)(x, state.query_tail, segment_ids)
     k, key_tail = self.stream("key", self.writes * keys, feature_map)(x, state.key_tail, segment_ids)

@@ -68,10 +68,17 @@ class LocalLinearAttention(_LocalModel, kw_only=True):
   solver: str = "auto"
   iterations: int = 16
 
-  def _extras(self, x: jax.Array) -> tuple[jax.Array, ...]:
-    """The ridge [B, T, H]."""
+  @nn.nowrap
+  def check_settings(self) -> None:
+    """See `MemoryLayer`."""
+    super().check_settings()
     if self.ridge <= self.min_ridge:
       raise ValueError(f"ridge={self.ridge}; expected more than min_ridge={self.min_ridge}.")
+    if self.head_dim % self.blocks:
+      raise ValueError(f"blocks={self.blocks}; expected a divisor of head_dim={self.head_dim}.")
+
+  def _extras(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    """The ridge [B, T, H]."""
     start = math.log(math.expm1(self.ridge - self.min_ridge))
     logit = self.param("ridge", named(nn.initializers.constant(start), "heads"), (self.num_heads,), self.param_dtype)
     ridge = nn.softplus(logit.astype(accumulator(x))) + self.min_ridge

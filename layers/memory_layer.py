@@ -80,14 +80,19 @@ class MemoryLayer(nn.Module, kw_only=True):
       return jnp.dtype(self.dtype)
     return jnp.dtype(self.param_dtype) if x is None else x.dtype
 
+  @nn.nowrap
+  def check_settings(self) -> None:
+    """Raises `ValueError` for fields that are out of range or do not fit together. Configurations check it too."""
+    check_ranges(self)
+
   def begin(self, x: jax.Array, state: Any | None, segment_ids: jax.Array | None) -> Any:
     """Checks sizes and the arguments of a call, and returns the state to start from, on the device.
 
     Raises:
-      ValueError: if a size is out of range, `x` is not [batch, tokens, width] of floats, `segment_ids` does not match it, or
-        `state` is not one of this layer's for this batch.
+      ValueError: if a field is out of range (`check_settings`), `x` is not [batch, tokens, width] of floats, `segment_ids` does
+        not match it, or `state` is not one of this layer's for this batch.
     """
-    check_ranges(self)
+    self.check_settings()
     if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected floats of shape [batch, tokens, width].")
     if 0 in x.shape[:2]:

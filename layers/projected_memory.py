@@ -48,6 +48,13 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
     """The dtype arguments of submodules."""
     return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
+  @nn.nowrap
+  def check_settings(self) -> None:
+    """See `MemoryLayer`."""
+    super().check_settings()
+    if self.output_gate not in GATES:
+      raise ValueError(f"output_gate={self.output_gate!r}; expected one of {list(GATES)}.")
+
   def tail(self, batch_size: int, channels: int) -> jax.Array:
     """The inputs of a short convolution before the first token: zeros [B, conv_width - 1, channels]."""
     return jnp.zeros((batch_size, self.conv_width - 1, channels), self.activation_dtype())
@@ -60,8 +67,6 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
 
   def read_out(self, x: jax.Array, out: jax.Array) -> jax.Array:
     """Maps the memory's output, [B, T, H, V], to y [B, T, D]; the gate is computed from x."""
-    if self.output_gate not in GATES:
-      raise ValueError(f"output_gate={self.output_gate!r}; expected one of {list(GATES)}.")
     activation = GATES[self.output_gate]
     features = out.shape[2] * out.shape[3]
     out = RMSNorm(self.norm_epsilon, self.param_dtype, axis=None, name="norm")(out)

@@ -28,7 +28,7 @@ from ..pallas_kernels.documents import documents, select_rows
 from ..pallas_kernels.partition import HEADS, ROWS, aligned, partitioned
 from ..pallas_kernels.states import exportable
 from ..pallas_kernels.test_time_memory.layout import Layout, lay_out
-from .attention import Attention, CacheState, rotate, softmax_attention
+from .attention import Attention, CacheState, check_even, rotate, softmax_attention
 from .memory_layer import silence_padding
 from .norms import RMSNorm, l2_normalise
 from .projections import dense
@@ -63,6 +63,12 @@ class MemoryAsGate(TitansMemory, kw_only=True):
   window: int = 512
   rope_base: float = 10_000.0
   persistent_tokens: int = 4
+
+  @nn.nowrap
+  def check_settings(self) -> None:
+    """See `MemoryLayer`."""
+    super().check_settings()
+    check_even(self.head_dim)
 
   def initial_state(self, batch_size: int) -> MemoryAttentionState:
     """The state before the first token."""
@@ -168,6 +174,12 @@ class MemoryAsContext(TitansMemory, kw_only=True):
   segment: int = 64
   rope_base: float = 10_000.0
   persistent_tokens: int = 4
+
+  @nn.nowrap
+  def check_settings(self) -> None:
+    """See `MemoryLayer`."""
+    super().check_settings()
+    check_even(self.head_dim)
 
   def initial_state(self, batch_size: int) -> ContextState:
     """The state before the first token."""

@@ -29,7 +29,7 @@ from ..pallas_kernels import test_time_memory as ttm
 from ..pallas_kernels.documents import documents, positions, undivided
 from ..pallas_kernels.numerics import accumulator
 from ..pallas_kernels.states import exportable
-from .attention import rotate
+from .attention import check_even, rotate
 from .axes import named
 from .inner_learner import InnerLearner
 from .memory_layer import silence_padding
@@ -83,6 +83,12 @@ class TTTLinear(InnerLearner, kw_only=True):
   conv_width: int = 4
   rope_base: float = 10_000.0
   norm_epsilon: float = 1e-6
+
+  @nn.nowrap
+  def check_settings(self) -> None:
+    """See `MemoryLayer`."""
+    super().check_settings()
+    check_even(self.head_dim)
 
   @property
   def spec(self) -> ttm.Spec:

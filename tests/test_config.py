@@ -168,6 +168,32 @@ def test_a_wrong_file_is_refused_with_the_place(text, words):
   assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+  ("layer", "words"),
+  [
+    ("Attention.head_dim = 5", "head_dim=5 is odd"),
+    ("Attention.num_key_heads = 3", "num_heads=2 is not a multiple of num_key_heads=3"),
+    ("LocalLinearAttention.min_ridge = 2", "ridge=1.0; expected more than min_ridge=2"),
+    ("LocalLinearAttention.blocks = 3", "blocks=3; expected a divisor of head_dim=4"),
+    ("DeltaNet.feature_map = 'none'", "feature_map='none'; expected one of"),
+    ("DeltaNet.output_gate = 'relu'", "output_gate='relu'; expected one of"),
+    ("TTTLinear.head_dim = 5", "head_dim=5 is odd"),
+    ("MemoryAsGate.head_dim = 5", "head_dim=5 is odd"),
+    ("TitansMemory.update = @Update()\nUpdate.anchor = 'token'\nUpdate.clip = None", "anchor='token' is for linear memories"),
+  ],
+)
+def test_fields_that_do_not_fit_together_are_refused_before_anything_is_traced(layer, words):
+  name = layer.partition(".")[0]
+  sizes = ("key_dim", "value_dim") if name == "DeltaNet" else ("head_dim",)
+  fields = {"num_heads": 2} | dict.fromkeys(sizes, 4)
+  lines = [f"{name}.{field} = {size}" for field, size in fields.items() if f"{name}.{field}" not in layer]
+  model = ["LanguageModel.vocab_size = 256", "LanguageModel.width = 8", "LanguageModel.depth = 1"]
+  text = "\n".join([*model, f"LanguageModel.mixers = [@{name}]", *lines, layer])
+  with pytest.raises(ValueError, match="bad") as error:
+    build_text(text, "bad")
+  assert words in str(error.value)
+
+
 NUMBERS = [
   pytest.param(cls, f.name, id=f"{name}.{f.name}")
   for name, cls in config._configurables().items()
@@ -355,7 +381,7 @@ def test_a_wrong_option_is_refused_with_what_is_expected(override, words):
   assert words in str(error.value)
 
 
-# The operative text of a run of version 0.1.0, every field of the layer with a value other than its default.
+# The operative text of a run of version 0.1.0, nearly every field of the layer with a value other than its default.
 OLD = """
 LanguageModel.vocab_size = 256
 LanguageModel.width = 32
@@ -378,8 +404,8 @@ small/MemoryAsGate.retention_norm = 2.5
 small/MemoryAsGate.momentum = False
 small/MemoryAsGate.forget = False
 small/MemoryAsGate.chunk_size = 8
-small/MemoryAsGate.anchor = 'token'
-small/MemoryAsGate.order = 'decay_first'
+small/MemoryAsGate.anchor = 'chunk'
+small/MemoryAsGate.order = 'gradient_first'
 small/MemoryAsGate.read = 'before'
 small/MemoryAsGate.clip = None
 small/MemoryAsGate.max_step = 0.25
@@ -400,10 +426,16 @@ def test_the_operative_text_of_an_earlier_version_builds_the_same_layer():
     network=Network(3, 2.0, True, True, True, 0.02),
     loss=Loss("power", 0.5, 2.5),
     retention=Retention("norm", 2.5),
-    update=Update("token", "decay_first", "before", None),
+    update=Update(read="before", clip=None),
     gates=Gating(False, False, 0.25, -1.0, -2.0, 1.0, "zero"),
     parent=None,
   )
+  linear = {"depth": "1", "gated": "False", "memory_norm": "False", "loss": "'squared'", "retention": "'none'"}
+  linear |= {"anchor": "'token'", "order": "'decay_first'"}
+  text = OLD
+  for field, value in linear.items():
+    text = re.sub(rf"Gate\.{field} = .*", f"Gate.{field} = {value}", text)
+  assert build_text(text, "old").model.mixers[0].update == Update("token", "decay_first", "before", None)
   assert build_with(OLD, "Loss.scale=3").model.mixers[0].loss == Loss("power", 3.0, 2.5), "overrides win"
 
 

@@ -31,6 +31,7 @@ VARIANTS = [
   ("mqar", {"tokens": 128, "pairs": 16, "vocabulary": 128, "power": 1.0, "filler": False}),
   *(("word_problem", {"group": group, "tokens": 30}) for group in GROUPS if group != "S3"),
   ("regression", {"tokens": 48, "piece": 48, "key_dim": 4, "value_dim": 3}),
+  ("regression", {"tokens": 48, "piece": 24, "key_dim": 4, "value_dim": 3, "centre": 1.0}),
   ("set_disjointness", {"first": 7, "second": 3, "vocabulary": 13}),
 ]
 IDS = [f"{name}{i}" for i, (name, _) in enumerate(VARIANTS)]
@@ -245,6 +246,19 @@ def test_regression_is_learned_anew_in_every_piece():
   ]).mean(axis=0)
   assert (errors[:, 0] > 0.5).all()
   assert (errors[:, 3:] < 1e-6).all()
+
+
+def test_keys_of_a_piece_lie_around_a_centre_of_their_own():
+  cosines = {}
+  for centre in (0.0, 2.0):
+    task = Regression(tokens=64, piece=32, key_dim=16, value_dim=2, centre=centre)
+    keys = np.stack([example.tokens[:, :16] for example in examples(task, 20)])
+    np.testing.assert_allclose(np.linalg.norm(keys, axis=-1), 1, rtol=1e-5)
+    products = keys @ keys.swapaxes(1, 2)
+    cosines[centre] = products[:, :16, 16:32].mean(), products[:, :32, 32:].mean()  # within a piece, between pieces
+  assert np.abs(cosines[0.0]).max() < 0.05
+  assert abs(cosines[2.0][0] - 0.8) < 0.05  # centre^2 / (centre^2 + 1)
+  assert abs(cosines[2.0][1]) < 0.2
 
 
 IMPOSSIBLE = [

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ..layers.memory_layer import MemoryLayer
 from ..layers.ranges import check_ranges
 from ..zoo.language_model import LanguageModel, VectorModel
 from ..zoo.registry import LAYERS, SUBLAYERS
@@ -399,7 +400,7 @@ def _configurables() -> dict[str, type]:
 
 def _checked(made: Any) -> Any:
   """A layer or a model, after its settings are checked; nothing is compiled. Other objects check theirs when they are made."""
-  if isinstance(made, Stack):
+  if isinstance(made, Stack | MemoryLayer):
     made.check_settings()
   elif isinstance(made, nn.Module):
     check_ranges(made)

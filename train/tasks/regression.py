@@ -42,7 +42,7 @@ class Regression(Task):
   def __post_init__(self):
     require(self, "a piece of at least 2 that divides tokens", self.piece >= 2 and self.tokens % self.piece == 0)
     require(self, "tokens, key_dim and value_dim of at least 1", min(self.tokens, self.key_dim, self.value_dim) >= 1)
-    require(self, "a noise and a centre of 0 or more", min(self.noise, self.centre) >= 0)
+    require(self, "a noise and a centre of 0 or more", self.noise >= 0 and self.centre >= 0)
 
   @property
   def length(self) -> int:
