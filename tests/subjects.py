@@ -36,11 +36,11 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-  "simple": Kind(20, 21),
-  "network": Kind(30, 20, without=("nnx_values",)),
-  "composite": Kind(55, 17, without=("nnx_values", "lengths")),
-  "unrolled": Kind(45, 14, without=("nnx_values", "lengths", "bfloat16", "hostile")),  # the same model is also scanned
-  "variant": Kind(15, 7, costs=(TRACED, SHARED)),  # chooses among its parent's options only
+  "simple": Kind(30, 21),
+  "network": Kind(45, 20, without=("nnx_values",)),
+  "composite": Kind(60, 17, without=("nnx_values", "lengths")),
+  "unrolled": Kind(50, 14, without=("nnx_values", "lengths", "bfloat16", "hostile")),  # the same model is also scanned
+  "variant": Kind(30, 7, costs=(TRACED, SHARED)),  # chooses among its parent's options only
 }
 # Layers that are not "simple".
 KIND_OF = {
