@@ -62,9 +62,9 @@ KIND_OF = {
 QUICK = "EraseThenDelta"
 
 
-# What wirings of a memory add does not depend on the memory, so theirs has one matrix. That of `TitansMemory` has two.
+# What these two add to a memory does not depend on it, so theirs has one matrix; that of `TitansMemory` has two.
 _ONE_MATRIX = {"network": Network(depth=1)}
-FIELDS = {"MemoryAsContext": _ONE_MATRIX, "MemoryAsGate": _ONE_MATRIX, "MemoryAsLayer": _ONE_MATRIX}
+FIELDS = {"MemoryAsGate": _ONE_MATRIX, "MemoryAsLayer": _ONE_MATRIX}
 
 
 def layer(name: str, **fields: Any) -> nn.Module:
