@@ -72,6 +72,8 @@ def try_mutant(mutant: Mutant) -> tuple[Mutant, str, float]:
     test = shlex.split(f"tests/{mutant.test}")
     done = subprocess.run([*command, *test], cwd=copy, env=environment, capture_output=True, text=True)
   failed = re.findall(r"^(?:FAILED|ERROR) (tests/\S+::\S+)", done.stdout, re.MULTILINE)
+  if done.returncode and not failed:
+    raise RuntimeError(f"{shlex.join([*command, *test])} ran no test:\n{done.stdout[-1000:]}{done.stderr[-1000:]}")
   return mutant, failed[0] if failed else "", time.perf_counter() - began
 
 
