@@ -137,6 +137,12 @@ class Trial:
     return (rng.normal(size=shape.shape) + rng.normal(size=shape.shape[2:])).astype(shape.dtype)
 
   @functools.cached_property
+  def initial(self) -> Any:
+    """Parameters as the layer's initialisers make them."""
+    params = nn.unbox(jax.jit(lambda x: self.layer.init(jax.random.key(7), x))(self.inputs(1, 2)))
+    return jax.tree.map(lambda a, like: np.asarray(a, like.dtype), params, self.params)
+
+  @functools.cached_property
   def other(self) -> np.ndarray:
     """An input that differs from `x` at every token."""
     other = self.inputs(seed=1)
@@ -238,7 +244,7 @@ class Trial:
     """The call alone, compiled once per shape: `run(params, x, state, segment_ids)`."""
     return jax.jit(self.apply)
 
-  def after_random(self, tokens: int, piece: int = 500) -> Any:
+  def after_random(self, params: Any, tokens: int, piece: int = 500) -> Any:
     """The state after so many random tokens of one document, in pieces: one row, repeated `ROWS` times."""
 
     def one(state, key):
@@ -247,7 +253,7 @@ class Trial:
         x = jax.random.randint(key, like.shape, 0, self.given.vocab_size, like.dtype)
       else:
         x = jax.random.normal(key, like.shape, like.dtype)
-      return self.apply(self.params, x, state)[1], None
+      return self.apply(params, x, state)[1], None
 
     def all_pieces():
       keys = jax.random.split(jax.random.key(0), tokens // piece)

@@ -492,18 +492,18 @@ def nnx_values(trial: Trial) -> Iterator[Violation]:
 
 @_check(16, COMPILED)
 def plasticity(trial: Trial) -> Iterator[Violation]:
-  """After `MANY` random tokens of one document, new ones change later outputs as in a fresh one."""
+  """After `MANY` random tokens of one document, new ones change later outputs as in a fresh one, at initial parameters."""
   if getattr(trial.layer, "fills_up", False):
     return
-  half = TOKENS // 2
+  half, params = TOKENS // 2, trial.initial
   other = np.concatenate([trial.other[:, :half], trial.x[:, half:]], axis=1)
 
   def response(state):
     """The change of the outputs of the second half when the tokens of the first half change."""
-    y, changed = (trial.at_once(x, state, ONE).y[:, half:] for x in (trial.x, other))
+    y, changed = (trial.at_length(params, x, state, ONE).y[:, half:] for x in (trial.x, other))
     return float(np.sqrt(np.mean(np.square(changed - y))))
 
-  fresh, worn = response(trial.fresh), response(trial.after_random(MANY))
+  fresh, worn = response(trial.fresh), response(trial.after_random(params, MANY))
   if not worn > _LEAST_RESPONSE * fresh:
     message = f"after {MANY:,} random tokens the response to new ones is {worn:.1e}, that of a fresh state {fresh:.1e}: the "
     message += "memory must neither fade to where nothing is learned nor fill up; let it decay towards its start, or bound it, "

@@ -369,3 +369,11 @@ def test_restoring_parameters_without_a_checkpoint_is_an_error(tmp_path, run, ta
     lose_the_state(run / "checkpoints" / str(step))
   with pytest.raises(ValueError, match="holds no checkpoint that can be read"):
     restore_params(run, target.params, say=lambda message: None)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_failed_write_is_told_by_the_system_s_message(order):
+  details = ("[os_error_code='27']", """[tensorstore_spec='{"a: b": [c=1]}']""")[::order]
+  error = ValueError(f'UNKNOWN: Error writing "a/b": Failed to write to file: File too large {" ".join(details)}')
+  assert module._in_short(error) == "File too large"
+  assert module._in_short(ValueError("no such leaf: x. Further on")) == "ValueError: no such leaf: x"

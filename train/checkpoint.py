@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -375,8 +376,8 @@ def _attempt(load: Callable[[], Any]) -> tuple[Any, str | None]:
 
 def _in_short(error: Exception) -> str:
   """An exception's type and first sentence; for a file that could not be written, only the system's message."""
-  reason, system, _ = " ".join(str(error).split()).rpartition(" [os_error_code")
-  if system:
+  reason, *details = re.split(r" \[(?=\w+=)", " ".join(str(error).split()))  # TensorStore's details, in any order
+  if any(detail.startswith("os_error_code=") for detail in details):
     return reason.rpartition(": ")[2]
   return f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:200]}"
 
