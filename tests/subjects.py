@@ -39,7 +39,7 @@ KINDS = {
   "simple": Kind(30, 21),
   "network": Kind(45, 20, without=("nnx_values",)),
   "composite": Kind(60, 17, without=("nnx_values", "lengths")),
-  "unrolled": Kind(50, 14, without=("nnx_values", "lengths", "bfloat16", "hostile")),  # the same model is also scanned
+  "unrolled": Kind(40, 11, without=("nnx_values", "lengths", "bfloat16", "hostile", "plasticity")),  # is also scanned
   "variant": Kind(30, 7, costs=(TRACED, SHARED)),  # chooses among its parent's options only
 }
 # Layers that are not "simple".
