@@ -37,8 +37,9 @@ class Kind(NamedTuple):
 
 KINDS = {
   "simple": Kind(30, 21),
-  "network": Kind(45, 20, without=("nnx_values",)),
-  "composite": Kind(60, 17, without=("nnx_values", "lengths")),
+  "network": Kind(60, 20, without=("nnx_values",)),
+  "composite": Kind(75, 17, without=("nnx_values", "lengths")),
+  "segmented": Kind(120, 17, without=("nnx_values", "lengths")),
   "unrolled": Kind(40, 11, without=("nnx_values", "lengths", "bfloat16", "hostile", "plasticity")),  # is also scanned
   "variant": Kind(30, 7, costs=(TRACED, SHARED)),  # chooses among its parent's options only
 }
@@ -46,7 +47,7 @@ KINDS = {
 KIND_OF = {
   "TitansMemory": "network",
   "TTTLinear": "network",
-  "MemoryAsContext": "composite",
+  "MemoryAsContext": "segmented",
   "MemoryAsGate": "composite",
   "MemoryAsLayer": "composite",
   "LanguageModel": "composite",
