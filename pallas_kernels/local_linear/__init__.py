@@ -18,7 +18,7 @@ The paper leaves open -> we do:
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from .spec import Allowed, Spec
 
 __all__ = [
   "Allowed",
+  "Options",
   "causal",
   "explain",
   "explain_solver",
@@ -43,22 +44,34 @@ __all__ = [
 _DIRECT = 32  # channels of a diagonal block up to which a direct solve takes less work than 16 iterations
 
 
+class Options(TypedDict, total=False):
+  """Keyword arguments of the functions that fit a linear model.
+
+  Keys:
+    segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding, which is not attended to and yields zeros.
+    allowed: documents and positions of queries and keys, for keys from a cache; replaces `segment_ids`.
+    window: number of last positions that a query sees, its own included; `None` for all.
+    scale: factor of q . k; d^{-1/2} by default.
+    blocks: the covariance of the keys is cut to this many diagonal blocks; a divisor of d; 1 by default.
+    solver: "direct" (Cholesky), "cg" (conjugate gradients), or "auto" (default); see `explain_solver`.
+    iterations, tolerance: of the conjugate gradients, 16 and 1e-5 by default; a query stops when its residual is `tolerance`
+      times the first one. The gradient solves a second system in the same way.
+    precision: `None`, or "highest" for full products whatever the operands are; see `numerics`.
+  """
+
+  segment_ids: jax.Array | None
+  allowed: Allowed | None
+  window: int | None
+  scale: float | None
+  blocks: int
+  solver: str
+  iterations: int
+  tolerance: float
+  precision: str | None
+
+
 def local_linear_attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  ridge: jax.Array,
-  *,
-  segment_ids: jax.Array | None = None,
-  allowed: Allowed | None = None,
-  window: int | None = None,
-  scale: float | None = None,
-  blocks: int = 1,
-  solver: str = "auto",
-  iterations: int = 16,
-  tolerance: float = 1e-5,
-  implementation: str = "auto",
-  precision: str | None = None,
+  q: jax.Array, k: jax.Array, v: jax.Array, ridge: jax.Array, *, implementation: str = "auto", **options: Unpack[Options]
 ) -> jax.Array:
   """Local linear attention of each query to the keys at and before it, in its document.
 
@@ -67,16 +80,8 @@ def local_linear_attention(
     k: [B, S, Hk, d]; Hk divides H, and H / Hk neighbouring query heads share a key head. S = T without `allowed`.
     v: [B, S, Hk, V].
     ridge: positive, [H] or [B, T, H]; in units of the squared length of keys. Sums are float32 (float64 if q, k or v is).
-    segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding, which is not attended to and yields zeros.
-    allowed: documents and positions of queries and keys, for keys from a cache; replaces `segment_ids`.
-    window: number of last positions that a query sees, its own included; `None` for all.
-    scale: factor of q . k; d^{-1/2} by default.
-    blocks: the covariance of the keys is cut to this many diagonal blocks; a divisor of d.
-    solver: "direct" (Cholesky), "cg" (conjugate gradients), or "auto"; see `explain_solver`.
-    iterations, tolerance: of the conjugate gradients; a query stops when its residual is `tolerance` times the first one. The
-      gradient solves a second system in the same way.
     implementation: "auto", "dense" (the reference) or "xla" (blocks; memory O(T d)).
-    precision: `None`, or "highest" for full products whatever the operands are; see `numerics`.
+    **options: see `Options`.
 
   Returns:
     y [B, T, H, V] in v's dtype. A query that sees no key gives zeros.
@@ -84,12 +89,10 @@ def local_linear_attention(
   Raises:
     ValueError: for shapes that do not fit together and for unknown options.
   """
-  options = {"window": window, "scale": scale, "blocks": blocks, "solver": solver, "iterations": iterations}
-  options |= {"tolerance": tolerance, "precision": precision}
-  return _run(implementation)(*_prepared(q, k, v, ridge, segment_ids, allowed, **options))
+  return _run(implementation)(*_prepared(q, k, v, ridge, **options))
 
 
-def squared_distance(q: jax.Array, k: jax.Array, ridge: jax.Array, **options: Any) -> jax.Array:
+def squared_distance(q: jax.Array, k: jax.Array, ridge: jax.Array, **options: Unpack[Options]) -> jax.Array:
   """How far each query lies from the keys that it attends to: (q_i - m_i)^T A_i^{-1} (q_i - m_i), [B, T, H], at least 0.
 
   It is a squared Mahalanobis distance, in units of the keys' own spread. Its root bounds how far the result is from that of
@@ -157,7 +160,7 @@ def parallax_attention(
   Args:
     r: [B, T, H, d], in any unit of inverse keys; it is not scaled. With zeros the result is softmax attention.
 
-  The other arguments, the result and the errors are those of `local_linear_attention`.
+  The other arguments are those of `local_linear_attention` and of its options; so are the result and the errors.
   """
   _check(q, k, v, 1, window)
   allowed = _allowed(q, k, segment_ids, allowed)

@@ -47,7 +47,7 @@ METHODS = (
 
 
 def errors(task: Regression, method: Method, seed: int, scale: float, ridge: float, rows: int = ROWS) -> np.ndarray:
-  """Mean squared error [pieces, piece] of each answer over `rows` streams; the last of a piece has none."""
+  """Mean squared error [pieces, piece - 1] of each answer over `rows` streams; the last token of a piece asks nothing."""
   return np.asarray(_errors(task, method.slope, rows, new_key(seed), scale, ridge))[:, :-1]
 
 
