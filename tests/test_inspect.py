@@ -262,6 +262,7 @@ def test_the_response_of_a_memory_that_only_decays_is_the_product_of_its_decays(
   assert_close(found, expected, jnp.float32, gradients=True)
 
 
+@pytest.mark.slow
 def test_distances_are_those_of_the_queries_and_keys_that_local_linear_attention_sees():
   module = LocalLinearAttention(num_heads=2, head_dim=4, window=5, ridge=0.1)
   model = LanguageModel(vocab_size=11, width=8, depth=1, mixers=(module,))
@@ -286,6 +287,7 @@ def test_distances_are_those_of_the_queries_and_keys_that_local_linear_attention
     distances(model.clone(mixers=(Attention(num_heads=2, head_dim=4),)), params, tokens)
 
 
+@pytest.mark.slow
 def test_the_response_of_a_layer_is_that_of_its_jacobian():
   module = DeltaNet(**SMALL)
   x = jax.random.normal(jax.random.key(0), (2, 7, 6), jnp.float32)

@@ -139,6 +139,7 @@ def test_the_published_gradient_is_wrong_at_small_ridges():
   assert by_v < 1e-10
 
 
+@pytest.mark.slow
 def test_the_distance_of_a_query_bounds_what_is_added_to_softmax_attention(small_blocks):
   q, k, v, ridge = inputs()
   options = {"segment_ids": jnp.asarray(SEGMENTS), "window": 5}
@@ -281,6 +282,7 @@ def test_hostile_keys_stay_finite(solver):
   assert_finite(jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v))
 
 
+@pytest.mark.slow
 def test_narrow_inputs_give_narrow_outputs_close_to_wide_ones():
   arrays = [x.astype(jnp.bfloat16) for x in inputs(tokens=64, width=16, dtype=np.float32)[:3]]
   ridge = jnp.ones(4)

@@ -32,6 +32,7 @@ def context_stack(depth: int = 5, **fields) -> Stack:
 
 @IN_FLOAT64
 @pytest.mark.compat
+@pytest.mark.slow
 def test_a_scanned_stack_equals_the_unrolled_one_in_values_gradients_and_decoding():
   """Five blocks: two scanned repeats of two, and one that follows. The scanned one recomputes its blocks (`remat`)."""
   unrolled, x, more = context_stack(5), vectors(), vectors(2, seed=1)
@@ -121,6 +122,7 @@ def test_features_reach_the_blocks_that_they_are_for(scan):
 
 
 @pytest.mark.compat
+@pytest.mark.slow
 def test_a_block_is_made_of_any_sublayers():
   """One model has blocks with and without an MLP, a block with two mixers, and a layer that adds its own input."""
 

@@ -53,6 +53,7 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize(("network", "loss"), NETWORKS, ids=str)
+@pytest.mark.slow
 def test_one_write_at_the_largest_step_brings_the_error_to_about_zero(network, loss):
   still = {"gates": Gating(momentum=False, forget=False, step_bias=20.0), "update": Update(clip=None)}
   module = TitansMemory(num_heads=8, head_dim=64, chunk_size=1, network=network, loss=loss, **still)
