@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join([
   os.environ.get("XLA_FLAGS", ""),
   "--xla_force_host_platform_device_count=4",
   "--xla_backend_optimization_level=0",
+  "--xla_cpu_parallel_codegen_split_count=1",  # each process has about one core
   # XLA's older emitters of fusions compile twice as fast; JAX 0.11 no longer has them and would not start with this flag.
   "--xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else "",
 ])

@@ -44,8 +44,18 @@ def test_the_first_code_cell_is_first_cell_py(path):
 
 # The tests run the same cells with less training.
 SHORTER = {
-  "02_compare_memories": {"steps=800, evaluate_every=50": "steps=50, evaluate_every=25", "steps=600": "steps=50"},
-  "03_train_and_look_inside": {"steps=360": "steps=40", "steps=440": "steps=60", "evaluate_every=90": "evaluate_every=20"},
+  "02_compare_memories": {
+    "steps=800, evaluate_every=50": "steps=25, evaluate_every=25",
+    "steps=600": "steps=25",
+    "test_examples=128": "test_examples=32",
+  },
+  "03_train_and_look_inside": {
+    "steps=360": "steps=40",
+    "steps=440": "steps=60",
+    "evaluate_every=90": "evaluate_every=20",
+    "final_evaluation_batches=16": 'final_evaluation_batches=2", "TextData.batch_size=4',
+    "max_new_tokens=300": "max_new_tokens=50",
+  },
   "04_titans": {"700, 2800, 11200": "350", "8400": "400", "16800": "800", "range(250)": "range(30)"},
 }
 

@@ -93,7 +93,8 @@ attempt("not finite", model=Spoiled(), nonfinite_limit=3)
 
 def run_two_processes(folder):
   """The output of `SCRIPT` in each of two processes of one device."""
-  environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": import_path()}
+  flags = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1")
+  environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": import_path()}
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = str(probe.getsockname()[1])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from ..zoo import formats
 from ..zoo.formats import binary, table
 from .compare import Comparison, Entrant, Trial
 from .files import save_figure
@@ -40,22 +41,15 @@ class Board:
 
 def markdown(comparison: Comparison) -> str:
   """The table of results in Markdown: means over seeds, and half their range if there are several seeds."""
-  tests = list(comparison.chance)
-  heading = ["layer", "state, bytes", "parameters", "steps", "rate", *tests]
+  tests, continuous = list(comparison.chance), comparison.continuous
   spread = f"mean of {comparison.budget.seeds} seeds ± half their range"
-  lines = [
-    f"`{comparison.task}`: {_measure(comparison)} by {comparison.grows}, {spread}",
-    "",
-    _row(heading),
-    _row(["---", *["---:"] * (len(heading) - 1)]),
-  ]
+  rows = []
   for trial in comparison.trials:
-    scores = [_spread(trial.scores[test], comparison.continuous) for test in tests]
     facts = [trial.name, f"{trial.state_bytes:,}", f"{trial.parameters:,}", str(trial.steps), f"{trial.learning_rate:g}"]
-    lines.append(_row([*facts, *scores]))
-  chance = [_score(score, comparison.continuous) for score in comparison.chance.values()]
-  lines.append(_row(["without memory", "", "", "", "", *chance]))
-  return "\n".join(lines) + "\n"
+    rows.append([*facts, *(_spread(trial.scores[test], continuous) for test in tests)])
+  rows.append(["without memory", *[""] * 4, *(_score(score, continuous) for score in comparison.chance.values())])
+  columns = ["layer", "state, bytes", "parameters", "steps", "rate", *tests]
+  return f"`{comparison.task}`: {_measure(comparison)} by {comparison.grows}, {spread}\n\n{formats.markdown(columns, rows)}"
 
 
 def draw(comparison: Comparison, directory: Path) -> list[Path]:
@@ -83,12 +77,12 @@ def _draw_scores(comparison: Comparison, path: Path) -> Path:
     _line(axes, range(len(tests)), [trial.scores[test] for test in tests], _label(comparison, trial), style)
   axes.plot(range(len(tests)), list(comparison.chance.values()), ":", color="0.5", linewidth=1, label="without memory")
   axes.set_xticks(range(len(tests)), tests)
-  axes.set(xlabel=comparison.grows, title=_title(comparison))
+  axes.set_xlabel(comparison.grows)
   return _finish(figure, axes, path)
 
 
 def _draw_frontier(comparison: Comparison, path: Path) -> Path:
-  figure, axes = _canvas(comparison)
+  figure, axes = _canvas(comparison, f", on {list(comparison.chance)[-1]} {comparison.grows}")
   colours, hardest = _colours(comparison), list(comparison.chance)[-1]
   for name, colour in colours.items():
     trials = sorted((trial for trial in comparison.trials if trial.name == name), key=lambda trial: trial.state_bytes)
@@ -97,12 +91,12 @@ def _draw_frontier(comparison: Comparison, path: Path) -> Path:
   axes.axhline(comparison.chance[hardest], linestyle=":", color="0.5", linewidth=1, label="without memory")
   axes.set_xscale("log", base=2)
   axes.xaxis.set_major_formatter(lambda size, _: binary(int(size)))
-  axes.set(xlabel="state of one sequence", title=_title(comparison, f", on {hardest} {comparison.grows}"))
+  axes.set_xlabel("state of one sequence")
   return _finish(figure, axes, path)
 
 
 def _draw_kinds(comparison: Comparison, path: Path) -> Path:
-  figure, axes = _canvas(comparison)
+  figure, axes = _canvas(comparison, f", on {list(comparison.chance)[-1]} {comparison.grows}")
   hardest = list(comparison.chance)[-1]
   for trial, style in zip(comparison.trials, _styles(comparison), strict=True):
     kinds = trial.kinds[hardest]
@@ -113,7 +107,7 @@ def _draw_kinds(comparison: Comparison, path: Path) -> Path:
   if comparison.continuous:
     axes.set_yscale("log")
     axes.set_ylim(bottom=None)
-  axes.set(xlabel="position", title=_title(comparison, f", on {hardest} {comparison.grows}"))
+  axes.set_xlabel("position")
   return _finish(figure, axes, path)
 
 
@@ -145,10 +139,11 @@ def _draw_maps(comparison: Comparison, path: Path) -> Path:
   return path
 
 
-def _canvas(comparison: Comparison) -> tuple[Any, Any]:
+def _canvas(comparison: Comparison, which: str = "") -> tuple[Any, Any]:
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(8, 4.5), layout="constrained")
+  figure.suptitle(_title(comparison, which), size=10)
   axes = figure.add_subplot()
   axes.set_ylabel(_measure(comparison))
   if not comparison.continuous:
@@ -206,7 +201,3 @@ def _spread(seeds: list[float], continuous: bool) -> str:
 
 def _score(value: float, continuous: bool) -> str:
   return f"{value:.3g}" if continuous else f"{value:.2f}"
-
-
-def _row(cells: list[str]) -> str:
-  return f"| {' | '.join(cells)} |"

@@ -69,3 +69,10 @@ def table(
   for row in rows:
     shown.add_row(*map(escape, row))
   return shown
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
+  """A table in Markdown. The leading `words` columns are aligned left, the others right; short rows end with empty cells."""
+  lines = [columns, ["---"] * words + ["---:"] * (len(columns) - words)]
+  lines += ([*row, *[""] * (len(columns) - len(row))] for row in rows)
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

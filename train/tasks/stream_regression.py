@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...pallas_kernels.local_linear import local_linear_attention
+from ...zoo.formats import markdown
 from ..files import save_figure
 from ..keys import new_key
 from .regression import Regression
@@ -80,26 +81,24 @@ def measure(task: Regression, seeds: int = SEEDS, rows: int = ROWS) -> dict[str,
 
 def table(found: dict[int, dict[str, np.ndarray]]) -> str:
   """Markdown: errors in the first piece and the later ones, over the places of a piece, mean of the seeds."""
-  lines = ["| piece | method | first piece, first eighth | last half | later pieces, first eighth | last half |"]
-  lines.append("|---:|---|---:|---:|---:|---:|")
+  rows = []
   for piece, by_method in found.items():
     for name, error in by_method.items():
       parts = [error[:, :1], error[:, 1:]] if error.shape[1] > 1 else [error]
       cells = [f"{part.mean():.3f}" for part in parts for part in (part[..., : piece // 8], part[..., piece // 2 :])]
-      lines.append("| " + " | ".join([str(piece), name, *cells, *[""] * (4 - len(cells))]) + " |")
-  return "\n".join(lines)
+      rows.append([str(piece), name, *cells])
+  columns = ["piece", "method", "first piece, first eighth", "last half", "later pieces, first eighth", "last half"]
+  return markdown(columns, rows, words=2)
 
 
 def ratios(found: dict[int, dict[str, np.ndarray]]) -> str:
   """Markdown: the error of each method as a multiple of local linear attention's, with the range over seeds."""
-  names = [method.name for method in METHODS[:-1]]
-  lines = ["| channels | " + " | ".join(names) + " |", "|---:|" + "---:|" * len(names)]
+  names, rows = [method.name for method in METHODS[:-1]], []
   for width, by_method in found.items():
     total = {name: error.mean(axis=(1, 2)) for name, error in by_method.items()}
     by_seed = [total[name] / total[METHODS[-1].name] for name in names]
-    cells = [f"{ratio.mean():.1f} ± {np.ptp(ratio) / 2:.1f}" for ratio in by_seed]
-    lines.append("| " + " | ".join([str(width), *cells]) + " |")
-  return "\n".join(lines)
+    rows.append([str(width), *(f"{ratio.mean():.1f} ± {np.ptp(ratio) / 2:.1f}" for ratio in by_seed)])
+  return markdown(["channels", *names], rows, words=0)
 
 
 def draw(found: dict[int, dict[str, np.ndarray]]) -> Any:
@@ -139,7 +138,7 @@ def main() -> None:
   by_piece = {}
   for piece in PIECES:
     by_piece[piece] = measure(replace(STREAM, piece=piece))
-  print(table(by_piece), end="\n\n", flush=True)
+  print(table(by_piece), flush=True)
   print(ratios({width: measure(replace(STREAM, key_dim=width, value_dim=width)) for width in WIDTHS}))
   out.mkdir(parents=True, exist_ok=True)
   save_figure(draw(by_piece), out / "errors.png")
