@@ -50,9 +50,9 @@ SHORTER = {
     "test_examples=128": "test_examples=32",
   },
   "03_train_and_look_inside": {
-    "steps=360": "steps=40",
-    "steps=440": "steps=60",
-    "evaluate_every=90": "evaluate_every=20",
+    "steps=360": "steps=10",
+    "steps=440": "steps=15",
+    "evaluate_every=90": "evaluate_every=5",
     "final_evaluation_batches=16": 'final_evaluation_batches=2", "TextData.batch_size=4',
     "max_new_tokens=300": "max_new_tokens=50",
   },
