@@ -159,7 +159,7 @@ def test_continuous_tasks_are_scored_by_their_error(tmp_path):
   comparison = compare(enter("regression", ["LinearAttention"], [*overrides, "size=4", "heads=1"]), budget, tmp_path)
   assert comparison.continuous
   assert comparison.trials[0].scores["4"][0] == pytest.approx(comparison.chance["4"], rel=0.9)
-  assert {path.name for path in draw(comparison, tmp_path)} == {"scores.png", "kinds.png"}
+  assert {path.name for path in draw(comparison, tmp_path)} == {"training.png", "scores.png", "kinds.png"}
 
 
 @pytest.mark.slow
@@ -169,7 +169,7 @@ def test_tables_and_pictures_show_all_trials(done, tmp_path):
   assert table.count("\n| GatedConv |") == 2
   assert "| without memory |" in table
   assert "± " in table
-  assert {path.name for path in draw(comparison, tmp_path)} == {"scores.png", "frontier.png", "kinds.png"}
+  assert {path.name for path in draw(comparison, tmp_path)} == {"training.png", "scores.png", "frontier.png", "kinds.png"}
   assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
   board = Board(entrants)
   board(entrants[0], {"step": 3, "loss": 1.0, "score": 0.5})

@@ -55,10 +55,11 @@ def markdown(comparison: Comparison) -> str:
 def draw(comparison: Comparison, directory: Path) -> list[Path]:
   """Draws the pictures that the comparison has data for; returns their paths.
 
-  `scores.png` has scores over the tests, a line for each layer. `frontier.png` has scores over the bytes of state, if layers
-  have several sizes. `kinds.png` has scores by kind of answer, as maps if all tests have the same kinds.
+  `training.png` has scores on the training task over the steps, a line for each layer, and `scores.png` those of the tests.
+  `frontier.png` has scores over the bytes of state, if layers have several sizes. `kinds.png` has scores by kind of answer, as
+  maps if all tests have the same kinds.
   """
-  drawn = []
+  drawn = [_draw_training(comparison, directory / "training.png")]
   if len(comparison.chance) > 1:
     drawn.append(_draw_scores(comparison, directory / "scores.png"))
   if len({trial.name for trial in comparison.trials}) < len(comparison.trials):
@@ -78,6 +79,17 @@ def _draw_scores(comparison: Comparison, path: Path) -> Path:
   axes.plot(range(len(tests)), list(comparison.chance.values()), ":", color="0.5", linewidth=1, label="without memory")
   axes.set_xticks(range(len(tests)), tests)
   axes.set_xlabel(comparison.grows)
+  return _finish(figure, axes, path)
+
+
+def _draw_training(comparison: Comparison, path: Path) -> Path:
+  figure, axes = _canvas(comparison, ", during training")
+  for trial, style in zip(comparison.trials, _styles(comparison), strict=True):
+    steps, _, scores = zip(*trial.training[f"{trial.learning_rate:g}"], strict=True)
+    _line(axes, steps, scores, _label(comparison, trial), style | {"markersize": 2})
+  if comparison.continuous:
+    axes.set_yscale("log")
+  axes.set_xlabel("step")
   return _finish(figure, axes, path)
 
 
