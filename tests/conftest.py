@@ -18,9 +18,6 @@ os.environ["XLA_FLAGS"] = " ".join([
   # XLA's older emitters of fusions compile twice as fast; JAX 0.11 no longer has them and would not start with this flag.
   "--xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else "",
 ])
-# Here, so that the processes and notebooks which tests start have it too.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest
@@ -30,6 +27,9 @@ gc.set_threshold(100_000, 20, 100)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Not by environment variables: processes that tests kill, or whose disk is full, would leave broken entries.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 _TESTS = itertools.count(1)
 

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -74,6 +75,7 @@ def shortened(path):
 @each_notebook
 def test_a_notebook_runs_from_top_to_bottom_and_shows_pictures(path, tmp_path, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1"))
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
   notebook = shortened(path)
   NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
   outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
