@@ -36,11 +36,11 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-  "simple": Kind(30, 21),
+  "simple": Kind(35, 21),
   "network": Kind(60, 20, without=("nnx_values",)),
   "composite": Kind(75, 17, without=("nnx_values", "lengths")),
   "segmented": Kind(120, 17, without=("nnx_values", "lengths")),
-  "unrolled": Kind(40, 11, without=("nnx_values", "lengths", "bfloat16", "hostile", "plasticity")),  # is also scanned
+  "unrolled": Kind(50, 11, without=("nnx_values", "lengths", "bfloat16", "hostile", "plasticity")),  # is also scanned
   "variant": Kind(30, 7, costs=(TRACED, SHARED)),  # chooses among its parent's options only
 }
 # Layers that are not "simple".
