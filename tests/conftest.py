@@ -35,7 +35,7 @@ _TESTS = itertools.count(1)
 
 
 def pytest_collection_finish():
-  """Excludes what was imported from collections of garbage."""
+  """Imported modules are not searched for garbage."""
   gc.freeze()
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from rich.table import Table
 
 from ..zoo import formats
-from ..zoo.formats import binary, table
 from .compare import Comparison, Entrant, Trial
 from .files import save_figure
 
@@ -35,8 +34,8 @@ class Board:
       scores = [_spread(trial.scores[test], self.continuous) for test in tests] if trial else [""] * len(tests)
       step = trial.steps if trial else row.get("step", "")
       now = [f"{row[name]:.3f}" if name in row else "" for name in ("loss", "score")]
-      rows.append((entrant.name, binary(entrant.state_bytes), f"{entrant.parameters:,}", str(step), *now, *scores))
-    return table(None, ("layer", "state", "parameters", "step", "loss", "training", *tests), rows)
+      rows.append((entrant.name, formats.binary(entrant.state_bytes), f"{entrant.parameters:,}", str(step), *now, *scores))
+    return formats.table(None, ("layer", "state", "parameters", "step", "loss", "training", *tests), rows)
 
 
 def markdown(comparison: Comparison) -> str:
@@ -94,22 +93,23 @@ def _draw_training(comparison: Comparison, path: Path) -> Path:
 
 
 def _draw_frontier(comparison: Comparison, path: Path) -> Path:
-  figure, axes = _canvas(comparison, f", on {list(comparison.chance)[-1]} {comparison.grows}")
-  colours, hardest = _colours(comparison), list(comparison.chance)[-1]
+  hardest = list(comparison.chance)[-1]
+  figure, axes = _canvas(comparison, f", on {hardest} {comparison.grows}")
+  colours = _colours(comparison)
   for name, colour in colours.items():
     trials = sorted((trial for trial in comparison.trials if trial.name == name), key=lambda trial: trial.state_bytes)
     seeds = [trial.scores[hardest] for trial in trials]
     _line(axes, [trial.state_bytes for trial in trials], seeds, name, {"color": colour, "marker": "o"})
   axes.axhline(comparison.chance[hardest], linestyle=":", color="0.5", linewidth=1, label="without memory")
   axes.set_xscale("log", base=2)
-  axes.xaxis.set_major_formatter(lambda size, _: binary(int(size)))
+  axes.xaxis.set_major_formatter(lambda size, _: formats.binary(int(size)))
   axes.set_xlabel("state of one sequence")
   return _finish(figure, axes, path)
 
 
 def _draw_kinds(comparison: Comparison, path: Path) -> Path:
-  figure, axes = _canvas(comparison, f", on {list(comparison.chance)[-1]} {comparison.grows}")
   hardest = list(comparison.chance)[-1]
+  figure, axes = _canvas(comparison, f", on {hardest} {comparison.grows}")
   for trial, style in zip(comparison.trials, _styles(comparison), strict=True):
     kinds = trial.kinds[hardest]
     _line(axes, range(len(kinds)), list(kinds.values()), _label(comparison, trial), style | {"markersize": 2})
@@ -151,11 +151,11 @@ def _draw_maps(comparison: Comparison, path: Path) -> Path:
   return path
 
 
-def _canvas(comparison: Comparison, which: str = "") -> tuple[Any, Any]:
+def _canvas(comparison: Comparison, more: str = "") -> tuple[Any, Any]:
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(8, 4.5), layout="constrained")
-  figure.suptitle(_title(comparison, which), size=10)
+  figure.suptitle(_title(comparison, more), size=10)
   axes = figure.add_subplot()
   axes.set_ylabel(_measure(comparison))
   if not comparison.continuous:
@@ -194,7 +194,7 @@ def _styles(comparison: Comparison) -> list[dict[str, Any]]:
 
 def _label(comparison: Comparison, trial: Trial) -> str:
   several = sum(other.name == trial.name for other in comparison.trials) > 1
-  return f"{trial.name}, {binary(trial.state_bytes)}" if several else trial.name
+  return f"{trial.name}, {formats.binary(trial.state_bytes)}" if several else trial.name
 
 
 def _title(comparison: Comparison, more: str = "") -> str:
