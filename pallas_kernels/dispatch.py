@@ -4,9 +4,13 @@ No environment variable changes the choice, and there is no silent fallback.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from .partition import varying_alike
 
 
 class Choice(NamedTuple):
@@ -39,6 +43,23 @@ def choose(operation: str, requested: str, candidates: Mapping[str, str | None])
     if name != chosen
   }
   return Choice(chosen, others)
+
+
+def kept_by_platform(cpu: Callable[..., Any], others: Callable[..., Any], inputs: Any) -> tuple[Any, tuple[Any, Any]]:
+  """The results of `by_platform`, and what the form of each platform keeps for its gradient.
+
+  Each form maps inputs to (results, kept). What another platform's form would keep is zero. A program reads what its own
+  platform kept, so the zeros take no memory in it.
+  """
+  forms = cpu, others
+  shapes = [jax.eval_shape(form, inputs)[1] for form in forms]
+
+  def on(platform, inputs):
+    results, kept = forms[platform](inputs)
+    zeros = varying_alike(inputs, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    return results, tuple(kept if i == platform else zeros[i] for i in range(len(forms)))
+
+  return by_platform(partial(on, 0), partial(on, 1), inputs)
 
 
 def by_platform(cpu: Callable[..., Any], others: Callable[..., Any], *args: Any) -> Any:

@@ -14,10 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
-from ..dispatch import by_platform
+from ..dispatch import by_platform, kept_by_platform
 from ..documents import documents
 from ..numerics import FULL, Precision
-from ..partition import HEADS, ROWS, aligned, partitioned, varying_alike
+from ..partition import HEADS, ROWS, aligned, partitioned
 from ..sizes import known, pieces, quotient
 from .chunked import backward, forward
 from .recurrent import recurrent
@@ -97,19 +97,7 @@ def _run_forward(options, inputs):
 
 
 def _run_and_keep(options, inputs):
-  """The results, and what each platform's form keeps for its gradient. What another platform's form would keep is zero.
-
-  A program reads what its own platform kept, so the zeros take no memory in it.
-  """
-  plans = _plans(options, inputs)
-  shapes = [jax.eval_shape(partial(_forward, plan), inputs)[1] for plan in plans]
-
-  def on(platform, inputs):
-    results, kept = _forward(plans[platform], inputs)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return results, tuple(kept if i == platform else varying_alike(inputs.state, zeros[i]) for i in range(len(plans)))
-
-  return by_platform(*(partial(on, i) for i in range(len(plans))), inputs)
+  return kept_by_platform(*(partial(_forward, plan) for plan in _plans(options, inputs)), inputs)
 
 
 def _run_backward(options, residuals, cotangents):

@@ -1,0 +1,128 @@
+"""The call of the selective scan: its gradient rule, on raw operands, with a plan for each platform.
+
+Rows and channels are independent, but for the gradients by b and c, which are sums over channels. These are computed in parts,
+each of which one device has whole, and added outside.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from ..derivatives import reverse_only
+from ..dispatch import by_platform, kept_by_platform
+from ..documents import Documents, documents
+from ..partition import HEADS, ROWS, aligned, partitioned
+from ..sizes import bounded, pieces, quotient
+from .chunked import Plan, backward, forward
+from .recurrent import recurrent
+
+# CPUs: as many tokens at a time as keep the arrays of a block, [tokens, rows, N, D], in a core's cache.
+_CPU_ELEMENTS, _CPU_LONGEST = 1 << 18, 64
+# GPUs and TPUs: few tokens in sequence, and so many chunks at once that their states fill the units.
+_CHUNK, _STATES = 16, 1 << 21
+
+_PARTS = 8  # parts of the channels in the gradients by b and c: at most so many devices can share the channels
+
+# Names for `jax.checkpoint` policies: with both saved, the backward pass does not run the forward again.
+OUTPUT, KEPT = "selective_scan_output", "selective_scan_kept"
+
+_TOKENS, _STATE, _RATES, _SHARED = P(ROWS, None, HEADS), P(ROWS, None, HEADS), P(None, HEADS), P(ROWS)
+_KEPT, _PARTIAL = P(None, ROWS, None, HEADS), P(ROWS, None, HEADS)
+
+
+class Inputs(NamedTuple):
+  """The arrays of a call: segment_ids [B, T] or `None`, x and step [B, T, D], a [N, D], b and c [B, T, N], state [B, N, D]."""
+
+  segment_ids: jax.Array | None
+  x: jax.Array
+  step: jax.Array
+  a: jax.Array
+  b: jax.Array
+  c: jax.Array
+  state: jax.Array
+
+
+_SPECS = Inputs(P(ROWS), _TOKENS, _TOKENS, _RATES, _SHARED, _SHARED, _STATE)
+
+
+def run(chunk_size: int | None, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+  """y [B, T, D] in x's dtype and the final state [B, N, D]."""
+  return _scan(chunk_size, reverse_only(aligned(inputs, _SPECS)))
+
+
+def recurrence(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+  """The same function as `run`, by the oracle. JAX differentiates it."""
+
+  def local(inputs):
+    y, state = recurrent(*inputs[1:], _documents(inputs))
+    return y.astype(inputs.x.dtype), state
+
+  return partitioned(local, (_SPECS,), (_TOKENS, _STATE))(inputs)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(chunk_size, inputs):
+  return partitioned(partial(_run, chunk_size), (_SPECS,), (_TOKENS, _STATE), differentiable=False)(inputs)
+
+
+def _scan_forward(chunk_size, inputs):
+  local = partial(_run_and_keep, chunk_size)
+  results, kept = partitioned(local, (_SPECS,), ((_TOKENS, _STATE), _KEPT), differentiable=False)(inputs)
+  return checkpoint_name(results, OUTPUT), (inputs, checkpoint_name(kept, KEPT))
+
+
+def _scan_backward(chunk_size, residuals, cotangents):
+  inputs, kept = residuals
+  parts = jnp.zeros((math.gcd(_PARTS, inputs.x.shape[2]),), jnp.int32)
+  local = partitioned(
+    partial(_pull_back, chunk_size),
+    (_SPECS, _KEPT, (_TOKENS, _STATE), P(HEADS)),
+    (_TOKENS, _TOKENS, _STATE, _PARTIAL, _PARTIAL, _STATE),
+    differentiable=False,
+  )
+  dx, d_step, da, db, dc, d_state = local(inputs, kept, cotangents, parts)
+  da, db, dc = jnp.sum(da, axis=0), jnp.sum(db, axis=2), jnp.sum(dc, axis=2)
+  like = inputs.a, inputs.b, inputs.c
+  return (Inputs(None, dx, d_step, *(d.astype(z.dtype) for d, z in zip((da, db, dc), like, strict=True)), d_state),)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _run(chunk_size, inputs):
+  return by_platform(*(partial(lambda plan, x: _forward(plan, x)[0], plan) for plan in _plans(chunk_size, inputs)), inputs)
+
+
+def _run_and_keep(chunk_size, inputs):
+  return kept_by_platform(*(partial(_forward, plan) for plan in _plans(chunk_size, inputs)), inputs)
+
+
+def _pull_back(chunk_size, inputs, kept, cotangents, parts):
+  def on(platform, plan, inputs, kept, cotangents):
+    return backward(plan, _documents(inputs), *inputs[1:-1], kept[platform], *cotangents, len(parts))
+
+  plans = _plans(chunk_size, inputs)
+  return by_platform(*(partial(on, i, plan) for i, plan in enumerate(plans)), inputs, kept, cotangents)
+
+
+def _forward(plan: Plan, inputs: Inputs):
+  return forward(plan, _documents(inputs), *inputs[1:])
+
+
+def _plans(chunk_size: int | None, inputs: Inputs) -> tuple[Plan, Plan]:
+  """The plans of the form in programs for CPUs, and in programs for other platforms, for one device's part."""
+  (batch, tokens, _), (_, states, channels) = inputs.x.shape, inputs.state.shape
+  size = batch * states * channels
+  on_cpu = bounded(tokens, chunk_size or min(_CPU_LONGEST, quotient(_CPU_ELEMENTS, size)))
+  length = bounded(tokens, chunk_size or _CHUNK)
+  chunks = 1 << (bounded(pieces(tokens, length), quotient(_STATES, size)).bit_length() - 1)
+  return Plan(on_cpu), Plan(length, chunks, in_bulk=False)
+
+
+def _documents(inputs: Inputs) -> Documents | None:
+  return None if inputs.segment_ids is None else documents(inputs.segment_ids)
