@@ -7,6 +7,7 @@ from .erase_then_delta import EraseThenDelta
 from .gated_conv import GatedConv
 from .linear_attention import LinearAttention
 from .local_linear_attention import LocalLinearAttention, Parallax
+from .mamba import Mamba, Mamba2
 from .memory_layer import MemoryLayer
 from .swiglu import SwiGLU
 from .titans import Gating, Loss, Memora, Moneta, Network, Retention, TitansMemory, Update, Yaad
@@ -28,6 +29,8 @@ __all__ = [
   "LinearAttention",
   "LocalLinearAttention",
   "Loss",
+  "Mamba",
+  "Mamba2",
   "Memora",
   "MemoryAsContext",
   "MemoryAsGate",

@@ -32,6 +32,8 @@ SMALL = {
   "head_dim": 6,
   "key_dim": 6,
   "value_dim": 5,
+  "state_dim": 3,
+  "num_groups": 2,
   "window": 5,
   "channels": 6,
   "chunk_size": CHUNK,

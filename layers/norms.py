@@ -24,18 +24,21 @@ class RMSNorm(nn.Module):
     epsilon: added inside the root.
     param_dtype: dtype of `scale`, which is initialised to one.
     axis: logical name of the normalised axis, for sharding.
+    groups: number of equal parts of the axis, each of which has a mean of its own.
   """
 
   epsilon: float = 1e-6
   param_dtype: Any = jnp.float32
   axis: str | None = "norm"
+  groups: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = self.param("scale", named(nn.initializers.ones, self.axis), x.shape[-1:], self.param_dtype)
     wide = x.astype(accumulator(x))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-    return (normed * _beside(wide, scale)).astype(x.dtype)
+    parts = wide if self.groups == 1 else wide.reshape(*x.shape[:-1], self.groups, -1)
+    normed = parts * jax.lax.rsqrt(jnp.mean(parts * parts, axis=-1, keepdims=True) + self.epsilon)
+    return (normed.reshape(wide.shape) * beside(wide, scale)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -56,11 +59,12 @@ class LayerNorm(nn.Module):
     scale = self.param("scale", named(nn.initializers.ones, self.axis), x.shape[-1:], self.param_dtype)
     bias = self.param("bias", named(nn.initializers.zeros, self.axis), x.shape[-1:], self.param_dtype)
     wide = x.astype(accumulator(x))
-    scale, bias = (_beside(wide, a) for a in (scale, bias))
+    scale, bias = (beside(wide, a) for a in (scale, bias))
     return (jax.nn.standardize(wide, epsilon=self.epsilon) * scale + bias).astype(x.dtype)
 
 
-def _beside(x: jax.Array, param: jax.Array) -> jax.Array:
-  """A parameter [D] in the dtype of x [..., D] and with its number of axes."""
-  param = apart(param, jax.typeof(x).sharding.spec[:-1])
-  return jnp.expand_dims(param.astype(x.dtype), range(x.ndim - 1))
+def beside(x: jax.Array, param: jax.Array) -> jax.Array:
+  """A parameter of the last axes of x, in the dtype of x and with its number of axes."""
+  before = x.ndim - param.ndim
+  param = apart(param, jax.typeof(x).sharding.spec[:before])
+  return jnp.expand_dims(param.astype(x.dtype), range(before))

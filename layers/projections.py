@@ -15,6 +15,7 @@ from ..pallas_kernels.numerics import FULL, Precision, accumulator, einsum, inte
 from ..pallas_kernels.partition import apart, free_axes
 from ..pallas_kernels.short_conv import short_conv
 from .axes import named
+from .norms import beside
 
 INIT = nn.initializers.normal(0.02)
 
@@ -123,12 +124,14 @@ class ShortConv(nn.Module):
     width: number of tokens that each output depends on, the current one included.
     activation: function applied to the output.
     implementation: of the operation.
+    bias: whether a bias is added before the activation.
   """
 
   width: int = 4
   param_dtype: Any = jnp.float32
   activation: Callable[[jax.Array], jax.Array] = nn.silu
   implementation: str = "auto"
+  bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, tail: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -136,6 +139,10 @@ class ShortConv(nn.Module):
     weight = conv_weight(self, self.width, x.shape[-1])
     options = {"segment_ids": segment_ids, "implementation": self.implementation}
     y, tail = short_conv(x, weight, initial_state=tail, **options)
+    if self.bias:
+      bound = self.width**-0.5
+      bias = self.param("bias", named(_uniform(-bound, bound), "heads"), x.shape[-1:], self.param_dtype)
+      y += beside(y, bias)
     return self.activation(y), tail
 
 
@@ -218,8 +225,8 @@ class LogDecay(nn.Module):
     types = gate_types(x, self.param_dtype, self.precision)
     wide = types["dtype"]
     u = LowRank(features, self.rank, name="step", **types)(x)
-    a_log = self.param("A_log", named(_a_log_init, "heads"), shape[:1], self.param_dtype)
-    dt_bias = self.param("dt_bias", named(_dt_bias_init, "heads"), (features,), self.param_dtype)
+    a_log = self.param("A_log", named(initial_log_rate, "heads"), shape[:1], self.param_dtype)
+    dt_bias = self.param("dt_bias", named(initial_step_bias, "heads"), (features,), self.param_dtype)
 
     a_log, dt_bias = (apart(a, jax.typeof(u).sharding.spec[:2]) for a in (a_log, dt_bias))
     step = nn.softplus(u + dt_bias.astype(wide)[None, None]).reshape(*x.shape[:2], *shape)
@@ -241,12 +248,12 @@ def _uniform(low: float, high: float) -> Callable:
   return init
 
 
-def _a_log_init(key, shape, dtype=jnp.float32):
+def initial_log_rate(key, shape, dtype=jnp.float32):
   """log A, with A from Uniform(1, 16)."""
   return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
 
 
-def _dt_bias_init(key, shape, dtype=jnp.float32):
+def initial_step_bias(key, shape, dtype=jnp.float32):
   """The inverse softplus of dt, with dt log-uniform in [0.001, 0.1]."""
   dt = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1)))
   return dt + jnp.log(-jnp.expm1(-dt))

@@ -30,7 +30,7 @@ RANGES: dict[str, Range] = {
   **dict.fromkeys(("num_heads", "num_key_heads", "head_dim", "key_dim", "value_dim", "channels"), _COUNT),
   **dict.fromkeys(("width", "depth", "vocab_size", "input_dim", "output_dim"), _COUNT),
   **dict.fromkeys(("conv_width", "chunk_size", "segment", "window", "max_length", "max_documents", "num_writes"), _COUNT),
-  **dict.fromkeys(("gate_rank", "decay_rank", "rank_per_head", "blocks"), _COUNT),
+  **dict.fromkeys(("gate_rank", "decay_rank", "step_rank", "state_dim", "num_groups", "rank_per_head", "blocks"), _COUNT),
   **dict.fromkeys(("persistent_tokens", "iterations"), Range(True, 0)),
   **dict.fromkeys(("ratio", "expansion", "clip", "norm_epsilon", "ridge", "min_ridge"), _POSITIVE),
   **dict.fromkeys(("mlp_ratio", "max_step"), Range(False, 0)),

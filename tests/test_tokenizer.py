@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from memzoo.train import cli, tokenizer
 from memzoo.train.data import TextData
@@ -212,6 +212,8 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("make", TRAINERS)
 @settings(deadline=None, max_examples=25)
+@example(words=["a"] * 400, chance=random.Random(0), broken=False)  # two texts whose pieces are joined at several places
+@example(words=[*WORDS, " ", "a"] * 20, chance=random.Random(1), broken=False)
 @given(st.lists(st.sampled_from([*WORDS, " ", "a", "a" * 90]), min_size=1, max_size=300), st.randoms(), st.booleans())
 def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(trained, make, words, chance, broken):
   file, text = FileTokenizer(trained(make)), "".join(word + chance.choice(["", " "]) for word in words).encode()

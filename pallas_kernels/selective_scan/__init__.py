@@ -4,7 +4,7 @@
 
 The state h has N rows for each of D channels. Source: Mamba (Gu & Dao 2023, arXiv:2312.00752).
 
-The paper and its code differ -> we do: the discretisation of b -> step * b, as in the code; the paper's text has the exact integral.
+The paper and its code differ -> we do: the write is step * b, as in the code; the paper's text has an integral.
 """
 
 import jax

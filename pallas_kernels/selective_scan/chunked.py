@@ -12,8 +12,8 @@ A block is n chunks of C tokens. The states that its chunks begin with follow fr
 
     h_C = e^{a sum_j step_j} h_0 + sum_j e^{a sum_{i>j} step_i} w_j
 
-whose exponents are sums of terms of one sign: nothing overflows or cancels. All chunks of a block then advance token by token at
-once. The forward pass keeps the states at the starts of blocks; the backward pass computes those within a block again.
+whose exponents are sums of terms of one sign: nothing overflows or cancels. Then all chunks of a block advance at once, token
+by token. The forward pass keeps the states at the starts of blocks; the backward pass computes those within a block again.
 """
 
 from functools import partial
@@ -58,7 +58,7 @@ class Tokens(NamedTuple):
 
 
 class Gradients(NamedTuple):
-  """Cotangents of tokens. That of b is in parts, [..., parts, N], the channels of each of which were summed; so is that of c."""
+  """Cotangents of tokens. Those of b and c are [..., parts, N]: sums over the channels of each part."""
 
   x: jax.Array
   step: jax.Array
