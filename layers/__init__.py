@@ -8,6 +8,7 @@ from .gated_conv import GatedConv
 from .linear_attention import LinearAttention
 from .local_linear_attention import LocalLinearAttention, Parallax
 from .mamba import Mamba, Mamba2
+from .mem_mamba import MemMamba
 from .memory_layer import MemoryLayer
 from .swiglu import SwiGLU
 from .titans import Gating, Loss, Memora, Moneta, Network, Retention, TitansMemory, Update, Yaad
@@ -31,6 +32,7 @@ __all__ = [
   "Loss",
   "Mamba",
   "Mamba2",
+  "MemMamba",
   "Memora",
   "MemoryAsContext",
   "MemoryAsGate",

@@ -99,6 +99,7 @@ class LowRank(nn.Module):
     rank: output width of W1; `None` for a single full-rank map.
     bias: initialiser of the output's bias; `None` for no bias.
     precision: of products that are not 16-bit; `None` for full precision.
+    axis: logical name of the output axis, for sharding.
   """
 
   features: int
@@ -107,14 +108,15 @@ class LowRank(nn.Module):
   dtype: Any = None
   param_dtype: Any = jnp.float32
   precision: Precision | None = None
+  axis: str = "heads"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype, "precision": self.precision}
     if self.rank is None:
-      return dense(self.features, ("embed", "heads"), bias=self.bias, name="full", **types)(x)
+      return dense(self.features, ("embed", self.axis), bias=self.bias, name="full", **types)(x)
     x = dense(self.rank, ("embed", None), name="down", **types)(x)
-    return dense(self.features, (None, "heads"), bias=self.bias, name="up", **types)(x)
+    return dense(self.features, (None, self.axis), bias=self.bias, name="up", **types)(x)
 
 
 class ShortConv(nn.Module):

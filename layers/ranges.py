@@ -30,12 +30,14 @@ RANGES: dict[str, Range] = {
   **dict.fromkeys(("num_heads", "num_key_heads", "head_dim", "key_dim", "value_dim", "channels"), _COUNT),
   **dict.fromkeys(("width", "depth", "vocab_size", "input_dim", "output_dim"), _COUNT),
   **dict.fromkeys(("conv_width", "chunk_size", "segment", "window", "max_length", "max_documents", "num_writes"), _COUNT),
-  **dict.fromkeys(("gate_rank", "decay_rank", "step_rank", "state_dim", "num_groups", "rank_per_head", "blocks"), _COUNT),
-  **dict.fromkeys(("persistent_tokens", "iterations"), Range(True, 0)),
+  **dict.fromkeys(("gate_rank", "decay_rank", "step_rank", "rank_per_head", "blocks", "num_groups", "state_dim"), _COUNT),
+  **dict.fromkeys(("slots", "note_dim", "read_heads"), _COUNT),
+  **dict.fromkeys(("persistent_tokens", "iterations", "reads_below"), Range(True, 0)),
   **dict.fromkeys(("ratio", "expansion", "clip", "norm_epsilon", "ridge", "min_ridge"), _POSITIVE),
   **dict.fromkeys(("mlp_ratio", "max_step"), Range(False, 0)),
   "rope_base": Range(False, 1),
   "decay_lower_bound": Range(False, below=0),
+  **dict.fromkeys(("note_threshold", "read_threshold"), Range(False)),
   **dict.fromkeys(("erase_bias", "step_bias", "forget_bias", "momentum_bias"), Range(False)),
 }
 

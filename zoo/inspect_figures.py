@@ -1,7 +1,8 @@
-"""Pictures of the results of `inspect.py`. Each function returns a `matplotlib.figure.Figure`; nothing is shown or saved.
+"""Pictures of the results of `inspect.py` and `fidelity.py`.
 
-Figures are made without pyplot, which keeps global state. `figure.savefig("memory.png")` writes one; a notebook shows one
-that is the last value of a cell, after `%matplotlib inline`.
+Each function returns a `matplotlib.figure.Figure`; nothing is shown or saved. Figures are made without pyplot, which keeps
+global state. `figure.savefig("memory.png")` writes one; a notebook shows one that is the last value of a cell, after
+`%matplotlib inline`.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .fidelity import LayerFidelity, TokenFidelity
 from .inspect import Curves, Recall, Retention, by_distance, by_lag
 
 if TYPE_CHECKING:
@@ -111,6 +113,46 @@ def draw_recall(found: Recall, chance: float | None = None, bins: int = 8) -> "F
   ax.set_ylim(-0.02, 1.05)
   ax.grid(alpha=0.25)
   ax.legend(frameon=False)
+  return figure
+
+
+def draw_etmf(found: TokenFidelity) -> "Figure":
+  """ETMF against the lag, a line for each layer, with its floor (dotted) and its ceiling, the value at lag 0 (dashed)."""
+  figure, axes = _figure(1, 1, (7.5, 3.6))
+  (ax,) = axes.flat
+  order = np.argsort(found.lags)
+  lags, count = found.lags[order], len(found.layers)
+  layers = zip(found.layers, found.cosine, found.floor, found.ceiling, _shades(count), strict=True)
+  for i, (name, cosine, floor, ceiling, colour) in enumerate(layers, start=1):
+    faint = {"color": colour, "alpha": 0.5, "linewidth": 0.8}
+    ax.plot(lags, cosine[order], color=colour, marker="o", markersize=3, label=name)
+    ax.plot(lags, floor[order], linestyle=":", label="floor: shuffled pairs" if i == count else "_", **faint)
+    ax.axhline(ceiling, linestyle="--", label="ceiling: the token itself" if i == count else "_", **faint)
+  ax.set(title="can a token be read from later vectors?", xlabel="tokens since then", xscale="log")
+  ax.set(ylabel="cosine of embedding and reading", ylim=(min(0, ax.get_ylim()[0]), 1.02))
+  ax.set_xticks(lags, lags)
+  ax.minorticks_off()
+  ax.grid(alpha=0.25)
+  _name_lines(figure, ax)
+  return figure
+
+
+def draw_eclmf(found: LayerFidelity) -> "Figure":
+  """ECLMF against the gap, a line for each layer that has higher ones, with its floor (dotted)."""
+  figure, axes = _figure(1, 1, (7.5, 3.6))
+  (ax,) = axes.flat
+  order = np.argsort(found.gaps)
+  gaps = found.gaps[order]
+  layers = zip(found.layers, found.share, found.floor, _shades(len(found.layers)), strict=True)
+  known = [layer for layer in layers if not np.isnan(layer[1]).all()]
+  for i, (name, share, floor, colour) in enumerate(known, start=1):
+    label = "floor: shuffled pairs" if i == len(known) else "_"
+    ax.plot(gaps, share[order], color=colour, marker="o", markersize=3, label=name)
+    ax.plot(gaps, floor[order], color=colour, alpha=0.5, linewidth=0.8, linestyle=":", label=label)
+  ax.set(title="can a layer be read from higher ones?", xlabel="layers above", xticks=gaps)
+  ax.set(ylabel="share of its variance", ylim=(min(0, ax.get_ylim()[0]), 1.02))
+  ax.grid(alpha=0.25)
+  _name_lines(figure, ax)
   return figure
 
 
