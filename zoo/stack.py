@@ -17,7 +17,7 @@ from ..layers.context import Context, ContextLayer
 from ..layers.norms import RMSNorm
 from ..layers.ranges import check_ranges
 from ..layers.swiglu import SwiGLU
-from ..pallas_kernels import delta_rule
+from ..pallas_kernels import delta_rule, selective_scan
 from ..pallas_kernels.partition import placed_like
 from ..pallas_kernels.states import check_state
 
@@ -25,7 +25,9 @@ REMAT_POLICIES = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "memory": jax.checkpoint_policies.save_only_these_names(delta_rule.OUTPUT, delta_rule.KEPT),
+  "memory": jax.checkpoint_policies.save_only_these_names(
+    delta_rule.OUTPUT, delta_rule.KEPT, selective_scan.OUTPUT, selective_scan.KEPT
+  ),
 }
 PERIODS = "periods"  # the parameters of a scanned stack's repeats
 
@@ -104,7 +106,7 @@ class Stack(nn.Module, kw_only=True):
     mlp_ratio: `ratio` of the `SwiGLU` after each entry that is a single layer; 0 for none.
     norm_epsilon: epsilon of all norms of the residual stream.
     remat: what the backward pass recomputes: "none", everything but the inputs of blocks ("full"), everything but the products
-      of activations with weights ("dots"), or all but the inputs of blocks and what the delta rules keep ("memory").
+      of activations with weights ("dots"), or all but the inputs of blocks and what the delta rules and selective scans keep ("memory").
     scan: run the repeats of the pattern as one `jax.lax.scan`, so that compile time does not grow with `depth`. Parameters
       of the repeats are then stacked on a leading axis (named "layers") under "periods", states on their second axis; see
       `unroll_params` and `scan_params`. Blocks beyond the last whole repeat follow unrolled.
