@@ -51,10 +51,11 @@ class MemMambaState(NamedTuple):
 
 
 class Published(NamedTuple):
-  """What a layer publishes: the notes of the call's tokens, and its pool before the call."""
+  """What a layer publishes: the notes of the call's tokens, its pool before the call, and whether its rule is "fifo", [B]."""
 
   notes: Notes
   pool: Pool
+  fifo: jax.Array
 
 
 class MemMamba(ContextLayer, kw_only=True):
@@ -131,7 +132,7 @@ class MemMamba(ContextLayer, kw_only=True):
       state = self.initial_state(x.shape[0])
       score = jnp.zeros(x.shape[:2], state.trigger.dtype)
       notes = jnp.zeros((*x.shape[:2], self.note_dim), state.pool.notes.dtype)
-      return Published(Notes(notes, score, score > 0), state.pool)
+      return Published(Notes(notes, score, score > 0), state.pool, self._is_fifo(x))
 
     return {PUBLISHED: jax.eval_shape(published)}
 
@@ -145,14 +146,14 @@ class MemMamba(ContextLayer, kw_only=True):
       raise ValueError(f"read_heads={self.read_heads}; expected a divisor of the width of x, {x.shape[-1]}.")
     u = x.astype(self.activation_dtype(x))
     y, scan = Mamba(**self.mamba, name="mamba")(u, state.scan, segment_ids)
-    own = self._write(u)
+    own = Published(self._write(u), state.pool, self._is_fifo(x))
     is_open, trigger = self._open(u, state.trigger, segment_ids)
-    read, pool = self._read("token", u, *jax.tree.map(lambda leaf: leaf[None], (own, state.pool)), segment_ids)
+    read, pool = self._read("token", u, jax.tree.map(lambda leaf: leaf[None], own), segment_ids)
     y += self._gated("token", u, read * is_open.astype(read.dtype))
     if self.reads_below:
-      read, _ = self._read("layer", u, *self._below(context), segment_ids)
+      read, _ = self._read("layer", u, self._below(context), segment_ids)
       y += self._gated("layer", u, read)
-    context = context.publish(PUBLISHED, Published(own, state.pool))
+    context = context.publish(PUBLISHED, own)
     return silence_padding(y, segment_ids), MemMambaState(scan, jax.tree.map(lambda leaf: leaf[0], pool), trigger), context
 
   def _write(self, u: jax.Array) -> Notes:
@@ -175,9 +176,9 @@ class MemMamba(ContextLayer, kw_only=True):
     return (gate > self.read_threshold).astype(gate.dtype) + (gate - jax.lax.stop_gradient(gate)), after
 
   def _read(
-    self, name: str, u: jax.Array, notes: Notes, pool: Pool, segment_ids: jax.Array | None
+    self, name: str, u: jax.Array, published: Published, segment_ids: jax.Array | None
   ) -> tuple[jax.Array, Pool]:
-    """The read of L pools together, [B, T, D], and the pools after it, from what tokens write to them, [L, B, T, ...].
+    """The read of L pools together, [B, T, D], and the pools after it, from what L layers published, [L, B, ...].
 
     Keys W_k n_j are not computed: W_k is applied to the queries. Values are computed from the mixed notes of each head.
     """
@@ -186,8 +187,8 @@ class MemMamba(ContextLayer, kw_only=True):
     key = self._by_head(f"{name}_key", UNIFORM, width, u)
     value = self._by_head(f"{name}_value", nn.initializers.zeros, u.shape[-1] // heads, u)
     q = einsum("bthe,mhe->bthm", q.reshape(*u.shape[:2], heads, width), key).astype(u.dtype)
-    options = {"rule": self.rule, "segment_ids": segment_ids, "implementation": self.implementation}
-    mixed, pool = read_notes(q, notes, pool, scale=width**-0.5, **options)
+    options = {"rule": published.fifo, "segment_ids": segment_ids, "implementation": self.implementation}
+    mixed, pool = read_notes(q, published.notes, published.pool, scale=width**-0.5, **options)
     return einsum("bthm,mhd->bthd", mixed, value).astype(u.dtype).reshape(u.shape), pool
 
   def _by_head(self, name: str, init: Any, width: int, u: jax.Array) -> jax.Array:
@@ -200,12 +201,14 @@ class MemMamba(ContextLayer, kw_only=True):
     return nn.sigmoid(gate(jnp.concatenate([u, c], axis=-1))) * c
 
   def _below(self, context: Context) -> Published:
-    """The notes and pools of the layers below that are read, [L, B, ...]; those that do not exist are empty."""
+    """What the layers below that are read published, [L, B, ...]; the pools of those that do not exist are empty."""
     published = context.notes[PUBLISHED]
     many = min(self.reads_below, len(published.is_filled))
     first = jnp.maximum(published.count - many, 0)
-    notes, pool = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, many), published.values)
+    notes, pool, fifo = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, many), published.values)
     filled = (first + jnp.arange(many, dtype=jnp.int32) < published.count)[:, None, None]
-    return Published(
-      notes._replace(is_note=notes.is_note & filled), pool._replace(position=jnp.where(filled, pool.position, -1))
-    )
+    pool = pool._replace(position=jnp.where(filled, pool.position, -1))
+    return Published(notes._replace(is_note=notes.is_note & filled), pool, fifo)
+
+  def _is_fifo(self, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.full(x.shape[:1], self.rule == "fifo")

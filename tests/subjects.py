@@ -51,6 +51,7 @@ KIND_OF = {
   "MemoryAsGate": "composite",
   "MemoryAsLayer": "composite",
   "LanguageModel": "composite",
+  "PoolModel": "composite",
   "ContextModel": "unrolled",
   "ScannedContextModel": "composite",
   "Moneta": "variant",
@@ -87,8 +88,15 @@ def with_context(width: int, scan: bool = False, **_: Any) -> nn.Module:
   return LanguageModel(vocab_size=11, width=width, depth=5, mixers=mixers, scan=scan)
 
 
+def with_pools(width: int, **_: Any) -> nn.Module:
+  """A language model whose upper layers read the pools of lower ones, in a scan."""
+  mixers = (layer("MemMamba", rule="priority"),), (layer("MemMamba", reads_below=2),)
+  return LanguageModel(vocab_size=11, width=width, depth=4, mixers=mixers, scan=True)
+
+
 MODELS = {
   "LanguageModel": hybrid,
+  "PoolModel": with_pools,
   "ContextModel": with_context,
   "ScannedContextModel": functools.partial(with_context, scan=True),
 }

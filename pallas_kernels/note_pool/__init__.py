@@ -19,6 +19,7 @@ The paper leaves open -> we do:
 """
 
 import jax
+import jax.numpy as jnp
 
 from ..dispatch import Choice, choose
 from ..documents import check_segment_ids
@@ -35,7 +36,7 @@ def read_notes(
   notes: Notes,
   pool: Pool,
   *,
-  rule: str = "fifo",
+  rule: str | jax.Array = "fifo",
   scale: float = 1.0,
   segment_ids: jax.Array | None = None,
   chunk_size: int | None = None,
@@ -47,7 +48,7 @@ def read_notes(
     q: [B, T, H, M].
     notes: arrays [L, B, T, ...], what the tokens write to each pool.
     pool: arrays [L, B, ...], the pools before the first token; see `empty_pool`.
-    rule: which note a full pool drops: "fifo" or "priority".
+    rule: which note a full pool drops, "fifo" or "priority"; or bool [L, B], whether the rule of each pool is "fifo".
     scale: factor of q . n.
     segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding, which leaves no notes and yields zeros.
     chunk_size: tokens that are computed at once; it affects speed only. `None` chooses it.
@@ -59,8 +60,6 @@ def read_notes(
   Raises:
     ValueError: for shapes that do not fit together and for unknown options.
   """
-  if rule not in RULES:
-    raise ValueError(f"rule={rule!r}; expected one of {list(RULES)}.")
   if chunk_size is not None and chunk_size < 1:
     raise ValueError(f"chunk_size={chunk_size}; expected at least 1, or None.")
   if q.ndim != 4 or q.shape[1] == 0:
@@ -70,14 +69,20 @@ def read_notes(
   for name, x, axes in (("notes", notes.notes, (width,)), ("log_score", notes.log_score, ()), ("is_note", notes.is_note, ())):
     if x.shape != (many, batch, tokens, *axes):
       raise ValueError(f"notes.{name} has shape {list(x.shape)}; expected {[many, batch, tokens, *axes]} to fit q.")
+  if isinstance(rule, str):
+    if rule not in RULES:
+      raise ValueError(f"rule={rule!r}; expected one of {list(RULES)}.")
+    rule = jnp.full((many, batch), rule == "fifo")
+  if rule.shape != (many, batch) or rule.dtype != jnp.bool_:
+    raise ValueError(f"rule is {rule.dtype}{list(rule.shape)}; expected one of {list(RULES)}, or bool{[many, batch]}.")
   slots = pool.position.shape[-1]
   check_state("pool", "read_notes", pool, jax.eval_shape(lambda: empty_pool((many, batch), slots, width)))
   check_segment_ids(segment_ids, (batch, tokens))
   pool = pool._replace(notes=pool.notes.astype(notes.notes.dtype), log_score=pool.log_score.astype(notes.log_score.dtype))
   chosen = explain(tokens, implementation=implementation).implementation
   if chosen == "recurrent":
-    return recurrent(rule, scale, q, notes, pool, segment_ids)
-  return chunked(rule, scale, chunk_size, q, notes, pool, segment_ids)
+    return recurrent(scale, q, notes, pool, rule, segment_ids)
+  return chunked(scale, chunk_size, q, notes, pool, rule, segment_ids)
 
 
 def explain(tokens: int, *, implementation: str = "auto") -> Choice:

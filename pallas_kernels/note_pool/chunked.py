@@ -26,14 +26,20 @@ _CHUNK = 64  # tokens; about as many as a pool has slots
 
 
 def chunked(
-  rule: str, scale: float, chunk_size: int | None, q: jax.Array, notes: Notes, pool: Pool, segment_ids: jax.Array | None
+  scale: float,
+  chunk_size: int | None,
+  q: jax.Array,
+  notes: Notes,
+  pool: Pool,
+  fifo: jax.Array,
+  segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, Pool]:
   """The same function as `recurrent`."""
-  local = partial(_read_chunks, rule, scale, bounded(q.shape[1], chunk_size or _CHUNK))
-  return partitioned(local, INPUTS, OUTPUTS)(*aligned((q, notes, pool, segment_ids), INPUTS))
+  local = partial(_read_chunks, scale, bounded(q.shape[1], chunk_size or _CHUNK))
+  return partitioned(local, INPUTS, OUTPUTS)(*aligned((q, notes, pool, fifo, segment_ids), INPUTS))
 
 
-def _read_chunks(rule, scale, chunk_size, q, notes, pool, segment_ids):
+def _read_chunks(scale, chunk_size, q, notes, pool, fifo, segment_ids):
   docs, position = locate(q, pool, segment_ids)
 
   def chunks(x, axis):
@@ -45,14 +51,14 @@ def _read_chunks(rule, scale, chunk_size, q, notes, pool, segment_ids):
     return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 2, axis + 1)
 
   tokens = chunks(q, 1), jax.tree.map(lambda x: chunks(x, 2), notes), chunks(position, 1)
-  step = jax.checkpoint(partial(_read_chunk, rule, scale))
+  step = jax.checkpoint(partial(_read_chunk, scale, fifo))
   docs = Documents(chunks(docs.index, 1), chunks(docs.is_token, 1))
   (pool, _), o = jax.lax.scan(step, (pool, jnp.zeros_like(docs.index[0, :, 0])), (*tokens, docs))
   o = jnp.moveaxis(o, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
   return o[:, : q.shape[1]], pool
 
 
-def _read_chunk(rule, scale, carry, chunk):
+def _read_chunk(scale, fifo, carry, chunk):
   """One chunk: from the pools before it, and the document of the token before it, to the same after it; and its reads."""
   pool, entry = carry
   q, new, position, docs = chunk
@@ -72,7 +78,7 @@ def _read_chunk(rule, scale, carry, chunk):
   older = jnp.asarray(np.tri(slots + tokens, k=-1).T.astype(bool))[None, None]  # i < j
   score = every.log_score
   higher, equal = score[..., :, None] > score[..., None, :], score[..., :, None] == score[..., None, :]
-  beats = ~older if rule == "fifo" else higher | (equal & older)
+  beats = jnp.where(fifo[..., None, None], ~older, higher | (equal & older))
   beats &= (document[:, :, None] == document[:, None])[None] & exists[..., :, None]
   beats &= jnp.asarray(~np.eye(slots + tokens, dtype=bool))[None, None]
 

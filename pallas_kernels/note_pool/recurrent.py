@@ -12,16 +12,16 @@ from ..partition import ROWS, aligned, partitioned
 from .spec import Notes, Pool, empty_pool
 
 OF_ROWS, OF_POOLS = P(ROWS), P(None, ROWS)  # the axes of q and ids, and of notes and pools
-INPUTS = (OF_ROWS, OF_POOLS, OF_POOLS, OF_ROWS)
+INPUTS = (OF_ROWS, OF_POOLS, OF_POOLS, OF_POOLS, OF_ROWS)
 OUTPUTS = (OF_ROWS, OF_POOLS)
 
 
 def recurrent(
-  rule: str, scale: float, q: jax.Array, notes: Notes, pool: Pool, segment_ids: jax.Array | None
+  scale: float, q: jax.Array, notes: Notes, pool: Pool, fifo: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, Pool]:
-  """o [B, T, H, M] and the pools after the last token; arguments as for `read_notes`."""
+  """o [B, T, H, M] and the pools after the last token; arguments as for `read_notes`, with `fifo` [L, B] for the rule."""
 
-  def local(q, notes, pool, segment_ids):
+  def local(q, notes, pool, fifo, segment_ids):
     docs, position = locate(q, pool, segment_ids)
     starts = jnp.diff(docs.index, axis=1, prepend=0) > 0
     fresh = empty_pool(pool.length.shape, *pool.notes.shape[2:], pool.notes.dtype)
@@ -30,7 +30,7 @@ def recurrent(
       q, notes, position, starts, is_token = token
       pool = jax.tree.map(lambda new, a: jnp.where(_like(starts, a), new, a), fresh, entering)
       o = attend(scale, q[:, None], pool, (pool.position >= 0)[:, :, None])[:, 0]
-      after = _insert(rule, pool, notes, position)._replace(length=jnp.broadcast_to(position + 1, pool.length.shape))
+      after = _insert(fifo, pool, notes, position)._replace(length=jnp.broadcast_to(position + 1, pool.length.shape))
       after = jax.tree.map(lambda a, b: jnp.where(_like(is_token, a), a, b), after, entering)
       return after, jnp.where(is_token[:, None, None], o, 0).astype(q.dtype)
 
@@ -39,7 +39,7 @@ def recurrent(
     pool, o = jax.lax.scan(one, pool, (by_token(q, 1), jax.tree.map(lambda x: by_token(x, 2), notes), *rows))
     return jnp.moveaxis(o, 0, 1), pool
 
-  inputs = aligned((q, notes, pool, segment_ids), INPUTS)
+  inputs = aligned((q, notes, pool, fifo, segment_ids), INPUTS)
   return partitioned(local, INPUTS, OUTPUTS)(*inputs)
 
 
@@ -61,7 +61,7 @@ def attend(scale: float, q: jax.Array, notes: Any, visible: jax.Array) -> jax.Ar
   return einsum("bthlj,lbjm->bthm", weights / jnp.where(total > 0, total, 1), notes.notes)
 
 
-def _insert(rule: str, pool: Pool, new: Notes, position: jax.Array) -> Pool:
+def _insert(fifo: jax.Array, pool: Pool, new: Notes, position: jax.Array) -> Pool:
   """The pools [L, B, ...] with the notes of one token at `position` [B] added."""
   slots = pool.position.shape[-1]
   count = jnp.sum(pool.position >= 0, axis=-1, keepdims=True, dtype=jnp.int32)
@@ -74,13 +74,8 @@ def _insert(rule: str, pool: Pool, new: Notes, position: jax.Array) -> Pool:
     return jnp.where(_like(place == count, more), new[:, :, None], more)
 
   longer = jax.tree.map(appended, (pool.notes, pool.log_score, pool.position), (new.notes, new.log_score, position))
-  dropped = jnp.full_like(count, slots)  # nothing, if there is room
-  if rule == "fifo":
-    dropped = jnp.where(count == slots, 0, dropped)
-  else:
-    score = jnp.where(place <= count, longer[1], jnp.inf)
-    youngest = slots - jnp.argmin(jnp.flip(score, -1), axis=-1, keepdims=True).astype(jnp.int32)
-    dropped = jnp.where(count == slots, youngest, dropped)
+  lowest = slots - jnp.argmin(jnp.flip(longer[1], -1), axis=-1, keepdims=True).astype(jnp.int32)  # of equal ones the last
+  dropped = jnp.where(count < slots, slots, jnp.where(fifo[..., None], 0, lowest))  # the last place is empty if there is room
 
   def without(old, more):
     kept = jnp.where(_like(place[..., :-1] < dropped, old), more[:, :, :-1], more[:, :, 1:])
