@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from .axes import Named
 from .law_report import Violation, differences
 from .memory_layer import MemoryLayer
 from .tolerances import tolerance
@@ -169,11 +170,18 @@ class Trial:
     return jax.tree.map(shape, nn.meta.unbox(self.boxed))
 
   @functools.cached_property
+  def _are_matrices(self) -> list[bool]:
+    """Whether each parameter has two or more axes, and weight decay, as gates and rates have not."""
+    boxes = jax.tree.leaves(self.boxed, is_leaf=lambda box: isinstance(box, Named))
+    return [nn.meta.unbox(box).ndim > 1 and getattr(box, "decays", True) for box in boxes]
+
+  @functools.cached_property
   def _vectors(self) -> list[np.ndarray]:
-    """The initial values of parameters with less than two axes. Compiling the matrices too would cost five times as much."""
+    """The initial values of parameters that are no matrices. Compiling those too would cost five times as much."""
 
     def vectors(x):
-      return [leaf for leaf in jax.tree.leaves(nn.meta.unbox(self.layer.init(jax.random.key(7), x))) if leaf.ndim < 2]
+      leaves = jax.tree.leaves(nn.meta.unbox(self.layer.init(jax.random.key(7), x)))
+      return [leaf for leaf, is_matrix in zip(leaves, self._are_matrices, strict=True) if not is_matrix]
 
     return jax.device_get(jax.jit(vectors)(self.inputs(1, 2)))
 
@@ -181,14 +189,15 @@ class Trial:
     """Parameters: vectors near their initial values, and random matrices whose outputs are about `gain` times their inputs."""
     rng, vectors = np.random.default_rng(7), iter(self._vectors)
 
-    def fill(leaf):
+    def fill(leaf, is_matrix):
       if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return next(vectors) if leaf.ndim < 2 else np.zeros(leaf.shape, leaf.dtype)
+        return np.zeros(leaf.shape, leaf.dtype) if is_matrix else next(vectors)
       noise = rng.normal(size=leaf.shape)
-      value = next(vectors) + 0.1 * noise if leaf.ndim < 2 else gain * noise / np.sqrt(leaf.shape[-2])
+      value = gain * noise / np.sqrt(leaf.shape[-2]) if is_matrix else next(vectors) + 0.1 * noise
       return np.asarray(value, self.dtype)
 
-    return jax.tree.map(fill, nn.meta.unbox(self.boxed))
+    leaves, structure = jax.tree.flatten(nn.meta.unbox(self.boxed))
+    return structure.unflatten([fill(leaf, is_matrix) for leaf, is_matrix in zip(leaves, self._are_matrices, strict=True)])
 
   @functools.cached_property
   def params(self) -> Any:

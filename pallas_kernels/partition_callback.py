@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
@@ -28,7 +29,7 @@ def by_callback(local: Callable[..., list], in_labels: list[P], out_labels: list
   def run(*xs):
     shapes = [x.shape for x in xs], [x.shape for x in jax.eval_shape(local, *xs)]
     call = custom_partitioning(local)
-    call.def_partition(partition=_partition(local), **_rule(*shapes, in_labels, out_labels))
+    call.def_partition(partition=_partition(local, *shapes, in_labels, out_labels), **_rule(*shapes, in_labels, out_labels))
     return call(*xs)
 
   @run.def_vmap
@@ -47,29 +48,45 @@ def by_callback(local: Callable[..., list], in_labels: list[P], out_labels: list
   return lambda *xs: jax.lax.platform_dependent(*xs, tpu=local, default=run)
 
 
-def _partition(local: Callable) -> Callable:
+def _partition(local: Callable, in_shapes: list, out_shapes: list, in_labels: list[P], out_labels: list[P]) -> Callable:
+  divisors = _divisors([*in_shapes, *out_shapes], [*in_labels, *out_labels])
+
+  def split(sharding, labels):
+    """The sharding of an array, whole along axes that may not be split: XLA may have split them all the same."""
+    entries = zip(sharding.spec, [*labels, *[None] * len(sharding.spec)], strict=False)
+    return NamedSharding(sharding.mesh, P(*(entry if divisors.get(label, 1) > 1 else None for entry, label in entries)))
+
   def partition(mesh, arguments, results):
-    return mesh, local, jax.tree.map(lambda x: x.sharding, results), tuple(x.sharding for x in arguments)
+    placed = tuple(split(x.sharding, labels) for x, labels in zip(arguments, in_labels, strict=True))
+    returned = [split(x.sharding, labels) for x, labels in zip(jax.tree.leaves(results), out_labels, strict=True)]
+    return mesh, local, jax.tree.unflatten(jax.tree.structure(results), returned), placed
 
   return partition
+
+
+def _divisors(shapes: list, labels: list[P]) -> dict[str, int]:
+  """For each label the greatest number that divides the sizes of all its axes."""
+  sizes: dict[str, list[int]] = {}
+  for shape, own in zip(shapes, labels, strict=True):
+    for size, label in zip(shape, own, strict=False):
+      if label:
+        sizes.setdefault(label, []).append(size)
+  return {label: math.gcd(*own) for label, own in sizes.items()}
 
 
 def _rule(in_shapes: list, out_shapes: list, in_labels: list[P], out_labels: list[P]) -> dict:
   """The sharding rule. An axis whose size is a multiple of another with the same label is split like that one."""
   shapes, labels = [*in_shapes, *out_shapes], [*in_labels, *out_labels]
-  sizes: dict[str, list[int]] = {}
-  for shape, own in zip(shapes, labels, strict=True):
-    for size, label in zip(shape, own, strict=False):
-      sizes.setdefault(label, []).append(size)
+  divisors = _divisors(shapes, labels)
   whole: dict[str, int | None] = {}  # factors that are not split, with their sizes where these are parts of an axis
 
   def axis(i, d, size, label):
-    least = math.gcd(*sizes[label]) if label else 0
-    if label and size == least:
+    least = divisors.get(label, 1)
+    if least > 1 and size == least:
       return label
     name = f"{label or 'other'}_{i}_{d}"
-    whole[name] = size // least if label else None
-    return f"({label} {name})" if label else name
+    whole[name] = size // least if least > 1 else None
+    return f"({label} {name})" if least > 1 else name
 
   names = []
   for i, (shape, own) in enumerate(zip(shapes, labels, strict=True)):

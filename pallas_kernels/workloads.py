@@ -79,6 +79,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 # Further uses of them. Accelerators are measured on all but `HALF_AS_WIDE`, for which they have "titans_mlp".
 VARIANTS: dict[str, Callable[..., Any]] = {
   "linear_attention_without_decay": delta_rule.linear_attention,
+  "linear_attention_shared_keys": delta_rule.linear_attention,
   "kimi_delta_rule_unbounded": delta_rule.kimi_delta_rule,
   "erase_then_delta_rule_unbounded": delta_rule.erase_then_delta_rule,
   "titans_mlp": partial(_titans, memory=_MLP),
@@ -128,6 +129,8 @@ def _named_inputs(name: str, shape: Shape, seed: int) -> dict[str, jax.Array]:
       return {"q": q, "k": unit(b, t, h, k), "v": values}
     case "linear_attention":
       return {"q": q, "k": unit(b, t, h, k), "v": values, "log_decay": decay(b, t, h)}
+    case "linear_attention_shared_keys":
+      return {"q": unit(b, t, 1, k), "k": unit(b, t, 1, k), "v": values, "log_decay": decay(b, t, h)}
     case "delta_rule":
       return {"q": q, "k": unit(b, t, h, k), "v": values, "beta": strength(b, t, h)}
     case "gated_delta_rule":

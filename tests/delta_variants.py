@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from memzoo.pallas_kernels import delta_rule as ops
+from memzoo.pallas_kernels import dispatch
 from memzoo.pallas_kernels.delta_rule import call
 from tolerances import assert_close
 
@@ -87,7 +88,8 @@ def _values_and_gradients(variant, args, cotangents, segment_ids, accelerator=Fa
   """With `accelerator` in the form for GPUs and TPUs, with blocks of at most so many `matrices`, if given."""
   with contextlib.ExitStack() as stack:
     if accelerator:
-      stack.enter_context(mock.patch.object(call, "by_platform", lambda cpu, others, *args: others(*args)))
+      for module in (call, dispatch):
+        stack.enter_context(mock.patch.object(module, "by_platform", lambda cpu, others, *args: others(*args)))
     if matrices:
       stack.enter_context(mock.patch.multiple(call, _MATRICES=matrices, _MATRICES_BY_CHANNEL=matrices))
     out, pull_back = jax.vjp(lambda args: variant.function(**args, segment_ids=segment_ids, **options), args)

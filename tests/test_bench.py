@@ -176,6 +176,7 @@ def test_cases_fit_their_operation(operation):
 
 _ANY_DECAY = (
   "linear_attention",
+  "linear_attention_shared_keys",
   "gated_delta_rule",
   "delta_product",
   "kimi_delta_rule_unbounded",

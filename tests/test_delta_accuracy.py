@@ -22,6 +22,7 @@ KIMI = Variant(ops.kimi_delta_rule, "channel")
 PRODUCT = Variant(ops.delta_product, "scalar", 2)
 ERASE = Variant(ops.erase_then_delta_rule, "channel")
 VARIANTS = GATED, KIMI, PRODUCT, ERASE
+SUMS = Variant(ops.linear_attention, "scalar")
 # Largest relative errors of output and gradient, by root mean square.
 LIMITS = {"bfloat16": (2.5e-3, 5e-3), "highest": (1.75e-3, 2.4e-3), "float32": (1e-5, 5e-5)}
 BOUND = -5.0
@@ -90,6 +91,8 @@ def _exact(variant, args, segments, weights):
     (GATED, "cosine 0.95, strength 1.9", "bfloat16"),
     (KIMI, "decays -8 to -16", "bfloat16"),
     (PRODUCT, "cosine 0.99, strength 1.9", "bfloat16"),
+    (SUMS, "decays -8 to -16", "bfloat16"),
+    (SUMS, "documents", "float32"),
     (ERASE, "cosine 0.95, strength 1.9", "bfloat16"),
     (ERASE, "decays -3 to -5", "bfloat16"),
     (GATED, "cosine 0.95, strength 1.9", "highest"),

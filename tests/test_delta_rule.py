@@ -1,6 +1,7 @@
 """The delta rule: the chunked form equals the recurrence, and the recurrence equals the papers' products of matrices."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ GATED = Variant(ops.gated_delta_rule, "scalar")
 KIMI = Variant(ops.kimi_delta_rule, "channel")
 THREE = Variant(ops.delta_product, "scalar", 3)
 ERASE = Variant(ops.erase_then_delta_rule, "channel")
-DISTINCT = LINEAR, DELTA, GATED, KIMI, THREE, ERASE
+SUMS = Variant(ops.linear_attention, "scalar")  # its heads share products
+UNDECAYED = Variant(ops.linear_attention)
+DISTINCT = LINEAR, DELTA, GATED, KIMI, THREE, ERASE, SUMS
 
 
 def cases(names, *rows, marks=()):
@@ -86,7 +89,9 @@ def test_chunks_of_any_size_are_the_recurrence(variant, chunk_size):
 
 @IN_FLOAT64
 @pytest.mark.slow
-@cases(("variant", "matrices"), (GATED, 8), (LINEAR, 8), (THREE, 256), (DELTA, 256), (KIMI, 8), (ERASE, 256))
+@cases(
+  ("variant", "matrices"), (GATED, 8), (LINEAR, 8), (THREE, 256), (DELTA, 256), (KIMI, 8), (ERASE, 256), (SUMS, 8), (SUMS, 256)
+)
 def test_blocks_of_chunks_are_the_recurrence(variant, matrices):
   """As on a GPU or TPU: several chunks are prepared at once. Blocks of 8 matrices leave a last block with padding."""
   equals_oracle(variant, chunk_size=16, accelerator=True, matrices=matrices)
@@ -136,7 +141,37 @@ def test_value_heads_share_key_heads_in_groups(variant, implementation):
 
 @IN_FLOAT64
 @pytest.mark.slow
-@cases(("variant", "implementation"), (LINEAR, "xla"), (GATED, "xla"), (THREE, "xla"), (ERASE, "xla"), (ERASE, "recurrent"))
+@cases(
+  ("variant", "key_heads", "accelerator"),
+  *((SUMS, 1, False), (SUMS, 2, False), (SUMS, 1, True), (SUMS, 2, True), (SUMS, 6, True)),
+  *((UNDECAYED, 2, False), (UNDECAYED, 1, True), (UNDECAYED, 6, True)),
+)
+def test_six_value_heads_share_products_of_their_keys(variant, key_heads, accelerator):
+  """In blocks of two chunks as on a GPU or TPU, or chunk by chunk as on a CPU."""
+  args = variant.inputs(TOKENS, key_heads=key_heads, heads=6)
+  options = {"accelerator": accelerator, "matrices": 24 if accelerator else None}
+  found = values_and_gradients(variant, args, jnp.asarray(SEGMENTS), implementation="xla", chunk_size=16, **options)
+  out, gradients = oracle(variant, args, SEGMENTS)
+  assert_close(found[0], out)
+  assert_close(found[1], gradients, gradients=True)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_the_heads_of_a_key_share_its_products(accelerator):
+  """No array holds a key for each of its value heads."""
+  args = SUMS.inputs(32, dtype=jnp.float32, batch=1, heads=6, key_dim=7, value_dim=3)
+  run = functools.partial(values_and_gradients, SUMS, accelerator=accelerator, chunk_size=16)
+  text = jax.jit(run).lower(args).as_text()
+  assert "x1x16x7x" in text.replace("tensor<", "x") or "x16x7x" in text
+  assert not re.search(r"6x16x7x|16x6x7x|32x6x7x", text)
+
+
+@IN_FLOAT64
+@pytest.mark.slow
+@cases(
+  ("variant", "implementation"),
+  *((LINEAR, "xla"), (GATED, "xla"), (THREE, "xla"), (ERASE, "xla"), (ERASE, "recurrent"), (SUMS, "xla")),
+)
 def test_bfloat16_inputs_keep_a_float32_state(variant, implementation):
   args = inputs(variant, jnp.float32, cosine=0.9)
   state = args.pop("initial_state")

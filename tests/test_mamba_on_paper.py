@@ -120,7 +120,7 @@ class PoolLayer:
 
 
 def mem_mamba(rule, layers, x, norms, final):
-  """A stack of MemMamba layers, the last of which reads those below it, for one document x [T, D]; also whether pools filled."""
+  """A stack of MemMamba layers, the last of which reads those below it, for one document x [T, D]; also the pools' sizes."""
   pools = [PoolLayer(p, rule) for p in layers]
   streams = [x]  # the residual stream before each layer
   everything = [[None] * len(x) for _ in layers]  # the pools before each token

@@ -24,7 +24,8 @@ def inputs(pools=POOLS, share=0.7, seed=0):
   rng = np.random.default_rng(seed)
   q, notes = rng.normal(size=(BATCH, TOKENS, HEADS, WIDTH)), rng.normal(size=(pools, BATCH, TOKENS, WIDTH))
   log_score = -rng.integers(1, 4, size=(pools, BATCH, TOKENS)) / 2
-  return jnp.asarray(q), Notes(jnp.asarray(notes), jnp.asarray(log_score), jnp.asarray(rng.uniform(size=log_score.shape) < share))
+  is_note = rng.uniform(size=log_score.shape) < share
+  return jnp.asarray(q), Notes(jnp.asarray(notes), jnp.asarray(log_score), jnp.asarray(is_note))
 
 
 def used_pool():

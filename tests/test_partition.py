@@ -374,6 +374,24 @@ def test_automatic_axes_that_nobody_declared_are_split_by_callback():
   assert_close(split_by_callback(undifferentiated_sums, 0, SUMS), on_host(*SUMS), jnp.float32)
 
 
+def test_an_axis_of_size_one_is_whole_for_a_callback_and_so_are_all_with_its_label():
+  """Such as one key head for all value heads, which XLA may hold split. Rows are split all the same."""
+  mesh = mesh_of(AUTO)
+
+  def weighted(keys, values):
+    return jnp.sum(keys, axis=2, keepdims=True) * values
+
+  run = partitioned(weighted, (TOKEN, TOKEN), TOKEN, differentiable=False)
+  keys, values = normal(BATCH, TOKENS, 1), normal(BATCH, TOKENS, 4)
+  args = (
+    jax.device_put(keys, NamedSharding(mesh, P("x"))),
+    jax.device_put(values, NamedSharding(mesh, P("x", None, "y"))),
+  )
+  program = jax.jit(run).lower(*args).compile()
+  np.testing.assert_array_equal(program(*args), keys * values)
+  assert "f32[2,11,4]" in program.as_text()
+
+
 def test_symbolic_rows_are_split_only_where_their_number_is_a_multiple():
   few, many = (jax.export.symbolic_shape(rows)[0] for rows in ("b", "2*b"))
 

@@ -207,7 +207,7 @@ def test_each_device_computes_its_share_over_axes_that_nobody_declared():
     ({"a": jnp.zeros((3, 7))}, "a has shape [3, 7]; expected [states, 8], one column per channel of x."),
     ({"step": jnp.zeros((2, 17, 1))}, "step has shape [2, 17, 1]; expected [2, 17, 8] (batch, tokens, channels, like x)."),
     ({"c": jnp.zeros((2, 17, 4))}, "c has shape [2, 17, 4]; expected [2, 17, 3] (batch, tokens, states)."),
-    ({"initial_state": jnp.zeros((2, 8, 3))}, "initial_state has shape [2, 8, 3]; expected [2, 3, 8] (batch, states, channels)."),
+    ({"initial_state": jnp.zeros((2, 8, 3))}, "initial_state has shape [2, 8, 3]; expected [2, 3, 8] (batch, states, channels"),
     ({"chunk_size": 0}, "chunk_size=0; expected at least 1, or None."),
     ({"implementation": "cuda"}, "implementation='cuda' does not exist for selective_scan"),
   ],

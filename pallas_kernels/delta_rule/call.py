@@ -6,6 +6,7 @@ that device's rows and heads.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -19,15 +20,15 @@ from ..documents import documents
 from ..numerics import FULL, Precision
 from ..partition import HEADS, ROWS, aligned, partitioned
 from ..sizes import known, pieces, quotient
-from .chunked import backward, forward
+from . import chunked, sums
 from .recurrent import recurrent
 from .terms import Plan, Update, first_span
 
 # CPUs: small chunks, one at a time, so that its arrays stay in a core's cache.
-_CPU_CHUNK = 32
+_CPU_CHUNK, _CPU_CHUNK_OF_SUMS = 32, 64
 # GPUs and TPUs: rows of a chunk, tokens of a group of rows, and matrices of a block (chunks x batch x heads), so many that its
 # arrays fit into a TPU's fast memory. Sums without decays need little: a whole sequence of so many matrices is one block.
-_ROWS, _GROUP, _UNROLL = 64, 8, 4
+_ROWS, _ROWS_OF_SUMS, _GROUP, _UNROLL = 64, 128, 8, 4
 _MATRICES, _MATRICES_BY_CHANNEL, _MATRICES_OF_SUMS = 256, 128, 1024
 
 # Names for `jax.checkpoint` policies: with both saved, the backward pass does not run the forward again.
@@ -109,7 +110,7 @@ def _run_backward(options, residuals, cotangents):
 def _pull_back(options, inputs, kept, cotangents):
   def on(platform, plan, inputs, kept, cotangents):
     docs = _documents(inputs)
-    gradients = backward(plan, docs, inputs.operands, inputs.log_decay, kept[platform], *cotangents)
+    gradients = _form(plan).backward(plan, docs, inputs.operands, inputs.log_decay, kept[platform], *cotangents)
     return Inputs(None, *gradients)
 
   plans = _plans(options, inputs)
@@ -139,7 +140,12 @@ def _documents(inputs: Inputs):
 
 
 def _forward(plan: Plan, inputs: Inputs):
-  return forward(plan, _documents(inputs), *inputs[1:])
+  return _form(plan).forward(plan, _documents(inputs), *inputs[1:])
+
+
+def _form(plan: Plan) -> ModuleType:
+  """The module with `forward` and `backward`."""
+  return sums if plan.shares else chunked
 
 
 def _plans(options: Options, inputs: Inputs) -> tuple[Plan, Plan]:
@@ -152,15 +158,17 @@ def _plans(options: Options, inputs: Inputs) -> tuple[Plan, Plan]:
     # No chunk is longer than the sequence, rounded up to a power of two.
     return min(chunk, 1 << (tokens - 1).bit_length()) if known(tokens) else chunk
 
-  common = Plan(options.updates, heads, options.scale, options.dtype, size(_CPU_CHUNK), decay_bound=options.decay_bound)
-  chunk = size(_ROWS >> (len(updates) - 1).bit_length())
   per_channel = inputs.log_decay is not None and inputs.log_decay.shape[-1] > 1
+  adds = not per_channel and all(update.strength is None for update in updates)
+  shares = adds and q.shape[2] < heads  # with a key for each head, `chunked` is as fast on a CPU, or faster
+  rows = size(_CPU_CHUNK_OF_SUMS if shares else _CPU_CHUNK)
+  common = Plan(options.updates, heads, options.scale, options.dtype, rows, shares=shares, decay_bound=options.decay_bound)
+  chunk = size(_ROWS_OF_SUMS if adds else _ROWS >> (len(updates) - 1).bit_length())
   in_groups = len(updates) > 1 and not (per_channel and first_span(chunk, options.decay_bound) < _GROUP)
   raw = {x.dtype for x in (q, *(update.key for update in updates))}
-  is_sum = inputs.log_decay is None and all(update.strength is None for update in updates)
   whole = pieces(tokens, chunk) * batch * heads
   matrices = _MATRICES_BY_CHANNEL if per_channel else _MATRICES
-  if is_sum and known(whole) and whole <= _MATRICES_OF_SUMS:
+  if adds and inputs.log_decay is None and known(whole) and whole <= _MATRICES_OF_SUMS:
     matrices = whole
   others = common._replace(
     chunk_size=chunk,
@@ -170,5 +178,6 @@ def _plans(options: Options, inputs: Inputs) -> tuple[Plan, Plan]:
     raw=q.dtype if len(raw) == 1 and options.precision is not FULL else None,
     precision=options.precision,
     whole_chunks=True,
+    shares=adds,
   )
   return common, others

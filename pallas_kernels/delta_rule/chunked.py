@@ -72,7 +72,12 @@ class _Chunks(NamedTuple):
 
 
 def forward(
-  plan: Plan, docs: Documents | None, operands: Any, log_decay: jax.Array | None, initial_state: jax.Array
+  plan: Plan,
+  docs: Documents | None,
+  operands: Any,
+  log_decay: jax.Array | None,
+  initial_state: jax.Array,
+  of_block: Callable | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array], Kept]:
   """The output [B, T, H, V] in the dtype of the values, the final state [B, H, K, V], and what the gradient needs.
 
@@ -82,7 +87,9 @@ def forward(
     operands: of the variant, arrays [B, T, ...].
     log_decay: `None` or [B, T, H, K or 1].
     initial_state: [B, H, K, V].
+    of_block: what computes a block, called like `_block_forward`, the default. Its heads may be groups of heads.
   """
+  of_block = of_block or _block_forward
   batch, heads, _, width = initial_state.shape
   plan, blocks, (docs, inputs) = _in_blocks(plan, (docs, (operands, log_decay)))
 
@@ -90,13 +97,10 @@ def forward(
 
   def block(carry, i):
     state, out = carry
-    tokens = tokens_of(i)
-    terms, _ = _prepare(plan, *_documents(plan, docs, i), tokens)
-    chunks = _split(plan, _Chunks(tokens, terms, _inverse(plan, tokens, terms)))
-    state, (block_out, *kept) = jax.lax.scan(partial(_step, plan), state, chunks, unroll=min(plan.unroll, plan.block))
+    state, block_out, kept = of_block(plan, *_documents(plan, docs, i), tokens_of(i), state)
     if not plan.whole_chunks:
       out, block_out = _set_block(out, _from_chunks(block_out, batch, heads), i), None
-    return (state, out), (block_out, Kept(*kept, chunks.inverse))
+    return (state, out), (block_out, kept)
 
   out = None
   if not plan.whole_chunks:
@@ -108,6 +112,16 @@ def forward(
     out = _from_chunks(outs.reshape(-1, *outs.shape[2:]), batch, heads)
   kept = jax.tree.map(lambda x: x.reshape(-1, batch, heads, *x.shape[3:]), kept)
   return (out[:, : operands[0].shape[1]], state.reshape(initial_state.shape)), kept
+
+
+def _block_forward(
+  plan: Plan, docs: Documents | None, entry: jax.Array | None, tokens: Tokens, state: jax.Array
+) -> tuple[jax.Array, jax.Array, Kept]:
+  """A block: the state after it, its output [n, B * H, C, V], and what the gradient needs, arrays [n, B * H, ...]."""
+  terms, _ = _prepare(plan, docs, entry, tokens)
+  chunks = _split(plan, _Chunks(tokens, terms, _inverse(plan, tokens, terms)))
+  state, (out, *kept) = jax.lax.scan(partial(_step, plan), state, chunks, unroll=min(plan.unroll, plan.block))
+  return state, out, Kept(*kept, chunks.inverse)
 
 
 def _step(plan: Plan, state: jax.Array, chunk: _Chunks) -> tuple[jax.Array, tuple]:
@@ -138,8 +152,13 @@ def backward(
   kept: Kept,
   d_out: jax.Array,
   d_final: jax.Array,
+  of_block: Callable | None = None,
 ) -> tuple[Any, jax.Array | None, jax.Array]:
-  """The cotangents of `operands`, `log_decay` and the initial state, from those of the output and the final state."""
+  """The cotangents of `operands`, `log_decay` and the initial state, from those of the output and the final state.
+
+  `of_block` is what computes a block, called like `_block_backward`, the default.
+  """
+  of_block = of_block or _block_backward
   length = operands[0].shape[1]
   plan, blocks, (docs, inputs, d_out) = _in_blocks(plan, (docs, (operands, log_decay), d_out))
   kept = jax.tree.map(lambda x: x.reshape(blocks, plan.block, -1, *x.shape[3:]), kept)
@@ -150,7 +169,7 @@ def backward(
     d_state, d_inputs = carry
     i, kept = xs
     tokens, documents = tokens_of(i), _documents(plan, docs, i)
-    d_state, d_tokens = _block_backward(plan, *documents, tokens, kept, d_out_of(i), d_state)
+    d_state, d_tokens = of_block(plan, *documents, tokens, kept, d_out_of(i), d_state)
     if plan.whole_chunks:
       return (d_state, None), d_tokens
     d_block = _arrange_back(plan, documents[0], jax.tree.map(lambda x: _slice(plan, x, i), inputs), d_tokens)

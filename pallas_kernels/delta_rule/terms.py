@@ -55,6 +55,7 @@ class Plan(NamedTuple):
     whole_chunks: whether to prefer whole chunks to slices of them, which suits GPUs and TPUs, in the inverse of (I + A) and in
       products with decays per channel.
     decay_bound: a lower bound of every log-decay, which makes per-channel decays cheaper; or `None`.
+    shares: whether the form is `sums`, which shares products between the heads of a key, instead of `chunked`.
   """
 
   updates: Callable[..., tuple[jax.Array, Sequence[Update]]]
@@ -69,6 +70,7 @@ class Plan(NamedTuple):
   precision: Precision = FULL
   whole_chunks: bool = False
   decay_bound: float | None = None
+  shares: bool = False
 
 
 class Tokens(NamedTuple):
@@ -171,22 +173,31 @@ def make_masks(plan: Plan, docs: Documents | None, entry: jax.Array | None, upda
 
 def make_terms(plan: Plan, masks: Masks, q: jax.Array, keys: jax.Array, log_decay: jax.Array | None, *, erases: bool) -> Terms:
   """Computes `Terms` of N chunks in parallel. JAX differentiates it by q [N, C, K], keys [N, R, K] and log_decay."""
+  log_decay = bounded_log_decay(plan, q, log_decay)
+  products = partial(_decayed_products, plan, keys, log_decay)
+  return Terms(
+    jnp.where(masks.read, products(q), 0) * jnp.asarray(plan.scale, plan.dtype),
+    jnp.where(masks.update, products(keys), 0) if erases else None,
+    *boundary_decays(plan, masks, log_decay, q.shape[0]),
+  )
+
+
+def bounded_log_decay(plan: Plan, q: jax.Array, log_decay: jax.Array | None) -> jax.Array:
+  """Log-decays that are finite, [N, C, D]; for `None`, zeros [1, C, 1] that vary like q."""
   if log_decay is None:
     log_decay = varying_alike(q, jnp.zeros((1, plan.chunk_size, 1), plan.dtype))
-  log_decay = jnp.maximum(log_decay, _MIN_LOG_DECAY)
+  return jnp.maximum(log_decay, _MIN_LOG_DECAY)
+
+
+def boundary_decays(plan: Plan, masks: Masks, log_decay: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Decays of n chunks from and to their ends, for log_decay [n or 1, C, D]: `entering`, `leaving` and `keep` of `Terms`."""
   entering, leaving = (jnp.exp(_sum(plan, weights(plan.chunk_size), log_decay)) for weights in (_up_to, _after))
   keep = entering[:, -1]
   if masks.enters is not None:
     entering = jnp.where(masks.enters[..., None], entering, 0)
     leaving = jnp.where(masks.leaves[..., None], leaving, 0)
     keep = jnp.where(masks.keeps[:, None], keep, 0)
-  products = partial(_decayed_products, plan, keys, log_decay)
-  n = q.shape[0]
-  return Terms(
-    jnp.where(masks.read, products(q), 0) * jnp.asarray(plan.scale, plan.dtype),
-    jnp.where(masks.update, products(keys), 0) if erases else None,
-    *(jnp.broadcast_to(x, (n, *x.shape[1:])) for x in (entering, leaving, keep)),
-  )
+  return tuple(jnp.broadcast_to(x, (n, *x.shape[1:])) for x in (entering, leaving, keep))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 2, 3))
@@ -256,7 +267,7 @@ def _decayed_products(plan: Plan, keys: jax.Array, log_decay: jax.Array, x: jax.
   c, width = log_decay.shape[1:]
   x_rows, k_rows = (partial(by_row, plan, updates=y.shape[1] // c) for y in (x, keys))
   if width == 1:
-    between = jnp.exp(_sum_between(plan, log_decay))
+    between = decays_between(plan, log_decay)
     return inner_products(x, keys, plan.raw, plan.precision) * k_rows(x_rows(between), axis=2)
   return (_by_masks if plan.whole_chunks else _by_halves)(plan, keys, log_decay, x, x_rows, k_rows)
 
@@ -333,10 +344,10 @@ def _since_middle(c: int) -> np.ndarray:
   return np.tri(c) - np.tri(c)[c // 2]
 
 
-def _sum_between(plan: Plan, x: jax.Array) -> jax.Array:
-  """Sums of x [N, C, 1] over the tokens after j and up to i, [N, C, C]; zero where there are none."""
-  c = x.shape[1]
-  return _sum(plan, _up_to(c), x * jnp.asarray(_after(c).T, x.dtype)[None])
+def decays_between(plan: Plan, log_decay: jax.Array) -> jax.Array:
+  """The decay from token j to token i, [N, C, C], of log-decays [N, C, 1]; 1 where j is not before i."""
+  c = log_decay.shape[1]
+  return jnp.exp(_sum(plan, _up_to(c), log_decay * jnp.asarray(_after(c).T, log_decay.dtype)[None]))
 
 
 def _sum(plan: Plan, weights: np.ndarray, x: jax.Array) -> jax.Array:
