@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import delta_rule, local_linear, short_conv
+from . import delta_rule, local_linear, selective_scan, short_conv
 from . import test_time_memory as ttm
 from .measure import count_flops
 
 DIRECTIONS = ("forward", "gradient")
 HALF_AS_WIDE = "test_time_mlp"  # heads of half the width: on a CPU the gradient of its oracle stores weights for every token
-_ACTIVATIONS = frozenset({"q", "k", "v", "erase_key", "x"})  # inputs in the dtype of activations; the others are float32
+# Inputs in the dtype of activations; the others are float32.
+_ACTIVATIONS = frozenset({"q", "k", "v", "erase_key", "x", "b", "c"})
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ _LINEAR = partial(ttm.Memory, depth=1, residual=False)
 _MLP = partial(ttm.Memory, depth=2, residual=False)
 _TTT_MLP = partial(ttm.Memory, depth=2, expansion=4, norm=True, biases=True)
 _TTT_CHUNK = 16
+_STATES = 16  # of a selective scan
 
 # Operations with per-channel decays get the bound that their layers pass.
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -84,6 +86,7 @@ VARIANTS: dict[str, Callable[..., Any]] = {
   "erase_then_delta_rule_unbounded": delta_rule.erase_then_delta_rule,
   "titans_mlp": partial(_titans, memory=_MLP),
   "ttt_mlp": _ttt_mlp,
+  "selective_scan": selective_scan.selective_scan,
   "softmax_attention": partial(_local_linear, iterations=0),
   "local_linear_attention": partial(_local_linear, iterations=16),
 }
@@ -158,6 +161,11 @@ def _named_inputs(name: str, shape: Shape, seed: int) -> dict[str, jax.Array]:
     case "softmax_attention" | "local_linear_attention":
       key_norm = jnp.float32(k**0.5)  # keys as long as the layer's
       return {"q": key_norm * q, "k": key_norm * unit(b, t, h, k), "v": values, "ridge": jnp.ones(h)}
+    case "selective_scan":  # of heads * key_dim channels
+      step = jax.nn.softplus(normal(b, t, h * k) - jnp.float32(4.0))
+      counts = jnp.arange(1, _STATES + 1, dtype=jnp.float32)
+      a = jnp.broadcast_to(-counts[:, None], (_STATES, h * k))
+      return {"x": normal(b, t, h * k), "step": step, "a": a, "b": normal(b, t, _STATES), "c": normal(b, t, _STATES)}
     case "short_conv":
       return {"x": normal(b, t, h * k), "weight": normal(4, h * k)}
 

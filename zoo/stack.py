@@ -106,7 +106,8 @@ class Stack(nn.Module, kw_only=True):
     mlp_ratio: `ratio` of the `SwiGLU` after each entry that is a single layer; 0 for none.
     norm_epsilon: epsilon of all norms of the residual stream.
     remat: what the backward pass recomputes: "none", everything but the inputs of blocks ("full"), everything but the products
-      of activations with weights ("dots"), or all but the inputs of blocks and what the delta rules and selective scans keep ("memory").
+      of activations with weights ("dots"), or all but the inputs of blocks and what delta rules and selective
+      scans keep ("memory").
     scan: run the repeats of the pattern as one `jax.lax.scan`, so that compile time does not grow with `depth`. Parameters
       of the repeats are then stacked on a leading axis (named "layers") under "periods", states on their second axis; see
       `unroll_params` and `scan_params`. Blocks beyond the last whole repeat follow unrolled.
