@@ -6,7 +6,7 @@ note is beaten by every younger one ("fifo"), or by every one with a higher scor
 
     note j is in the pool that t reads    <=>    j before t    and    sum_{i before t} [i beats j] < P
 
-Masks and counts are constants for the gradient, which is JAX's. It computes each chunk again.
+Masks and counts are constants for the gradient, which is JAX's. It keeps the masks and computes the rest of each chunk again.
 """
 
 from functools import partial
@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from ..documents import Documents
 from ..numerics import einsum
@@ -22,7 +23,8 @@ from ..sizes import bounded, pad_end, pieces
 from .recurrent import INPUTS, OUTPUTS, attend, locate
 from .spec import Notes, Pool
 
-_CHUNK = 64  # tokens; about as many as a pool has slots
+_CHUNK = 32  # tokens
+_KEPT = "note_pool_kept"
 
 
 def chunked(
@@ -51,7 +53,7 @@ def _read_chunks(scale, chunk_size, q, notes, pool, fifo, segment_ids):
     return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 2, axis + 1)
 
   tokens = chunks(q, 1), jax.tree.map(lambda x: chunks(x, 2), notes), chunks(position, 1)
-  step = jax.checkpoint(partial(_read_chunk, scale, fifo))
+  step = jax.checkpoint(partial(_read_chunk, scale, fifo), policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
   docs = Documents(chunks(docs.index, 1), chunks(docs.is_token, 1))
   (pool, _), o = jax.lax.scan(step, (pool, jnp.zeros_like(docs.index[0, :, 0])), (*tokens, docs))
   o = jnp.moveaxis(o, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
@@ -85,7 +87,7 @@ def _read_chunk(scale, fifo, carry, chunk):
   # Row t of [T + 1, J]: the notes up to token t - 1.
   before = np.arange(slots + tokens) < slots + np.arange(tokens + 1)[:, None]
   count = einsum("ti,lbij->lbtj", jnp.asarray(before, score.dtype), beats.astype(score.dtype))
-  kept = jnp.asarray(before)[None, None] & exists[:, :, None] & (count < slots)
+  kept = checkpoint_name(jnp.asarray(before)[None, None] & exists[:, :, None] & (count < slots), _KEPT)
 
   o = attend(scale, q, every, kept[:, :, :-1] & (document[:, None] == docs.index[..., None])[None])
   o = jnp.where(docs.is_token[..., None, None], o, 0).astype(q.dtype)
