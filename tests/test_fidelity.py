@@ -24,6 +24,7 @@ from memzoo.zoo.language_model import LanguageModel
 from memzoo.zoo.stack import Stack
 from tolerances import assert_close
 
+pytestmark = pytest.mark.slow
 TOKENS = 12
 
 
@@ -154,7 +155,6 @@ def model():
   return small(), filled(small(), tokens, std=0.3), tokens, ids
 
 
-@pytest.mark.slow
 def test_hidden_vectors_begin_with_the_embedding_and_end_with_the_logits(model):
   module, params, tokens, ids = model
   blocks, parts = (hidden(module, params, tokens, ids, of=of) for of in ("blocks", "sublayers"))
@@ -172,7 +172,6 @@ def test_hidden_vectors_begin_with_the_embedding_and_end_with_the_logits(model):
   assert blocks.document.tolist() == [[0] * 5 + [1] * 7, [-1] * 2 + [0] * 10, [0] * TOKENS]
 
 
-@pytest.mark.slow
 def test_scanned_and_checkpointed_blocks_and_batches_of_rows_give_the_same_vectors(model):
   module, params, tokens, ids = model
   scanned = small(scan=True, remat="full")
@@ -221,7 +220,6 @@ def test_the_response_of_frozen_decays_is_their_product():
   np.testing.assert_allclose(found.mean[0, 1], (product[0, 1] + 2 * product[1, 1] + product[2, 1]) / 4, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_the_response_of_sublayers_is_that_of_their_memory():
   """The norm before a memory turns its input's changes, at both tokens alike."""
   stack = Stack(mixers=(Decaying(decays=DECAYS),), depth=1, mlp_ratio=0)
@@ -232,7 +230,6 @@ def test_the_response_of_sublayers_is_that_of_their_memory():
   assert response_fidelity(stack, params, x, (3,), (2,)).ratio < found - 0.05, "a residual stream holds x_t itself"
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_the_response_of_a_model_is_that_of_finite_differences():
   types = {"dtype": jnp.float64, "param_dtype": jnp.float64}
@@ -257,7 +254,6 @@ def test_the_response_of_a_model_is_that_of_finite_differences():
   np.testing.assert_allclose(found.ratio[:, 0], expected, rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_random_directions_estimate_the_exact_response():
   stack = Stack(mixers=(Decaying(decays=DECAYS),), depth=1, mlp_ratio=1)
   x = jnp.asarray(texts(2, TOKENS, 8), jnp.float32)

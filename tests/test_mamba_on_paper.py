@@ -12,7 +12,7 @@ from memzoo.layers import Mamba, Mamba2, MemMamba
 from memzoo.zoo.stack import Stack, scan_params, unroll_state
 from tolerances import assert_close
 
-pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.xdist_group("mamba_on_paper")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float64"), pytest.mark.xdist_group("mamba_on_paper")]
 
 WIDTH, TOKENS, CHANNELS, STATES = 6, 13, 8, 3
 FLOAT64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
@@ -198,7 +198,6 @@ def test_at_its_initial_values_it_is_mamba_and_the_scorer_and_the_read_gate_lear
   assert still == unread | {"['blocks_0']['mixer']['layer_gate']['up']['kernel']"}, "the first layer has none below it"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("t", [3, 8])
 def test_a_token_changes_nothing_before_it_across_layers(t):
   model, x = stack("priority"), jnp.asarray(inputs(2))
@@ -209,7 +208,6 @@ def test_a_token_changes_nothing_before_it_across_layers(t):
   assert np.all(np.any(np.asarray(before != after)[:, t:], axis=(1, 2)))
 
 
-@pytest.mark.slow
 def test_a_scanned_stack_reads_the_same_pools_and_continues_from_its_state():
   """Seven layers: two scanned repeats of three, and one that follows; a call, and a second one from its state."""
   x = jnp.asarray(inputs(2))

@@ -10,7 +10,7 @@ import pytest
 from memzoo.pallas_kernels.note_pool import RULES, Notes, empty_pool, explain, read_notes
 from tolerances import assert_close
 
-pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.xdist_group("note_pool")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float64"), pytest.mark.xdist_group("note_pool")]
 POOLS, BATCH, TOKENS, HEADS, SLOTS, WIDTH = 2, 3, 22, 2, 4, 3
 IDS = np.stack([
   [0, 0, 1, 2, 2, 3, 3, 3, 0, 3, 4, 4, 4, 4, 4, 4, 0, 4, 4, 4, 4, 4],

@@ -15,7 +15,7 @@ from memzoo.pallas_kernels.selective_scan import call, explain, selective_scan
 from memzoo.pallas_kernels.selective_scan.chunked import Plan
 from tolerances import assert_close, assert_finite
 
-pytestmark = pytest.mark.xdist_group("selective_scan")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("selective_scan")]
 IN_FLOAT64 = pytest.mark.usefixtures("float64")
 IDS = np.stack([
   [0, 0, 1, 2, 2, 3, 3, 3, 0, 3, 4, 4, 4, 4, 4, 4, 0],
