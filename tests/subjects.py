@@ -39,6 +39,8 @@ KINDS = {
   "simple": Kind(35, 21),
   "network": Kind(60, 20, without=("nnx_values",)),
   "composite": Kind(75, 17, without=("nnx_values", "lengths")),
+  # Rounding moves a score over its threshold, and then another note is read.
+  "selecting": Kind(75, 17, without=("nnx_values", "lengths", "bfloat16")),
   "segmented": Kind(120, 17, without=("nnx_values", "lengths")),
   "unrolled": Kind(50, 11, without=("nnx_values", "lengths", "bfloat16", "hostile", "plasticity")),  # is also scanned
   "variant": Kind(30, 7, costs=(TRACED, SHARED)),  # chooses among its parent's options only
@@ -51,7 +53,7 @@ KIND_OF = {
   "MemoryAsGate": "composite",
   "MemoryAsLayer": "composite",
   "LanguageModel": "composite",
-  "PoolModel": "composite",
+  "PoolModel": "selecting",
   "ContextModel": "unrolled",
   "ScannedContextModel": "composite",
   "Moneta": "variant",

@@ -7,6 +7,8 @@ sets the budget.
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from memzoo.layers.laws import TRACED
 from memzoo.zoo.registry import LAYERS
 from subjects import METER, QUICK, SUBJECTS, checks, kind, layer, trial
@@ -55,6 +57,17 @@ def test_leaves_of_a_fresh_state_are_separate_arrays_counted_in_their_dtypes(nam
   places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
   assert len(places) == len(set(places))
   assert module.state_bytes(2, 17) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SUBJECTS])
+def test_a_fresh_state_varies_over_devices_like_the_input(name):
+  """In a `shard_map` with its default checks, the carry of a scan over tokens must."""
+  t, mesh = trial(name), jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+  run = jax.shard_map(
+    lambda params, x, ids: t.apply(params, x, None, ids), mesh=mesh, in_specs=(P(), P("x"), P("x")), out_specs=P("x")
+  )
+  with jax.enable_x64(True):
+    jax.eval_shape(run, t.param_shapes, t.example(2, 5), jax.ShapeDtypeStruct((2, 5), jnp.int32))
 
 
 @pytest.mark.xdist_group("GatedConv")

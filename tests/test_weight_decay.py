@@ -10,7 +10,8 @@ from memzoo.zoo.registry import LAYERS
 from subjects import hybrid, layer
 
 DECAY = {"kernel", "weight", "embedding", "persistent", "memory_0", "memory_1", "memory_gate", "memory_up", "memory_down"}
-STAY = {"scale", "bias", "A_log", "dt_bias", "average", "memory_norm_scale", "ridge", "memory_norm_bias"}
+DECAY |= {"token_key", "token_value"}
+STAY = {"scale", "bias", "A_log", "D", "dt_bias", "trigger_bias", "average", "memory_norm_scale", "ridge", "memory_norm_bias"}
 MODULES = {name: layer(name, persistent_tokens=2) for name in LAYERS} | {
   "memory with all options": TitansMemory(
     num_heads=2, head_dim=4, network=Network(gated=True, norm=True), loss=Loss("huber"), persistent_tokens=2
