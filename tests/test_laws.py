@@ -59,6 +59,7 @@ def test_leaves_of_a_fresh_state_are_separate_arrays_counted_in_their_dtypes(nam
   assert module.state_bytes(2, 17) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SUBJECTS])
 def test_a_fresh_state_varies_over_devices_like_the_input(name):
   """In a `shard_map` with its default checks, the carry of a scan over tokens must."""
