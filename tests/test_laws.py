@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from memzoo.layers.laws import TRACED
 from memzoo.zoo.registry import LAYERS
-from subjects import METER, QUICK, SUBJECTS, checks, kind, layer, trial
+from subjects import METER, MODELS, QUICK, SUBJECTS, checks, kind, layer, trial
 from tolerances import assert_close
 
 COMPAT = ("splits", "documents", "padding", "oracle", "transformations", "nnx_shapes")
@@ -19,7 +19,7 @@ COMPAT = ("splits", "documents", "padding", "oracle", "transformations", "nnx_sh
 
 def marks(name, check):
   chosen = [pytest.mark.xdist_group(name)]
-  if name != QUICK and check.cost != TRACED:
+  if name in MODELS or (name != QUICK and check.cost != TRACED):
     chosen.append(pytest.mark.slow)
   return [*chosen, pytest.mark.compat] if check.name in COMPAT else chosen
 

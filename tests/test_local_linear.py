@@ -30,7 +30,7 @@ def inputs(batch=2, tokens=22, heads=4, key_heads=2, width=6, values=5, seed=0, 
 
 
 SEGMENTS = np.stack([np.repeat([1, 2, 0, 3], [7, 6, 3, 6]), np.repeat([0, 5, 4, 4], [2, 9, 1, 10])]).astype(np.int32)
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float64")]
 dense = partial(local_linear_attention, implementation="dense")
 
 
