@@ -45,6 +45,19 @@ def choose(operation: str, requested: str, candidates: Mapping[str, str | None])
   return Choice(chosen, others)
 
 
+def choose_by_length(operation: str, requested: str, tokens: int) -> Choice:
+  """`choose` between "xla", a form in chunks, and "recurrent", the oracle, which a call of a single token runs."""
+  single = tokens == 1
+  return choose(
+    operation,
+    requested,
+    {
+      "xla": "a chunk of a single token is the recurrence with overhead" if single else None,
+      "recurrent": None if single else "one dependent step per token: the oracle, and the default for decoding",
+    },
+  )
+
+
 def kept_by_platform(cpu: Callable[..., Any], others: Callable[..., Any], inputs: Any) -> tuple[Any, tuple[Any, Any]]:
   """The results of `by_platform`, and what the form of each platform keeps for its gradient.
 

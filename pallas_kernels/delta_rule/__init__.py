@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ..dispatch import Choice, choose
+from ..dispatch import Choice, choose_by_length
 from ..documents import check_segment_ids
 from ..numerics import accumulator, intermediate_precision
 from .call import KEPT, OUTPUT, TOKENS, UPDATES, Inputs, recurrence, run
@@ -174,15 +174,7 @@ def erase_then_delta_rule(
 
 def explain(tokens: int, *, implementation: str = "auto") -> Choice:
   """Says which implementation runs for calls of `tokens` tokens, and why the others do not."""
-  single = tokens == 1
-  return choose(
-    "delta_rule",
-    implementation,
-    {
-      "xla": "a chunk of a single token is the recurrence with overhead" if single else None,
-      "recurrent": None if single else "one dependent step per token: the oracle, and the default for decoding",
-    },
-  )
+  return choose_by_length("delta_rule", implementation, tokens)
 
 
 def _additive_update(q, k, v):

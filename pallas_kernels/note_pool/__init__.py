@@ -21,7 +21,7 @@ The paper leaves open -> we do:
 import jax
 import jax.numpy as jnp
 
-from ..dispatch import Choice, choose
+from ..dispatch import Choice, choose_by_length
 from ..documents import check_segment_ids
 from ..states import check_state
 from .chunked import chunked
@@ -87,12 +87,4 @@ def read_notes(
 
 def explain(tokens: int, *, implementation: str = "auto") -> Choice:
   """Says which implementation runs for calls of `tokens` tokens, and why the others do not."""
-  single = tokens == 1
-  return choose(
-    "read_notes",
-    implementation,
-    {
-      "xla": "a chunk of a single token is the recurrence with overhead" if single else None,
-      "recurrent": None if single else "one dependent step per token: the oracle, and the default for decoding",
-    },
-  )
+  return choose_by_length("read_notes", implementation, tokens)

@@ -10,7 +10,7 @@ The paper and its code differ -> we do: the write is step * b, as in the code; t
 import jax
 import jax.numpy as jnp
 
-from ..dispatch import Choice, choose
+from ..dispatch import Choice, choose_by_length
 from ..documents import check_segment_ids
 from ..numerics import accumulator
 from .call import KEPT, OUTPUT, Inputs, recurrence, run
@@ -72,15 +72,7 @@ def selective_scan(
 
 def explain(tokens: int, *, implementation: str = "auto") -> Choice:
   """Says which implementation runs for calls of `tokens` tokens, and why the others do not."""
-  single = tokens == 1
-  return choose(
-    "selective_scan",
-    implementation,
-    {
-      "xla": "a block of a single token is the recurrence with overhead" if single else None,
-      "recurrent": None if single else "one dependent step per token: the oracle, and the default for decoding",
-    },
-  )
+  return choose_by_length("selective_scan", implementation, tokens)
 
 
 def _check(name: str, x: jax.Array, shape: tuple[int, ...], axes: str) -> None:
