@@ -25,6 +25,11 @@ class Documents(NamedTuple):
   index: jax.Array
   is_token: jax.Array
 
+  @property
+  def starts(self) -> jax.Array:
+    """bool [B, T]: the first tokens of the documents that begin in this call."""
+    return jnp.diff(self.index, axis=1, prepend=0) > 0
+
 
 def check_segment_ids(segment_ids: jax.Array | None, shape: tuple[int, int]) -> None:
   """Raises `ValueError` unless `segment_ids` is `None` or integers of `shape` (batch, tokens)."""
@@ -66,8 +71,7 @@ def positions(docs: Documents, offset: jax.Array) -> jax.Array:
 
 def _positions(docs: Documents, offset: jax.Array) -> jax.Array:
   count = jnp.cumsum(docs.is_token, axis=1, dtype=jnp.int32) - 1
-  starts = jnp.diff(docs.index, axis=1, prepend=0) > 0
-  first = jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
+  first = jax.lax.cummax(jnp.where(docs.starts, count, 0), axis=1)
   return count - first + jnp.where(docs.index == 0, offset[:, None], 0)
 
 

@@ -1,6 +1,7 @@
 """Comparisons of memories: the entrants, their training, the reuse of finished trials, and the tables and pictures."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -138,6 +139,20 @@ def test_a_run_trained_with_others_equals_the_run_alone(done):
   alone = module.run_trial(entrants[0], Budget(**{**vars(BUDGET), "learning_rates": (3e-2,), "seeds": 1}))
   losses = [look[1][0] for look in comparison.trials[0].training["0.03"]]
   np.testing.assert_allclose([look[1][0] for look in alone.training["0.03"]], losses, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_another_task(done):
+  """The same task again changes nothing; a longer one is then trained on from the same parameters and step."""
+  entrants, _, comparison = done
+  runs = module.VmappedRuns(entrants[0], BUDGET)
+  runs.train(3)
+  runs.train_on(entrants[0].task.training(), BUDGET.batch_size)
+  step, loss = runs.train(6)
+  assert step == 6
+  np.testing.assert_array_equal(loss[0], comparison.trials[0].training["0.01"][1][1])
+  runs.train_on(replace(entrants[0].task, tokens=2 * entrants[0].task.tokens), 4)
+  assert np.isfinite(runs.train(7)[1]).all()
 
 
 @pytest.mark.slow

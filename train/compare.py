@@ -357,34 +357,39 @@ class VmappedRuns:
 
   def __init__(self, entrant: Entrant, budget: Budget):
     self.model, self.budget, self.step = entrant.experiment.model, budget, 0
-    task = entrant.task.training()
-    decays = decay_mask(abstract_params(self.model, entrant.experiment.data.one_token))
+    one_token = entrant.experiment.data.one_token
     unit = replace(entrant.experiment.optimizer, learning_rate=1.0)  # updates of AdamW are proportional to the rate
-    transform, schedule = unit.build(budget.steps, decays), unit.schedule(budget.steps)
+    self._transform = unit.build(budget.steps, decay_mask(abstract_params(self.model, one_token)))
+    self._schedule = unit.schedule(budget.steps)
     self.grid = len(budget.learning_rates), budget.seeds
     self.rates = np.repeat(np.asarray(budget.learning_rates, np.float32), budget.seeds)
     self.seeds = np.tile(np.arange(budget.seeds, dtype=np.uint32), len(budget.learning_rates))
 
-    def scaled(rate):
-      return optax.chain(transform, optax.scale(rate))
-
     def create(seed):
-      return create_state(self.model, scaled(1.0), new_key(seed), entrant.experiment.data.one_token)
+      return create_state(self.model, self._scaled(1.0), new_key(seed), one_token)
+
+    self.state = jax.jit(jax.vmap(create))(self.seeds)
+    self._scorers: dict[Task, Callable] = {}
+    self.train_on(entrant.task.training(), budget.batch_size)
+
+  def _scaled(self, rate: float | jax.Array) -> optax.GradientTransformation:
+    return optax.chain(self._transform, optax.scale(rate))
+
+  def train_on(self, task: Task, batch_size: int) -> None:
+    """Takes the examples of further training steps from `task`; step count and learning rates go on."""
 
     def advance(rate, seed, state, steps):
-      step = make_train_step(self.model, scaled(rate), lambda count: rate * schedule(count), budget.steps)
+      step = make_train_step(self.model, self._scaled(rate), lambda count: rate * self._schedule(count), self.budget.steps)
 
       def one(state, number):
         key = jax.random.fold_in(new_key(seed + 1000), number)
-        state, metrics = step(state, as_batch(task.batch(key, budget.batch_size)))
+        state, metrics = step(state, as_batch(task.batch(key, batch_size)))
         return state, metrics.loss
 
       state, losses = jax.lax.scan(one, state, steps)
       return state, losses.mean()
 
     self.advance = jax.jit(jax.vmap(advance, in_axes=(0, 0, 0, None)), donate_argnums=2)
-    self.state = jax.jit(jax.vmap(create))(self.seeds)
-    self._scorers: dict[Task, Callable] = {}
 
   def train(self, until: int) -> tuple[int, np.ndarray]:
     """Trains up to a step; returns the step and the mean loss since the last call, [rates, seeds]."""

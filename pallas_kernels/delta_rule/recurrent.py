@@ -39,7 +39,7 @@ def recurrent(
     Reads [B, T, H, V] in the state's dtype, and the final state [B, H, K, V].
   """
   dtype, heads = initial_state.dtype, initial_state.shape[1]
-  starts = None if docs is None else jnp.diff(docs.index, axis=1, prepend=0) > 0
+  starts = None if docs is None else docs.starts
   is_token = None if docs is None else docs.is_token
 
   def wide(x):

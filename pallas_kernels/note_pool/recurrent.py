@@ -23,7 +23,7 @@ def recurrent(
 
   def local(q, notes, pool, fifo, segment_ids):
     docs, position = locate(q, pool, segment_ids)
-    starts = jnp.diff(docs.index, axis=1, prepend=0) > 0
+    starts = docs.starts
     fresh = empty_pool(pool.length.shape, *pool.notes.shape[2:], pool.notes.dtype)
 
     def one(entering, token):

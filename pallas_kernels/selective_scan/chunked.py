@@ -265,7 +265,7 @@ def _chunk(plan: Plan, h: jax.Array, i: int) -> jax.Array:
 
 def _tokens(docs: Documents | None, x: jax.Array, step: jax.Array, b: jax.Array, c: jax.Array, dtype: Any) -> Tokens:
   """The arguments in `dtype`. Padding has steps of zero, which change nothing, whatever its inputs are."""
-  starts = None if docs is None else jnp.diff(docs.index, axis=1, prepend=0) > 0
+  starts = None if docs is None else docs.starts
   return Tokens(*(_at_tokens(docs, z).astype(dtype) for z in (x, step, b, c)), starts)
 
 

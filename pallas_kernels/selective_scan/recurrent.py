@@ -20,7 +20,7 @@ def recurrent(
   The state's dtype is that of the arithmetic and of y. `docs` is `None` for one document without padding.
   """
   dtype = state.dtype
-  starts = None if docs is None else jnp.diff(docs.index, axis=1, prepend=0) > 0
+  starts = None if docs is None else docs.starts
   is_token = None if docs is None else docs.is_token
 
   def one(entering, token):

@@ -22,7 +22,7 @@ def recurrent(
 
 def _recurrent(x, weight, initial_state, segment_ids):
   docs = None if segment_ids is None else documents(segment_ids)
-  starts = None if docs is None else jnp.diff(docs.index, axis=1, prepend=0) > 0
+  starts = None if docs is None else docs.starts
   is_token = None if docs is None else docs.is_token
 
   def step(state, token):

@@ -109,17 +109,12 @@ def lay_out(
 
   source = scatter(column, -1)
   position = jax.lax.cummax(scatter(place, 0), axis=2)
-  fresh = jnp.any(scatter(begins & (docs.index > 0) & _starts(docs), False), axis=2)
+  fresh = jnp.any(scatter(begins & (docs.index > 0) & docs.starts, False), axis=2)
   still_open = ~jnp.any(scatter(place == chunk_size - 1, False), axis=2)
   last = jnp.max(jnp.where(docs.is_token, column, -1), axis=1)
   left = (jnp.take_along_axis(place, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] + 1) % chunk_size
   continues = None if first_call else position[..., 0] > 0
   return Layout(source >= 0, position, fresh, still_open, continues, jnp.where(last < 0, count, left), overflow, source, slot)
-
-
-def _starts(docs: Documents) -> jax.Array:
-  """Whether a token is the first of its document, bool [B, T]; false in the row's first document."""
-  return jnp.diff(docs.index, axis=1, prepend=0) > 0
 
 
 def _in_place(batch: Size, tokens: Size, chunk_size: int) -> Layout:

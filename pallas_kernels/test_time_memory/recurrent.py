@@ -39,7 +39,7 @@ def recurrent(
     memory, out = jax.lax.scan(step, (carry, count), (is_token, starts, q, k, v, gates))
     return *out, *memory
 
-  starts = docs.is_token & (jnp.diff(docs.index, axis=1, prepend=0) > 0)
+  starts = docs.starts
   over_heads = jax.vmap(one_head, (0, 1, 1, 1, 1, 0, None, None, None), (1, 1, 0, None))
   over_rows = jax.vmap(over_heads, (None, *[0] * 8))
   return over_rows(initial, q, k, v, gates, carry, count, docs.is_token, starts)
