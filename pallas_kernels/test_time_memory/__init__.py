@@ -2,14 +2,16 @@
 
     S_t = eta_t S_{t-1} - theta_t grad l(f(W_anchor; k_t), v_t)     W_t = W_o + a_t (W_{t-1} - W_o) + S_t     y_t = f(W_t; q_t)
 
-`run` processes a sequence, `start` makes a fresh state, `read` reads without writing. A `Spec` chooses f, l, the optimiser and
-the chunks. Titans (arXiv:2501.00663), TTT (arXiv:2407.04620) and Miras (arXiv:2504.13173) are such choices; see
-`memzoo.layers.titans` and `memzoo.layers.ttt`.
+`run` processes a sequence and `start` makes a fresh state. For memories that read what others retrieved, `read` reads without
+writing, and `write` writes without reading, chunk by chunk. A `Spec` chooses f, l, the optimiser and the chunks. Titans
+(arXiv:2501.00663), TTT (arXiv:2407.04620) and Miras (arXiv:2504.13173) are such choices; see `memzoo.layers.titans` and
+`memzoo.layers.ttt`.
 
 Every sequence and head has its own weights. A state holds the differences from the initial weights. A fresh state is therefore
 zero for all parameters, and the initial weights get gradients also in calls that continue a state.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,12 +21,12 @@ from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
 from ..dispatch import Choice, by_platform, choose
-from ..documents import check_segment_ids, documents, undivided
+from ..documents import Documents, check_segment_ids, documents, select_rows, undivided
 from ..numerics import Precision, accumulator, intermediate_precision
 from ..partition import HEADS, ROWS, partitioned
 from ..states import check_state, exportable
 from .chunked import carry_at_start, chunked, plans
-from .layout import lay_out
+from .layout import Layout, lay_out, one_chunk
 from .recurrent import recurrent
 from .spec import Carry, Gates, InitialWeights, Loss, Memory, Retention, Spec, Weights, forward
 
@@ -37,10 +39,12 @@ __all__ = [
   "Retention",
   "Spec",
   "State",
+  "chunk_start",
   "explain",
   "read",
   "run",
-  "start"
+  "start",
+  "write"
 ]  # fmt: skip
 
 
@@ -139,6 +143,49 @@ def run(
   return run_part(initial, q, k, v, gates, state, segment_ids)
 
 
+def write(
+  spec: Spec,
+  initial: InitialWeights,
+  k: jax.Array,
+  v: jax.Array,
+  gates: Gates,
+  state: State,
+  is_token: jax.Array,
+  *,
+  implementation: str = "auto",
+  precision: str | None = None,
+) -> State:
+  """Writes tokens of one chunk: those that continue the open chunk of `state`, or begin one. Returns the next state.
+
+  Args:
+    spec, initial, gates, implementation, precision: as in `run`.
+    k: [B, C, H, K].
+    v: [B, C, H, V].
+    state: of an earlier call, or a fresh one.
+    is_token: bool [B, C]; others are padding, which may only follow tokens. A row with more tokens than its open chunk lacks
+      returns NaN.
+
+  Raises:
+    ValueError: as in `run`.
+  """
+  _check_operands(spec, initial, k, v, gates, state=state)
+  if is_token.shape != k.shape[:2] or is_token.dtype != bool:
+    raise ValueError(f"is_token is {is_token.dtype}{list(is_token.shape)}; expected bool{list(k.shape[:2])} (batch, tokens).")
+  how = _How(
+    spec,
+    explain(implementation=implementation).implementation,
+    intermediate_precision(precision, k, v),
+    accumulator(k, v, *gates, *jax.tree.leaves(initial)),
+  )
+  write_part = partitioned(partial(_write, how), (_OF_HEADS, *[_TOKENS] * 3, _STATE, P(ROWS)), _STATE)
+  return write_part(initial, k, v, gates, state, is_token)
+
+
+def chunk_start(state: State) -> Weights:
+  """The weights that the open chunk began with, or else the next one begins with: `weights` for `read`."""
+  return state.weights if state.anchor is None else select_rows(state.count > 0, state.anchor, state.weights)
+
+
 class _How(NamedTuple):
   """What a call's program depends on, besides shapes and dtypes; see `run`. `fresh`: the state is a fresh one."""
 
@@ -146,8 +193,8 @@ class _How(NamedTuple):
   implementation: str
   precision: Precision
   wide: jnp.dtype
-  fresh: bool
-  max_documents: int
+  fresh: bool = False
+  max_documents: int = 1
 
 
 def _run(
@@ -161,22 +208,50 @@ def _run(
   segment_ids: jax.Array | None,
 ) -> Result:
   """`run` of the rows and heads that it is given."""
-  spec, wide = how.spec, how.wide
   batch, tokens = q.shape[:2]
+  docs = None if segment_ids is None else documents(segment_ids)
+
+  def layout() -> Layout:
+    return lay_out(batch, tokens, how.spec.chunk_size, None if how.fresh else state.count, docs, how.max_documents)
+
+  return _learn(how, initial, q, k, v, gates, state, undivided(batch, tokens) if docs is None else docs, layout)
+
+
+def _write(
+  how: _How, initial: InitialWeights, k: jax.Array, v: jax.Array, gates: Gates, state: State, is_token: jax.Array
+) -> State:
+  """`write` of the rows and heads that it is given. Reads by the keys are not used, so XLA leaves them out."""
+  docs = Documents(jnp.zeros_like(is_token, jnp.int32), is_token)
+  layout = partial(one_chunk, is_token, state.count, how.spec.chunk_size)
+  return _learn(how, initial, k, k, v, gates, state, docs, layout).state
+
+
+def _learn(
+  how: _How,
+  initial: InitialWeights,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  gates: Gates,
+  state: State,
+  docs: Documents,
+  layout: Callable[[], Layout],
+) -> Result:
+  """Writes and reads all tokens, by `docs` or in the chunks of `layout()`."""
+  spec, wide = how.spec, how.wide
   initial, gates = jax.tree.map(lambda x: x.astype(wide), (initial, gates))
   at_start = spec.carry(initial.weights, initial.momentum)
   if how.implementation != "recurrent":
     at_start = carry_at_start(spec, initial, gates)
   carry = jax.tree.map(lambda start, change: start[None] + change.astype(wide), at_start, Carry(*state[:3]))
-  docs = None if segment_ids is None else documents(segment_ids)
   operands = initial, q, k, v, gates, carry
   if how.implementation == "recurrent":
-    y, loss, carry, count = recurrent(spec, *operands, state.count, undivided(batch, tokens) if docs is None else docs)
+    y, loss, carry, count = recurrent(spec, *operands, state.count, docs)
   else:
-    layout = lay_out(batch, tokens, spec.chunk_size, None if how.fresh else state.count, docs, how.max_documents)
-    forms = [partial(chunked, spec, plan) for plan in plans(how.precision, layout.is_token.shape[1])]
-    y, loss, carry = by_platform(*forms, *reverse_only(operands), layout)
-    count = layout.count
+    chunks = layout()
+    forms = [partial(chunked, spec, plan) for plan in plans(how.precision, chunks.is_token.shape[1])]
+    y, loss, carry = by_platform(*forms, *reverse_only(operands), chunks)
+    count = chunks.count
   change = jax.tree.map(lambda start, end: end - start[None], at_start, carry)
   return Result(y.astype(v.dtype), State(*change, count), loss)
 
@@ -218,21 +293,29 @@ def explain(*, implementation: str = "auto") -> Choice:
 
 def _check(spec, initial, q, k, v, gates, initial_state, segment_ids, max_documents) -> None:
   _check_tokens(spec, q=q, k=k, v=v)
-  _check_gates(spec, gates, q.shape[:3])
-  _check_initial(spec, initial, q.shape[2])
-  if initial_state is not None:
-    check_state("initial_state", "this spec", initial_state, jax.eval_shape(lambda: start(spec, q.shape[0], q.shape[2])))
+  _check_operands(spec, initial, k, v, gates, initial_state=initial_state)
   check_segment_ids(segment_ids, q.shape[:2])
   if max_documents < 1:
     raise ValueError(f"max_documents={max_documents}; expected at least one.")
 
 
-def _check_tokens(spec: Spec, q: jax.Array, **others: jax.Array) -> None:
-  """Checks q [B, T, H, K], and that the others fit it and the memory's widths."""
-  memory = spec.memory
+def _check_operands(spec, initial, k, v, gates, **state) -> None:
+  _check_tokens(spec, k=k, v=v)
+  _check_gates(spec, gates, k.shape[:3])
+  _check_initial(spec, initial, k.shape[2])
+  for name, given in state.items():
+    if given is not None:
+      check_state(name, "this spec", given, jax.eval_shape(lambda: start(spec, k.shape[0], k.shape[2])))
+
+
+def _check_tokens(spec: Spec, **operands: jax.Array) -> None:
+  """Checks operands [B, T, H, .]: that the first has keys, and that all fit it and the memory's widths."""
+  memory, (first, q) = spec.memory, next(iter(operands.items()))
   if q.ndim != 4 or q.shape[1] == 0 or q.shape[3] != memory.key_dim:
-    raise ValueError(f"q has shape {list(q.shape)}; expected [batch, tokens, heads, {memory.key_dim}], at least one token.")
-  for name, x in {"q": q, **others}.items():
+    raise ValueError(
+      f"{first} has shape {list(q.shape)}; expected [batch, tokens, heads, {memory.key_dim}], at least one token."
+    )
+  for name, x in operands.items():
     shape = *q.shape[:3], memory.value_dim if name == "v" else memory.key_dim
     if x.shape != shape:
       raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(shape)}.")

@@ -117,6 +117,14 @@ def lay_out(
   return Layout(source >= 0, position, fresh, still_open, continues, jnp.where(last < 0, count, left), overflow, source, slot)
 
 
+def one_chunk(is_token: jax.Array, count: jax.Array, chunk_size: int) -> Layout:
+  """The layout of tokens that continue one open chunk of `count` [B] tokens, or begin one; `is_token` is bool [B, C]."""
+  position = count[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
+  left = count + jnp.sum(is_token, axis=1, dtype=jnp.int32)
+  parts = (is_token[:, None], jnp.maximum(position, 0)[:, None], None, (left != chunk_size)[:, None], (count > 0)[:, None])
+  return Layout(*parts, jnp.where(left == chunk_size, 0, left), left > chunk_size, None, None)
+
+
 def _in_place(batch: Size, tokens: Size, chunk_size: int) -> Layout:
   """The layout of one whole document per row, from its first token: nothing moves."""
   size = bounded(tokens, chunk_size)
