@@ -5,6 +5,7 @@ from .context import Context, ContextLayer
 from .delta_net import DeltaNet, DeltaProduct, GatedDeltaNet, KimiDeltaAttention
 from .erase_then_delta import EraseThenDelta
 from .gated_conv import GatedConv
+from .hierarchical_memory import HierarchicalMemory
 from .linear_attention import LinearAttention
 from .local_linear_attention import LocalLinearAttention, Parallax
 from .mamba import Mamba, Mamba2
@@ -26,6 +27,7 @@ __all__ = [
   "GatedConv",
   "GatedDeltaNet",
   "Gating",
+  "HierarchicalMemory",
   "KimiDeltaAttention",
   "LinearAttention",
   "LocalLinearAttention",

@@ -492,18 +492,23 @@ def nnx_values(trial: Trial) -> Iterator[Violation]:
 
 @_check(16, COMPILED)
 def plasticity(trial: Trial) -> Iterator[Violation]:
-  """After `MANY` random tokens of one document, new ones change later outputs as in a fresh one, at initial parameters."""
+  """After `MANY` random tokens of one document, new ones change later outputs as in a fresh one, at initial parameters.
+
+  A layer whose output starts at zero is tried at random parameters.
+  """
   if getattr(trial.layer, "fills_up", False):
     return
-  half, params = TOKENS // 2, trial.initial
+  half = TOKENS // 2
   other = np.concatenate([trial.other[:, :half], trial.x[:, half:]], axis=1)
 
-  def response(state):
+  def response(params, state):
     """The change of the outputs of the second half when the tokens of the first half change."""
     y, changed = (trial.at_length(params, x, state, ONE).y[:, half:] for x in (trial.x, other))
     return float(np.sqrt(np.mean(np.square(changed - y))))
 
-  fresh, worn = response(trial.fresh), response(trial.after_random(params, MANY))
+  tried = ((params, response(params, trial.fresh)) for params in (trial.initial, trial.params))
+  params, fresh = next((each for each in tried if each[1] > 0), (trial.initial, 0.0))
+  worn = response(params, trial.after_random(params, MANY))
   if not worn > _LEAST_RESPONSE * fresh:
     message = f"after {MANY:,} random tokens the response to new ones is {worn:.1e}, that of a fresh state {fresh:.1e}: the "
     message += "memory must neither fade to where nothing is learned nor fill up; let it decay towards its start, or bound it, "

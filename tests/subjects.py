@@ -60,6 +60,7 @@ KIND_OF = {
   "Yaad": "variant",
   "Memora": "variant",
   "TTTMLP": "variant",
+  "HierarchicalMemory": "composite",
 }
 # `make check` runs all laws for this layer, which has decays, an erase, convolutions and a matrix; for the others, those that
 # compile nothing.
@@ -74,7 +75,7 @@ FIELDS = {"MemoryAsGate": _ONE_MATRIX, "MemoryAsLayer": _ONE_MATRIX}
 def layer(name: str, **fields: Any) -> nn.Module:
   """A small layer of the registry, with those of `fields` that it has."""
   known = LAYERS[name].__dataclass_fields__
-  fields = FIELDS.get(name, {}) | fields
+  fields = {"width": WIDTH} | FIELDS.get(name, {}) | fields
   return small(LAYERS[name], **{field: value for field, value in fields.items() if field in known})
 
 
@@ -107,7 +108,7 @@ SUBJECTS = (*LAYERS, *MODELS)
 
 def module(name: str, width: int, **fields: Any) -> nn.Module:
   """A layer or a model by name."""
-  return MODELS[name](width, **fields) if name in MODELS else layer(name, **fields)
+  return MODELS[name](width, **fields) if name in MODELS else layer(name, width=width, **fields)
 
 
 @functools.lru_cache(maxsize=1)  # the tests of one layer run in a row

@@ -25,17 +25,18 @@ def vectors(tokens: int = 9, width: int = 8, seed: int = 0) -> jax.Array:
   return jnp.asarray(np.random.default_rng(seed).normal(size=(2, tokens, width)))
 
 
-def context_stack(depth: int = 5, **fields) -> Stack:
+def context_stack(depth: int = 6, **fields) -> Stack:
+  """A block before the pattern, and a pattern of two blocks."""
   pattern = ((NoteReader(channels=6),), (Feeder(), SwiGLU(ratio=2.0)))
-  return Stack(mixers=pattern, depth=depth, **FLOAT64, **fields)
+  return Stack(first=((Feeder(), NoteReader(channels=6)),), mixers=pattern, depth=depth, **FLOAT64, **fields)
 
 
 @IN_FLOAT64
 @pytest.mark.compat
 @pytest.mark.slow
 def test_a_scanned_stack_equals_the_unrolled_one_in_values_gradients_and_decoding():
-  """Five blocks: two scanned repeats of two, and one that follows. The scanned one recomputes its blocks (`remat`)."""
-  unrolled, x, more = context_stack(5), vectors(), vectors(2, seed=1)
+  """Six blocks: one first, two scanned repeats of two, one that follows. The scanned one recomputes its blocks (`remat`)."""
+  unrolled, x, more = context_stack(), vectors(), vectors(2, seed=1)
   params = filled(unrolled, x, std=0.3)
   scanned, stacked = scan_params(unrolled.clone(remat="full"), params)
   assert scanned.scan
@@ -57,7 +58,7 @@ def test_a_scanned_stack_equals_the_unrolled_one_in_values_gradients_and_decodin
 
 @IN_FLOAT64
 def test_parameters_convert_between_the_scanned_and_the_unrolled_form():
-  unrolled = context_stack(5)
+  unrolled = context_stack()
   params = filled(unrolled, vectors(), std=0.3)
   scanned, stacked = scan_params(unrolled, params)
   shapes = jax.eval_shape(scanned.init, jax.random.key(0), vectors())
@@ -208,6 +209,8 @@ def test_a_mistake_with_the_context_is_named():
     ({"depth": 0}, r"depth=0; expected at least 1"),
     ({"mixers": ()}, r"mixers is empty.*at least one"),
     ({"mixers": ((SwiGLU(),), ())}, r"mixers\[1\] is \(\).*at least one layer"),
+    ({"first": ((),)}, r"first\[0\] is \(\).*at least one layer"),
+    ({"first": (SwiGLU(),) * 3}, r"depth=2; expected at least the 3 blocks of `first`"),
     ({"remat": "some"}, r"remat='some'.*none"),
   ],
 )

@@ -6,6 +6,7 @@ A sublayer is anything that keeps the contract of `memzoo.layers.MemoryLayer`. A
 token ids, what lower layers stored, a way to feed later blocks) inherits from `memzoo.layers.ContextLayer`.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,10 +100,11 @@ class Stack(nn.Module, kw_only=True):
   """Residual blocks in a repeating pattern, and a norm. It keeps the contract of a layer, with a tuple of states.
 
   Attributes:
-    mixers: the pattern, as templates: block i is made of `mixers[i % len(mixers)]`. An entry that is a layer stands for that
+    mixers: the pattern, as templates: the blocks are made of its entries in turn. An entry that is a layer stands for that
       layer followed by a `SwiGLU` of `mlp_ratio`; an entry that is a sequence of layers is a block of just these sublayers.
       `[[a, SwiGLU()], [b]]` is a pattern in which every second block has no MLP.
-    depth: number of blocks.
+    first: blocks before those of the pattern, entries like its own.
+    depth: number of blocks, those of `first` included.
     mlp_ratio: `ratio` of the `SwiGLU` after each entry that is a single layer; 0 for none.
     norm_epsilon: epsilon of all norms of the residual stream.
     remat: what the backward pass recomputes: "none", everything but the inputs of blocks ("full"), everything but the products
@@ -117,6 +119,7 @@ class Stack(nn.Module, kw_only=True):
 
   mixers: tuple[nn.Module | tuple[nn.Module, ...], ...]
   depth: int
+  first: tuple[nn.Module | tuple[nn.Module, ...], ...] = ()
   mlp_ratio: float = 8 / 3
   norm_epsilon: float = 1e-6
   remat: str = "none"
@@ -126,7 +129,8 @@ class Stack(nn.Module, kw_only=True):
 
   def block(self, index: int) -> tuple[nn.Module, ...]:
     """The sublayers of block `index`, not bound to parameters."""
-    entry = self.mixers[index % len(self.mixers)]
+    before = len(self.first)
+    entry = self.first[index] if index < before else self.mixers[(index - before) % len(self.mixers)]
     if isinstance(entry, nn.Module):
       entry = (entry, SwiGLU(ratio=self.mlp_ratio, parent=None)) if self.mlp_ratio else (entry,)
     return tuple(self._with_types(template) for template in entry)
@@ -144,17 +148,19 @@ class Stack(nn.Module, kw_only=True):
     own = getattr(template, "param_dtype", None)
     param_dtype = self.param_dtype if field is None or own == field.default else own
     types = {"dtype": getattr(template, "dtype", None) or self.dtype, "param_dtype": param_dtype}
+    if getattr(template, "width", self) is None:
+      types["width"] = getattr(self, "width", None)
     return template.clone(parent=None, name=None, **{name: value for name, value in types.items() if hasattr(template, name)})
 
   @property
   def repeats(self) -> int:
     """How many whole repeats of the pattern are scanned; 0 without `scan`."""
-    return self.depth // len(self.mixers) if self.scan else 0
+    return (self.depth - len(self.first)) // len(self.mixers) if self.scan else 0
 
   def initial_state(self, batch_size: int) -> tuple[tuple[Any, ...], ...]:
     """The blocks' fresh states, each a tuple of its sublayers' states.
 
-    With `scan` the first `len(mixers)` of them hold all repeats of a block, [B, repeats, ...].
+    With `scan` the `len(mixers)` of them after those of `first` hold all repeats of a block, [B, repeats, ...].
     """
 
     def fresh(index: int) -> tuple[Any, ...]:
@@ -163,17 +169,17 @@ class Stack(nn.Module, kw_only=True):
     def stacked(leaf: jax.Array) -> jax.Array:
       return jnp.broadcast_to(jnp.expand_dims(leaf, 1), (leaf.shape[0], self.repeats, *leaf.shape[1:]))
 
-    period, rest = self._parts()
-    return (*(jax.tree.map(stacked, fresh(i)) for i in period), *(fresh(i) for i in rest))
+    first, period, rest = self._parts()
+    return (*map(fresh, first), *(jax.tree.map(stacked, fresh(i)) for i in period), *map(fresh, rest))
 
   def state_bytes(self, batch_size: int, length: int) -> int:
     """Bytes of the states of `batch_size` sequences after `length` tokens."""
     return sum(layer.state_bytes(batch_size, length) for layer in self.sublayers())
 
-  def _parts(self) -> tuple[range, range]:
-    """Indices of the blocks in one scanned repeat, and of the blocks that follow unrolled."""
-    size = len(self.mixers) if self.repeats else 0
-    return range(size), range(size * self.repeats, self.depth)
+  def _parts(self) -> tuple[range, range, range]:
+    """Indices of the blocks before the pattern, of those in one scanned repeat, and of those that follow unrolled."""
+    before, size = len(self.first), len(self.mixers) if self.repeats else 0
+    return range(before), range(before, before + size), range(before + size * self.repeats, self.depth)
 
   @nn.compact
   def __call__(
@@ -189,8 +195,17 @@ class Stack(nn.Module, kw_only=True):
   ) -> tuple[jax.Array, tuple[Any, ...]]:
     """The blocks and the final norm: x [B, T, D] to the same, and the state. Part of a model's `__call__`."""
     context = Context.start(self.sublayers(), x, tokens)
-    period, rest = self._parts()
-    states: tuple[Any, ...] = ()
+    first, period, rest = self._parts()
+    given, states = iter(state or itertools.repeat(None)), []
+
+    def run(i: int, x: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+      block = self._checkpointed(Block)(self.block(i), self.norm_epsilon, self.param_dtype, name=f"blocks_{i}")
+      x, after, context = block(x, next(given), segment_ids, context)
+      states.append(after)
+      return x, context
+
+    for i in first:
+      x, context = run(i, x, context)
     if period:
       blocks = tuple(self.block(i) for i in period)
       scan = nn.scan(
@@ -202,12 +217,12 @@ class Stack(nn.Module, kw_only=True):
         length=self.repeats,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )(blocks, self.norm_epsilon, self.param_dtype, name=PERIODS)
-      (x, context), states = scan((x, context), None if state is None else state[: len(period)], segment_ids)
-    for place, i in enumerate(rest, start=len(period)):
-      block = self._checkpointed(Block)(self.block(i), self.norm_epsilon, self.param_dtype, name=f"blocks_{i}")
-      x, after, context = block(x, None if state is None else state[place], segment_ids, context)
-      states = (*states, after)
-    return RMSNorm(self.norm_epsilon, self.param_dtype, name="final_norm")(x), states
+      own = tuple(next(given) for _ in period)
+      (x, context), after = scan((x, context), None if state is None else own, segment_ids)
+      states.extend(after)
+    for i in rest:
+      x, context = run(i, x, context)
+    return RMSNorm(self.norm_epsilon, self.param_dtype, name="final_norm")(x), tuple(states)
 
   def _checkpointed(self, module: type[nn.Module], **options: Any) -> type[nn.Module]:
     """`module`, recomputed in the backward pass as `remat` says."""
@@ -232,8 +247,11 @@ class Stack(nn.Module, kw_only=True):
       raise ValueError(f"remat={self.remat!r}; expected one of {list(REMAT_POLICIES)}.")
     if not self.mixers:
       raise ValueError("mixers is empty; expected at least one entry.")
-    if () in self.mixers:
-      raise ValueError(f"mixers[{self.mixers.index(())}] is (); expected at least one layer in each entry.")
+    for name, entries in (("mixers", self.mixers), ("first", self.first)):
+      if () in entries:
+        raise ValueError(f"{name}[{entries.index(())}] is (); expected at least one layer in each entry.")
+    if len(self.first) > self.depth:
+      raise ValueError(f"depth={self.depth}; expected at least the {len(self.first)} blocks of `first`.")
 
 
 def unroll_params(model: Stack, params: Any) -> tuple[Stack, Any]:
@@ -249,15 +267,16 @@ def unroll_params(model: Stack, params: Any) -> tuple[Stack, Any]:
   own = dict(variables["params"])
   for j, block in _numbered(own.pop(PERIODS, {})):
     for repeat in range(model.repeats):
-      own[f"blocks_{repeat * len(model.mixers) + j}"] = jax.tree.map(lambda leaf, r=repeat: leaf[r], block)
+      own[f"blocks_{len(model.first) + repeat * len(model.mixers) + j}"] = jax.tree.map(lambda leaf, r=repeat: leaf[r], block)
   return model.clone(scan=False), {**variables, "params": own}
 
 
 def unroll_state(model: Stack, state: tuple[Any, ...]) -> tuple[Any, ...]:
   """The state of `model` in its form without `scan`: a tuple of the blocks' states."""
-  size = len(model.mixers) if model.repeats else 0
-  repeats = (jax.tree.map(lambda leaf, r=r: leaf[:, r], block) for r in range(model.repeats) for block in state[:size])
-  return (*repeats, *state[size:])
+  before, size = len(model.first), len(model.mixers) if model.repeats else 0
+  period = state[before : before + size]
+  repeats = (jax.tree.map(lambda leaf, r=r: leaf[:, r], block) for r in range(model.repeats) for block in period)
+  return (*state[:before], *repeats, *state[before + size :])
 
 
 def scan_params(model: Stack, params: Any) -> tuple[Stack, Any]:
@@ -273,7 +292,7 @@ def scan_params(model: Stack, params: Any) -> tuple[Stack, Any]:
   own, size = dict(variables["params"]), len(model.mixers)
   periods = {}
   for j in range(size if scanned.repeats else 0):
-    blocks = [own.pop(f"blocks_{repeat * size + j}") for repeat in range(scanned.repeats)]
+    blocks = [own.pop(f"blocks_{len(model.first) + repeat * size + j}") for repeat in range(scanned.repeats)]
     periods[f"blocks_{j}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
   return scanned, {**variables, "params": own | ({PERIODS: periods} if periods else {})}
 
