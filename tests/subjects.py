@@ -60,7 +60,7 @@ KIND_OF = {
   "Yaad": "variant",
   "Memora": "variant",
   "TTTMLP": "variant",
-  "HierarchicalMemory": "composite",
+  "HierarchicalMemory": "segmented",
 }
 # `make check` runs all laws for this layer, which has decays, an erase, convolutions and a matrix; for the others, those that
 # compile nothing.

@@ -10,6 +10,7 @@ is filled, so nothing is read before. The floor is the time to read parameters a
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,19 +43,40 @@ def reading_rate() -> float:
   return matrix.nbytes / seconds_per_call(lambda: product(matrix, vector))
 
 
-def measure(config: str, context: int, seconds: float) -> Speed:
-  """Generates tokens for `seconds`, and at least 20."""
-  model = build(config, [f"length={context}"]).model
-  params = jax.jit(model.init)(new_key(0), jnp.zeros((1, 1), jnp.int32))
-  state = model.apply(params, 1, method="initial_state")
-  step = jax.jit(model.apply, donate_argnums=2)
-  token, times, began = jnp.zeros((1, 1), jnp.int32), [], time.perf_counter()
-  while len(times) < 22 or time.perf_counter() - began < seconds:
-    start = time.perf_counter()
-    _, state = jax.block_until_ready(step(params, token, state))
-    times.append(time.perf_counter() - start)
-  rate = 1 / statistics.median(times[2:])  # the first two calls compile
-  return Speed(config, context, rate, model.state_bytes(1, context), sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+class Generation:
+  """A model that generates token after token; models that are equal share their compiled programs."""
+
+  def __init__(self, config: str, context: int):
+    self.name, self.context = config, context
+    self.model = build(config, [f"length={context}"]).model
+    self.token = jnp.zeros((1, 1), jnp.int32)
+    self.params = _init(self.model, self.token)
+    self.state = self.model.apply(self.params, 1, method="initial_state")
+    self.step(), self.step()
+
+  def step(self) -> float:
+    """Seconds of one token."""
+    began = time.perf_counter()
+    _, self.state = jax.block_until_ready(_step(self.model, self.params, self.token, self.state))
+    return time.perf_counter() - began
+
+  def measure(self, seconds: float) -> Speed:
+    """Generates tokens for `seconds`, and at least 20."""
+    times, began = [], time.perf_counter()
+    while len(times) < 20 or time.perf_counter() - began < seconds:
+      times.append(self.step())
+    sizes = self.model.state_bytes(1, self.context), sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+    return Speed(self.name, self.context, 1 / statistics.median(times), *sizes)
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(model: Any, tokens: jax.Array) -> Any:
+  return model.init(new_key(0), tokens)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _step(model: Any, params: Any, token: jax.Array, state: Any) -> Any:
+  return model.apply(params, token, state)
 
 
 def draw(found: list[Speed], path: Path) -> None:
@@ -91,11 +113,12 @@ def main(arguments: Any = None) -> None:
   parser.add_argument("--out", type=Path, default=Path("decoding.png"), help="the picture")
   given = parser.parse_args(arguments)
   start_quietly()
-  console, found, rate = Console(), [], reading_rate()
+  console, prepared = Console(), []
   for config in given.configs:
     for length in map(int, given.lengths.split(",")):
-      with console.status(f"{config}, {length:,} tokens"):
-        found.append(measure(config, length, given.seconds))
+      print(f"Compiling {config} for {length:,} tokens", flush=True)
+      prepared.append(Generation(config, length))
+  rate, found = reading_rate(), [each.measure(given.seconds) for each in prepared]
   title = f"Generation, one sequence, memory at {thousands(rate, 'B')}/s"
   columns = "model", "context", "tokens/s", "floor, tokens/s", "state"
   console.print(table(title, columns, (_row(each, rate) for each in found)))
