@@ -106,12 +106,16 @@ class Level(nn.Module):
     return self.output(out.reshape(*a.shape[:2], -1))
 
   def write(self, initial: ttm.InitialWeights, state: ttm.State, x: jax.Array, is_token: jax.Array) -> ttm.State:
-    """The memory trained on x [B, C, D], which lies in its open chunk."""
+    """The memory trained on x [B, C, D], which lies in its open chunk. `memzoo.zoo.inspect` intercepts this method."""
+    options = {"implementation": self.implementation, "precision": self.precision}
+    return ttm.write(self.spec, initial, *self.pairs(x), state, is_token, **options)
+
+  def pairs(self, x: jax.Array) -> tuple[jax.Array, jax.Array, ttm.Gates]:
+    """Keys, values and gates of x [B, C, D]."""
     k, v = l2_normalise(nn.silu(self._split(self.key(x)))), self._split(self.value(x))
     keep = None if self.keep is None else self.keep(x)
     eta = None if self.eta is None else math.log(MOST_MOMENTUM) + self.eta(x)
-    options = {"implementation": self.implementation, "precision": self.precision}
-    return ttm.write(self.spec, initial, k, v, ttm.Gates(self.theta(x), keep, eta), state, is_token, **options)
+    return k, v, ttm.Gates(self.theta(x), keep, eta)
 
   def _split(self, x: jax.Array) -> jax.Array:
     """[B, C, H * d] to [B, C, H, d]."""
@@ -226,15 +230,20 @@ class HierarchicalMemory(ContextLayer, kw_only=True):
     self, x: jax.Array, state: HierarchicalState, segment_ids: jax.Array | None, fresh: bool
   ) -> tuple[dict[str, jax.Array], HierarchicalState]:
     """The latent states by feature, [B, T, D] each, and the next state: a scan over chunks of M^L."""
-    layout = self._layout(x.shape[1], state.fast.count, segment_ids, fresh)
+    layout = self.layout(x.shape[1], state.fast.count, segment_ids, fresh)
     initial = {level: self._initial_weights(level) for level in ("fast", "slow")}
     state, *_ = aligned((state, x, initial), (_STATE, P(ROWS), P(HEADS)))  # the first carry
 
     def step(module, state, chunk):
       return module.chunk(initial, state, *chunk)
 
-    # The backward pass keeps the inputs of each chunk and recomputes the rest.
-    scan = nn.scan(nn.remat(step, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False})
+    # The backward pass keeps the inputs of each chunk and recomputes the rest. Sown values get a leading axis of chunks.
+    scan = nn.scan(
+      nn.remat(step, prevent_cse=False),
+      variable_broadcast="params",
+      variable_axes={"intermediates": 0},
+      split_rngs={"params": False},
+    )
     chunks = partitioned(lambda layout, x: layout.chunks(x), P(ROWS), P(ROWS))
     tokens = partitioned(lambda layout, z: layout.tokens(z, x.shape[1]), P(ROWS), P(ROWS))
     inputs = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (chunks(layout, x), layout.is_token, layout.fresh))
@@ -251,7 +260,7 @@ class HierarchicalMemory(ContextLayer, kw_only=True):
     return ttm.InitialWeights(weights)
 
   @nn.nowrap
-  def _layout(self, tokens: int, count: jax.Array, segment_ids: jax.Array | None, fresh: bool) -> Layout:
+  def layout(self, tokens: int, count: jax.Array, segment_ids: jax.Array | None, fresh: bool) -> Layout:
     """The layout of an input [B, tokens] in chunks of M^L, whose open chunk has `count` tokens."""
 
     def lay_out_rows(count, segment_ids):

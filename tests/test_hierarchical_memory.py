@@ -10,6 +10,7 @@ from memzoo.layers import Attention, HierarchicalMemory, SwiGLU
 from memzoo.layers.hierarchical_memory import largest_step
 from memzoo.layers.titans import Gating
 from memzoo.pallas_kernels import test_time_memory as ttm
+from memzoo.zoo import inspect
 from memzoo.zoo.language_model import LanguageModel
 from memzoo.zoo.stack import Stack
 from tolerances import assert_close
@@ -54,6 +55,7 @@ class PaperLevel:
     self.start = [[p[f"{level}_memory_{name}"][h] for name in "01"] for h in range(HEADS)]
     self.weights, self.anchor = ([list(own) for own in self.start] for _ in range(2))
     self.momentum = [[np.zeros_like(w) for w in own] for own in self.start]
+    self.losses = []  # of all writes, by head
 
   def project(self, name, a):
     return (a @ self.p[name]["kernel"]).reshape(HEADS, SIZE)
@@ -70,6 +72,7 @@ class PaperLevel:
   def write(self, x):
     k, v = unit(silu(self.project("key", x))), self.project("value", x)
     theta, keep, eta = self.max_step * self.gate("theta", x), self.gate("keep", x), 0.9 * self.gate("eta", x)
+    self.losses.append([0.5 * np.sum((silu(k[h] @ w1) @ w2 - v[h]) ** 2) for h, (w1, w2) in enumerate(self.anchor)])
     for h, (w1, w2) in enumerate(self.anchor):
       u = k[h] @ w1
       slope = sigmoid(u) * (1 + u * (1 - sigmoid(u)))
@@ -104,7 +107,8 @@ def on_paper(layer, p, x):
     elif len(chunk) == CHUNK:
       slow.write(rms(np.mean(chunk, axis=0)))
       chunk = []
-  return {name: np.array(z) for name, z in latents.items()}
+  losses = {"fast losses": fast.losses, "slow losses": slow.losses}
+  return {name: np.array(z) for name, z in (latents | losses).items()}
 
 
 def fed(p, index, z):
@@ -121,6 +125,22 @@ def test_the_layer_is_that_on_paper(fields):
   p = jax.tree.map(np.asarray, params["params"])
   want = np.stack([fed(p, 0, on_paper(layer, p, row)[layer.features[0]]) for row in x])
   assert_close(layer.apply(params, jnp.asarray(x))[0], want)
+
+
+def test_inspect_shows_gates_and_errors_of_both_memories_by_token():
+  x = inputs()
+  params = parameters(LAYER, x)
+  p = jax.tree.map(np.asarray, params["params"])
+  paper, found = on_paper(LAYER, p, x[0]), inspect.inner_losses(LAYER, params, jnp.asarray(x))
+  assert_close(found["fast"].before[0], paper["fast losses"])
+  chunks = TOKENS // CHUNK
+  of_chunks = np.asarray(found["slow"].before)[0, : chunks * CHUNK].reshape(chunks, CHUNK, HEADS)
+  assert_close(of_chunks, np.repeat(paper["slow losses"][:, None], CHUNK, axis=1))  # the tokens of a chunk make one write
+  assert float(jnp.mean(found["fast"].after)) < float(jnp.mean(found["fast"].before))
+  theta = inspect.gates(LAYER, params, jnp.asarray(x))["fast/theta"]
+  assert_close(theta[0], np.array([PaperLevel(p, "fast", CHUNK, 0.3).gate("theta", row) * 0.3 for row in x[0]]))
+  matrices = inspect.memories(LAYER, LAYER.apply(params, jnp.asarray(x))[1])
+  assert sorted(matrices) == ["fast 0", "fast 1", "slow 0", "slow 1"]
 
 
 def test_features_are_fed_to_the_blocks_above_in_order():

@@ -26,6 +26,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from ..layers.hierarchical_memory import HierarchicalMemory, Level
 from ..layers.inner_learner import InnerLearner
 from ..layers.linear_attention import LinearAttention
 from ..layers.local_linear_attention import LocalLinearAttention
@@ -299,16 +300,21 @@ def inner_weights(
 
 
 def _inner_loss(module, method, args, result):
-  if method != "learn" or not isinstance(module, InnerLearner):
+  if method == "learn" and isinstance(module, InnerLearner):
+    initial, _, k, v, gates, state, segment_ids = args
+    documents = module.max_documents
+  elif method == "write" and isinstance(module, Level):
+    initial, state, x, is_token = args
+    (k, v, gates), segment_ids, documents = module.pairs(x), is_token.astype(jnp.int32), 1
+  else:
     return None
-  initial, _, k, v, gates, state, segment_ids = args
-  if module.spec.retention.kind == "simplex":
-    return InnerLoss(result.loss, jnp.full_like(result.loss, jnp.nan))
-  spec = dataclasses.replace(module.spec, read="after")
-  options = {"initial_state": state, "segment_ids": segment_ids, "max_documents": module.max_documents}
-  y = ttm.run(spec, initial, k, k, v, gates, **options).y  # what each token's key reads after the token is written
-  after = spec.loss(*(a.astype(result.loss.dtype) for a in (y, v)), gates.threshold)
-  return InnerLoss(result.loss, after if segment_ids is None else jnp.where(segment_ids[..., None] != 0, after, 0))
+  spec = dataclasses.replace(module.spec, read="chunk_start" if module.spec.retention.kind == "simplex" else "after")
+  options = {"initial_state": state, "segment_ids": segment_ids, "max_documents": documents}
+  learned = ttm.run(spec, initial, k, k, v, gates, **options)  # reads with each token's key, after the token is written
+  if spec.read == "chunk_start":
+    return InnerLoss(learned.loss, jnp.full_like(learned.loss, jnp.nan))
+  after = spec.loss(*(a.astype(learned.loss.dtype) for a in (learned.y, v)), gates.threshold)
+  return InnerLoss(learned.loss, after if segment_ids is None else jnp.where(segment_ids[..., None] != 0, after, 0))
 
 
 def _gate(module, method, args, result):
@@ -347,7 +353,7 @@ def _capture(model, capture, params, inputs, segment_ids) -> dict[str, Any]:
   def between(call, args, kwargs, context):
     module, method = context.module, context.method_name
     result = call(*args, **kwargs)
-    if method == "__call__" and isinstance(module, MemoryAsContext):
+    if method in ("__call__", "in_stack") and isinstance(module, MemoryAsContext | HierarchicalMemory):
       segmented[module.path] = module
     found = capture(module, method, args, result)
     if found is not None:
@@ -363,10 +369,17 @@ def _capture(model, capture, params, inputs, segment_ids) -> dict[str, Any]:
   return captured
 
 
-def _by_token(module: MemoryAsContext, found: Any, shape: tuple[int, int], segment_ids: jax.Array | None) -> Any:
-  """Converts what was captured by segments, [N, B, C, ...], to [B, T, ...]."""
+def _by_token(
+  module: MemoryAsContext | HierarchicalMemory, found: Any, shape: tuple[int, int], segment_ids: jax.Array | None
+) -> Any:
+  """Converts what was captured by segments, [N, B, C, ...], to [B, T, ...]; one number for a segment, C = 1, to its tokens."""
   layout = module.layout(shape[1], jnp.zeros(shape[:1], jnp.int32), segment_ids, fresh=True)
-  return jax.tree.map(lambda a: layout.tokens(jnp.swapaxes(a, 0, 1), shape[1]), found)
+
+  def tokens(a):
+    a = jnp.swapaxes(a, 0, 1)
+    return layout.tokens(jnp.broadcast_to(a, (*layout.is_token.shape, *a.shape[3:])), shape[1])
+
+  return jax.tree.map(tokens, found)
 
 
 def _place(path: list[str]) -> str:
