@@ -143,18 +143,18 @@ def test_inspect_shows_gates_and_errors_of_both_memories_by_token():
   assert sorted(matrices) == ["fast 0", "fast 1", "slow 0", "slow 1"]
 
 
-def test_features_are_fed_to_the_blocks_above_in_order():
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_features_are_fed_to_the_blocks_above_in_order(depth):
   """Blocks without effect above the layer: the stream is x plus all that is fed so far."""
-
   layer, x = LAYER.clone(features=("fast", "mixed", "slow")), inputs()
   idle = SwiGLU(ratio=1.0, **FLOAT64)
-  stack = Stack(mixers=((layer,), (idle,), (idle,)), depth=3, **FLOAT64)
+  stack = Stack(mixers=((layer,), (idle,), (idle,)), depth=depth, **FLOAT64)
   params = parameters(stack, x)
   own = params["params"]
-  own = own | {name: jax.tree.map(jnp.zeros_like, own[name]) for name in ("blocks_1", "blocks_2")}
+  own = own | {name: jax.tree.map(jnp.zeros_like, own[name]) for name in ("blocks_1", "blocks_2") if name in own}
   p = jax.tree.map(np.asarray, own["blocks_0"])
   latents = on_paper(layer, p["mixer"], rms(x[0]) * p["mixer_norm"]["scale"])
-  stream = x[0] + sum(fed(p["mixer"], i, latents[name]) for i, name in enumerate(layer.features))
+  stream = x[0] + sum(fed(p["mixer"], i, latents[name]) for i, name in enumerate(layer.features[:depth]))
   want = rms(stream) * np.asarray(own["final_norm"]["scale"])
   assert_close(stack.apply({"params": own}, jnp.asarray(x))[0][0], want)
 
