@@ -26,7 +26,7 @@ flow, a combination by context, features of several levels fed to the first bloc
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +34,22 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from ..pallas_kernels import test_time_memory as ttm
-from ..pallas_kernels.documents import documents, select_rows
+from ..pallas_kernels.documents import select_rows
 from ..pallas_kernels.numerics import accumulator
-from ..pallas_kernels.partition import HEADS, ROWS, aligned, partitioned
+from ..pallas_kernels.partition import HEADS, ROWS, aligned
 from ..pallas_kernels.states import exportable
 from ..pallas_kernels.test_time_memory import Loss
-from ..pallas_kernels.test_time_memory.layout import Layout, lay_out
+from ..pallas_kernels.test_time_memory.layout import Layout
 from .axes import named
 from .context import Context, ContextLayer
 from .memory_layer import silence_padding
 from .norms import RMSNorm, beside, l2_normalise
 from .projections import LogShare, Strength, dense
+from .segments import lay_out_segments, scan_segments
 from .titans import Gating
 
+PAIRS = "pooled", "token", "raw"
+MIXES = "context", "half", "fast", "slow"
 FEATURES = "fast", "mixed", "slow"
 MOST_MOMENTUM = 0.9
 
@@ -157,10 +160,10 @@ class HierarchicalMemory(ContextLayer, kw_only=True):
   expansion: float = 2.0
   chunk_size: int = 32
   slow_ratio: int = 8
-  pairs: Literal["pooled", "token", "raw"] = "pooled"
+  pairs: str = "pooled"
   cycles: int = 1
   inner_cycles: int = 1
-  mix: Literal["context", "half", "fast", "slow"] = "context"
+  mix: str = "context"
   features: tuple[str, ...] = ("mixed",)
   gates: Gating = Gating(forget_bias=-5.0, momentum_bias=2.0)
   clip: float | None = 10.0
@@ -202,8 +205,7 @@ class HierarchicalMemory(ContextLayer, kw_only=True):
   def check_settings(self) -> None:
     """See `MemoryLayer`."""
     super().check_settings()
-    choices = {"pairs": ("pooled", "token", "raw"), "mix": ("context", "half", "fast", "slow")}
-    for name, known in choices.items():
+    for name, known in (("pairs", PAIRS), ("mix", MIXES)):
       if getattr(self, name) not in known:
         raise ValueError(f"{name}={getattr(self, name)!r}; expected one of {list(known)}.")
     if not self.features or not set(self.features) <= set(FEATURES):
@@ -235,21 +237,11 @@ class HierarchicalMemory(ContextLayer, kw_only=True):
     state, *_ = aligned((state, x, initial), (_STATE, P(ROWS), P(HEADS)))  # the first carry
 
     def step(module, state, chunk):
-      return module.chunk(initial, state, *chunk)
+      x, is_token, _, begins, _ = chunk
+      return module.chunk(initial, state, x, is_token, begins)
 
-    # The backward pass keeps the inputs of each chunk and recomputes the rest. Sown values get a leading axis of chunks.
-    scan = nn.scan(
-      nn.remat(step, prevent_cse=False),
-      variable_broadcast="params",
-      variable_axes={"intermediates": 0},
-      split_rngs={"params": False},
-    )
-    chunks = partitioned(lambda layout, x: layout.chunks(x), P(ROWS), P(ROWS))
-    tokens = partitioned(lambda layout, z: layout.tokens(z, x.shape[1]), P(ROWS), P(ROWS))
-    inputs = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (chunks(layout, x), layout.is_token, layout.fresh))
-    state, latents = scan(self, state, inputs)
-    latents = jax.tree.map(lambda z: tokens(layout, jnp.swapaxes(z, 0, 1)), latents)
-    return latents, layout.poison(state)
+    state, latents = scan_segments(step, self, state, x, layout)
+    return latents, state
 
   def _initial_weights(self, level: str) -> ttm.InitialWeights:
     """The weights of a memory at the start of a document."""
@@ -262,12 +254,7 @@ class HierarchicalMemory(ContextLayer, kw_only=True):
   @nn.nowrap
   def layout(self, tokens: int, count: jax.Array, segment_ids: jax.Array | None, fresh: bool) -> Layout:
     """The layout of an input [B, tokens] in chunks of M^L, whose open chunk has `count` tokens."""
-
-    def lay_out_rows(count, segment_ids):
-      docs = None if segment_ids is None else documents(segment_ids)
-      return lay_out(count.shape[0], tokens, self.chunk_size, None if fresh else count, docs, self.max_documents)
-
-    return partitioned(lay_out_rows, P(ROWS), P(ROWS))(count, segment_ids)
+    return lay_out_segments(self.chunk_size, count, tokens, segment_ids, fresh, self.max_documents)
 
   def chunk(
     self,

@@ -24,14 +24,15 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from ..pallas_kernels import test_time_memory as ttm
-from ..pallas_kernels.documents import documents, select_rows
+from ..pallas_kernels.documents import select_rows
 from ..pallas_kernels.partition import HEADS, ROWS, aligned, partitioned
 from ..pallas_kernels.states import exportable
-from ..pallas_kernels.test_time_memory.layout import Layout, lay_out
+from ..pallas_kernels.test_time_memory.layout import Layout
 from .attention import Attention, CacheState, check_even, rotate, softmax_attention
 from .memory_layer import silence_padding
 from .norms import RMSNorm, l2_normalise
 from .projections import dense
+from .segments import lay_out_segments, scan_segments
 from .titans import TitansMemory, TitansState
 
 
@@ -205,30 +206,13 @@ class MemoryAsContext(TitansMemory, kw_only=True):
     def step(module, state, segment):
       return module.read_segment(initial, persistent, state, *segment)
 
-    # The backward pass keeps the inputs of each segment and recomputes the rest. Sown values get a leading axis of segments.
-    scan = nn.scan(
-      nn.remat(step, prevent_cse=False),
-      variable_broadcast="params",
-      variable_axes={"intermediates": 0},
-      split_rngs={"params": False},
-    )
-    chunks = partitioned(lambda layout, x: layout.chunks(x), P(ROWS), P(ROWS))
-    tokens = partitioned(lambda layout, y: layout.tokens(y, x.shape[1]), P(ROWS), P(ROWS))
-    segments = chunks(layout, x), *layout[:4]
-    state, y = scan(self, state, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), segments))
-    y = tokens(layout, jnp.swapaxes(y, 0, 1))
-    state = layout.poison(state)._replace(count=layout.count)
-    return silence_padding(y, segment_ids), state
+    state, y = scan_segments(step, self, state, x, layout)
+    return silence_padding(y, segment_ids), state._replace(count=layout.count)
 
   @nn.nowrap
   def layout(self, tokens: int, count: jax.Array, segment_ids: jax.Array | None, fresh: bool) -> Layout:
     """The layout of an input [B, tokens] in segments; `count` as in a state, which is `fresh` or not."""
-
-    def lay_out_rows(count, segment_ids):
-      docs = None if segment_ids is None else documents(segment_ids)
-      return lay_out(count.shape[0], tokens, self.segment, None if fresh else count, docs, self.max_documents)
-
-    return partitioned(lay_out_rows, P(ROWS), P(ROWS))(count, segment_ids)
+    return lay_out_segments(self.segment, count, tokens, segment_ids, fresh, self.max_documents)
 
   def read_segment(
     self,

@@ -67,6 +67,13 @@ def matmul_rate(seconds: float = 0.5) -> float:
   return flops / seconds_per_call(product, seconds)
 
 
+def reading_rate() -> float:
+  """Bytes per second of a matrix-vector product that reads 256 MiB from the default device's memory."""
+  matrix, vector = jnp.ones((2**14, 2**12)), jnp.ones((2**12,))
+  product = jax.jit(lambda a, x: jnp.matmul(a, x, precision=jax.lax.Precision.HIGHEST))
+  return matrix.nbytes / seconds_per_call(lambda: product(matrix, vector))
+
+
 def peak_bytes() -> int:
   """Peak memory so far in bytes, of the fullest device of this process, or of the process if devices do not report theirs."""
   return max(_device_peaks(), default=0) or _peak_resident_bytes()

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from ..pallas_kernels.measure import seconds_per_call
+from ..pallas_kernels.measure import reading_rate
 from ..zoo.formats import binary, table, thousands
 from .config import build
 from .files import save_figure
@@ -34,13 +34,6 @@ class Speed(NamedTuple):
   rate: float
   state_bytes: int
   parameter_bytes: int
-
-
-def reading_rate() -> float:
-  """Bytes per second of a matrix-vector product that reads 256 MiB from memory."""
-  matrix, vector = jnp.ones((2**14, 2**12)), jnp.ones((2**12,))
-  product = jax.jit(lambda a, x: jnp.matmul(a, x, precision=jax.lax.Precision.HIGHEST))
-  return matrix.nbytes / seconds_per_call(lambda: product(matrix, vector))
 
 
 class Generation:

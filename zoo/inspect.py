@@ -301,18 +301,17 @@ def inner_weights(
 
 def _inner_loss(module, method, args, result):
   if method == "learn" and isinstance(module, InnerLearner):
-    initial, _, k, v, gates, state, segment_ids = args
-    documents = module.max_documents
+    if module.spec.retention.kind == "simplex":
+      return InnerLoss(result.loss, jnp.full_like(result.loss, jnp.nan))
+    (initial, _, k, v, gates, state, segment_ids), documents = args, module.max_documents
   elif method == "write" and isinstance(module, Level):
     initial, state, x, is_token = args
-    (k, v, gates), segment_ids, documents = module.pairs(x), is_token.astype(jnp.int32), 1
+    (k, v, gates), segment_ids, documents = module.pairs(x), is_token.astype(jnp.int32), 1  # tokens of one document
   else:
     return None
-  spec = dataclasses.replace(module.spec, read="chunk_start" if module.spec.retention.kind == "simplex" else "after")
+  spec = dataclasses.replace(module.spec, read="after")
   options = {"initial_state": state, "segment_ids": segment_ids, "max_documents": documents}
   learned = ttm.run(spec, initial, k, k, v, gates, **options)  # reads with each token's key, after the token is written
-  if spec.read == "chunk_start":
-    return InnerLoss(learned.loss, jnp.full_like(learned.loss, jnp.nan))
   after = spec.loss(*(a.astype(learned.loss.dtype) for a in (learned.y, v)), gates.threshold)
   return InnerLoss(learned.loss, after if segment_ids is None else jnp.where(segment_ids[..., None] != 0, after, 0))
 
