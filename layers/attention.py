@@ -25,16 +25,18 @@ from .memory_layer import MemoryLayer, count_key_heads, silence_padding
 from .norms import RMSNorm
 from .projections import dense
 
-_BY_ROW, _BY_HEAD, _PREFIX = P(ROWS), P(ROWS, None, HEADS), P(None, None, HEADS)
+_BY_ROW, _BY_HEAD, _PREFIX, _CACHE = P(ROWS), P(ROWS, None, HEADS), P(None, None, HEADS), P(ROWS, HEADS)
 
 
 @exportable
 class CacheState(NamedTuple):
   """A ring of the last keys and values. Slot p % slots holds the token at position p of the current document.
 
+  Heads come before slots, so that a token reads each head's keys and values as they lie in memory.
+
   Attributes:
-    keys: rotated, [B, slots, Hk, d].
-    values: [B, slots, Hk, d].
+    keys: rotated, [B, Hk, slots, d].
+    values: [B, Hk, slots, d].
     length: int32 [B], number of tokens of the current document so far.
   """
 
@@ -92,7 +94,7 @@ class Attention(MemoryLayer):
 
   def initial_state(self, batch_size: int) -> CacheState:
     """An empty cache."""
-    shape = (batch_size, self.slots, self.key_heads, self.head_dim)
+    shape = (batch_size, self.key_heads, self.slots, self.head_dim)
     keys, values = (jnp.zeros(shape, self.activation_dtype()) for _ in range(2))
     return CacheState(keys, values, jnp.zeros((batch_size,), jnp.int32))
 
@@ -120,7 +122,7 @@ class Attention(MemoryLayer):
     return silence_padding(y, segment_ids), state
 
   def _extras(self, x: jax.Array) -> tuple[jax.Array, ...]:
-    """Further arrays [B, T, H, ...] that `_attend` needs. Layers with another attention override both."""
+    """Further arrays [B, T, H, ...] that `_attend` and `_over` need. Layers with another attention override all three."""
     del x
     return ()
 
@@ -157,8 +159,8 @@ class Attention(MemoryLayer):
     docs, position, length = locate(segment_ids, state.length)
     attend = partitioned(
       partial(self._attend_and_write, fresh),
-      in_specs=(*[_BY_HEAD] * 5, _BY_ROW, _PREFIX, *[_BY_HEAD] * len(extras)),
-      out_specs=_BY_HEAD,
+      in_specs=(*[_BY_HEAD] * 3, _CACHE, _CACHE, _BY_ROW, _PREFIX, *[_BY_HEAD] * len(extras)),
+      out_specs=(_BY_HEAD, _CACHE, _CACHE),
     )
     where = docs, position, state.length, length
     out, keys, values = attend(q, k, v, state.keys, state.values, where, prefix_kv, *extras)
@@ -171,8 +173,13 @@ class Attention(MemoryLayer):
     docs, position, before, length = where
     if self.rope_base is not None:
       q, k = (rotate(a, position, self.rope_base) for a in (q, k))
-    out = self._attend(q, k, v, None if fresh else CacheState(keys, values, before), docs, position, prefix_kv, *extras)
-    return out, *(self._write(cache, new, docs, position, length) for cache, new in ((keys, k), (values, v)))
+    written = [self._write(cache, new, docs, position, length) for cache, new in ((keys, k), (values, v))]
+    if q.shape[1] == 1 and not fresh:  # the token lies in the cache, and sees nothing else: no second copy of the cache is made
+      token = _Tokens(jnp.where(docs.is_token, 0, -1), position)
+      out = self._over(q, *(a.swapaxes(1, 2) for a in written), token, self._cached(length), prefix_kv, *extras)
+    else:
+      out = self._attend(q, k, v, None if fresh else CacheState(keys, values, before), docs, position, prefix_kv, *extras)
+    return out, *written
 
   def _attend(self, q, k, v, state, docs: Documents, position, prefix_kv) -> jax.Array:
     """Attention [B, T, H, d] of the new tokens to themselves, to `prefix_kv` and, unless `state` is `None`, to the cache."""
@@ -186,23 +193,27 @@ class Attention(MemoryLayer):
     query_tokens = _Tokens(docs.index, position)
     k, v, key_tokens = self._after_cache(k, v, state, docs, position)
     if at_most(tokens, self.slots):
-      return _windowed(q, k, v, query_tokens, key_tokens, self.slots, prefix_kv)
+      return self._over(q, k, v, query_tokens, key_tokens, prefix_kv)
     if state is None:
       before = [(0, 0), (self.slots, 0)]
       k, v = (jnp.pad(a, [*before, (0, 0), (0, 0)]) for a in (k, v))
       key_tokens = jax.tree.map(lambda a: jnp.pad(a, before, constant_values=-1), key_tokens)
     return jnp.take_along_axis(self._blocked(q, k, v, query_tokens, key_tokens, prefix_kv), back[..., None, None], axis=1)
 
+  def _over(self, q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, prefix_kv) -> jax.Array:
+    """Attention [B, T, H, d] of any queries to any keys, those of `prefix_kv` included. Layers with extras override it."""
+    return _windowed(q, k, v, query_tokens, key_tokens, self.slots, prefix_kv)
+
   def _after_cache(self, k, v, state: CacheState | None, docs: Documents, position) -> tuple[jax.Array, jax.Array, _Tokens]:
     """Keys and values of the cache, unless it is `None`, and of the new tokens; and what they are."""
     tokens = _Tokens(jnp.where(docs.is_token, docs.index, -1), position)
     if state is None:
       return k, v, tokens
-    k, v = jnp.concatenate([state.keys, k], axis=1), jnp.concatenate([state.values, v], axis=1)
+    k, v = (jnp.concatenate([cache.swapaxes(1, 2), new], axis=1) for cache, new in ((state.keys, k), (state.values, v)))
     return k, v, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self._cached(state.length), tokens)
 
   def _blocked(self, q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, prefix_kv) -> jax.Array:
-    """`_windowed` for T queries and slots + T keys, in blocks of `slots` queries, each against two blocks of keys."""
+    """`_over` for T queries and slots + T keys, in blocks of `slots` queries, each against two blocks of keys."""
     batch, tokens = q.shape[:2]
     size = self.slots
     missing = pieces(tokens, size) * size - tokens
@@ -216,7 +227,7 @@ class Attention(MemoryLayer):
 
     query_tokens = jax.tree.map(lambda a: _merge(blocks(a)), query_tokens)
     key_tokens = jax.tree.map(lambda a: pairs(a, fill=-1), key_tokens)
-    out = _windowed(_merge(blocks(q)), pairs(k), pairs(v), query_tokens, key_tokens, size, prefix_kv)
+    out = self._over(_merge(blocks(q)), pairs(k), pairs(v), query_tokens, key_tokens, prefix_kv)
     return out.reshape(batch, -1, *out.shape[2:])[:, :tokens]
 
   def _cached(self, length: jax.Array) -> _Tokens:
@@ -230,7 +241,9 @@ class Attention(MemoryLayer):
     """Returns a cache after the tokens `new`: the last `slots` tokens of the last document, whose length is `length`."""
     kept = _in_last_document(docs) & (position >= length[:, None] - self.slots)
     slot = jnp.where(kept, position % self.slots, self.slots)  # out of bounds, and therefore dropped
-    return jax.vmap(lambda row, slot, new: row.at[slot].set(new, mode="drop"))(cache, slot, new.astype(cache.dtype))
+    slots = jnp.broadcast_to(slot[:, None], (*cache.shape[:2], slot.shape[1]))
+    write = jax.vmap(jax.vmap(lambda cache, slot, new: cache.at[slot].set(new, mode="drop")))
+    return write(cache, slots, new.swapaxes(1, 2).astype(cache.dtype))
 
 
 def _locate(tokens: int, segment_ids: jax.Array | None, length: jax.Array) -> tuple[Documents, jax.Array, jax.Array]:
@@ -264,23 +277,21 @@ def softmax_attention(
 
 
 def _softmax_attention(q, k, v, mask, prefix_kv) -> jax.Array:
-  if prefix_kv is not None:
-    k, v = (_prepend(first, a) for first, a in zip(prefix_kv, (k, v), strict=True))
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (prefix_kv[0].shape[1], 0)), constant_values=True)
   # The queries of a group are rows of one product. With an axis of their own, XLA on a CPU takes a third longer.
   batch, tokens, heads, width = q.shape
   groups = heads // k.shape[2]
-  rows = q.reshape(batch, tokens, -1, groups, width).swapaxes(2, 3).reshape(batch, tokens * groups, -1, width)
+  rows = q.reshape(batch, tokens, -1, groups, width).swapaxes(1, 2).reshape(batch, -1, tokens * groups, width)
   mask = jnp.repeat(mask, groups, axis=1)[:, None] if groups > 1 else mask[:, None]
-  logits = einsum("bmhd,bshd->bhms", rows, k) * width**-0.5
-  weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1)
-  out = einsum("bhms,bshd->bmhd", weights.astype(v.dtype), v)
-  return out.reshape(batch, tokens, groups, -1, width).swapaxes(2, 3).reshape(q.shape).astype(q.dtype)
-
-
-def _prepend(first: jax.Array, x: jax.Array) -> jax.Array:
-  """Prepends `first` [1, N, ...] to every row of x [B, S, ...]."""
-  return jnp.concatenate([jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], *first.shape[1:])), x], axis=1)
+  logits = einsum("bhmd,bhsd->bhms", rows, k.swapaxes(1, 2)) * width**-0.5
+  logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+  out = einsum("bhms,bhsd->bhmd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v.swapaxes(1, 2))
+  if prefix_kv is not None:  # a softmax of its own, and its share of the whole: joined with the keys, a cache would be copied
+    first_k, first_v = (a[0].swapaxes(0, 1) for a in prefix_kv)
+    ahead = einsum("bhmd,hnd->bhmn", rows, first_k) * width**-0.5
+    first = einsum("bhmn,hnd->bhmd", jax.nn.softmax(ahead, axis=-1).astype(v.dtype), first_v)
+    share = jax.nn.sigmoid(jax.nn.logsumexp(ahead, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+    out = out + share[..., None] * (first - out)
+  return out.reshape(batch, -1, tokens, groups, width).swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -75,6 +75,10 @@ def _cached(q, k, v, keys, values, length, ids):
   return out, state.keys, state.values
 
 
+def _next(q, k, v, keys, values, length, ids):
+  return _cached(*(a[:, :1] for a in (q, k, v)), keys, values, length, ids[:, :1])
+
+
 MANY, FEW = (BATCH, TOKENS, 8), (BATCH, TOKENS, 4)
 MASK = np.tril(np.ones((BATCH, TOKENS, TOKENS), bool))
 # For each operation: the function, and its arguments with their axes.
@@ -138,13 +142,14 @@ OPERATIONS = {
       (normal(*MANY, WIDE), TOKEN),
       (normal(*FEW, WIDE), TOKEN),
       (normal(*FEW, WIDE, seed=1), TOKEN),
-      (normal(BATCH, 5, 4, WIDE), TOKEN),
-      (normal(BATCH, 5, 4, WIDE, seed=1), TOKEN),
+      (normal(BATCH, 4, 5, WIDE), STATE),
+      (normal(BATCH, 4, 5, WIDE, seed=1), STATE),
       (np.array([0, 2, 5, 13], np.int32), ROW),
       (IDS, ROW),
     ],
   ),
 }
+OPERATIONS["one token of attention"] = _next, OPERATIONS["attention"][1]
 # Layouts: the devices along the axes "x" and "y", and which of these split rows and heads.
 LAYOUTS = {"rows": ((4,), "x", None), "heads": ((4,), None, "x"), "rows and heads": ((2, 2), "y", "x")}
 
