@@ -43,15 +43,15 @@ KINDS = {
   "selecting": Kind(75, 17, without=("nnx_values", "lengths", "bfloat16")),
   "segmented": Kind(120, 17, without=("nnx_values", "lengths")),
   "unrolled": Kind(50, 11, without=("nnx_values", "lengths", "bfloat16", "hostile", "plasticity")),  # is also scanned
-  "variant": Kind(30, 7, costs=(TRACED, SHARED)),  # chooses among its parent's options only
+  "variant": Kind(50, 7, costs=(TRACED, SHARED)),  # of a layer that gets all checks, by a choice or two
 }
 # Layers that are not "simple".
 KIND_OF = {
   "TitansMemory": "network",
-  "TTTLinear": "network",
+  "TTTLinear": "variant",
   "MemoryAsContext": "segmented",
   "MemoryAsGate": "composite",
-  "MemoryAsLayer": "composite",
+  "MemoryAsLayer": "variant",
   "LanguageModel": "composite",
   "PoolModel": "selecting",
   "ContextModel": "unrolled",

@@ -11,17 +11,21 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from memzoo.layers.laws import TRACED
 from memzoo.zoo.registry import LAYERS
-from subjects import METER, MODELS, QUICK, SUBJECTS, checks, kind, layer, trial
+from subjects import KINDS, METER, MODELS, QUICK, SUBJECTS, checks, kind, layer, trial
 from tolerances import assert_close
 
+# Checks that also run on the newest JAX, for one of several layers or models that call the same code.
 COMPAT = ("splits", "documents", "padding", "oracle", "transformations", "nnx_shapes")
+ALIKE = {"DeltaNet", "GatedDeltaNet", "KimiDeltaAttention", "DeltaProduct", "Mamba2"}  # EraseThenDelta is tried
+ALIKE |= {"MemoryAsContext", "PoolModel", "ContextModel"}  # HierarchicalMemory and ScannedContextModel are
 
 
 def marks(name, check):
   chosen = [pytest.mark.xdist_group(name)]
   if name in MODELS or (name != QUICK and check.cost != TRACED):
     chosen.append(pytest.mark.slow)
-  return [*chosen, pytest.mark.compat] if check.name in COMPAT else chosen
+  newest = check.name in COMPAT and name not in ALIKE and kind(name) is not KINDS["variant"]
+  return [*chosen, pytest.mark.compat] if newest else chosen
 
 
 CASES = [
