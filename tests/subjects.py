@@ -40,9 +40,8 @@ KINDS = {
   "network": Kind(60, 20, without=("nnx_values",)),
   "composite": Kind(75, 17, without=("nnx_values", "lengths")),
   # Rounding moves a score over its threshold, and then another note is read.
-  "selecting": Kind(75, 17, without=("nnx_values", "lengths", "bfloat16")),
+  "selecting": Kind(75, 17, without=("nnx_values", "lengths", "bfloat16", "hostile", "plasticity")),
   "segmented": Kind(120, 17, without=("nnx_values", "lengths")),
-  "unrolled": Kind(50, 11, without=("nnx_values", "lengths", "bfloat16", "hostile", "plasticity")),  # is also scanned
   "variant": Kind(50, 7, costs=(TRACED, SHARED)),  # of a layer that gets all checks, by a choice or two
 }
 # Layers that are not "simple".
@@ -54,7 +53,7 @@ KIND_OF = {
   "MemoryAsLayer": "variant",
   "LanguageModel": "composite",
   "PoolModel": "selecting",
-  "ContextModel": "unrolled",
+  "ContextModel": "variant",  # of ScannedContextModel
   "ScannedContextModel": "composite",
   "Moneta": "variant",
   "Yaad": "variant",
