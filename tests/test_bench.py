@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -28,6 +29,7 @@ from memzoo.pallas_kernels.workloads import (
   least_work,
   make_inputs,
 )
+from memzoo.train.bench_decoding import main
 from memzoo.train.bench_report import draw, tables
 from memzoo.train.files import write_record
 from memzoo.train.gpu_steps import CONFIGS, step_tasks
@@ -220,3 +222,18 @@ def test_the_least_work_counts_inputs_results_and_the_recurrence():
 def test_inputs_have_the_dtype_of_activations_and_float32_gates():
   inputs = jax.eval_shape(lambda: make_inputs("erase_then_delta_rule", TINY, dtype=jnp.bfloat16))
   assert [x.dtype.name for x in inputs] == ["bfloat16"] * 3 + ["float32", "bfloat16", "float32", "float32"]
+
+
+@pytest.mark.slow
+def test_the_bench_of_generation_prints_a_table_and_draws_it(tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "tiny.gin").write_text(
+    "include 'parts/language_model.gin'\nlength = 64\nLanguageModel.width = 32\nLanguageModel.depth = 1\n"
+    "LanguageModel.mixers = [@Attention]\nAttention.num_heads = 2\nAttention.head_dim = 16\nAttention.window = %length\n"
+  )
+  main(["tiny.gin", "--lengths", "16,64", "--seconds", "0"])
+  rows = [line.split() for line in capsys.readouterr().out.splitlines() if "tiny.gin" in line and "Compiling" not in line]
+  assert [row[1] for row in rows] == ["16", "64"]
+  assert all(float(row[2].replace(",", "")) <= float(row[3].replace(",", "")) for row in rows), "none is faster than its floor"
+  assert [row[4:6] for row in rows] == [["4.0", "KiB"], ["16.0", "KiB"]], "keys and values of two heads, 16 wide, in float32"
+  assert Path("decoding.png").read_bytes().startswith(b"\x89PNG")

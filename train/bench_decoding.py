@@ -77,7 +77,7 @@ def draw(found: list[Speed], path: Path) -> None:
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(9, 3.6), layout="constrained")
-  panels = figure.subplots(1, 2)
+  panels, contexts = figure.subplots(1, 2), sorted({each.context for each in found})
   for name in dict.fromkeys(each.name for each in found):
     own = [each for each in found if each.name == name]
     for axes, values in zip(panels, ([each.rate for each in own], [each.state_bytes for each in own]), strict=True):
@@ -86,6 +86,8 @@ def draw(found: list[Speed], path: Path) -> None:
     axes.set(xlabel="tokens of context", ylabel=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.tick_params(axis="y", which="minor", left=False)
     axes.grid(alpha=0.25)
   panels[0].legend(fontsize=8)
   save_figure(figure, path)
