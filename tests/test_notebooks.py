@@ -47,6 +47,7 @@ def test_the_first_code_cell_is_first_cell_py(path):
 SHORTER = {
   "02_compare_memories": {
     "steps=800, evaluate_every=50": "steps=25, evaluate_every=25",
+    '["LinearAttention", "DeltaNet"]': '["DeltaNet"]',
     "steps=600": "steps=25",
     "test_examples=128": "test_examples=32",
   },
@@ -58,6 +59,7 @@ SHORTER = {
     "max_new_tokens=300": "max_new_tokens=50",
   },
   "04_titans": {"700, 2800, 11200": "350", "8400": "400", "16800": "800", "range(250)": "range(30)"},
+  "05_two_speed_memory": {"steps=400": "steps=5", '  "with the episodic memory": decoder("fast", "fast", mix="fast"),\n': ""},
 }
 
 
