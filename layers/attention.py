@@ -175,7 +175,7 @@ class Attention(MemoryLayer):
       q, k = (rotate(a, position, self.rope_base) for a in (q, k))
     written = [self._write(cache, new, docs, position, length) for cache, new in ((keys, k), (values, v))]
     if q.shape[1] == 1 and not fresh:  # the token lies in the cache, and sees nothing else: no second copy of the cache is made
-      token = _Tokens(docs.is_token.astype(jnp.int32) - 1, position)
+      token = _Tokens(jnp.where(docs.is_token, jnp.int32(0), -1), position)
       out = self._over(q, *(a.swapaxes(1, 2) for a in written), token, self._cached(length), prefix_kv, *extras)
     else:
       out = self._attend(q, k, v, None if fresh else CacheState(keys, values, before), docs, position, prefix_kv, *extras)
@@ -235,7 +235,7 @@ class Attention(MemoryLayer):
     slot = jnp.arange(self.slots, dtype=jnp.int32)[None]
     last = length[:, None] - 1
     position = last - (last - slot) % self.slots
-    return _Tokens(jnp.where(position >= 0, 0, -1), position)
+    return _Tokens(jnp.where(position >= 0, jnp.int32(0), -1), position)
 
   def _write(self, cache: jax.Array, new: jax.Array, docs: Documents, position, length) -> jax.Array:
     """Returns a cache after the tokens `new`: the last `slots` tokens of the last document, whose length is `length`."""
