@@ -5,13 +5,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from damage import flip_bits, lose_the_facts, truncate
+from machine import needs_libtpu
 from memzoo.train import cli
 from memzoo.train.report import read_rows
 from tolerances import assert_close
@@ -189,7 +189,6 @@ def test_describe_predicts_the_peak_on_request(memzoo):
   assert [line for line in lines if line not in added] == fewer
 
 
-needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, which exists for Linux on x86-64")
 
 
 @needs_libtpu

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import jax
 import nbformat
 import pytest
+from machine import flags_for_one_device
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,7 @@ def shortened(path):
 @pytest.mark.xdist_group("notebooks")
 @each_notebook
 def test_a_notebook_runs_from_top_to_bottom_and_shows_pictures(path, tmp_path, monkeypatch):
-  monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1"))
+  monkeypatch.setenv("XLA_FLAGS", flags_for_one_device())
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
   notebook = shortened(path)
   NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()

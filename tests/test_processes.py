@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from machine import flags_for_one_device
 from memzoo.train import processes
 from memzoo.train.loop import train
 from memzoo.train.report import read_rows
@@ -93,7 +94,7 @@ attempt("not finite", model=Spoiled(), nonfinite_limit=3)
 
 def run_two_processes(folder):
   """The output of `SCRIPT` in each of two processes of one device."""
-  flags = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1")
+  flags = flags_for_one_device()
   environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": import_path()}
   with socket.socket() as probe:
     probe.bind(("localhost", 0))

@@ -1,15 +1,13 @@
 """Costs on a TPU: the parser of HLO on modules written by hand, and one real compilation with libtpu."""
 
 import os
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import pytest
+from machine import needs_libtpu
 from memzoo.pallas_kernels import hlo, tpu_cost
 from memzoo.pallas_kernels.hlo import Product
-
-needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, which exists for Linux on x86-64")
 
 # Five rounds of a loop, each with a loop of three rounds, a conditional and a fused product; collectives of both kinds.
 LOOPS = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(bf16[8,4]{1,0})->f32[8]{0}}

@@ -1,15 +1,13 @@
 """The passes of matrix products in bfloat16 models, read from programs that are compiled for a TPU without one."""
 
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import pytest
+from machine import needs_libtpu
 from memzoo.pallas_kernels import tpu_cost
 from memzoo.zoo.language_model import LanguageModel
 from subjects import layer
-
-needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, which exists for Linux on x86-64")
 
 WITH_AN_INVERSE = "EraseThenDelta"
 MIXERS = WITH_AN_INVERSE, "Yaad", "TTTLinear", "Attention"

@@ -109,7 +109,7 @@ def lay_out(
 
   source = scatter(column, -1)
   position = jax.lax.cummax(scatter(place, 0), axis=2)
-  fresh = jnp.any(scatter(begins & (docs.index > 0) & docs.starts, False), axis=2)
+  fresh = jnp.any(scatter(docs.starts, False), axis=2)
   still_open = ~jnp.any(scatter(place == chunk_size - 1, False), axis=2)
   last = jnp.max(jnp.where(docs.is_token, column, -1), axis=1)
   left = (jnp.take_along_axis(place, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] + 1) % chunk_size
