@@ -17,7 +17,8 @@ from tolerances import assert_close
 # Checks that also run on the newest JAX, for one of several layers or models that call the same code.
 COMPAT = ("splits", "documents", "padding", "oracle", "transformations", "nnx_shapes")
 ALIKE = {"DeltaNet", "GatedDeltaNet", "KimiDeltaAttention", "DeltaProduct", "Mamba2"}  # EraseThenDelta is tried
-ALIKE |= {"MemoryAsContext", "PoolModel", "ContextModel"}  # HierarchicalMemory and ScannedContextModel are
+ALIKE |= {"MemoryAsGate", "MemoryAsContext"}  # TitansMemory, Attention and HierarchicalMemory are
+ALIKE |= {"LanguageModel", "PoolModel", "ContextModel"}  # ScannedContextModel is
 
 
 def marks(name, check):
