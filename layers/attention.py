@@ -241,6 +241,7 @@ class Attention(MemoryLayer):
     """Returns a cache after the tokens `new`: the last `slots` tokens of the last document, whose length is `length`."""
     kept = _in_last_document(docs) & (position >= length[:, None] - self.slots)
     slot = jnp.where(kept, position % self.slots, self.slots)  # out of bounds, and therefore dropped
+    # An index for each head, though all are equal: XLA on a CPU does a write of one slice twice, each in a copy of the cache.
     slots = jnp.broadcast_to(slot[:, None], (*cache.shape[:2], slot.shape[1]))
     write = jax.vmap(jax.vmap(lambda cache, slot, new: cache.at[slot].set(new, mode="drop")))
     return write(cache, slots, new.swapaxes(1, 2).astype(cache.dtype))
@@ -286,7 +287,7 @@ def _softmax_attention(q, k, v, mask, prefix_kv) -> jax.Array:
   logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
   out = einsum("bhms,bhsd->bhmd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v.swapaxes(1, 2))
   if prefix_kv is not None:  # a softmax of its own, and its share of the whole: joined with the keys, a cache would be copied
-    first_k, first_v = (a[0].swapaxes(0, 1) for a in prefix_kv)
+    first_k, first_v = (first[0].swapaxes(0, 1).astype(a.dtype) for first, a in zip(prefix_kv, (k, v), strict=True))
     ahead = einsum("bhmd,hnd->bhmn", rows, first_k) * width**-0.5
     first = einsum("bhmn,hnd->bhmd", jax.nn.softmax(ahead, axis=-1).astype(v.dtype), first_v)
     share = jax.nn.sigmoid(jax.nn.logsumexp(ahead, axis=-1) - jax.nn.logsumexp(logits, axis=-1))

@@ -39,14 +39,13 @@ class _LocalModel(Attention, kw_only=True):
   implementation: str = "auto"
 
   def _attend(self, q, k, v, state: CacheState | None, docs: Documents, position, prefix_kv, extra) -> jax.Array:
-    if prefix_kv is not None:
-      raise ValueError(f"{type(self).__name__} was given a prefix; expected none, which only Attention takes.")
     k, v, key_tokens = self._after_cache(k, v, state, docs, position)
     query_tokens = key_tokens._replace(document=jnp.where(docs.is_token, docs.index, -1), position=position)
     return self._over(q, k, v, query_tokens, key_tokens, prefix_kv, extra)
 
   def _over(self, q, k, v, query_tokens, key_tokens, prefix_kv, extra) -> jax.Array:
-    del prefix_kv
+    if prefix_kv is not None:
+      raise ValueError(f"{type(self).__name__} was given a prefix; expected none, which only Attention takes.")
     options = {"window": self.slots, "implementation": self.implementation}
     return self._read(q, k, v, extra, query_tokens.position, allowed=Allowed(*query_tokens, *key_tokens), **options)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from memzoo.layers.attention import Attention, reference_attention, softmax_attention
+from memzoo.layers.local_linear_attention import LocalLinearAttention, Parallax
 from tolerances import assert_close, assert_finite
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("attention")]
@@ -133,6 +134,15 @@ def test_one_token_reads_the_cache_where_it_lies(batch, key_heads, prefix):
   state = module.apply({}, batch, method="initial_state")
   step = jax.jit(module.apply, donate_argnums=2).lower(params(module), x, state, None, prefix).compile()
   assert step.memory_analysis().temp_size_in_bytes < state.keys.nbytes
+
+
+@pytest.mark.parametrize("kind", [LocalLinearAttention, Parallax])
+@pytest.mark.parametrize(("tokens", "continues"), [(3, False), (3, True), (1, False), (1, True)])
+def test_only_attention_takes_a_prefix(kind, tokens, continues):
+  module, x = kind(num_heads=2, head_dim=4, window=WINDOW), inputs(tokens, jnp.float32)
+  state = module.apply({}, 2, method="initial_state") if continues else None
+  with pytest.raises(ValueError, match=f"{kind.__name__} was given a prefix"):
+    jax.eval_shape(module.init, jax.random.key(0), x, state, None, np.ones((3, WIDTH), np.float32))
 
 
 @IN_FLOAT64

@@ -189,8 +189,6 @@ def test_describe_predicts_the_peak_on_request(memzoo):
   assert [line for line in lines if line not in added] == fewer
 
 
-
-
 @needs_libtpu
 def test_costs_on_a_tpu_are_estimated_one_by_one_and_saved(memzoo, tmp_path):
   small = ["--length", "64", "--heads", "2", "--width", "16", "--forward", "--batch", "2"]

@@ -18,7 +18,7 @@ from tolerances import assert_close
 COMPAT = ("splits", "documents", "padding", "oracle", "transformations", "nnx_shapes")
 ALIKE = {"DeltaNet", "GatedDeltaNet", "KimiDeltaAttention", "DeltaProduct", "Mamba2"}  # EraseThenDelta is tried
 ALIKE |= {"MemoryAsGate", "MemoryAsContext"}  # TitansMemory, Attention and HierarchicalMemory are
-ALIKE |= {"LanguageModel", "PoolModel", "ContextModel"}  # ScannedContextModel is
+ALIKE |= {"LanguageModel", "PoolModel"}  # ScannedContextModel is
 
 
 def marks(name, check):

@@ -94,8 +94,7 @@ attempt("not finite", model=Spoiled(), nonfinite_limit=3)
 
 def run_two_processes(folder):
   """The output of `SCRIPT` in each of two processes of one device."""
-  flags = flags_for_one_device()
-  environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": import_path()}
+  environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_for_one_device(), "PYTHONPATH": import_path()}
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = str(probe.getsockname()[1])

@@ -1,6 +1,5 @@
 """The passes of matrix products in bfloat16 models, read from programs that are compiled for a TPU without one."""
 
-
 import jax
 import jax.numpy as jnp
 import pytest
