@@ -177,7 +177,7 @@ def test_a_decoder_begins_as_the_transformer_bit_for_bit():
   }
   plain = {"params": own | {"blocks_0": renamed}}
   np.testing.assert_array_equal(jax.jit(with_memory.apply)(params, tokens)[0], jax.jit(without.apply)(plain, tokens)[0])
-  gradient = nn.unbox(jax.grad(lambda p: jnp.sum(with_memory.apply(p, tokens)[0] ** 2))(params))["params"]
+  gradient = nn.unbox(jax.jit(jax.grad(lambda p: jnp.sum(with_memory.apply(p, tokens)[0] ** 2)))(params))["params"]
   assert np.any(gradient["blocks_0"]["mixer"]["feature_0_scale"])
 
 

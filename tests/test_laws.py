@@ -14,11 +14,12 @@ from memzoo.zoo.registry import LAYERS
 from subjects import KINDS, METER, MODELS, QUICK, SUBJECTS, checks, kind, layer, trial
 from tolerances import assert_close
 
-# Checks that also run on the newest JAX, for one of several layers or models that call the same code.
+# Checks that also run on the newest JAX, for one of several layers that call the same code.
 COMPAT = ("splits", "documents", "padding", "oracle", "transformations", "nnx_shapes")
 ALIKE = {"DeltaNet", "GatedDeltaNet", "KimiDeltaAttention", "DeltaProduct", "Mamba2"}  # EraseThenDelta is tried
 ALIKE |= {"MemoryAsGate", "MemoryAsContext"}  # TitansMemory, Attention and HierarchicalMemory are
-ALIKE |= {"LanguageModel", "PoolModel"}  # ScannedContextModel is
+ALIKE |= {"Parallax"}  # LocalLinearAttention is
+ALIKE |= set(MODELS)  # `test_stack.py` tries some
 
 
 def marks(name, check):

@@ -48,6 +48,7 @@ SHORTER = {
   "02_compare_memories": {
     "steps=800, evaluate_every=50": "steps=25, evaluate_every=25",
     '["LinearAttention", "DeltaNet"]': '["DeltaNet"]',
+    '["DeltaNet", "reflecting/DeltaNet"]': '["reflecting/DeltaNet"]',
     "steps=600": "steps=25",
     "test_examples=128": "test_examples=32",
   },

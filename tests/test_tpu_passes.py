@@ -9,7 +9,7 @@ from memzoo.zoo.language_model import LanguageModel
 from subjects import layer
 
 WITH_AN_INVERSE = "EraseThenDelta"
-MIXERS = WITH_AN_INVERSE, "Yaad", "TTTLinear", "Attention"
+MIXERS = WITH_AN_INVERSE, "Yaad", "Attention"
 
 
 @needs_libtpu

@@ -108,13 +108,8 @@ def _run_backward(options, residuals, cotangents):
 
 
 def _pull_back(options, inputs, kept, cotangents):
-  def on(platform, plan, inputs, kept, cotangents):
-    docs = _documents(inputs)
-    gradients = _form(plan).backward(plan, docs, inputs.operands, inputs.log_decay, kept[platform], *cotangents)
-    return Inputs(None, *gradients)
-
-  plans = _plans(options, inputs)
-  return by_platform(*(partial(on, i, plan) for i, plan in enumerate(plans)), inputs, kept, cotangents)
+  forms = (partial(_backward, i, plan) for i, plan in enumerate(_plans(options, inputs)))
+  return by_platform(*forms, inputs, kept, cotangents)
 
 
 _rule.defvjp(_run_forward, _run_backward)
@@ -139,8 +134,16 @@ def _documents(inputs: Inputs):
   return None if inputs.segment_ids is None else documents(inputs.segment_ids)
 
 
+# Compiled functions within a program are traced once for equal plans and shapes, so once for equal layers.
+@partial(jax.jit, static_argnums=0)
 def _forward(plan: Plan, inputs: Inputs):
   return _form(plan).forward(plan, _documents(inputs), *inputs[1:])
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _backward(platform: int, plan: Plan, inputs: Inputs, kept, cotangents) -> Inputs:
+  docs = _documents(inputs)
+  return Inputs(None, *_form(plan).backward(plan, docs, inputs.operands, inputs.log_decay, kept[platform], *cotangents))
 
 
 def _form(plan: Plan) -> ModuleType:

@@ -103,15 +103,19 @@ def _run_and_keep(chunk_size, inputs):
 
 
 def _pull_back(chunk_size, inputs, kept, cotangents, parts):
-  def on(platform, plan, inputs, kept, cotangents):
-    return backward(plan, _documents(inputs), *inputs[1:-1], kept[platform], *cotangents, len(parts))
-
-  plans = _plans(chunk_size, inputs)
-  return by_platform(*(partial(on, i, plan) for i, plan in enumerate(plans)), inputs, kept, cotangents)
+  forms = (partial(_backward, i, plan, len(parts)) for i, plan in enumerate(_plans(chunk_size, inputs)))
+  return by_platform(*forms, inputs, kept, cotangents)
 
 
+# Compiled functions within a program are traced once for equal plans and shapes, so once for equal layers.
+@partial(jax.jit, static_argnums=0)
 def _forward(plan: Plan, inputs: Inputs):
   return forward(plan, _documents(inputs), *inputs[1:])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _backward(platform: int, plan: Plan, parts: int, inputs: Inputs, kept, cotangents):
+  return backward(plan, _documents(inputs), *inputs[1:-1], kept[platform], *cotangents, parts)
 
 
 def _plans(chunk_size: int | None, inputs: Inputs) -> tuple[Plan, Plan]:

@@ -19,6 +19,7 @@ chunks; the backward pass keeps the carries between chunks and recomputes the re
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -182,6 +183,7 @@ class _Prepared(NamedTuple):
   inverse: jax.Array | None
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def chunked(
   spec: Spec,
   plan: Plan,
