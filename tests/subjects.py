@@ -47,14 +47,15 @@ KINDS = {
 # Layers that are not "simple".
 KIND_OF = {
   "TitansMemory": "network",
+  "DeltaNet": "variant",  # of GatedDeltaNet
+  "Parallax": "variant",  # of LocalLinearAttention
   "TTTLinear": "variant",
   "MemoryAsContext": "segmented",
   "MemoryAsGate": "composite",
   "MemoryAsLayer": "variant",
   "LanguageModel": "composite",
   "PoolModel": "selecting",
-  "ContextModel": "variant",  # of ScannedContextModel
-  "ScannedContextModel": "composite",
+  "ContextModel": "composite",
   "Moneta": "variant",
   "Yaad": "variant",
   "Memora": "variant",
@@ -66,9 +67,9 @@ KIND_OF = {
 QUICK = "EraseThenDelta"
 
 
-# What these two add to a memory does not depend on it, so theirs has one matrix; that of `TitansMemory` has two.
+# What these add to a memory does not depend on it, so theirs has one matrix; that of `TitansMemory` has two.
 _ONE_MATRIX = {"network": Network(depth=1)}
-FIELDS = {"MemoryAsGate": _ONE_MATRIX, "MemoryAsLayer": _ONE_MATRIX}
+FIELDS = dict.fromkeys(("MemoryAsContext", "MemoryAsGate", "MemoryAsLayer"), _ONE_MATRIX)
 
 
 def layer(name: str, **fields: Any) -> nn.Module:
@@ -84,10 +85,10 @@ def hybrid(width: int, **fields: Any) -> nn.Module:
   return LanguageModel(vocab_size=11, width=width, depth=2, mixers=mixers)
 
 
-def with_context(width: int, scan: bool = False, **_: Any) -> nn.Module:
-  """A language model some of whose layers read what lower ones published or feed later blocks."""
+def with_context(width: int, **_: Any) -> nn.Module:
+  """A language model, in a scan, some of whose layers read what lower ones published or feed later blocks."""
   mixers = (NoteReader(channels=6), Feeder()), (NoteReader(channels=6),)
-  return LanguageModel(vocab_size=11, width=width, depth=5, mixers=mixers, scan=scan)
+  return LanguageModel(vocab_size=11, width=width, depth=5, mixers=mixers, scan=True)
 
 
 def with_pools(width: int, **_: Any) -> nn.Module:
@@ -100,7 +101,6 @@ MODELS = {
   "LanguageModel": hybrid,
   "PoolModel": with_pools,
   "ContextModel": with_context,
-  "ScannedContextModel": functools.partial(with_context, scan=True),
 }
 SUBJECTS = (*LAYERS, *MODELS)
 

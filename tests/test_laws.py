@@ -11,22 +11,20 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from memzoo.layers.laws import TRACED
 from memzoo.zoo.registry import LAYERS
-from subjects import KINDS, METER, MODELS, QUICK, SUBJECTS, checks, kind, layer, trial
+from subjects import METER, MODELS, QUICK, SUBJECTS, checks, kind, layer, trial
 from tolerances import assert_close
 
-# Checks that also run on the newest JAX, for one of several layers that call the same code.
+# Checks that also run on the newest JAX, and the layers that they are run for. Others use the same code, or their operation has
+# tests marked `compat` of its own.
 COMPAT = ("splits", "documents", "padding", "oracle", "transformations", "nnx_shapes")
-ALIKE = {"DeltaNet", "GatedDeltaNet", "KimiDeltaAttention", "DeltaProduct", "Mamba2"}  # EraseThenDelta is tried
-ALIKE |= {"MemoryAsGate", "MemoryAsContext"}  # TitansMemory, Attention and HierarchicalMemory are
-ALIKE |= {"Parallax"}  # LocalLinearAttention is
-ALIKE |= set(MODELS)  # `test_stack.py` tries some
+TRIED = "EraseThenDelta", "TitansMemory", "Attention", "LocalLinearAttention"
 
 
 def marks(name, check):
   chosen = [pytest.mark.xdist_group(name)]
   if name in MODELS or (name != QUICK and check.cost != TRACED):
     chosen.append(pytest.mark.slow)
-  newest = check.name in COMPAT and name not in ALIKE and kind(name) is not KINDS["variant"]
+  newest = check.name in COMPAT and name in TRIED
   return [*chosen, pytest.mark.compat] if newest else chosen
 
 

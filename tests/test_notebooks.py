@@ -53,6 +53,7 @@ SHORTER = {
     "test_examples=128": "test_examples=32",
   },
   "03_train_and_look_inside": {
+    "[@EraseThenDelta, @GatedDeltaNet]": "[@GatedDeltaNet]",
     "steps=360": "steps=10",
     "steps=440": "steps=15",
     "evaluate_every=90": "evaluate_every=5",

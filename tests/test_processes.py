@@ -15,7 +15,7 @@ from memzoo.train import processes
 from memzoo.train.loop import train
 from memzoo.train.report import read_rows
 from memzoo.train.sharding import MeshShape, batch_sharding
-from tiny_run import import_path, memory_model, quick_runs, tiny_experiment
+from tiny_run import convolution_model, import_path, quick_runs, tiny_experiment
 from tolerances import assert_close
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures(quick_runs.__name__), pytest.mark.xdist_group("processes")]
@@ -34,7 +34,7 @@ RESUMED = dict(zip(LAYOUTS, ["processes", *ONE_PROCESS], strict=True))
 
 
 def experiment(folder, layout, **settings):
-  settings = {"model": memory_model(), "steps": STEPS, "checkpoint_every": 10, "evaluate_every": 0} | settings
+  settings = {"model": convolution_model(), "steps": STEPS, "checkpoint_every": 10, "evaluate_every": 0} | settings
   return tiny_experiment(folder, mesh=LAYOUTS[layout], **settings)
 
 
