@@ -54,6 +54,7 @@ SHORTER = {
   },
   "03_train_and_look_inside": {
     "[@EraseThenDelta, @GatedDeltaNet]": "[@GatedDeltaNet]",
+    '  "EraseThenDelta.key_dim=32",\n  "EraseThenDelta.value_dim=32",\n': "",
     "steps=360": "steps=10",
     "steps=440": "steps=15",
     "evaluate_every=90": "evaluate_every=5",
