@@ -35,6 +35,7 @@ CASES = {
   "cosine 0.95, strength 0.95": (0.95, 0.95, "none", BOUND),
   "cosine 0.95, strength 1.9": (0.95, 1.9, "none", BOUND),
   "cosine 0.99, strength 1.9": (0.99, 1.9, "none", BOUND),
+  "equal keys, strength 1.9": (1.0, 1.9, "none", BOUND),
   "decays -3 to -5": (0.0, None, "bounded", BOUND),
   "decays -8 to -16": (0.0, None, "strong", None),
   "decays 0 or -20 to -60": (0.5, None, "mixed", None),

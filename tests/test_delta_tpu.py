@@ -1,0 +1,75 @@
+"""The kernel for TPUs against the recurrence in float64, run by Pallas' interpreter. Its products are bfloat16 by their dtypes.
+
+    python tests/test_delta_tpu.py        prints the errors of all cases
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from delta_variants import Variant
+from memzoo.pallas_kernels import delta_rule as ops
+from memzoo.pallas_kernels.delta_rule import tpu
+from memzoo.pallas_kernels.delta_rule.terms import Plan, Update
+from memzoo.pallas_kernels.documents import documents
+from test_delta_accuracy import CASES, GATED, SEGMENTS, inputs, relative_error
+
+# The rounding of a bfloat16 output alone is 1.7e-3.
+LIMITS = {"output": 2e-3, "state": 5e-4}
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def kernel(q, k, v, beta, initial_state, log_decay=None, segment_ids=None, scale=None):
+  heads, key_dim = initial_state.shape[1:3]
+  plan = Plan(lambda q, k, v, s: (q, [Update(k, s, v)]), heads, scale or key_dim**-0.5, jnp.float32, tpu.CHUNK)
+  docs = None if segment_ids is None else documents(segment_ids)
+  decay = None if log_decay is None else log_decay[..., None]
+  return tpu.forward(plan, docs, (q, k, v, beta), decay, initial_state, interpret=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def exact(function, args, segments):
+  args = jax.tree.map(lambda x: x.astype(jnp.float64), args)
+  return function(**args, segment_ids=segments, implementation="recurrent")
+
+
+def errors(function, args, segments):
+  expected = exact(function, args, segments)
+  return dict(zip(LIMITS, map(relative_error, kernel(**args, segment_ids=segments), expected), strict=True))
+
+
+def of_case(case):
+  segments = jnp.asarray(SEGMENTS if case == "documents" else np.ones_like(SEGMENTS))
+  return errors(ops.gated_delta_rule, inputs(GATED, case, jnp.bfloat16), segments)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.slow
+@pytest.mark.xdist_group("delta_tpu")
+@pytest.mark.parametrize("case", CASES)
+def test_errors_are_those_of_rounding_the_output(case):
+  found = of_case(case)
+  assert all(found[name] <= limit for name, limit in LIMITS.items()), found
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("batch", "key_heads", "heads", "tokens", "decay", "packed"),
+  [(2, 1, 3, 70, "scalar", True), (1, 2, 2, 64, "none", False), (3, 1, 1, 5, "scalar", True)],
+)
+def test_any_number_of_rows_heads_and_tokens(batch, key_heads, heads, tokens, decay, packed):
+  variant = Variant(ops.gated_delta_rule, decay)
+  args = variant.inputs(tokens, dtype=jnp.float32, batch=batch, key_heads=key_heads, heads=heads, key_dim=16, value_dim=24)
+  args = {name: x.astype(jnp.bfloat16) if name in "qkv" else x for name, x in args.items()}
+  ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (batch, tokens)), jnp.int32)
+  found = errors(variant.function, args, ids if packed else None)
+  assert all(found[name] <= limit for name, limit in LIMITS.items()), found
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_enable_x64", True)
+  for case in CASES:
+    print(f"{case:30s}", {name: f"{error:.1e}" for name, error in of_case(case).items()}, flush=True)
