@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from delta_variants import Variant
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # its verdict on races is not exported
+from jax.experimental.pallas import tpu as pltpu
 from memzoo.pallas_kernels import delta_rule as ops
 from memzoo.pallas_kernels.delta_rule import tpu
 from memzoo.pallas_kernels.delta_rule.terms import Plan, Update
@@ -20,13 +22,13 @@ from test_delta_accuracy import CASES, GATED, SEGMENTS, inputs, relative_error
 LIMITS = {"output": 2e-3, "state": 5e-4}
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def kernel(q, k, v, beta, initial_state, log_decay=None, segment_ids=None, scale=None):
+@functools.partial(jax.jit, static_argnames="interpret")
+def kernel(q, k, v, beta, initial_state, log_decay=None, segment_ids=None, interpret=True):
   heads, key_dim = initial_state.shape[1:3]
-  plan = Plan(lambda q, k, v, s: (q, [Update(k, s, v)]), heads, scale or key_dim**-0.5, jnp.float32, tpu.CHUNK)
+  plan = Plan(lambda q, k, v, s: (q, [Update(k, s, v)]), heads, key_dim**-0.5, jnp.float32, tpu.CHUNK)
   docs = None if segment_ids is None else documents(segment_ids)
   decay = None if log_decay is None else log_decay[..., None]
-  return tpu.forward(plan, docs, (q, k, v, beta), decay, initial_state, interpret=True)
+  return tpu.forward(plan, docs, (q, k, v, beta), decay, initial_state, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -67,6 +69,17 @@ def test_any_number_of_rows_heads_and_tokens(batch, key_heads, heads, tokens, de
   ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (batch, tokens)), jnp.int32)
   found = errors(variant.function, args, ids if packed else None)
   assert all(found[name] <= limit for name, limit in LIMITS.items()), found
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("delta_tpu")
+def test_it_reads_nothing_that_was_not_written_and_the_copies_of_its_steps_do_not_race():
+  """Memories, copies between them and their order are simulated. Memory that nobody has written holds NaN."""
+  args, segments = inputs(GATED, "documents", jnp.bfloat16), jnp.asarray(SEGMENTS)
+  simulation = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+  simulated = kernel(**args, segment_ids=segments, interpret=simulation)
+  assert jax.tree.all(jax.tree.map(np.array_equal, simulated, kernel(**args, segment_ids=segments)))
+  assert not interpret_pallas_call.races.races_found
 
 
 if __name__ == "__main__":
