@@ -70,10 +70,10 @@ class Figure(NamedTuple):
   compile_seconds: float
 
 
-def _gated_delta_rule(shape: Shape, packed: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """The kernel behind `gated_delta_rule`, of projections [B, T, H * width], and its arguments."""
+def _delta_rule(shape: Shape, erases: bool = True, packed: bool = False) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """The kernel of `delta_rule/tpu.py`, of projections [B, T, H * width], and its arguments."""
 
-  def call(q, k, v, beta, log_decay, initial_state, segment_ids=None):
+  def call(q, k, v, beta, log_decay, initial_state, segment_ids):
     heads = lambda x: x.reshape(*x.shape[:2], shape.heads, -1)  # noqa: E731
     plan = Plan(lambda q, k, v, s: (q, [Update(k, s, v)]), shape.heads, shape.key_dim**-0.5, jnp.dtype(jnp.float32), tpu.CHUNK)
     docs = None if segment_ids is None else documents(segment_ids)
@@ -84,14 +84,16 @@ def _gated_delta_rule(shape: Shape, packed: bool) -> tuple[Callable[..., Any], t
   wide = [jax.ShapeDtypeStruct((*tokens, shape.heads * width), jnp.bfloat16) for width in widths]
   gate = jax.ShapeDtypeStruct((*tokens, shape.heads), jnp.float32)
   state = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.key_dim, shape.value_dim), jnp.float32)
-  return call, (*wide, gate, gate, state, *([jax.ShapeDtypeStruct(tokens, jnp.int32)] if packed else []))
+  ids = jax.ShapeDtypeStruct(tokens, jnp.int32) if packed else None
+  return call, (*wide, gate if erases else None, gate, state, ids)
 
 
 SHAPE = Shape(1, 4096, 16)
 # The operation that a kernel computes, and the function that makes the call and its arguments.
 KERNELS = {
-  "gated delta rule": ("gated_delta_rule", partial(_gated_delta_rule, packed=False)),
-  "gated delta rule, packed documents": ("gated_delta_rule", partial(_gated_delta_rule, packed=True)),
+  "gated delta rule": ("gated_delta_rule", _delta_rule),
+  "gated delta rule, packed documents": ("gated_delta_rule", partial(_delta_rule, packed=True)),
+  "linear attention, a decay per head": ("linear_attention", partial(_delta_rule, erases=False)),
 }
 
 

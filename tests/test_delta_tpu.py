@@ -23,7 +23,7 @@ LIMITS = {"output": 2e-3, "state": 5e-4}
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def kernel(q, k, v, beta, initial_state, log_decay=None, segment_ids=None, interpret=True):
+def kernel(q, k, v, initial_state, beta=None, log_decay=None, segment_ids=None, interpret=True):
   heads, key_dim = initial_state.shape[1:3]
   plan = Plan(lambda q, k, v, s: (q, [Update(k, s, v)]), heads, key_dim**-0.5, jnp.float32, tpu.CHUNK)
   docs = None if segment_ids is None else documents(segment_ids)
@@ -59,11 +59,17 @@ def test_errors_are_those_of_rounding_the_output(case):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("batch", "key_heads", "heads", "tokens", "decay", "packed"),
-  [(2, 1, 3, 70, "scalar", True), (1, 2, 2, 64, "none", False), (3, 1, 1, 5, "scalar", True)],
+  ("variant", "batch", "key_heads", "heads", "tokens", "packed"),
+  [
+    (GATED, 2, 1, 3, 70, True),
+    (Variant(ops.delta_rule), 1, 2, 2, 64, False),
+    (GATED, 3, 1, 1, 5, True),
+    (Variant(ops.linear_attention, "scalar"), 2, 1, 3, 70, True),
+    (Variant(ops.linear_attention), 1, 2, 2, 64, False),
+  ],
+  ids=str,
 )
-def test_any_number_of_rows_heads_and_tokens(batch, key_heads, heads, tokens, decay, packed):
-  variant = Variant(ops.gated_delta_rule, decay)
+def test_any_number_of_rows_heads_and_tokens(variant, batch, key_heads, heads, tokens, packed):
   args = variant.inputs(tokens, dtype=jnp.float32, batch=batch, key_heads=key_heads, heads=heads, key_dim=16, value_dim=24)
   args = {name: x.astype(jnp.bfloat16) if name in "qkv" else x for name, x in args.items()}
   ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (batch, tokens)), jnp.int32)

@@ -1,4 +1,4 @@
-"""The forward pass in one kernel for TPUs, of updates with strengths and one decay per head.
+"""The forward pass in one kernel for TPUs, of one update per token and one decay per head.
 
 A step of its grid takes a chunk of 64 tokens of up to sixteen heads, whose states stay in fast memory from step to step. For
 one head, with sums G of the log-decays, D_ij = e^{G_i - G_j} for j <= i of one document, else 0, strengths s, and L = K K^T D
@@ -7,8 +7,8 @@ without its diagonal:
     R = V - e^G K S                          U = (I + s L)^-1 s R
     O = scale (e^G Q S + (Q K^T D) U)        S <- e^{G_C} S + K^T e^{G_C - G} U
 
-Products with a float32 operand are made in three passes over bfloat16 halves, as `numerics.SPLIT` says; queries, keys and
-values are bfloat16 already. So errors are about those of rounding the output.
+Without strengths U is V. Products with a float32 operand are made in three passes over bfloat16 halves, as `numerics.SPLIT`
+says; queries, keys and values are bfloat16 already. So errors are about those of rounding the output.
 
 What the layout is for:
 
@@ -54,6 +54,7 @@ class _Step(NamedTuple):
     per_key: heads that share a key.
     key_dim, value_dim, scale: K, V, and the factor of the read.
     documents: whether there are boundaries of documents.
+    erases: whether updates have strengths.
   """
 
   rows: int
@@ -63,6 +64,7 @@ class _Step(NamedTuple):
   value_dim: int
   scale: float
   documents: bool
+  erases: bool
 
   @property
   def states(self) -> list[tuple[int, int]]:
@@ -90,20 +92,20 @@ def forward(
   Args:
     plan: static arguments; those of the arithmetic are not used.
     docs: document boundaries and padding; `None` for one document without padding.
-    operands: of the variant, bfloat16 arrays [B, T, ...] and strengths.
+    operands: of the variant, bfloat16 arrays [B, T, ...], and strengths if updates have any.
     log_decay: `None` or [B, T, H, 1].
     initial_state: float32 [B, H, K, V].
     interpret: as for `pallas_call`.
   """
   q, (update,) = plan.updates(*operands)
   inputs = q, update.key, update.value, update.strength, log_decay
+  batch, tokens, key_heads, _ = q.shape
+  step = _step_of(plan, batch, key_heads, initial_state.shape, docs is not None, update.strength is not None)
   if docs is not None:  # the inputs at padding may hold anything
     inputs = jax.tree.map(lambda x: jnp.where(docs.is_token.reshape(docs.is_token.shape + (1,) * (x.ndim - 2)), x, 0), inputs)
-  batch, tokens, key_heads, _ = q.shape
   inputs, docs = jax.tree.map(partial(_pad, tokens=-(-tokens // CHUNK) * CHUNK), (inputs, docs))
   q, k, v, strength, log_decay = inputs
-  step = _step_of(plan, batch, key_heads, initial_state.shape, docs is not None)
-  columns, rows = _gates(step, docs, strength, log_decay)
+  columns, rows = _gates(step, v.shape[:3], docs, strength, log_decay)
   out, state = _call(step, *(x.reshape(*x.shape[:2], -1) for x in (q, k, v)), columns, rows, initial_state, interpret)
   return out.reshape(batch, -1, *v.shape[2:])[:, :tokens], state
 
@@ -114,7 +116,7 @@ def _pad(x: jax.Array, tokens: int) -> jax.Array:
   return jnp.pad(x, missing, mode="edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant")
 
 
-def _step_of(plan: Plan, batch: int, key_heads: int, state: tuple[int, ...], documents: bool) -> _Step:
+def _step_of(plan: Plan, batch: int, key_heads: int, state: tuple[int, ...], documents: bool, erases: bool) -> _Step:
   """The largest step: so many heads of a row as fit, and so many rows."""
   _, heads, key_dim, value_dim = state
   per_key = heads // key_heads
@@ -125,42 +127,41 @@ def _step_of(plan: Plan, batch: int, key_heads: int, state: tuple[int, ...], doc
 
   in_step = next(n for n in range(min(heads, _HEADS), 0, -1) if fits(n)) if any(map(fits, range(1, _HEADS + 1))) else heads
   rows = next(n for n in range(max(1, _HEADS // in_step), 0, -1) if batch % n == 0)
-  return _Step(rows, in_step, min(per_key, in_step), key_dim, value_dim, plan.scale, documents)
+  return _Step(rows, in_step, min(per_key, in_step), key_dim, value_dim, plan.scale, documents, erases)
 
 
 def _gates(
-  step: _Step, docs: Documents | None, strength: jax.Array, log_decay: jax.Array | None
+  step: _Step, shape: tuple[int, ...], docs: Documents | None, strength: jax.Array | None, log_decay: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """What the kernel needs of strengths, decays and documents, in float32, by step and chunk.
 
   Returns:
-    columns: [B / rows, H / heads, chunks, 64, n], tokens by states: strengths, G, e^G and e^{G_C - G}, and the document.
+    columns: [B / rows, H / heads, chunks, 64, n], tokens by states: strengths, G, the document, e^G and e^{G_C - G}.
     rows: [B / rows, H / heads, chunks, m, 128], pairs by the tokens of both: strengths, G, and the document; in a last row
       e^{G_C}, one number per state.
   """
-  batch, tokens, heads = strength.shape
+  batch, tokens, heads = shape
 
   def by_state(x):  # [B, T, H] to [B / rows, H / heads, chunks, states, 64]
     x = x.reshape(batch // step.rows, step.rows, tokens // CHUNK, CHUNK, heads // step.heads, step.heads)
     x = x.transpose(0, 4, 2, 1, 5, 3)
     return x.reshape(*x.shape[:3], -1, CHUNK)
 
-  strength = strength.astype(jnp.float32)
-  decay = jnp.zeros_like(strength) if log_decay is None else jnp.maximum(log_decay[..., 0].astype(jnp.float32), _MIN_LOG_DECAY)
-  total = jnp.cumsum(by_state(decay), axis=-1)
-  strength, end = by_state(strength), total[..., -1:]
+  decay = jnp.zeros((batch, tokens, heads)) if log_decay is None else jnp.maximum(log_decay[..., 0], _MIN_LOG_DECAY)
+  total = jnp.cumsum(by_state(decay.astype(jnp.float32)), axis=-1)
+  end = total[..., -1:]
   entering, leaving, keep = jnp.exp(total), jnp.exp(end - total), jnp.exp(end)
-  by_token, by_pair = [strength, total], [strength, total]
+  both = [total] if strength is None else [by_state(strength.astype(jnp.float32)), total]
   if docs is not None:
     index = by_state(jnp.broadcast_to(docs.index[..., None], (batch, tokens, heads)).astype(jnp.float32))
     last = index[..., -1:]
     entry = jnp.concatenate([jnp.zeros_like(last[:, :, :1]), last[:, :, :-1]], axis=2)
     entering, leaving = jnp.where(index == entry, entering, 0), jnp.where(index == last, leaving, 0)
     keep = jnp.where(entry == last, keep, 0)
-    by_token, by_pair = [*by_token, index], [*by_pair, index]
-  columns = jnp.concatenate([*by_token, entering, leaving], axis=-2).swapaxes(-1, -2)
+    both.append(index)
+  columns = jnp.concatenate([*both, entering, leaving], axis=-2).swapaxes(-1, -2)
   first, second = map(np.array, zip(*step.pairs, strict=True))
-  rows = [jnp.concatenate([x[..., first, :], x[..., second, :]], axis=-1) for x in by_pair]
+  rows = [jnp.concatenate([x[..., first, :], x[..., second, :]], axis=-1) for x in both]
   keep = jnp.pad(keep.swapaxes(-1, -2), ((0, 0),) * 4 + ((0, LANES - keep.shape[-2]),))
   return columns, jnp.concatenate([*rows, keep], axis=-2)
 
@@ -221,63 +222,75 @@ def _kernel(
   states, pairs = step.states, step.pairs
   everyone = range(len(states))
   columns = columns_ref[0, 0, 0]
-  strength, total, *document, entering, leaving = (
-    columns[:, i : i + len(states)] for i in range(0, columns.shape[1], len(states))
-  )
-  of_pairs = [rows_ref[0, 0, 0, i : i + len(pairs)] for i in range(0, rows_ref.shape[3] - 1, len(pairs))]
+  *strength_and_total, entering, leaving = (columns[:, i : i + len(states)] for i in range(0, columns.shape[1], len(states)))
+  gates = dict(zip(_gate_names(step), strength_and_total, strict=True))
+  rows = {name: rows_ref[0, 0, 0, i * len(pairs) : (i + 1) * len(pairs)] for i, name in enumerate(gates)}
   keep = rows_ref[0, 0, 0, rows_ref.shape[3] - 1 :]
   left = _lane((CHUNK, LANES)) < CHUNK
 
   def column(x, i, width=LANES):
     return jnp.broadcast_to(x[:, i : i + 1], (CHUNK, width))
 
-  def side_by_side(x, pair):
-    return jnp.where(left, *(column(x, i) for i in pair))
+  def side_by_side(name, pair):
+    return jnp.where(left, *(column(gates[name], i) for i in pair))
 
   def head(ref, dim, row, h):
     return ref[row, :, h * dim : (h + 1) * dim]
 
-  keys = {(b, h): head(k_ref, step.key_dim, b, h) for b, h in {(b, h // step.per_key) for b, h in states}}
-  both = {at: jnp.concatenate([k, head(q_ref, step.key_dim, *at)]) for at, k in keys.items()}
   key_of = [(b, h // step.per_key) for b, h in states]
-
-  def products(a, b):
-    """[K K^T; Q K^T] of two states side by side, [128, 128]."""
-    if key_of[a] == key_of[b]:
-      return _dot(both[key_of[a]], jnp.concatenate([keys[key_of[a]]] * 2), _BY_ROWS)
-    k_a, k_b = keys[key_of[a]], keys[key_of[b]]
-    first = _dot(both[key_of[a]], jnp.concatenate([k_a, jnp.zeros_like(k_a)]), _BY_ROWS)
-    return first + _dot(both[key_of[b]], jnp.concatenate([jnp.zeros_like(k_b), k_b]), _BY_ROWS)
-
-  grams = [products(*pair) for pair in pairs]
+  keys = {at: head(k_ref, step.key_dim, *at) for at in key_of}
+  queries = {at: head(q_ref, step.key_dim, *at) for at in key_of}
+  # What is multiplied with keys and with states, above queries.
+  above = CHUNK if step.erases else 0
+  both = {at: jnp.concatenate([keys[at], queries[at]]) if step.erases else queries[at] for at in keys}
+  grams = [_grams(*([x[key_of[i]] for i in pair] for x in (both, keys)), key_of[pair[0]] == key_of[pair[1]]) for pair in pairs]
   reads = [sum(_dot(both[key_of[i]], part) for part in _parts(state_ref[states[i]])) for i in everyone]
 
-  exponents = [side_by_side(total, pair) - of_pairs[1][p : p + 1] + mask_ref[0] for p, pair in enumerate(pairs)]
+  exponents = [side_by_side("total", pair) - rows["total"][p : p + 1] + mask_ref[0] for p, pair in enumerate(pairs)]
   if step.documents:
-    same = [side_by_side(document[0], pair) == of_pairs[2][p : p + 1] for p, pair in enumerate(pairs)]
+    same = [side_by_side("document", pair) == rows["document"][p : p + 1] for p, pair in enumerate(pairs)]
     exponents = [jnp.where(s, x, _MASKED) for s, x in zip(same, exponents, strict=True)]
   decays = [jnp.exp(x) for x in exponents]
-  scores = [_Sides(gram[CHUNK:] * decay) for gram, decay in zip(grams, decays, strict=True)]
-  lower = [gram[:CHUNK] * (decay * mask_ref[1]) for gram, decay in zip(grams, decays, strict=True)]
-  inverses = _inverses([side_by_side(strength, pair) * x for pair, x in zip(pairs, lower, strict=True)], block_ref)
+  prepare = _two if step.erases else _two_of_exact
+  scores = [prepare(gram[above:] * decay) for gram, decay in zip(grams, decays, strict=True)]
 
-  apply = [_in_one_pass(x * of_pairs[0][p : p + 1]) for p, x in enumerate(inverses)]
-  erase = [_in_one_pass(x[_HALF:]) for x in lower]
-  values = [head(v_ref, step.value_dim, *at).astype(jnp.float32) for at in states]
+  if step.erases:
+    lower = [gram[:CHUNK] * (decay * mask_ref[1]) for gram, decay in zip(grams, decays, strict=True)]
+    inverses = _inverses([side_by_side("strength", pair) * x for pair, x in zip(pairs, lower, strict=True)], block_ref)
+    apply = [_in_one_pass(x * rows["strength"][p : p + 1]) for p, x in enumerate(inverses)]
+    erase = [_in_one_pass(x[_HALF:]) for x in lower]
+  values = [head(v_ref, step.value_dim, *at) for at in states]
   decayed = [column(entering, i, step.value_dim) for i in everyone]
-  rest = [v - d * read[:CHUNK] for v, d, read in zip(values, decayed, reads, strict=True)]
-  first = [apply[i // 2](i % 2 * 2, rest[i][:_HALF]) for i in everyone]
-  second = [rest[i][_HALF:] - erase[i // 2](i % 2 * 2, first[i]) for i in everyone]
-  second = [apply[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
-  added = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]
+  if step.erases:
+    rest = [v.astype(jnp.float32) - d * read[:CHUNK] for v, d, read in zip(values, decayed, reads, strict=True)]
+    first = [apply[i // 2](i % 2 * 2, rest[i][:_HALF]) for i in everyone]
+    second = [rest[i][_HALF:] - erase[i // 2](i % 2 * 2, first[i]) for i in everyone]
+    second = [apply[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
+    added = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]
+    outs = [scores[i // 2](i % 2, added[i]) for i in everyone]
+  else:
+    added = [v.astype(jnp.float32) for v in values]
+    outs = [scores[i // 2](i % 2, values[i]) for i in everyone]
 
-  outs = [scores[i // 2].times(i % 2, added[i]) for i in everyone]
   written = [_parts(column(leaving, i, step.value_dim) * added[i]) for i in everyone]
   changes = [_dot(jnp.concatenate([keys[key_of[i]]] * 2), jnp.concatenate(written[i]), _BY_TOKENS) for i in everyone]
   for i, (b, h) in enumerate(states):
-    out = step.scale * (decayed[i] * reads[i][CHUNK:] + outs[i])
+    out = step.scale * (decayed[i] * reads[i][above:] + outs[i])
     out_ref[b, :, h * step.value_dim : (h + 1) * step.value_dim] = out.astype(out_ref.dtype)
     state_ref[b, h] = keep[:, i : i + 1] * state_ref[b, h] + changes[i]
+
+
+def _gate_names(step: _Step) -> list[str]:
+  """What columns and rows begin with."""
+  return ["strength"] * step.erases + ["total"] + ["document"] * step.documents
+
+
+def _grams(xs: list[jax.Array], keys: list[jax.Array], shared: bool) -> jax.Array:
+  """x K^T of two states side by side, [n, 128]; of one product if they share their key."""
+  if shared:
+    return _dot(xs[0], jnp.concatenate([keys[0]] * 2), _BY_ROWS)
+  zeros = jnp.zeros_like(keys[0])
+  return _dot(xs[0], jnp.concatenate([keys[0], zeros]), _BY_ROWS) + _dot(xs[1], jnp.concatenate([zeros, keys[1]]), _BY_ROWS)
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple = ((1,), (0,))) -> jax.Array:
@@ -295,21 +308,27 @@ def _lane(shape: tuple[int, int]) -> jax.Array:
   return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-class _Sides:
-  """Two matrices [64, 64] side by side, for products with their halves."""
+def _two(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
+  """The function from a side and y [64, V] to the product of the left (0) or right (1) half of x [64, 128] with y."""
+  left, low = _lane(x.shape) < CHUNK, _parts(x)[1]
+  other = pltpu.roll(x, CHUNK, 1)
+  twice = [jnp.where(left, a, b).astype(jnp.bfloat16) for a, b in ((x, other), (other, x))]
 
-  def __init__(self, x: jax.Array):
-    left, other = _lane(x.shape) < CHUNK, pltpu.roll(x, CHUNK, 1)
-    self.low = _parts(x)[1]
-    self.twice = [jnp.where(left, a, b).astype(jnp.bfloat16) for a, b in ((x, other), (other, x))]
-
-  def times(self, side: int, y: jax.Array) -> jax.Array:
-    """The product of the left (0) or right (1) matrix with y [64, V]."""
-    high, low = _parts(y)
+  def times(side, y):
+    high, rest = _parts(y)
     zeros = jnp.zeros_like(high)
-    return _dot(self.twice[side], jnp.concatenate([high, low])) + _dot(
-      self.low, jnp.concatenate([zeros, high] if side else [high, zeros])
-    )
+    by_low = _dot(low, jnp.concatenate([zeros, high] if side else [high, zeros]))
+    return _dot(twice[side], jnp.concatenate([high, rest])) + by_low
+
+  return times
+
+
+def _two_of_exact(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
+  """The same for y in bfloat16: the high half of a side in its place, and its low half in place of the other side."""
+  left, high = _lane(x.shape) < CHUNK, x.astype(jnp.bfloat16).astype(jnp.float32)
+  low = pltpu.roll(x - high, CHUNK, 1)
+  halves = [jnp.where(left, a, b).astype(jnp.bfloat16) for a, b in ((high, low), (low, high))]
+  return lambda side, y: _dot(halves[side], jnp.concatenate([y, y]))
 
 
 def _in_one_pass(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
