@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from .delta_rule import tpu
+from .delta_rule.chunked import Kept
 from .delta_rule.terms import Plan, Update
 from .documents import documents
 from .tpu_cost import CHIPS, measure
@@ -57,7 +58,8 @@ class Figure(NamedTuple):
     schedule: of the kernel.
     bundles: per token and head.
     nanoseconds: per token and head, at the nominal clock.
-    roofline: the least that the chip's published rates allow, in nanoseconds per token and head.
+    roofline: the least that the chip's published rates allow, in nanoseconds per token and head; of a backward pass with the
+      forward pass.
     compile_seconds: time to trace and compile.
   """
 
@@ -70,14 +72,20 @@ class Figure(NamedTuple):
   compile_seconds: float
 
 
-def _delta_rule(shape: Shape, erases: bool = True, packed: bool = False) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """The kernel of `delta_rule/tpu.py`, of projections [B, T, H * width], and its arguments."""
+def _delta_rule(
+  shape: Shape, erases: bool = True, packed: bool = False, backward: bool = False
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """A kernel of `delta_rule/tpu.py`, of projections [B, T, H * width], and its arguments."""
 
-  def call(q, k, v, beta, log_decay, initial_state, segment_ids):
-    heads = lambda x: x.reshape(*x.shape[:2], shape.heads, -1)  # noqa: E731
+  def call(q, k, v, beta, log_decay, state, segment_ids, kept):
     plan = Plan(lambda q, k, v, s: (q, [Update(k, s, v)]), shape.heads, shape.key_dim**-0.5, jnp.dtype(jnp.float32), tpu.CHUNK)
     docs = None if segment_ids is None else documents(segment_ids)
-    out, state = tpu.forward(plan, docs, (*map(heads, (q, k, v)), beta), log_decay[..., None], initial_state)
+    operands = *(x.reshape(*x.shape[:2], shape.heads, -1) for x in (q, k, v)), beta
+    if backward:
+      d_out = operands[2]
+      gradients = tpu.backward(plan, docs, operands, log_decay[..., None], Kept(kept, None, None), d_out, state)
+      return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), gradients)
+    (out, state), _ = tpu.forward(plan, docs, operands, log_decay[..., None], state, keep=False)
     return out.reshape(v.shape), state
 
   tokens, widths = (shape.batch, shape.length), (shape.key_dim, shape.key_dim, shape.value_dim)
@@ -85,7 +93,8 @@ def _delta_rule(shape: Shape, erases: bool = True, packed: bool = False) -> tupl
   gate = jax.ShapeDtypeStruct((*tokens, shape.heads), jnp.float32)
   state = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.key_dim, shape.value_dim), jnp.float32)
   ids = jax.ShapeDtypeStruct(tokens, jnp.int32) if packed else None
-  return call, (*wide, gate if erases else None, gate, state, ids)
+  kept = jax.ShapeDtypeStruct((shape.length // tpu.CHUNK, *state.shape), jnp.float32) if backward else None
+  return call, (*wide, gate if erases else None, gate, state, ids, kept)
 
 
 SHAPE = Shape(1, 4096, 16)
@@ -94,6 +103,8 @@ KERNELS = {
   "gated delta rule": ("gated_delta_rule", _delta_rule),
   "gated delta rule, packed documents": ("gated_delta_rule", partial(_delta_rule, packed=True)),
   "linear attention, a decay per head": ("linear_attention", partial(_delta_rule, erases=False)),
+  "gated delta rule, backward": ("gated_delta_rule", partial(_delta_rule, backward=True)),
+  "linear attention, a decay per head, backward": ("linear_attention", partial(_delta_rule, erases=False, backward=True)),
 }
 
 
@@ -115,7 +126,8 @@ def figures(kernels: Sequence[str] = (), chips: Sequence[str] = ("v5e",), shape:
         raise ValueError(f"{name} is {key!r}; expected one of {', '.join(known)}.")
   for kernel in kernels or KERNELS:
     operation, _ = KERNELS[kernel]
-    least = least_work(operation, "forward", *jax.eval_shape(partial(make_inputs, operation, shape, dtype=jnp.bfloat16)))
+    direction = "gradient" if kernel.endswith("backward") else "forward"
+    least = least_work(operation, direction, *jax.eval_shape(partial(make_inputs, operation, shape, dtype=jnp.bfloat16)))
     for chip in chips:
       steps, schedule, seconds = _compile(kernel, chip, shape)
       bundles = steps * schedule.bundles / shape.token_heads

@@ -1,0 +1,240 @@
+"""The backward pass of the delta rules in one kernel for TPUs, from the last chunk to the first.
+
+With the letters of `tpu_forward.py`, P = Q K^T D, U = s U', scale in DO, and D before a letter for its cotangent:
+
+    DU = P^T DO + e^{G_C - G} K DS           DR = (I + s L)^-T s DU
+    N = (DO U^T) D                           E = -(DR U'^T) s D, below the diagonal
+    DQ = e^G DO S^T + N K                    DV = DR
+    DK = -e^G DR S^T + e^{G_C - G} U DS^T + N^T Q + (E + E^T) K
+    Ds = sum_v DU U' - sum_i L (DR U'^T)     DS <- e^{G_C} DS + (e^G Q)^T DO - (e^G K)^T DR
+
+The cotangent of G_i is the sum of row i of N (Q K^T) + E (K K^T), less that of column i, and the products of q_i and k_i with
+what they get for reading S. A log-decay gets the cotangents of its own and all later G, the products of earlier keys with what
+they get for writing, and e^{G_C} <S, DS>. Without strengths U is V, DV is DU, and DR and E are zero. U' is computed again.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .tpu_step import Blocks, Chunk, Step, head, whole
+from .tpu_tiles import (
+  BY_ROWS,
+  BY_TOKENS,
+  CHUNK,
+  HALF,
+  LANES,
+  by_parts,
+  dot,
+  grams,
+  in_one_pass,
+  inverses,
+  is_left,
+  masks,
+  parts,
+  swapped,
+  three_passes,
+  transposed,
+  two_of_exact,
+)
+
+
+def call(
+  step: Step,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  d_out: jax.Array,
+  columns: jax.Array,
+  rows: jax.Array,
+  states: jax.Array,
+  d_final: jax.Array,
+  *,
+  interpret: Any = False,
+) -> tuple[jax.Array, ...]:
+  """The cotangents of q, k and v, the parts of those of the gates for `tpu_step.gate_gradients`, and that of the initial state.
+
+  Args:
+    step: static arguments.
+    q, k: [B, T, Hk * K], of whole chunks.
+    v, d_out: [B, T, H * V].
+    columns, rows: of `tpu_step.prepare`.
+    states: before all chunks, [chunks, B, H, K, V].
+    d_final: cotangent of the final state, [B, H, K, V].
+    interpret: as for `pallas_call`.
+  """
+  constants, of_gates, count = masks(), 1 + step.erases, len(step.states)
+  blocks = Blocks(step, v.shape[1] // CHUNK, d_final.shape, backwards=True)
+  of_keys = jax.ShapeDtypeStruct((step.shared, *q.shape), q.dtype if step.shared == 1 else jnp.float32)
+  d_columns = jax.ShapeDtypeStruct((*columns.shape[:4], (of_gates + 1) * count), jnp.float32)
+  d_rows = jax.ShapeDtypeStruct((*rows.shape[:3], of_gates * len(step.pairs) + 1, LANES), jnp.float32)
+  d_initial = jax.ShapeDtypeStruct(d_final.shape, jnp.float32)
+  gates, d_gates = map(blocks.gates, (columns, rows)), map(blocks.gates, (d_columns, d_rows))
+  d_q, d_k, *others = pl.pallas_call(
+    partial(_kernel, step),
+    grid=blocks.grid,
+    in_specs=[*[blocks.keys] * 2, *[blocks.values] * 2, *gates, *map(whole, constants), blocks.states, blocks.state],
+    out_specs=[*[blocks.key_gradients] * 2, blocks.values, *d_gates, blocks.state],
+    out_shape=[of_keys, of_keys, jax.ShapeDtypeStruct(v.shape, v.dtype), d_columns, d_rows, d_initial],
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    interpret=interpret,
+    name="delta_rule_backward",
+  )(q, k, v, d_out, columns, rows, *constants, states, d_final)
+  return *(jnp.sum(d, axis=0).astype(q.dtype) if step.shared > 1 else d[0] for d in (d_q, d_k)), *others
+
+
+def _kernel(
+  step: Step,
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  d_out_ref: Any,
+  columns_ref: Any,
+  rows_ref: Any,
+  mask_ref: Any,
+  block_ref: Any,
+  states_ref: Any,
+  d_final_ref: Any,
+  d_q_ref: Any,
+  d_k_ref: Any,
+  d_v_ref: Any,
+  d_columns_ref: Any,
+  d_rows_ref: Any,
+  d_state_ref: Any,
+) -> None:
+  """One chunk of all states of a step. The cotangent of the state stays in the block of that of the initial state."""
+
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    @pl.loop(0, step.heads)
+    def _(h):
+      d_state_ref[:, h] = d_final_ref[:, h]
+
+  chunk = Chunk(step, q_ref, k_ref, columns_ref, rows_ref, mask_ref)
+  states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))
+  keys, queries, wide = chunk.keys, chunk.queries, step.value_dim
+  d_outs = [head(d_out_ref, wide, *at) for at in states]
+  values = [head(v_ref, wide, *at) for at in states]
+  before = [states_ref[0, b, h] for b, h in states]
+  d_after = [d_state_ref[at] for at in states]
+
+  # Products of keys and queries, and decays; both also transposed.
+  above = CHUNK if step.erases else 0
+  both = [jnp.concatenate([k, q]) if step.erases else q for k, q in zip(keys, queries, strict=True)]
+  same = [step.keys[a] == step.keys[b] for a, b in step.pairs]
+  of_keys, of_queries = chunk.pairs(keys), chunk.pairs(queries)
+  products = [grams(x, k, s) for x, k, s in zip(chunk.pairs(both), of_keys, same, strict=True)]
+  crossed = [grams(k, q, s) for k, q, s in zip(of_keys, of_queries, same, strict=True)]
+  exponents = [chunk.exponents(p) for p in pairs]
+  decays = [jnp.exp(x + mask_ref[0]) for x in exponents]
+  back = [jnp.exp(mask_ref[2] - jnp.abs(x)) for x in exponents]
+  scores = [two_of_exact(x * d) for x, d in zip(crossed, back, strict=True)]
+  by_state = [by_parts(k, d) for k, d in zip(keys, d_after, strict=True)]
+  leaving = [chunk.column("leaving", i, wide) for i in everyone]
+  d_added = [step.scale * scores[i // 2](i % 2, d_outs[i]) + leaving[i] * by_state[i] for i in everyone]
+  entering = [chunk.column("entering", i, wide) for i in everyone]
+  if step.erases:
+    reads = [by_parts(k, s) for k, s in zip(keys, before, strict=True)]
+    rest = [v.astype(jnp.float32) - e * r for v, e, r in zip(values, entering, reads, strict=True)]
+    lower = [x[:CHUNK] * (d * mask_ref[1]) for x, d in zip(products, decays, strict=True)]
+    upper = [x[:CHUNK] * (d * mask_ref[3]) for x, d in zip(products, back, strict=True)]
+    of_strength = [chunk.row("strength", p) for p in pairs]
+    erased = [x * s for x, s in zip(lower, of_strength, strict=True)]
+    made = inverses(erased, block_ref)
+    solve, solve_back = [in_one_pass(x) for x in made], [in_one_pass(transposed(x)) for x in made]
+    erase = [in_one_pass(x[HALF:]) for x in erased]
+    erase_back = [in_one_pass((x * chunk.side_by_side("strength", p))[:HALF]) for p, x in enumerate(upper)]
+    first = [solve[i // 2](i % 2 * 2, rest[i][:HALF]) for i in everyone]
+    second = [rest[i][HALF:] - erase[i // 2](i % 2 * 2, first[i]) for i in everyone]
+    second = [solve[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
+    added = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]  # U'
+    strength = [chunk.column("strength", i, wide) for i in everyone]
+    scaled = [s * d for s, d in zip(strength, d_added, strict=True)]
+    second = [solve_back[i // 2](i % 2 * 2 + 1, scaled[i][HALF:]) for i in everyone]
+    first = [scaled[i][:HALF] - erase_back[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
+    first = [solve_back[i // 2](i % 2 * 2, first[i]) for i in everyone]
+    d_rest = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]  # DR
+
+    # [DR; DO] U'^T, with the high and the low half of U'.
+    d_parts, a_parts = [parts(x) for x in d_rest], [parts(x) for x in added]
+    left_of = [jnp.concatenate([*d, o]) for d, o in zip(d_parts, d_outs, strict=True)]
+    right_of = [jnp.concatenate([d[0], o]) for d, o in zip(d_parts, d_outs, strict=True)]
+    by_high = [grams(x, y) for x, y in zip(chunk.pairs(left_of), chunk.pairs([a[0] for a in a_parts]), strict=True)]
+    by_low = [grams(x, y) for x, y in zip(chunk.pairs(right_of), chunk.pairs([a[1] for a in a_parts]), strict=True)]
+    d_lower = [x[:CHUNK] + x[CHUNK : 2 * CHUNK] + y[:CHUNK] for x, y in zip(by_high, by_low, strict=True)]
+    d_scores = [
+      step.scale * s * (x[2 * CHUNK :] + y[CHUNK:]) for s, x, y in zip(of_strength, by_high, by_low, strict=True)
+    ]
+    d_grams = [-y * (s * (d * mask_ref[1])) for y, s, d in zip(d_lower, of_strength, decays, strict=True)]  # E
+  else:
+    d_scores = [step.scale * grams(o, v) for o, v in zip(chunk.pairs(d_outs), chunk.pairs(values), strict=True)]
+  d_products = [d * x for d, x in zip(decays, d_scores, strict=True)]  # N
+  # What G gets by rows, and loses by columns. Without the diagonal, which would cancel, but for rounding.
+  turned = [x * (y[above:] * mask_ref[1]) for x, y in zip(d_products, products, strict=True)]
+  if step.erases:
+    turned = [t + e * x[:CHUNK] for t, e, x in zip(turned, d_grams, products, strict=True)]
+    d_rows = [-jnp.sum(x * y, axis=0, keepdims=True) for x, y in zip(lower, d_lower, strict=True)]
+  d_rows = [*(d_rows if step.erases else []), *(-jnp.sum(t, axis=0, keepdims=True) for t in turned)]
+
+  # Cotangents of queries and keys.
+  entering, leaving = ([chunk.column(name, i, step.key_dim) for i in everyone] for name in ("entering", "leaving"))
+  read_q = [step.scale * e * by_parts(o, s, BY_ROWS) for e, o, s in zip(entering, d_outs, before, strict=True)]
+  if step.erases:
+    read_k = [-e * three_passes(d, parts(s)) for e, d, s in zip(entering, d_parts, before, strict=True)]
+    written = [parts(s * a) for s, a in zip(strength, added, strict=True)]
+    write_k = [x * three_passes(w, parts(d)) for x, w, d in zip(leaving, written, d_after, strict=True)]
+    symmetric = [e + transposed(e) for e in d_grams]
+    by_token = [_beside(transposed(n), e) for n, e in zip(d_products, symmetric, strict=True)]
+    of_both = [jnp.concatenate([q, k]) for q, k in zip(queries, keys, strict=True)]
+    by_token = [sum(dot(x, of_both[i]) for x in parts(by_token[i // 2][i % 2])) for i in everyone]
+  else:
+    write_k = [x * by_parts(v, d, BY_ROWS) for x, v, d in zip(leaving, values, d_after, strict=True)]
+    by_token = [two_of_exact(transposed(n)) for n in d_products]
+    by_token = [by_token[i // 2](i % 2, queries[i]) for i in everyone]
+  by_key = [two_of_exact(n) for n in d_products]
+  d_queries = [read_q[i] + by_key[i // 2](i % 2, keys[i]) for i in everyone]
+  d_keys = [w + x for w, x in zip(write_k, by_token, strict=True)]
+  grows = [q.astype(jnp.float32) * r for q, r in zip(queries, read_q, strict=True)]
+  if step.erases:
+    d_keys = [d + r for d, r in zip(d_keys, read_k, strict=True)]
+    grows = [g + k.astype(jnp.float32) * r for g, k, r in zip(grows, keys, read_k, strict=True)]
+
+  # Those of the gates and of the state.
+  d_total = [_sum(g) + _sum(jnp.where(is_left() == (i % 2 == 0), turned[i // 2], 0)) for i, g in enumerate(grows)]
+  by_write = [_sum(k.astype(jnp.float32) * w) for k, w in zip(keys, write_k, strict=True)]
+  d_strengths = [_sum(d * a) for d, a in zip(d_added, added, strict=True)] if step.erases else []
+  d_columns_ref[0, 0, 0] = jnp.concatenate([*d_strengths, *d_total, *by_write], axis=1)
+  keep = [chunk.keep[:, i : i + 1] for i in everyone]
+  ends = [k * jnp.sum(s * d, keepdims=True) for k, s, d in zip(keep, before, d_after, strict=True)]
+  ends = jnp.concatenate([*ends, jnp.zeros((1, LANES - len(states)), jnp.float32)], axis=1)
+  d_rows_ref[0, 0, 0] = jnp.concatenate([*d_rows, ends])
+  entering = [chunk.column("entering", i, wide) for i in everyone]
+  by_read = [step.scale * e * o.astype(jnp.float32) for e, o in zip(entering, d_outs, strict=True)]
+  if step.erases:
+    by_read = [jnp.concatenate([r, -e * d]) for r, e, d in zip(by_read, entering, d_rest, strict=True)]
+    changes = [by_parts(x, r, BY_TOKENS) for x, r in zip(of_both, by_read, strict=True)]
+  else:
+    changes = [
+      dot(jnp.concatenate([q, q]), jnp.concatenate(parts(r)), BY_TOKENS) for q, r in zip(queries, by_read, strict=True)
+    ]
+  for ref, gradients in ((d_q_ref, d_queries), (d_k_ref, d_keys)):
+    for b, h in dict.fromkeys(step.keys):
+      total = sum(d for d, at in zip(gradients, step.keys, strict=True) if at == (b, h))
+      ref[0, b, :, h * step.key_dim : (h + 1) * step.key_dim] = total.astype(ref.dtype)
+  for i, (b, h) in enumerate(states):
+    d_v_ref[b, :, h * wide : (h + 1) * wide] = (d_rest if step.erases else d_added)[i].astype(d_v_ref.dtype)
+    d_state_ref[b, h] = keep[i] * d_after[i] + changes[i]
+
+
+def _beside(x: jax.Array, y: jax.Array) -> list[jax.Array]:
+  """For the left and the right side of x and y [64, 128], [x_side y_side]."""
+  return [jnp.where(is_left(), x, swapped(y)), jnp.where(is_left(), swapped(x), y)]
+
+
+def _sum(x: jax.Array) -> jax.Array:
+  """Sums of rows, [64, 1]."""
+  return jnp.sum(x, axis=1, keepdims=True)

@@ -1,0 +1,131 @@
+"""The forward pass of the delta rules in one kernel for TPUs.
+
+For a chunk of one head, with sums G of the log-decays, D_ij = e^{G_i - G_j} for j <= i of one document, else 0, strengths s,
+and L = K K^T D without its diagonal:
+
+    R = V - e^G K S                          U = (I + s L)^-1 s R
+    O = scale (e^G Q S + (Q K^T D) U)        S <- e^{G_C} S + K^T e^{G_C - G} U
+
+Without strengths U is V. Only inverses T of halves of 32 tokens are made: U_1 = T_1 s R_1, then U_2 = T_2 s (R_2 - L_21 U_1).
+
+The order of the stages here is the order of the schedule: what is loaded or spread over lanes too early has to be stored.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .tpu_step import Blocks, Chunk, Step, head, whole
+from .tpu_tiles import BY_TOKENS, CHUNK, HALF, by_parts, dot, grams, in_one_pass, inverses, masks, parts, two, two_of_exact
+
+
+def call(
+  step: Step,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  columns: jax.Array,
+  rows: jax.Array,
+  initial_state: jax.Array,
+  *,
+  keep: bool,
+  interpret: Any = False,
+) -> tuple[jax.Array, ...]:
+  """The output [B, T, H * V], the final state, and if `keep` the states before all chunks, [chunks, B, H, K, V].
+
+  Args:
+    step: static arguments.
+    q, k: [B, T, Hk * K], of whole chunks.
+    v: [B, T, H * V].
+    columns, rows: of `tpu_step.prepare`.
+    initial_state: [B, H, K, V].
+    keep: whether to return the states before all chunks.
+    interpret: as for `pallas_call`.
+  """
+  constants, chunks, shape = masks(), v.shape[1] // CHUNK, initial_state.shape
+  blocks = Blocks(step, chunks, shape)
+  out = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(shape, jnp.float32)]
+  kept = [jax.ShapeDtypeStruct((chunks, *shape), jnp.float32)] if keep else []
+  gates = map(blocks.gates, (columns, rows))
+  return pl.pallas_call(
+    partial(_kernel, step),
+    grid=blocks.grid,
+    in_specs=[blocks.keys, blocks.keys, blocks.values, *gates, *map(whole, constants), blocks.state],
+    out_specs=[blocks.values, blocks.state, blocks.states][: 2 + len(kept)],
+    out_shape=[*out, *kept],
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    interpret=interpret,
+    name="delta_rule_forward",
+  )(q, k, v, columns, rows, *constants, initial_state)
+
+
+def _kernel(
+  step: Step,
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  columns_ref: Any,
+  rows_ref: Any,
+  mask_ref: Any,
+  block_ref: Any,
+  initial_ref: Any,
+  out_ref: Any,
+  state_ref: Any,
+  *states_ref: Any,
+) -> None:
+  """One chunk of all states of a step. The state stays in the block of the final state, which is the same for all chunks."""
+
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    @pl.loop(0, step.heads)
+    def _(h):
+      state_ref[:, h] = initial_ref[:, h]
+
+  for ref in states_ref:
+
+    @pl.loop(0, step.heads)
+    def _(h, ref=ref):
+      ref[0, :, h] = state_ref[:, h]
+
+  chunk = Chunk(step, q_ref, k_ref, columns_ref, rows_ref, mask_ref)
+  states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))
+  # What is multiplied with keys and with states, above queries.
+  above = CHUNK if step.erases else 0
+  both = [jnp.concatenate([k, q]) if step.erases else q for k, q in zip(chunk.keys, chunk.queries, strict=True)]
+  products = [
+    grams(xs, ks, step.keys[a] == step.keys[b])
+    for xs, ks, (a, b) in zip(chunk.pairs(both), chunk.pairs(chunk.keys), step.pairs, strict=True)
+  ]
+  reads = [by_parts(x, state_ref[at]) for x, at in zip(both, states, strict=True)]
+  decays = [jnp.exp(chunk.exponents(p) + mask_ref[0]) for p in pairs]
+  score = two if step.erases else two_of_exact
+  scores = [score(x[above:] * decay) for x, decay in zip(products, decays, strict=True)]
+  if step.erases:
+    lower = [x[:CHUNK] * (decay * mask_ref[1]) for x, decay in zip(products, decays, strict=True)]
+    made = inverses([chunk.side_by_side("strength", p) * x for p, x in enumerate(lower)], block_ref)
+    solve = [in_one_pass(x * chunk.row("strength", p)) for p, x in enumerate(made)]
+    erase = [in_one_pass(x[HALF:]) for x in lower]
+
+  values = [head(v_ref, step.value_dim, *at) for at in states]
+  entering = [chunk.column("entering", i, step.value_dim) for i in everyone]
+  if step.erases:
+    rest = [v.astype(jnp.float32) - e * read[:CHUNK] for v, e, read in zip(values, entering, reads, strict=True)]
+    first = [solve[i // 2](i % 2 * 2, rest[i][:HALF]) for i in everyone]
+    second = [rest[i][HALF:] - erase[i // 2](i % 2 * 2, first[i]) for i in everyone]
+    second = [solve[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
+    added = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]
+    outs = [scores[i // 2](i % 2, added[i]) for i in everyone]
+  else:
+    added = [v.astype(jnp.float32) for v in values]
+    outs = [scores[i // 2](i % 2, values[i]) for i in everyone]
+
+  written = [parts(chunk.column("leaving", i, step.value_dim) * added[i]) for i in everyone]
+  changes = [dot(jnp.concatenate([chunk.keys[i]] * 2), jnp.concatenate(written[i]), BY_TOKENS) for i in everyone]
+  for i, (b, h) in enumerate(states):
+    out = step.scale * (entering[i] * reads[i][above:] + outs[i])
+    out_ref[b, :, h * step.value_dim : (h + 1) * step.value_dim] = out.astype(out_ref.dtype)
+    state_ref[b, h] = chunk.keep[:, i : i + 1] * state_ref[b, h] + changes[i]

@@ -1,0 +1,248 @@
+"""What both kernels for TPUs share: the size of a step of their grid, what it needs of gates, and how a kernel reads that."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from ..documents import Documents
+from .tpu_tiles import CHUNK, LANES, MASKED, is_left
+
+_STATES = 16  # of a step
+# e^-104 is 0 in float32. Sums of 64 such log-decays are still exact to 5e-4.
+MIN_LOG_DECAY = -104.0
+
+
+class Step(NamedTuple):
+  """The static arguments of a step.
+
+  Attributes:
+    rows, heads: rows of the batch, and heads of each.
+    per_key: heads of the step that share a key.
+    shared: steps that share a key.
+    key_dim, value_dim, scale: K, V, and the factor of the read.
+    documents: whether there are boundaries of documents.
+    erases: whether updates have strengths.
+  """
+
+  rows: int
+  heads: int
+  per_key: int
+  shared: int
+  key_dim: int
+  value_dim: int
+  scale: float
+  documents: bool
+  erases: bool
+
+  @property
+  def states(self) -> list[tuple[int, int]]:
+    """(row, head) of every state."""
+    return [(b, h) for b in range(self.rows) for h in range(self.heads)]
+
+  @property
+  def pairs(self) -> list[tuple[int, int]]:
+    """Indices of the states that lie side by side. One that is left over lies beside itself."""
+    last = len(self.states) - 1
+    return [(i, min(i + 1, last)) for i in range(0, last + 1, 2)]
+
+  @property
+  def keys(self) -> list[tuple[int, int]]:
+    """(row, key) of every state."""
+    return [(b, h // self.per_key) for b, h in self.states]
+
+  @property
+  def gates(self) -> list[str]:
+    """What `prepare` begins with."""
+    return ["strength"] * self.erases + ["total"] + ["document"] * self.documents
+
+
+class Blocks:
+  """The parts of arrays that a step takes, as `BlockSpec`s.
+
+  Args:
+    step: static arguments.
+    chunks: number of chunks.
+    state: shape of the state, (B, H, K, V).
+    backwards: whether steps go from the last chunk to the first.
+
+  Attributes:
+    keys: of [B, T, Hk * K].
+    key_gradients: of [shared, B, T, Hk * K], a part of the sum for every step that shares the key.
+    values: of [B, T, H * V].
+    state: of [B, H, K, V].
+    states: of [chunks, B, H, K, V].
+    grid: the steps of rows [B], heads [H] and chunks.
+  """
+
+  def __init__(self, step: Step, chunks: int, state: tuple[int, ...], backwards: bool = False):
+    batch, heads, *_ = state
+    self.grid = batch // step.rows, heads // step.heads, chunks
+    self._chunk = (lambda n: chunks - 1 - n) if backwards else (lambda n: n)
+    width = max(1, step.heads // step.per_key) * step.key_dim
+
+    def key(h):
+      return h if step.shared == 1 else jax.lax.div(h, h.dtype.type(step.shared))
+
+    def part(h):
+      return 0 if step.shared == 1 else jax.lax.rem(h, h.dtype.type(step.shared))
+
+    def spec(shape, index):
+      return pl.BlockSpec(shape, lambda b, h, n: index(b, h, self._chunk(n)))
+
+    of_state = step.rows, step.heads, step.key_dim, step.value_dim
+    self.keys = spec((step.rows, CHUNK, width), lambda b, h, n: (b, n, key(h)))
+    self.key_gradients = spec((1, step.rows, CHUNK, width), lambda b, h, n: (part(h), b, n, key(h)))
+    self.values = spec((step.rows, CHUNK, step.heads * step.value_dim), lambda b, h, n: (b, n, h))
+    self.state = spec(of_state, lambda b, h, n: (b, h, 0, 0))
+    self.states = spec((1, *of_state), lambda b, h, n: (n, b, h, 0, 0))
+
+  def gates(self, x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """Of the arrays of `prepare`."""
+    return pl.BlockSpec((1, 1, 1, *x.shape[3:]), lambda b, h, n: (b, h, self._chunk(n), 0, 0))
+
+
+def whole(x: np.ndarray) -> pl.BlockSpec:
+  """All of a constant."""
+  return pl.BlockSpec(x.shape, lambda b, h, n: (0,) * x.ndim)
+
+
+def largest(batch: int, key_heads: int, state: tuple[int, ...], scale: float, documents: bool, erases: bool) -> Step:
+  """The largest step: so many heads of a row as fit, and so many rows."""
+  _, heads, key_dim, value_dim = state
+  per_key = heads // key_heads
+
+  def fits(n):  # the arrays of a step begin at whole registers
+    keys = max(1, n // per_key)
+    aligned = n * value_dim % LANES == 0 and keys * key_dim % LANES == 0
+    return heads % n == 0 and (n % per_key == 0 or per_key % n == 0) and (aligned or n == heads)
+
+  in_step = next((n for n in range(min(heads, _STATES), 0, -1) if fits(n)), heads)
+  rows = next(n for n in range(max(1, _STATES // in_step), 0, -1) if batch % n == 0)
+  return Step(rows, in_step, min(per_key, in_step), max(1, per_key // in_step), key_dim, value_dim, scale, documents, erases)
+
+
+def prepare(
+  step: Step, shape: tuple[int, ...], docs: Documents | None, strength: jax.Array | None, log_decay: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """What kernels need of strengths, decays and documents, in float32, by step and chunk.
+
+  Args:
+    step: static arguments.
+    shape: (B, T, H).
+    docs: documents of the tokens, or `None`.
+    strength, log_decay: [B, T, H], or `None`.
+
+  Returns:
+    columns: [B / rows, H / heads, chunks, 64, n], tokens by states: strengths, sums G of log-decays, the document, e^G and
+      e^{G_C - G}.
+    rows: [B / rows, H / heads, chunks, m, 128], pairs by the tokens of both: strengths, G, and the document; in a last row
+      e^{G_C}, one number per state.
+  """
+  decay = jnp.zeros(shape, jnp.float32) if log_decay is None else jnp.maximum(log_decay.astype(jnp.float32), MIN_LOG_DECAY)
+  total = jnp.cumsum(_by_state(step, decay), axis=-1)
+  end = total[..., -1:]
+  entering, leaving, keep = jnp.exp(total), jnp.exp(end - total), jnp.exp(end)
+  both = [total] if strength is None else [_by_state(step, strength.astype(jnp.float32)), total]
+  if docs is not None:
+    index = _by_state(step, jnp.broadcast_to(docs.index[..., None], shape).astype(jnp.float32))
+    last = index[..., -1:]
+    entry = jnp.concatenate([jnp.zeros_like(last[:, :, :1]), last[:, :, :-1]], axis=2)
+    entering, leaving = jnp.where(index == entry, entering, 0), jnp.where(index == last, leaving, 0)
+    keep = jnp.where(entry == last, keep, 0)
+    both.append(index)
+  columns = jnp.concatenate([*both, entering, leaving], axis=-2).swapaxes(-1, -2)
+  first, second = map(np.array, zip(*step.pairs, strict=True))
+  rows = [jnp.concatenate([x[..., first, :], x[..., second, :]], axis=-1) for x in both]
+  keep = jnp.pad(keep.swapaxes(-1, -2), ((0, 0),) * 4 + ((0, LANES - keep.shape[-2]),))
+  return columns, jnp.concatenate([*rows, keep], axis=-2)
+
+
+def _by_state(step: Step, x: jax.Array) -> jax.Array:
+  """[B, T, H] to [B / rows, H / heads, chunks, states, 64]."""
+  batch, tokens, heads = x.shape
+  x = x.reshape(batch // step.rows, step.rows, tokens // CHUNK, CHUNK, heads // step.heads, step.heads)
+  x = x.transpose(0, 4, 2, 1, 5, 3)
+  return x.reshape(*x.shape[:3], -1, CHUNK)
+
+
+def _by_token(step: Step, x: jax.Array) -> jax.Array:
+  """The inverse of `_by_state`."""
+  x = x.reshape(*x.shape[:3], step.rows, step.heads, CHUNK).transpose(0, 3, 2, 5, 1, 4)
+  return x.reshape(x.shape[0] * step.rows, x.shape[2] * CHUNK, -1)
+
+
+def gate_gradients(step: Step, columns: jax.Array, rows: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+  """The gradients of strengths and log-decays, [B, T, H], from their parts.
+
+  Args:
+    step: static arguments.
+    columns: [B / rows, H / heads, chunks, 64, n], tokens by states: of strengths, of sums of log-decays, and what all later
+      log-decays of the chunk get from a token.
+    rows: [B / rows, H / heads, chunks, m, 128], pairs by the tokens of both: of strengths, and of sums of log-decays; in a last
+      row what all log-decays of the chunk get, one number per state.
+  """
+  states, pairs = len(step.states), len(step.pairs)
+
+  def by_column(i):
+    return columns[..., i * states : (i + 1) * states].swapaxes(-1, -2)
+
+  def by_row(i):
+    return rows[..., i * pairs : (i + 1) * pairs, :].reshape(*rows.shape[:3], -1, CHUNK)[..., :states, :]
+
+  i = int(step.erases)
+  strength = by_column(0) + by_row(0) if step.erases else None
+  later = jnp.flip(jnp.cumsum(jnp.flip(by_column(i) + by_row(i), -1), axis=-1), -1)
+  # A token writes after its own decay. Sums of earlier tokens instead of differences: those would cancel if decays are strong.
+  earlier = jnp.pad(jnp.cumsum(by_column(i + 1), axis=-1)[..., :-1], ((0, 0),) * 4 + ((1, 0),))
+  log_decay = later + earlier + rows[..., -1, :states, None]
+  return None if strength is None else _by_token(step, strength), _by_token(step, log_decay)
+
+
+class Chunk:
+  """What a step of a kernel reads of its chunk.
+
+  Attributes:
+    keys, queries: by state, [64, K].
+    keep: e^{G_C}, [1, 128].
+  """
+
+  def __init__(self, step: Step, q_ref: Any, k_ref: Any, columns_ref: Any, rows_ref: Any, mask_ref: Any):
+    self.step, self.mask_ref = step, mask_ref
+    states, pairs = len(step.states), len(step.pairs)
+    columns, names = columns_ref[0, 0, 0], [*step.gates, "entering", "leaving"]
+    self.columns = {name: columns[:, i * states : (i + 1) * states] for i, name in enumerate(names)}
+    self.rows = {name: rows_ref[0, 0, 0, i * pairs : (i + 1) * pairs] for i, name in enumerate(step.gates)}
+    self.keep = rows_ref[0, 0, 0, rows_ref.shape[3] - 1 :]
+    keys, queries = ({at: head(ref, step.key_dim, *at) for at in step.keys} for ref in (k_ref, q_ref))
+    self.keys, self.queries = [keys[at] for at in step.keys], [queries[at] for at in step.keys]
+
+  def column(self, name: str, i: int, width: int) -> jax.Array:
+    """A gate of state i, in all of `width` lanes, [64, width]."""
+    return jnp.broadcast_to(self.columns[name][:, i : i + 1], (CHUNK, width))
+
+  def side_by_side(self, name: str, p: int) -> jax.Array:
+    """A gate of pair p by rows, [64, 128]."""
+    return jnp.where(is_left(), *(self.column(name, i, LANES) for i in self.step.pairs[p]))
+
+  def row(self, name: str, p: int) -> jax.Array:
+    """A gate of pair p by columns, [1, 128]."""
+    return self.rows[name][p : p + 1]
+
+  def exponents(self, p: int) -> jax.Array:
+    """G_i - G_j of pair p, and `MASKED` between documents."""
+    difference = self.side_by_side("total", p) - self.row("total", p)
+    if self.step.documents:
+      difference = jnp.where(self.side_by_side("document", p) == self.row("document", p), difference, MASKED)
+    return difference
+
+  def pairs(self, x: list[jax.Array]) -> list[list[jax.Array]]:
+    return [[x[i] for i in pair] for pair in self.step.pairs]
+
+
+def head(ref: Any, dim: int, row: int, h: int) -> jax.Array:
+  """Head h of a row of tokens [rows, 64, heads * dim]."""
+  return ref[row, :, h * dim : (h + 1) * dim]
+
