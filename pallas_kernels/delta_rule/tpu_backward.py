@@ -1,16 +1,16 @@
 """The backward pass of the delta rules in one kernel for TPUs, from the last chunk to the first.
 
-With the letters of `tpu_forward.py`, P = Q K^T D, U = s U', scale in DO, and D before a letter for its cotangent:
+With the letters of `tpu_forward.py`, P = Q K^T D, U = s U', and scale in dO, the cotangents are
 
-    DU = P^T DO + e^{G_C - G} K DS           DR = (I + s L)^-T s DU
-    N = (DO U^T) D                           E = -(DR U'^T) s D, below the diagonal
-    DQ = e^G DO S^T + N K                    DV = DR
-    DK = -e^G DR S^T + e^{G_C - G} U DS^T + N^T Q + (E + E^T) K
-    Ds = sum_v DU U' - sum_i L (DR U'^T)     DS <- e^{G_C} DS + (e^G Q)^T DO - (e^G K)^T DR
+    dU = P^T dO + e^{G_C - G} K dS           dR = (I + s L)^-T s dU
+    N = (dO U^T) D                           E = -(dR U'^T) s D, below the diagonal
+    dQ = e^G dO S^T + N K                    dV = dR
+    dK = -e^G dR S^T + e^{G_C - G} U dS^T + N^T Q + (E + E^T) K
+    ds = sum_v dU U' - sum_i L (dR U'^T)     dS <- e^{G_C} dS + (e^G Q)^T dO - (e^G K)^T dR
 
-The cotangent of G_i is the sum of row i of N (Q K^T) + E (K K^T), less that of column i, and the products of q_i and k_i with
-what they get for reading S. A log-decay gets the cotangents of its own and all later G, the products of earlier keys with what
-they get for writing, and e^{G_C} <S, DS>. Without strengths U is V, DV is DU, and DR and E are zero. U' is computed again.
+dG_i is the sum of row i of N (Q K^T) + E (K K^T), less that of column i, and the products of q_i and k_i with what they get for
+reading S. A log-decay gets dG of its own and all later tokens, the products of earlier keys with what they get for writing, and
+e^{G_C} <S, dS>. Without strengths U is V, dV is dU, and dR and E are zero. U' is computed again.
 """
 
 from functools import partial
@@ -157,9 +157,9 @@ def _kernel(
     second = [solve_back[i // 2](i % 2 * 2 + 1, scaled[i][HALF:]) for i in everyone]
     first = [scaled[i][:HALF] - erase_back[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
     first = [solve_back[i // 2](i % 2 * 2, first[i]) for i in everyone]
-    d_rest = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]  # DR
+    d_rest = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]  # dR
 
-    # [DR; DO] U'^T, with the high and the low half of U'.
+    # [dR; dO] U'^T, with the high and the low half of U'.
     d_parts, a_parts = [parts(x) for x in d_rest], [parts(x) for x in added]
     left_of = [jnp.concatenate([*d, o]) for d, o in zip(d_parts, d_outs, strict=True)]
     right_of = [jnp.concatenate([d[0], o]) for d, o in zip(d_parts, d_outs, strict=True)]
