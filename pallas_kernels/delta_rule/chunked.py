@@ -336,10 +336,10 @@ def _in_blocks(plan: Plan, tree: Any) -> tuple[Plan, int, Any]:
   if known(chunks):
     plan = plan._replace(block=pieces(chunks, blocks))
   missing = blocks * plan.block * plan.chunk_size - tokens
-  return plan, blocks, jax.tree.map(partial(_pad, missing=missing), tree)
+  return plan, blocks, jax.tree.map(partial(append_tokens, missing=missing), tree)
 
 
-def _pad(x: jax.Array, missing: Size) -> jax.Array:
+def append_tokens(x: jax.Array, missing: Size) -> jax.Array:
   """Appends `missing` tokens, which have no effect, to x [B, T, ...]."""
   if known(missing) and not missing:
     return x

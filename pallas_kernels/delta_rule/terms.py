@@ -130,7 +130,7 @@ class Terms(NamedTuple):
 def arrange_tokens(plan: Plan, docs: Documents | None, operands: Any, log_decay: jax.Array | None) -> Tokens:
   """Arranges a block's operands [B, L, ...] in chunks. It is linear in them."""
   if docs is not None:  # the inputs at padding may hold anything
-    operands, log_decay = jax.tree.map(partial(_zero_padding, docs.is_token), (operands, log_decay))
+    operands, log_decay = jax.tree.map(partial(zero_padding, docs.is_token), (operands, log_decay))
   q, updates = plan.updates(*operands)
 
   def chunks(x):
@@ -356,7 +356,7 @@ def _sum(plan: Plan, weights: np.ndarray, x: jax.Array) -> jax.Array:
   return sums(jnp.broadcast_to(weights, (x.shape[0], *weights.shape[1:])), x, plan.precision)
 
 
-def _zero_padding(is_token: jax.Array, x: jax.Array) -> jax.Array:
+def zero_padding(is_token: jax.Array, x: jax.Array) -> jax.Array:
   """Sets the padding of x [B, T, ...] to zero."""
   return jnp.where(jnp.expand_dims(is_token, range(2, x.ndim)), x, 0)
 

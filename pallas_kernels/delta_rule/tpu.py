@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from ..documents import Documents
+from ..sizes import pieces
 from . import tpu_backward, tpu_forward, tpu_step
-from .chunked import Kept
-from .terms import Plan
+from .chunked import Kept, append_tokens
+from .terms import Plan, zero_padding
 from .tpu_tiles import CHUNK
 
 
@@ -87,21 +88,18 @@ def _prepare(plan, docs, operands, strength, log_decay, state):
   q, _ = jax.eval_shape(plan.updates, *operands)
   step = tpu_step.largest(q.shape[0], q.shape[2], state, plan.scale, docs is not None, strength is not None)
   decay = None if log_decay is None else _tokens_only(docs, log_decay[..., 0])
-  shape = q.shape[0], -(-q.shape[1] // CHUNK) * CHUNK, state[1]
+  shape = q.shape[0], pieces(q.shape[1], CHUNK) * CHUNK, state[1]
   return step, tpu_step.prepare(step, shape, jax.tree.map(_whole_chunks, docs), strength, decay)
 
 
 def _tokens_only(docs: Documents | None, x: jax.Array) -> jax.Array:
   """x [B, T, ...] of whole chunks, with zeros for padding, which may hold anything."""
-  if docs is not None:
-    x = jnp.where(docs.is_token.reshape(docs.is_token.shape + (1,) * (x.ndim - 2)), x, 0)
-  return _whole_chunks(x)
+  return _whole_chunks(x if docs is None else zero_padding(docs.is_token, x))
 
 
 def _whole_chunks(x: jax.Array) -> jax.Array:
-  """x [B, T, ...] with zeros after it, or the last number of a document."""
-  missing = ((0, 0), (0, -x.shape[1] % CHUNK)) + ((0, 0),) * (x.ndim - 2)
-  return jnp.pad(x, missing, mode="edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant")
+  """x [B, T, ...] with tokens that have no effect after it."""
+  return append_tokens(x, -x.shape[1] % CHUNK)
 
 
 def _tokens(x: jax.Array, tokens: int, heads: int) -> jax.Array:

@@ -188,9 +188,8 @@ def _kernel(
     written = [parts(s * a) for s, a in zip(strength, added, strict=True)]
     write_k = [x * three_passes(w, parts(d)) for x, w, d in zip(leaving, written, d_after, strict=True)]
     symmetric = [e + transposed(e) for e in d_grams]
-    by_token = [_beside(transposed(n), e) for n, e in zip(d_products, symmetric, strict=True)]
-    of_both = [jnp.concatenate([q, k]) for q, k in zip(queries, keys, strict=True)]
-    by_token = [sum(dot(x, of_both[i]) for x in parts(by_token[i // 2][i % 2])) for i in everyone]
+    by_token = [_beside(e, transposed(n)) for e, n in zip(symmetric, d_products, strict=True)]
+    by_token = [sum(dot(x, both[i]) for x in parts(by_token[i // 2][i % 2])) for i in everyone]
   else:
     write_k = [x * by_parts(v, d, BY_ROWS) for x, v, d in zip(leaving, values, d_after, strict=True)]
     by_token = [two_of_exact(transposed(n)) for n in d_products]
@@ -215,8 +214,8 @@ def _kernel(
   entering = [chunk.column("entering", i, wide) for i in everyone]
   by_read = [step.scale * e * o.astype(jnp.float32) for e, o in zip(entering, d_outs, strict=True)]
   if step.erases:
-    by_read = [jnp.concatenate([r, -e * d]) for r, e, d in zip(by_read, entering, d_rest, strict=True)]
-    changes = [by_parts(x, r, BY_TOKENS) for x, r in zip(of_both, by_read, strict=True)]
+    by_read = [jnp.concatenate([-e * d, r]) for r, e, d in zip(by_read, entering, d_rest, strict=True)]
+    changes = [by_parts(x, r, BY_TOKENS) for x, r in zip(both, by_read, strict=True)]
   else:
     changes = [
       dot(jnp.concatenate([q, q]), jnp.concatenate(parts(r)), BY_TOKENS) for q, r in zip(queries, by_read, strict=True)
