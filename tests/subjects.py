@@ -41,6 +41,8 @@ KINDS = {
   "composite": Kind(75, 17, without=("nnx_values", "lengths")),
   # Rounding moves a score over its threshold, and then another note is read.
   "selecting": Kind(75, 17, without=("nnx_values", "lengths", "bfloat16", "hostile", "plasticity")),
+  # What its layers do with their context does not depend on their arithmetic.
+  "contextual": Kind(75, 17, without=("nnx_values", "lengths", "bfloat16", "plasticity")),
   "segmented": Kind(120, 17, without=("nnx_values", "lengths")),
   "variant": Kind(50, 7, costs=(TRACED, SHARED)),  # of a layer that gets all checks, by a choice or two
 }
@@ -55,7 +57,7 @@ KIND_OF = {
   "MemoryAsLayer": "variant",
   "LanguageModel": "composite",
   "PoolModel": "selecting",
-  "ContextModel": "composite",
+  "ContextModel": "contextual",
   "Moneta": "variant",
   "Yaad": "variant",
   "Memora": "variant",

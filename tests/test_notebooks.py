@@ -54,6 +54,7 @@ SHORTER = {
   },
   "03_train_and_look_inside": {
     "[@EraseThenDelta, @GatedDeltaNet]": "[@GatedDeltaNet]",
+    "depth=2": "depth=1",
     '  "EraseThenDelta.key_dim=32",\n  "EraseThenDelta.value_dim=32",\n': "",
     "steps=360": "steps=10",
     "steps=440": "steps=15",

@@ -24,7 +24,6 @@ STEPS = 20
 LAYOUTS = {
   "one": MeshShape(1),
   "data": MeshShape(4),
-  "fsdp": MeshShape(1, 4),
   "both": MeshShape(1, 2, 2),
   "processes": MeshShape(2),
 }

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from machine import needs_libtpu
+from memzoo.layers.titans import Network
 from memzoo.pallas_kernels import tpu_cost
 from memzoo.zoo.language_model import LanguageModel
 from subjects import layer
@@ -17,7 +18,8 @@ MIXERS = WITH_AN_INVERSE, "Yaad", "Attention"
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_bfloat16_model_multiplies_nothing_in_six_passes_but_triangular_inverses(name):
   options = {"chunk_size": 64} if name == WITH_AN_INVERSE else {}
-  mixer = layer(name, dtype="bfloat16", key_dim=32, value_dim=32, head_dim=32, **options)
+  fields = {"key_dim": 32, "value_dim": 32, "head_dim": 32, "network": Network(depth=1)}
+  mixer = layer(name, dtype="bfloat16", **fields, **options)
   model = LanguageModel(vocab_size=32, width=64, depth=1, mixers=(mixer,), dtype="bfloat16")
   tokens = jax.ShapeDtypeStruct((2, 96), jnp.int32)
   params = jax.eval_shape(model.init, jax.random.key(0), tokens)
