@@ -45,40 +45,60 @@ def choose(operation: str, requested: str, candidates: Mapping[str, str | None])
   return Choice(chosen, others)
 
 
-def choose_by_length(operation: str, requested: str, tokens: int) -> Choice:
-  """`choose` between "xla", a form in chunks, and "recurrent", the oracle, which a call of a single token runs."""
+def choose_by_length(operation: str, requested: str, tokens: int, **kernels: str | None) -> Choice:
+  """`choose` between "xla", a form in chunks, and "recurrent", the oracle, which a call of a single token runs.
+
+  `kernels` are further forms in chunks, which come first: names with objections.
+  """
   single = tokens == 1
+  to_chunks = "a chunk of a single token is the recurrence with overhead" if single else None
   return choose(
     operation,
     requested,
     {
-      "xla": "a chunk of a single token is the recurrence with overhead" if single else None,
+      **{name: to_chunks or objection for name, objection in kernels.items()},
+      "xla": to_chunks,
       "recurrent": None if single else "one dependent step per token: the oracle, and the default for decoding",
     },
   )
 
 
-def kept_by_platform(cpu: Callable[..., Any], others: Callable[..., Any], inputs: Any) -> tuple[Any, tuple[Any, Any]]:
-  """The results of `by_platform`, and what the form of each platform keeps for its gradient.
+class Forms(NamedTuple):
+  """An operation's forms by platform: functions of the same arguments, with results of equal shapes and dtypes.
+
+  Attributes:
+    cpu: in programs that are compiled for a CPU.
+    others: in all other programs.
+    tpu: if given, in programs for a TPU in place of `others`.
+  """
+
+  cpu: Callable[..., Any]
+  others: Callable[..., Any]
+  tpu: Callable[..., Any] | None = None
+
+
+def by_platform(forms: Forms, *args: Any) -> Any:
+  """The result of the form for the platform that the program is compiled for.
+
+  The platform is known when a program is lowered, which may be on another machine; `jax.default_backend()` does not tell. All
+  forms are traced; only one is compiled.
+  """
+  kernels = {} if forms.tpu is None else {"tpu": forms.tpu}
+  return jax.lax.platform_dependent(*args, cpu=forms.cpu, **kernels, default=forms.others)
+
+
+def kept_by_platform(forms: Forms, inputs: Any) -> tuple[Any, Forms]:
+  """The results of `by_platform`, and what each form keeps for its gradient.
 
   Each form maps inputs to (results, kept). What another platform's form would keep is zero. A program reads what its own
   platform kept, so the zeros take no memory in it.
   """
-  forms = cpu, others
-  shapes = [jax.eval_shape(form, inputs)[1] for form in forms]
+  shapes = Forms(*(form and jax.eval_shape(form, inputs)[1] for form in forms))
 
   def on(platform, inputs):
-    results, kept = forms[platform](inputs)
+    results, kept = getattr(forms, platform)(inputs)
     zeros = varying_alike(inputs, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-    return results, tuple(kept if i == platform else zeros[i] for i in range(len(forms)))
+    return results, zeros._replace(**{platform: kept})
 
-  return by_platform(partial(on, 0), partial(on, 1), inputs)
-
-
-def by_platform(cpu: Callable[..., Any], others: Callable[..., Any], *args: Any) -> Any:
-  """`cpu(*args)` in programs that are compiled for a CPU, `others(*args)` in all other programs.
-
-  The platform is known when a program is lowered, which may be on another machine; `jax.default_backend()` does not tell. Both
-  functions are traced, so results must have equal shapes and dtypes; only one is compiled.
-  """
-  return jax.lax.platform_dependent(*args, cpu=cpu, default=others)
+  given = {name: partial(on, name) for name, form in forms._asdict().items() if form is not None}
+  return by_platform(Forms(**given), inputs)

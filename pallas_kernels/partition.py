@@ -38,20 +38,28 @@ __all__ = [
   "aligned",
   "apart",
   "free_axes",
+  "is_split_by_xla",
   "partitioned",
   "placed_like",
   "split_over",
   "varying_alike",
+  "with_gradient",
 ]
 
 ROWS, HEADS = "rows", "heads"
 
 
 class _Declared(NamedTuple):
-  """What `split_over` was told: a mesh, and the names of its axes by label."""
+  """What `split_over` was told: a mesh, and the names of its axes for rows and heads."""
 
   mesh: Mesh | AbstractMesh
-  names: dict[str, tuple[str, ...]]
+  rows: tuple[str, ...]
+  heads: tuple[str, ...]
+
+  @property
+  def names(self) -> dict[str, tuple[str, ...]]:
+    """By label."""
+    return {ROWS: self.rows, HEADS: self.heads}
 
 
 _DECLARED: ContextVar[_Declared | None] = ContextVar("declared", default=None)
@@ -67,13 +75,19 @@ def split_over(mesh: Mesh, *, rows: str | Sequence[str] = (), heads: str | Seque
   Raises:
     ValueError: if the mesh lacks an axis, or an axis has both roles.
   """
-  names = {ROWS: _names(rows), HEADS: _names(heads)}
-  for label, own in names.items():
+  declared = _Declared(mesh, _names(rows), _names(heads))
+  for label, own in declared.names.items():
     if missing := sorted(set(own) - set(mesh.axis_names)):
       raise ValueError(f"split_over({label}={own}): the mesh has no axis {missing}; expected some of {mesh.axis_names}.")
-  if both := sorted(set(names[ROWS]) & set(names[HEADS])):
-    raise ValueError(f"split_over(rows={names[ROWS]}, heads={names[HEADS]}): {both} cannot split both; expected other axes.")
-  token = _DECLARED.set(_Declared(mesh, names))
+  if both := sorted(set(declared.rows) & set(declared.heads)):
+    raise ValueError(f"split_over(rows={rows!r}, heads={heads!r}): {both} cannot split both; expected other axes.")
+  with _declared(declared):
+    yield
+
+
+@contextmanager
+def _declared(declared: _Declared | None) -> Iterator[None]:
+  token = _DECLARED.set(declared)
   try:
     yield
   finally:
@@ -112,10 +126,39 @@ def partitioned(local: Callable, in_specs: Any, out_specs: Any, *, differentiabl
       mesh=split.mesh if jax.sharding.get_abstract_mesh().empty else None,
       in_specs=jax.tree.map(split.spec, in_specs),
       out_specs=jax.tree.map(split.spec, out_specs),
-      axis_names=split.manual,
+      # By default all axes, without those that are mapped, which only JAX knows.
+      axis_names=frozenset() if split.manual == frozenset(split.mesh.axis_names) else split.manual,
     )(*operands)
 
   return run
+
+
+def with_gradient(function: Callable, forward: Callable, backward: Callable) -> Callable:
+  """`function(static, *operands)` with the two rules of a `jax.custom_vjp`, which are called with `static` first.
+
+  JAX calls the rules when it differentiates, which may be outside of a `split_over`. All three see what was declared where the
+  function is called.
+  """
+
+  def under(rule):
+    def run(static, *args):
+      declared, own = static
+      with _declared(declared):
+        return rule(own, *args)
+
+    return run
+
+  differentiable = jax.custom_vjp(under(function), nondiff_argnums=(0,))
+  differentiable.defvjp(under(forward), under(backward))
+  return lambda static, *operands: differentiable((_DECLARED.get(), static), *operands)
+
+
+def is_split_by_xla(tree: Any, specs: Any) -> bool:
+  """Whether XLA's partitioner may split arrays of `tree`: over automatic mesh axes that nobody declared, or that do not divide.
+
+  It cannot split kernels. In all other cases a function that is `partitioned` runs on each device alone.
+  """
+  return not _split(jax.tree.leaves(tree), _specs(specs, tree)).alone
 
 
 def aligned(tree: Any, specs: Any) -> Any:
@@ -188,8 +231,10 @@ class _Split(NamedTuple):
   Attributes:
     mesh: the mesh, or `None` where no axis of a mesh matters.
     names: for each label the mesh axes that it is split over.
-    manual: these axes, and the other explicit axes that operands are split over.
-    explicit: those of `manual` that are explicit.
+    manual: the axes that become manual: all that are not yet, if the operands are then alone; else these axes, and the other
+      explicit axes that operands are split over.
+    explicit: the explicit axes that operands are split over.
+    alone: whether no axis is left to XLA's partitioner that it might split operands over.
     is_unknown: whether operands of known sizes may be split over automatic axes, and nobody declared how.
   """
 
@@ -197,6 +242,7 @@ class _Split(NamedTuple):
   names: dict[str, tuple[str, ...]]
   manual: frozenset[str]
   explicit: frozenset[str]
+  alone: bool
   is_unknown: bool
 
   def spec(self, labels: P) -> P:
@@ -220,7 +266,7 @@ def _split(leaves: list[jax.Array], specs: list[P]) -> _Split:
   meshes = [jax.sharding.get_abstract_mesh(), *map(_mesh, leaves), *([declared.mesh] if declared else [])]
   mesh = next((mesh for mesh in meshes if not mesh.empty), None)
   if mesh is None:
-    return _Split(None, {}, frozenset(), frozenset(), is_unknown=False)
+    return _Split(None, {}, frozenset(), frozenset(), alone=True, is_unknown=False)
   kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
   split = [_dimensions(sharding.spec, x.ndim) for x, sharding in zip(leaves, types, strict=True)]
   explicit = frozenset(name for dimensions in split for names in dimensions for name in names)
@@ -233,10 +279,14 @@ def _split(leaves: list[jax.Array], specs: list[P]) -> _Split:
     sizes = [leaves[i].shape[d] for i, d in places]
     names[label] = _dividing(mesh, [n for n in (*seen, *told) if n not in taken], sizes)
     taken |= set(names[label])
-  automatic = any(kind == AxisType.Auto and mesh.shape[name] > 1 for name, kind in kinds.items())
-  automatic = automatic and all(known(*x.shape) for x in leaves)  # a callback is made for its sizes
-  is_unknown = automatic and declared is None and not explicit and AxisType.Manual not in kinds.values()
-  return _Split(mesh, names, explicit | taken, explicit, is_unknown)
+  free = frozenset(name for name, kind in kinds.items() if kind != AxisType.Manual)
+  automatic = frozenset(name for name in free if kinds[name] == AxisType.Auto and mesh.shape[name] > 1)
+  told = automatic if declared is None else automatic & {*declared.rows, *declared.heads}
+  alone = told <= taken  # a label that does not divide over its axis, XLA splits all the same
+  manual = free if alone and mesh.size > 1 else explicit | taken
+  sized = all(known(*x.shape) for x in leaves)  # a callback is made for its sizes
+  is_unknown = sized and not alone and declared is None and not explicit and AxisType.Manual not in kinds.values()
+  return _Split(mesh, names, manual, explicit, alone, is_unknown)
 
 
 def _mesh(x: jax.Array) -> Mesh | AbstractMesh:

@@ -1,20 +1,44 @@
-"""Estimates the time of every operation on a TPU from programs compiled for it, without one; see `tpu_cost`.
+"""Estimates the time of every operation on a TPU from programs compiled for it, without one.
 
-Times are in nanoseconds per token-head, beside the roofline: the least work of the operation at the chip's published rates.
+Times are in nanoseconds per token-head, beside the roofline: the least work of the operation at the chip's published rates. For
+XLA's programs they are the compiler's (`tpu_cost.py`), for kernels the bundles of their schedules (`tpu_schedule.py`).
 """
 
+import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from . import tpu_schedule
 from .tpu_cost import CHIPS, DoesNotFit, measure
-from .workloads import DIRECTIONS, ON_ACCELERATORS, Shape, find, function, least_work, make_inputs
+from .workloads import DIRECTIONS, ON_ACCELERATORS, Shape, find, flat, function, least_work, make_inputs
+
+XLA, KERNELS = "xla", "auto"
 
 SHAPES = (Shape(1, 4096, 16), Shape(8, 4096, 16))
+
+
+@dataclass(frozen=True)
+class Kernel:
+  """What one kernel of a program costs, by its schedule.
+
+  Attributes:
+    name: of the kernel.
+    bundles: per token-head.
+    vmem_bytes: fast memory that it takes.
+    slots: by kind of instruction, the share of the slots that is used.
+  """
+
+  name: str
+  bundles: float
+  vmem_bytes: int
+  slots: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -24,7 +48,8 @@ class Estimate:
   Attributes:
     operation, chip, direction: as in `estimates`.
     shape: shape of the inputs.
-    ns: the compiler's estimate, nanoseconds per token-head; `None` if the program does not fit.
+    kernels: those of the program, which is XLA's alone if there are none.
+    ns: nanoseconds per token-head, with kernels at the nominal clock; `None` if the program does not fit.
     roofline_ns: the least that the chip's published rates allow.
     temporary_bytes: memory that the program needs besides inputs and results.
     passes: number of executed matrix products, by the bfloat16 passes that each takes.
@@ -37,6 +62,7 @@ class Estimate:
   chip: str
   direction: str
   shape: Shape
+  kernels: list[Kernel]
   ns: float | None
   roofline_ns: float
   temporary_bytes: int
@@ -51,6 +77,7 @@ def estimates(
   chips: Sequence[str] = ("v5e",),
   shapes: Sequence[Shape] = SHAPES,
   directions: Sequence[str] = DIRECTIONS,
+  implementations: Sequence[str] = (XLA, KERNELS),
 ) -> Iterator[Estimate]:
   """Estimates, one after another as they are compiled, with bfloat16 activations.
 
@@ -59,6 +86,7 @@ def estimates(
     chips: keys of `tpu_cost.CHIPS`.
     shapes: shapes of the inputs.
     directions: "forward", "gradient" (which includes what it needs of the forward pass), or both.
+    implementations: `XLA`, or `KERNELS` where there are some, or both.
 
   Raises:
     ValueError: for an unknown operation or chip.
@@ -74,31 +102,71 @@ def estimates(
     for chip in chips:
       for shape in shapes:
         for direction in directions:
-          yield _estimate(name, chip, shape, direction)
+          for implementation in implementations:
+            if implementation == XLA or _grids(name, shape, direction):
+              yield _estimate(name, chip, shape, direction, implementation)
 
 
-def _estimate(name: str, chip: str, shape: Shape, direction: str) -> Estimate:
-  inputs = jax.eval_shape(lambda: make_inputs(name, shape, dtype=jnp.bfloat16))
-  rates = CHIPS[chip].flops, CHIPS[chip].bandwidth
+def _estimate(name: str, chip: str, shape: Shape, direction: str, implementation: str) -> Estimate:
   each = 1e9 / shape.token_heads
-  roofline = each * least_work(name, direction, *inputs).seconds(*rates)
+  least = least_work(name, direction, *_inputs(name, shape))
+  roofline = each * least.seconds(CHIPS[chip].flops, CHIPS[chip].bandwidth)
   began = time.perf_counter()
   try:
-    cost = measure(function(name, direction), *inputs, chip=chip)
+    if implementation == XLA:
+      cost, kernels = _compile(name, direction, chip, shape), []
+    else:
+      cost, kernels = _compile_elsewhere(name, direction, chip, shape)
   except DoesNotFit as problem:
-    return Estimate(name, chip, direction, shape, None, roofline, 0, {}, {}, time.perf_counter() - began, str(problem))
+    seconds = time.perf_counter() - began
+    return Estimate(name, chip, direction, shape, [], None, roofline, 0, {}, {}, seconds, str(problem))
+  cycles = cost.pop("cycles") + shape.token_heads * sum(kernel.bundles for kernel in kernels)
+  ns, seconds = each * cycles / CHIPS[chip].clock, time.perf_counter() - began
+  return Estimate(name, chip, direction, shape, kernels, ns, roofline, **cost, compile_seconds=seconds)
+
+
+def _inputs(name: str, shape: Shape) -> tuple[jax.ShapeDtypeStruct, ...]:
+  return jax.eval_shape(lambda: make_inputs(name, shape, dtype=jnp.bfloat16))
+
+
+def _grids(name: str, shape: Shape, direction: str) -> list[tuple[str, int]]:
+  """The kernels of the program for a TPU, and the steps of their grids."""
+  return list(tpu_schedule.grids(jax.make_jaxpr(function(name, direction, KERNELS))(*_inputs(name, shape)).jaxpr))
+
+
+def _compile(name: str, direction: str, chip: str, shape: Shape, implementation: str = XLA) -> dict[str, Any]:
+  """What the compiler says of a program, by the names of `Estimate`; and cycles, without those of kernels."""
+  call, inputs = flat(function(name, direction, implementation), _inputs(name, shape))
+  cost = measure(call, *inputs, chip=chip)
   passes: Counter[int] = Counter()
   for product in cost.products:
     passes[product.passes] += product.times
-  return Estimate(
-    name,
-    chip,
-    direction,
-    shape,
-    ns=each * cost.seconds,
-    roofline_ns=roofline,
-    temporary_bytes=cost.temporary_bytes,
-    passes=dict(sorted(passes.items())),
-    custom_calls=dict(cost.custom_calls),
-    compile_seconds=time.perf_counter() - began,
-  )
+  return {
+    "cycles": cost.cycles,
+    "temporary_bytes": cost.temporary_bytes,
+    "passes": dict(sorted(passes.items())),
+    "custom_calls": dict(cost.custom_calls),
+  }
+
+
+def _compile_elsewhere(name: str, direction: str, chip: str, shape: Shape) -> tuple[dict[str, Any], list[Kernel]]:
+  """The same of a program with kernels, and these. Another process compiles it."""
+  arguments = name, direction, chip, json.dumps(astuple(shape))
+  printed, schedules = tpu_schedule.run([sys.executable, "-m", f"{__package__}.tpu_bench", *arguments])
+  cost, steps = json.loads(printed.splitlines()[-1]), dict(_grids(name, shape, direction))
+  if "problem" in cost:
+    raise DoesNotFit(cost["problem"])
+  own = [x for x in schedules if x.name in steps]
+  return cost, [Kernel(x.name, steps[x.name] * x.bundles / shape.token_heads, x.vmem_bytes, x.slots) for x in own]
+
+
+def _main(name: str, direction: str, chip: str, shape: str) -> None:
+  """The process of `_compile_elsewhere`."""
+  try:
+    print(json.dumps(_compile(name, direction, chip, Shape(*json.loads(shape)), KERNELS)))
+  except DoesNotFit as problem:
+    print(json.dumps({"problem": str(problem)}))
+
+
+if __name__ == "__main__":
+  _main(*sys.argv[1:])

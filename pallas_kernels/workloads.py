@@ -60,6 +60,12 @@ def _local_linear(q, k, v, ridge, *, iterations: int, implementation: str = "aut
   return local_linear.local_linear_attention(q, k, v, ridge, **options), ()
 
 
+def _packed(q, *others, **options):
+  """The gated delta rule on documents of 1,000 tokens."""
+  ids = jnp.broadcast_to(1 + jnp.arange(q.shape[1]) // 1000, q.shape[:2])
+  return delta_rule.gated_delta_rule(q, *others, segment_ids=ids, **options)
+
+
 _LINEAR = partial(ttm.Memory, depth=1, residual=False)
 _MLP = partial(ttm.Memory, depth=2, residual=False)
 _TTT_MLP = partial(ttm.Memory, depth=2, expansion=4, norm=True, biases=True)
@@ -82,6 +88,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 VARIANTS: dict[str, Callable[..., Any]] = {
   "linear_attention_without_decay": delta_rule.linear_attention,
   "linear_attention_shared_keys": delta_rule.linear_attention,
+  "gated_delta_rule_packed": _packed,
   "kimi_delta_rule_unbounded": delta_rule.kimi_delta_rule,
   "erase_then_delta_rule_unbounded": delta_rule.erase_then_delta_rule,
   "titans_mlp": partial(_titans, memory=_MLP),
@@ -127,7 +134,7 @@ def _named_inputs(name: str, shape: Shape, seed: int) -> dict[str, jax.Array]:
   strength = lambda *dims: jax.nn.sigmoid(normal(*dims))  # noqa: E731
   decay = lambda *dims: -jax.nn.softplus(normal(*dims) - jnp.float32(5.0))  # noqa: E731
   q, values = unit(b, t, h, k), normal(b, t, h, v)
-  match name.removesuffix("_unbounded"):
+  match name.removesuffix("_unbounded").removesuffix("_packed"):
     case "linear_attention_without_decay":
       return {"q": q, "k": unit(b, t, h, k), "v": values}
     case "linear_attention":
@@ -177,6 +184,22 @@ def _weights(memory: ttm.Memory, heads: int, normal: Callable[..., jax.Array]) -
 
 def _unit(x: jax.Array) -> jax.Array:
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def flat(call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> tuple[Callable[..., Any], list]:
+  """A call of activations whose heads are not yet apart, [..., heads * width], as projections make them; and such inputs.
+
+  Otherwise a TPU keeps inputs and results in tiles of heads by channels, and programs begin and end with copies.
+  """
+
+  def joined(x):
+    return (*x.shape[:-2], x.shape[-2] * x.shape[-1]) if x.dtype == jnp.bfloat16 and x.ndim > 3 else x.shape
+
+  def run(*arguments):
+    results = call(*(x.reshape(like.shape) for x, like in zip(arguments, inputs, strict=True)))
+    return jax.tree.map(lambda x: x.reshape(joined(x)), results)
+
+  return run, [jax.ShapeDtypeStruct(joined(x), x.dtype) for x in inputs]
 
 
 def function(name: str, direction: str, implementation: str = "auto") -> Callable[..., Any]:

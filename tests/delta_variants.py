@@ -89,7 +89,7 @@ def _values_and_gradients(variant, args, cotangents, segment_ids, accelerator=Fa
   with contextlib.ExitStack() as stack:
     if accelerator:
       for module in (call, dispatch):
-        stack.enter_context(mock.patch.object(module, "by_platform", lambda cpu, others, *args: others(*args)))
+        stack.enter_context(mock.patch.object(module, "by_platform", lambda forms, *args: forms.others(*args)))
     if matrices:
       stack.enter_context(mock.patch.multiple(call, _MATRICES=matrices, _MATRICES_BY_CHANNEL=matrices))
     out, pull_back = jax.vjp(lambda args: variant.function(**args, segment_ids=segment_ids, **options), args)

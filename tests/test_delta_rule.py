@@ -337,14 +337,55 @@ def test_by_default_several_tokens_are_chunks():
 
 
 def test_explain_says_which_implementation_runs_and_why_the_others_do_not():
-  many, one, requested = ops.explain(64), ops.explain(1), ops.explain(64, implementation="recurrent")
+  def explain(tokens=64, **options):
+    q, beta = jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.bfloat16), jax.ShapeDtypeStruct((1, tokens, 2), jnp.float32)
+    return ops.explain(ops.gated_delta_rule, q, q, q, beta, beta, **options)
+
+  many, one, requested = explain(), explain(1), explain(implementation="recurrent", scale=1.0)
   assert (many.implementation, one.implementation, requested.implementation) == ("xla", "recurrent", "recurrent")
   assert "one dependent step per token" in many.passed_over["recurrent"]
   assert "a single token" in one.passed_over["xla"]
   assert "implementation='recurrent' was requested" in requested.passed_over["xla"]
-  assert str(many) == f"xla\n  not recurrent: {many.passed_over['recurrent']}"
-  with pytest.raises(ValueError, match=r"implementation='pallas' .*delta_rule.*'xla', 'recurrent'"):
-    ops.explain(64, implementation="pallas")
+  why = many.passed_over
+  assert str(many) == f"xla\n  not pallas: {why['pallas']}\n  not recurrent: {why['recurrent']}"
+  with pytest.raises(ValueError, match=r"implementation='cuda' .*gated_delta_rule.*'pallas', 'xla', 'recurrent'"):
+    explain(implementation="cuda")
+
+
+QUERY, STRENGTH = jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.bfloat16), jax.ShapeDtypeStruct((1, 64, 2), jnp.float32)
+
+
+@pytest.mark.parametrize(
+  ("function", "arguments", "options", "why"),
+  [
+    (ops.delta_rule, [QUERY] * 3, {"platform": "cpu"}, "this is a program for a cpu"),
+    (ops.delta_rule, [QUERY.update(dtype=jnp.float32)] * 3, {}, "take bfloat16 and compute in float32, not float32"),
+    (ops.delta_rule, [QUERY, QUERY, QUERY.update(dtype=jnp.float32)], {}, "take q, k and v in bfloat16, and not float32"),
+    (ops.delta_rule, [QUERY.update(shape=(1, 64, 2, 512))] * 3, {}, "at most 256 channels, not 512"),
+    (ops.delta_rule, [QUERY] * 3, {"chunk_size": 32}, "chunk_size=32 was asked for"),
+    (ops.erase_then_delta_rule, [QUERY] * 3, {}, "one update per token"),
+    (ops.kimi_delta_rule, [QUERY] * 3, {}, "one decay per head"),
+    (ops.delta_rule, [QUERY.update(shape=(1, 1, 2, 8))] * 3, {}, "a single token"),
+  ],
+)
+def test_explain_says_why_there_is_no_kernel(function, arguments, options, why):
+  strength = STRENGTH.update(shape=arguments[0].shape[:3])
+  more = {
+    ops.delta_rule: [strength],
+    ops.erase_then_delta_rule: [strength, arguments[0], strength],
+    ops.kimi_delta_rule: [strength, arguments[0]],
+  }[function]
+  options = {"platform": "tpu"} | options
+  choice = ops.explain(function, *arguments, *more, **options)
+  assert choice.implementation != "pallas"
+  assert why in choice.passed_over["pallas"]
+  assert ops.explain(ops.delta_rule, QUERY, QUERY, QUERY, STRENGTH, platform="tpu").implementation == "pallas"
+
+
+def test_a_kernel_that_does_not_exist_is_refused_with_the_reason():
+  args = GATED.inputs(4, dtype=jnp.float32)
+  with pytest.raises(ValueError, match=r"implementation='pallas' .* gated_delta_rule: the kernels take bfloat16"):
+    values(GATED, args, implementation="pallas")
 
 
 def floats(*shape):
@@ -377,7 +418,7 @@ MISTAKES = [
   ("delta_rule", {"segment_ids": floats(2, 9)}, r"segment_ids is float32\[2, 9\]; expected integers"),
   ("delta_rule", {"chunk_size": 24}, r"chunk_size=24; expected a power of two"),
   ("delta_rule", {"chunk_size": 0}, r"chunk_size=0; expected a power of two"),
-  ("delta_rule", {"implementation": "pallas"}, r"implementation='pallas' does not exist for delta_rule; expected .*'xla'"),
+  ("delta_rule", {"implementation": "cuda"}, r"implementation='cuda' does not exist for delta_rule; expected .*'xla'"),
   ("delta_rule", {"implementation": "fast"}, r"implementation='fast' does not exist for delta_rule; expected .*'auto'"),
 ]  # fmt: skip
 

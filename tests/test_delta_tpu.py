@@ -3,7 +3,9 @@
     python tests/test_delta_tpu.py        prints the errors of all cases
 """
 
+import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,14 @@ import pytest
 from delta_variants import Variant, cotangents
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # its verdict on races is not exported
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from memzoo.pallas_kernels import delta_rule as ops
 from memzoo.pallas_kernels.delta_rule import tpu, tpu_step
 from memzoo.pallas_kernels.delta_rule.terms import Plan, Update
 from memzoo.pallas_kernels.delta_rule.tpu_tiles import CHUNK
 from memzoo.pallas_kernels.documents import documents
+from memzoo.pallas_kernels.partition import split_over
 from test_delta_accuracy import CASES, GATED, SEGMENTS, inputs, relative_error
 
 # The rounding of a bfloat16 array alone is 1.7e-3.
@@ -112,6 +117,64 @@ def test_it_reads_nothing_that_was_not_written_and_the_copies_of_its_steps_do_no
   simulated = kernels(args, segments, cotangents(args), interpret=simulation)
   assert jax.tree.all(jax.tree.map(np.array_equal, simulated, kernels(args, segments, cotangents(args))))
   assert not interpret_pallas_call.races.races_found
+
+
+def lowered(loss, args, platform="tpu"):
+  return jax.jit(jax.grad(loss)).trace(args).lower(lowering_platforms=(platform,)).as_text()
+
+
+WITHOUT = {"implementation": "xla"}
+
+
+@pytest.mark.parametrize(("platform", "options", "kernels"), [("tpu", {}, 2), ("tpu", WITHOUT, 0), ("cpu", {}, 0)])
+def test_programs_for_a_tpu_have_kernels(platform, options, kernels):
+  args = inputs(GATED, "random", jnp.bfloat16)
+  loss = lambda args: jnp.sum(ops.gated_delta_rule(**args, **options)[0].astype(jnp.float32))  # noqa: E731
+  assert lowered(loss, args, platform).count("@tpu_custom_call") == kernels
+
+
+def test_without_a_gradient_no_states_of_chunks_are_kept():
+  args = inputs(GATED, "random", jnp.bfloat16)
+  call = jax.jit(lambda args: ops.gated_delta_rule(**args))
+  (kernel,) = re.findall(r"@tpu_custom_call.*", call.trace(args).lower(lowering_platforms=("tpu",)).as_text())
+  assert len(re.findall("tensor<", kernel.rpartition("->")[2])) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@pytest.mark.xdist_group("delta_tpu")
+def test_the_operation_has_the_values_and_gradients_of_its_kernels():
+  """Of the kernels, by the operation's own gradient rule, and of kernels that are mapped."""
+  args, segments = inputs(GATED, "documents", jnp.bfloat16), jnp.asarray(SEGMENTS)
+  weights = cotangents(args)
+
+  def run(args, weights, segments):
+    results, pull_back = jax.vjp(lambda args: ops.gated_delta_rule(**args, segment_ids=segments, implementation="pallas"), args)
+    return dict(zip(("output", "state"), results, strict=True)), pull_back(weights)[0]
+
+  with pltpu.force_tpu_interpret_mode():
+    found = jax.jit(run)(args, weights, segments)
+  jax.tree.map(np.testing.assert_array_equal, found, kernels(args, segments, weights))
+  mapped = jax.vmap(kernels)(*jax.tree.map(lambda x: x[:, None], (args, segments, weights)))
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[:, 0], y), mapped, found)
+
+
+@pytest.mark.parametrize(("kind", "declared", "kernels"), [("Explicit", False, 2), ("Auto", True, 2), ("Auto", False, 0)])
+def test_each_device_has_kernels_for_its_rows_and_heads_where_their_split_is_known(kind, declared, kernels):
+  mesh = jax.make_mesh((2, 2), ("row", "head"), axis_types=(AxisType[kind],) * 2)
+  args = GATED.inputs(64, dtype=jnp.float32, batch=4, key_heads=2, heads=4, key_dim=16, value_dim=16)
+  args = {name: x.astype(jnp.bfloat16) if name in "qkv" else x for name, x in args.items()}
+  places = {name: P("row", "head") if name == "initial_state" else P("row", None, "head") for name in args}
+  args = {name: jax.device_put(x, NamedSharding(mesh, places[name])) for name, x in args.items()}
+
+  def loss(args):
+    with split_over(mesh, rows="row", heads="head") if declared else contextlib.nullcontext():
+      return jnp.sum(ops.gated_delta_rule(**args)[0].astype(jnp.float32))
+
+  text = lowered(loss, args)
+  assert text.count("@tpu_custom_call") == kernels
+  of_one_device = "tensor<2x64x16xbf16>"  # keys: two rows, and one head of 16 channels
+  assert (of_one_device in text) == (kernels > 0)
 
 
 if __name__ == "__main__":

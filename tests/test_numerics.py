@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memzoo.pallas_kernels.dispatch import by_platform
+from memzoo.pallas_kernels.dispatch import Forms, by_platform
 from memzoo.pallas_kernels.numerics import FULL, SPLIT, exact_product, intermediate_precision, matmul
 
 NARROW, WIDE = jnp.ones((3, 4), jnp.bfloat16), jnp.ones((4, 5), jnp.float32)
@@ -53,7 +53,7 @@ def test_a_product_with_zeros_and_ones_is_exact_and_so_is_its_gradient():
 
 def test_the_platform_is_that_of_the_program_and_not_of_this_machine():
   def f(x):
-    return by_platform(lambda x: jnp.sin(x), lambda x: jnp.cos(x), x)
+    return by_platform(Forms(jnp.sin, jnp.cos), x)
 
   lowered = {platform: jax.jit(f).trace(WIDE).lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu")}
   assert "sine" in lowered["cpu"]

@@ -28,7 +28,7 @@ SPECS = {
 def for_accelerators(monkeypatch):
   """Programs for a CPU have the form that others have."""
   run.clear_cache()
-  monkeypatch.setattr(ttm, "by_platform", lambda cpu, others, *args: others(*args))
+  monkeypatch.setattr(ttm, "by_platform", lambda forms, *args: forms.others(*args))
   yield
   run.clear_cache()
 

@@ -19,7 +19,7 @@ from ..pallas_kernels.workloads import Shape
 from .bench_report import draw, tables
 from .files import write_record, write_text
 from .gpu_steps import step_tasks
-from .tpu_report import estimate_line, estimates_table, step_line, traffic_table
+from .tpu_report import estimate_line, estimates_table, kernels_table, step_line, traffic_table
 from .tpu_step import compile_step, mesh_shape
 
 
@@ -55,6 +55,8 @@ def estimate(
       else:
         print(estimate_line(each), flush=True)
   console.print(estimates_table(found))
+  if kernels := kernels_table(found):
+    console.print(kernels)
   print(f"Wrote {path}.")
 
 

@@ -12,7 +12,7 @@ from .tpu_step import StepCost
 
 def estimate_line(found: Estimate) -> str:
   """One line about one compiled operation."""
-  what = f"{found.operation}, {found.chip}, batch {found.shape.batch}, {found.direction}"
+  what = f"{found.operation}{_with_kernels(found)}, {found.chip}, batch {found.shape.batch}, {found.direction}"
   if found.ns is None:
     return f"{what}: {found.problem}"
   return f"{what}: {found.ns:.1f} ns per token-head, {binary(found.temporary_bytes)} of temporaries"
@@ -22,7 +22,7 @@ def estimates_table(found: Sequence[Estimate]) -> Table:
   """A row for each operation, chip and batch."""
   rows: dict[tuple, dict[str, Estimate]] = defaultdict(dict)
   for each in found:
-    rows[each.operation, each.chip, each.shape.batch][each.direction] = each
+    rows[each.operation + _with_kernels(each), each.chip, each.shape.batch][each.direction] = each
   shape = found[0].shape
   shown = table(
     f"Estimated ns per token and head: {shape.length:,} tokens, {shape.heads} heads of {shape.key_dim}, bfloat16",
@@ -36,6 +36,25 @@ def estimates_table(found: Sequence[Estimate]) -> Table:
     seconds = sum(each.compile_seconds for each in directions.values())
     shown.add_row(operation, chip, str(batch), *cells, f"{seconds:.0f}")
   return shown
+
+
+def kernels_table(found: Sequence[Estimate]) -> Table | None:
+  """A row for each kernel of a program; `None` if there are none."""
+  shown = table(
+    "Kernels, static: bundles of instructions per token and head; shares of the slots of a step",
+    ("operation", "chip", "batch", "kernel", "bundles", "matrix", "vector", "stores", "spills", "fast memory"),
+    words=4,
+  )
+  for each in found:
+    for kernel in each.kernels:
+      shares = (f"{kernel.slots[slot]:.0%}" for slot in ("MATMUL", "VALU", "VSTORE", "VSTORE:SPILL"))
+      place = each.operation, each.chip, str(each.shape.batch), kernel.name
+      shown.add_row(*place, f"{kernel.bundles:.2f}", *shares, binary(kernel.vmem_bytes))
+  return shown if shown.row_count else None
+
+
+def _with_kernels(found: Estimate) -> str:
+  return " (kernels)" if found.kernels else ""
 
 
 def _cells(found: Estimate | None) -> tuple[str, str, str]:

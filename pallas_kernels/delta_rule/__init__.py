@@ -26,7 +26,9 @@ All functions raise `ValueError` for shapes that do not fit together, an unknown
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict, Unpack
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ from jax.sharding import PartitionSpec
 from ..dispatch import Choice, choose_by_length
 from ..documents import check_segment_ids
 from ..numerics import accumulator, intermediate_precision
-from .call import KEPT, OUTPUT, TOKENS, UPDATES, Inputs, recurrence, run
+from .call import KEPT, OUTPUT, TOKENS, UPDATES, Inputs, Kernels, objection, recurrence, run
 from .call import Options as CallOptions
 from .terms import Update
 
@@ -53,6 +55,10 @@ __all__ = [
 ]
 
 
+# For `explain`: what calls choose on each platform.
+_CHOICES: ContextVar[list[Callable[[str], Choice]] | None] = ContextVar("choices", default=None)
+
+
 class Options(TypedDict, total=False):
   """Keyword arguments that all functions of this module take.
 
@@ -65,7 +71,8 @@ class Options(TypedDict, total=False):
     chunk_size: tokens per chunk, a power of two. It affects speed only; `None` chooses it for the platform.
     precision: `None`, by the operands: 16-bit queries and keys are multiplied in one pass, and what is computed from them in
       three passes of bfloat16 on GPUs and TPUs; float32 at full precision. "highest": everything at full precision.
-    implementation: "auto" (default), "recurrent" (the oracle) or "xla" (chunk-parallel). `explain` says what "auto" chooses.
+    implementation: "auto" (default), "pallas" (kernels for TPUs), "xla" (chunk-parallel) or "recurrent" (the oracle). `explain`
+      says what "auto" chooses. A program for several platforms, as of `jax.export`, cannot have kernels: pass "xla".
   """
 
   scale: float | None
@@ -172,9 +179,23 @@ def erase_then_delta_rule(
   return _run("erase_then_delta_rule", _erase_and_delta_updates, operands, log_decay, **options)
 
 
-def explain(tokens: int, *, implementation: str = "auto") -> Choice:
-  """Says which implementation runs for calls of `tokens` tokens, and why the others do not."""
-  return choose_by_length("delta_rule", implementation, tokens)
+def explain(function: Callable[..., Any], *arguments: Any, platform: str | None = None, **options: Unpack[Options]) -> Choice:
+  """Says which implementation runs for `function(*arguments, **options)`, and why the others do not.
+
+  Args:
+    function: one of this module.
+    *arguments: arrays, or their `jax.ShapeDtypeStruct`s.
+    platform: "cpu", "gpu" or "tpu": what the program is compiled for; by default JAX's default.
+    **options: of the call.
+  """
+  arrays = {name: options.pop(name) for name in ("initial_state", "segment_ids") if name in options}
+  choices: list[Callable[[str], Choice]] = []
+  token = _CHOICES.set(choices)
+  try:
+    jax.eval_shape(lambda arguments, arrays: function(*arguments, **arrays, **options), arguments, arrays)
+  finally:
+    _CHOICES.reset(token)
+  return choices[0](platform or jax.default_backend())
 
 
 def _additive_update(q, k, v):
@@ -238,8 +259,22 @@ def _run(
   scale = width**-0.5 if scale is None else float(scale)
   call = CallOptions(updates, specs or (TOKENS,) * len(operands), scale, dtype, precise, chunk_size, decay_bound)
   inputs = Inputs(segment_ids, operands, log_decay, initial_state.astype(dtype))
-  chosen = explain(tokens, implementation=implementation).implementation
-  return (recurrence if chosen == "recurrent" else run)(call, inputs)
+  choice = partial(_choose, name, implementation, tokens, objection(call, inputs))
+  if (choices := _CHOICES.get()) is not None:
+    choices.append(choice)
+  chosen = choice().implementation  # "pallas" are kernels in programs for TPUs, and "xla" in others
+  if chosen == "recurrent":
+    return recurrence(call, inputs)
+  kernels = Kernels.NEVER if chosen == "xla" else Kernels.ALWAYS if implementation == "pallas" else Kernels.ON_TPU
+  return run(call._replace(kernels=kernels), inputs)
+
+
+def _choose(name: str, requested: str, tokens: int, objection: str | None, platform: str = "tpu") -> Choice:
+  """What runs in programs for a platform."""
+  if requested == "pallas" and objection is not None:
+    raise ValueError(f"implementation='pallas' does not do for this call of {name}: {objection}.")
+  here = objection if platform == "tpu" else f"the kernels are for TPUs, and this is a program for a {platform}"
+  return choose_by_length(name, requested, tokens, pallas=here)
 
 
 def _check(name: str, x: jax.Array, shape: tuple[int, ...], axes: str) -> None:

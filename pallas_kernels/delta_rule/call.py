@@ -5,9 +5,10 @@ that device's rows and heads.
 """
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
-from ..dispatch import by_platform, kept_by_platform
+from ..dispatch import Forms, by_platform, kept_by_platform
 from ..documents import documents
 from ..numerics import FULL, Precision
-from ..partition import HEADS, ROWS, aligned, partitioned
+from ..partition import HEADS, ROWS, aligned, is_split_by_xla, partitioned, with_gradient
 from ..sizes import known, pieces, quotient
-from . import chunked, sums
+from . import chunked, sums, tpu
 from .recurrent import recurrent
 from .terms import Plan, Update, first_span
 
@@ -39,6 +40,12 @@ TOKENS, UPDATES, STATE = P(ROWS, None, HEADS), P(ROWS, None, None, HEADS), P(ROW
 _KEPT = P(None, ROWS, HEADS)
 
 
+class Kernels(Enum):
+  """Which programs use kernels."""
+
+  NEVER, ON_TPU, ALWAYS = "never", "on a TPU", "always"
+
+
 class Options(NamedTuple):
   """What a call of the operation asks for.
 
@@ -50,6 +57,7 @@ class Options(NamedTuple):
     precision: of products with intermediates.
     chunk_size: tokens per chunk, or `None`.
     decay_bound: a lower bound of every log-decay, or `None`.
+    kernels: whether programs for TPUs use kernels, and whether nothing else will do.
   """
 
   updates: Callable[..., tuple[jax.Array, Sequence[Update]]]
@@ -59,6 +67,7 @@ class Options(NamedTuple):
   precision: Precision
   chunk_size: int | None
   decay_bound: float | None
+  kernels: Kernels = Kernels.NEVER
 
 
 class Inputs(NamedTuple):
@@ -82,13 +91,17 @@ def run(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
   return _rule(options, reverse_only(aligned(inputs, _specs(options))))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rule(options, inputs):
+def _values(options, inputs):
   return partitioned(partial(_run, options), (_specs(options),), (TOKENS, STATE), differentiable=False)(inputs)
 
 
 def _run(options, inputs):
-  return by_platform(*(partial(lambda plan, x: _forward(plan, x)[0], plan) for plan in _plans(options, inputs)), inputs)
+  return by_platform(_forms(options, inputs, _results), inputs)
+
+
+def _results(form, inputs):
+  # What is kept for a gradient is not computed here: XLA sees that nobody reads it, and kernels are told.
+  return _forward(form, inputs, keep=form.module is not tpu)[0]
 
 
 def _run_forward(options, inputs):
@@ -98,7 +111,7 @@ def _run_forward(options, inputs):
 
 
 def _run_and_keep(options, inputs):
-  return kept_by_platform(*(partial(_forward, plan) for plan in _plans(options, inputs)), inputs)
+  return kept_by_platform(_forms(options, inputs, _forward), inputs)
 
 
 def _run_backward(options, residuals, cotangents):
@@ -108,11 +121,23 @@ def _run_backward(options, residuals, cotangents):
 
 
 def _pull_back(options, inputs, kept, cotangents):
-  forms = (partial(_backward, i, plan) for i, plan in enumerate(_plans(options, inputs)))
-  return by_platform(*forms, inputs, kept, cotangents)
+  return by_platform(_forms(options, inputs, _backward), inputs, kept, cotangents)
 
 
-_rule.defvjp(_run_forward, _run_backward)
+_rule = with_gradient(_values, _run_forward, _run_backward)
+
+
+def objection(options: Options, inputs: Inputs) -> str | None:
+  """Why there is no kernel for such a call, or `None`."""
+  if not known(*(size for x in jax.tree.leaves(inputs) for size in x.shape)):
+    return "sizes are not known"
+  if options.chunk_size is not None:
+    return f"chunk_size={options.chunk_size} was asked for, and the kernels choose their own"
+  if why := tpu.objection(options.updates, options.dtype, inputs.operands, inputs.log_decay, inputs.state.shape):
+    return why
+  if is_split_by_xla(inputs, _specs(options)):
+    return "XLA cannot split kernels over a mesh; `memzoo.split_over` tells how rows and heads are split, if they divide"
+  return None
 
 
 def recurrence(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
@@ -134,21 +159,36 @@ def _documents(inputs: Inputs):
   return None if inputs.segment_ids is None else documents(inputs.segment_ids)
 
 
+class _Form(NamedTuple):
+  """A form: the platform that it is for, as in `Forms`, the module with its `forward` and `backward`, and its plan."""
+
+  platform: str
+  module: ModuleType
+  plan: Plan
+
+
 # Compiled functions within a program are traced once for equal plans and shapes, so once for equal layers.
+@partial(jax.jit, static_argnums=0, static_argnames="keep")
+def _forward(form: _Form, inputs: Inputs, keep: bool = True):
+  options = {} if keep else {"keep": False}
+  return form.module.forward(form.plan, _documents(inputs), *inputs[1:], **options)
+
+
 @partial(jax.jit, static_argnums=0)
-def _forward(plan: Plan, inputs: Inputs):
-  return _form(plan).forward(plan, _documents(inputs), *inputs[1:])
+def _backward(form: _Form, inputs: Inputs, kept: Forms, cotangents) -> Inputs:
+  given = inputs.operands, inputs.log_decay, getattr(kept, form.platform), *cotangents
+  return Inputs(None, *form.module.backward(form.plan, _documents(inputs), *given))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _backward(platform: int, plan: Plan, inputs: Inputs, kept, cotangents) -> Inputs:
-  docs = _documents(inputs)
-  return Inputs(None, *_form(plan).backward(plan, docs, inputs.operands, inputs.log_decay, kept[platform], *cotangents))
-
-
-def _form(plan: Plan) -> ModuleType:
-  """The module with `forward` and `backward`."""
-  return sums if plan.shares else chunked
+def _forms(options: Options, inputs: Inputs, function: Callable[..., Any]) -> Forms:
+  """`function` of the form of each platform, for one device's part."""
+  cpu, others = _plans(options, inputs)
+  forms = Forms(*(_Form(name, sums if plan.shares else chunked, plan) for name, plan in (("cpu", cpu), ("others", others))))
+  if options.kernels != Kernels.NEVER:
+    forms = forms._replace(tpu=_Form("tpu", tpu, others))
+  if options.kernels == Kernels.ALWAYS:
+    forms = Forms(*(_Form(name, tpu, others) for name in ("cpu", "others")))
+  return Forms(*(form and partial(function, form) for form in forms))
 
 
 def _plans(options: Options, inputs: Inputs) -> tuple[Plan, Plan]:

@@ -6,6 +6,7 @@ chain of products that wait for each other. Activations are bfloat16; products w
 (`tpu_tiles.py`), so errors are about those of rounding the results.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from . import tpu_backward, tpu_forward, tpu_step
 from .chunked import Kept, append_tokens
 from .terms import Plan, zero_padding
 from .tpu_tiles import CHUNK
+
+_WIDEST = 256
 
 
 def forward(
@@ -74,6 +77,36 @@ def backward(
   d_log_decay = d_log_decay[:, : log_decay.shape[1], :, None].astype(log_decay.dtype)
   counts = log_decay > tpu_step.MIN_LOG_DECAY
   return d_operands, jnp.where(counts if docs is None else counts & docs.is_token[..., None, None], d_log_decay, 0), d_initial
+
+
+def objection(
+  updates: Callable[..., Any],
+  dtype: jnp.dtype,
+  operands: tuple[jax.Array, ...],
+  log_decay: jax.Array | None,
+  state: tuple[int, ...],
+) -> str | None:
+  """Why the kernels do not compute this, or `None`.
+
+  Args:
+    updates: maps the operands to q and the updates of every token.
+    dtype: of the arithmetic and of the state.
+    operands: of the variant.
+    log_decay: `None` or [B, T, H, K or 1].
+    state: shape of the state, (B, H, K, V).
+  """
+  if operands[0].dtype != jnp.bfloat16 or dtype != jnp.float32:
+    return f"the kernels take bfloat16 and compute in float32, not {operands[0].dtype} in {jnp.dtype(dtype)}"
+  q, (update, *others) = jax.eval_shape(updates, *operands)
+  if others or update.value is None:
+    return "the kernels make one update per token"
+  if log_decay is not None and log_decay.shape[-1] > 1:
+    return "the kernels have one decay per head, not one per channel"
+  if other := {x.dtype for x in (update.key, update.value)} - {q.dtype}:
+    return f"the kernels take q, k and v in {q.dtype}, and not {', '.join(map(str, other))}"
+  if max(state[2:]) > _WIDEST:
+    return f"the kernels have heads of at most {_WIDEST} channels, not {max(state[2:])}"
+  return None
 
 
 def _arrange(plan: Plan, docs: Documents | None, operands: Any) -> tuple[jax.Array | None, ...]:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..compat import varying_shape
 from .tpu_step import Blocks, Chunk, Step, head, whole
 from .tpu_tiles import (
   BY_ROWS,
@@ -68,22 +69,22 @@ def call(
     interpret: as for `pallas_call`.
   """
   constants, of_gates, count = masks(), 1 + step.erases, len(step.states)
-  blocks = Blocks(step, v.shape[1] // CHUNK, d_final.shape, backwards=True)
-  of_keys = jax.ShapeDtypeStruct((step.shared, *q.shape), q.dtype if step.shared == 1 else jnp.float32)
-  d_columns = jax.ShapeDtypeStruct((*columns.shape[:4], (of_gates + 1) * count), jnp.float32)
-  d_rows = jax.ShapeDtypeStruct((*rows.shape[:3], of_gates * len(step.pairs) + 1, LANES), jnp.float32)
-  d_initial = jax.ShapeDtypeStruct(d_final.shape, jnp.float32)
+  operands = q, k, v, d_out, columns, rows, *constants, states, d_final
+  blocks, like = Blocks(step, v.shape[1] // CHUNK, d_final.shape, backwards=True), partial(varying_shape, like=operands)
+  of_keys = like((step.shared, *q.shape), q.dtype if step.shared == 1 else jnp.float32)
+  d_columns = like((*columns.shape[:4], (of_gates + 1) * count), jnp.float32)
+  d_rows = like((*rows.shape[:3], of_gates * len(step.pairs) + 1, LANES), jnp.float32)
   gates, d_gates = map(blocks.gates, (columns, rows)), map(blocks.gates, (d_columns, d_rows))
   d_q, d_k, *others = pl.pallas_call(
     partial(_kernel, step),
     grid=blocks.grid,
     in_specs=[*[blocks.keys] * 2, *[blocks.values] * 2, *gates, *map(whole, constants), blocks.states, blocks.state],
     out_specs=[*[blocks.key_gradients] * 2, blocks.values, *d_gates, blocks.state],
-    out_shape=[of_keys, of_keys, jax.ShapeDtypeStruct(v.shape, v.dtype), d_columns, d_rows, d_initial],
+    out_shape=[of_keys, of_keys, like(v.shape, v.dtype), d_columns, d_rows, like(d_final.shape, jnp.float32)],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     interpret=interpret,
     name="delta_rule_backward",
-  )(q, k, v, d_out, columns, rows, *constants, states, d_final)
+  )(*operands)
   return *(jnp.sum(d, axis=0).astype(q.dtype) if step.shared > 1 else d[0] for d in (d_q, d_k)), *others
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..compat import varying_shape
 from .tpu_step import Blocks, Chunk, Step, head, whole
 from .tpu_tiles import BY_TOKENS, CHUNK, HALF, by_parts, dot, grams, in_one_pass, inverses, masks, parts, two, two_of_exact
 
@@ -47,9 +48,10 @@ def call(
     interpret: as for `pallas_call`.
   """
   constants, chunks, shape = masks(), v.shape[1] // CHUNK, initial_state.shape
-  blocks = Blocks(step, chunks, shape)
-  out = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(shape, jnp.float32)]
-  kept = [jax.ShapeDtypeStruct((chunks, *shape), jnp.float32)] if keep else []
+  operands = q, k, v, columns, rows, *constants, initial_state
+  blocks, like = Blocks(step, chunks, shape), partial(varying_shape, like=operands)
+  out = [like(v.shape, v.dtype), like(shape, jnp.float32)]
+  kept = [like((chunks, *shape), jnp.float32)] if keep else []
   gates = map(blocks.gates, (columns, rows))
   return pl.pallas_call(
     partial(_kernel, step),
@@ -60,7 +62,7 @@ def call(
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     interpret=interpret,
     name="delta_rule_forward",
-  )(q, k, v, columns, rows, *constants, initial_state)
+  )(*operands)
 
 
 def _kernel(

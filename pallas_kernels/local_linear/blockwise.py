@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
 from ..numerics import Precision, intermediate_precision, matmul
-from ..partition import HEADS, ROWS, aligned, partitioned, varying_alike
+from ..partition import HEADS, ROWS, aligned, partitioned, varying_alike, with_gradient
 from ..sizes import bounded, pad_end, pieces
 from .spec import Allowed, Spec
 
@@ -78,8 +78,7 @@ def distances(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, ridge: jax.A
   return jnp.sum((q.astype(x.dtype) - mean) * x, axis=-1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec, *inputs):
+def _attended(spec, *inputs):
   return _attend_forward(spec, *inputs)[0]
 
 
@@ -95,7 +94,7 @@ def _attend_backward(spec, residuals, dy):
   return *gradients, None
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend = with_gradient(_attended, _attend_forward, _attend_backward)
 
 
 def _forward(spec, q, k, v, ridge, allowed):

@@ -5,8 +5,9 @@ each of which one device has whole, and added outside.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
-from ..dispatch import by_platform, kept_by_platform
+from ..dispatch import Forms, by_platform, kept_by_platform
 from ..documents import Documents, documents
-from ..partition import HEADS, ROWS, aligned, partitioned
+from ..partition import HEADS, ROWS, aligned, partitioned, with_gradient
 from ..sizes import bounded, pieces, quotient
 from .chunked import Plan, backward, forward
 from .recurrent import recurrent
@@ -65,8 +66,7 @@ def recurrence(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
   return partitioned(local, (_SPECS,), (_TOKENS, _STATE))(inputs)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(chunk_size, inputs):
+def _values(chunk_size, inputs):
   return partitioned(partial(_run, chunk_size), (_SPECS,), (_TOKENS, _STATE), differentiable=False)(inputs)
 
 
@@ -91,31 +91,36 @@ def _scan_backward(chunk_size, residuals, cotangents):
   return (Inputs(None, dx, d_step, *(d.astype(z.dtype) for d, z in zip((da, db, dc), like, strict=True)), d_state),)
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+_scan = with_gradient(_values, _scan_forward, _scan_backward)
 
 
 def _run(chunk_size, inputs):
-  return by_platform(*(partial(lambda plan, x: _forward(plan, x)[0], plan) for plan in _plans(chunk_size, inputs)), inputs)
+  return by_platform(_forms(chunk_size, inputs, lambda platform, plan, x: _forward(platform, plan, x)[0]), inputs)
 
 
 def _run_and_keep(chunk_size, inputs):
-  return kept_by_platform(*(partial(_forward, plan) for plan in _plans(chunk_size, inputs)), inputs)
+  return kept_by_platform(_forms(chunk_size, inputs, _forward), inputs)
 
 
 def _pull_back(chunk_size, inputs, kept, cotangents, parts):
-  forms = (partial(_backward, i, plan, len(parts)) for i, plan in enumerate(_plans(chunk_size, inputs)))
-  return by_platform(*forms, inputs, kept, cotangents)
+  return by_platform(_forms(chunk_size, inputs, partial(_backward, len(parts))), inputs, kept, cotangents)
 
 
 # Compiled functions within a program are traced once for equal plans and shapes, so once for equal layers.
-@partial(jax.jit, static_argnums=0)
-def _forward(plan: Plan, inputs: Inputs):
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(platform: str, plan: Plan, inputs: Inputs):
   return forward(plan, _documents(inputs), *inputs[1:])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _backward(platform: int, plan: Plan, parts: int, inputs: Inputs, kept, cotangents):
-  return backward(plan, _documents(inputs), *inputs[1:-1], kept[platform], *cotangents, parts)
+def _backward(parts: int, platform: str, plan: Plan, inputs: Inputs, kept: Forms, cotangents):
+  return backward(plan, _documents(inputs), *inputs[1:-1], getattr(kept, platform), *cotangents, parts)
+
+
+def _forms(chunk_size: int | None, inputs: Inputs, function: Callable[..., Any]) -> Forms:
+  """`function` of the name and the plan of each platform, for one device's part."""
+  plans = zip(("cpu", "others"), _plans(chunk_size, inputs), strict=True)
+  return Forms(*(partial(function, name, plan) for name, plan in plans))
 
 
 def _plans(chunk_size: int | None, inputs: Inputs) -> tuple[Plan, Plan]:

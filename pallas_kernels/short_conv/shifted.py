@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ..derivatives import reverse_only
 from ..documents import documents, positions
 from ..numerics import accumulator, einsum
-from ..partition import aligned, partitioned
+from ..partition import aligned, partitioned, with_gradient
 from ..sizes import as_array, known
 from .recurrent import INPUTS, OF_ROWS, TOKENS
 
@@ -27,25 +27,24 @@ def shifted(
   inputs = aligned((x, weight, initial_state, segment_ids), INPUTS)
   x, _, initial_state, segment_ids = inputs
   tail = partitioned(_tail, (TOKENS, TOKENS, OF_ROWS), TOKENS)(x, initial_state, segment_ids)
-  return _convolve(*reverse_only(inputs)), tail
+  return _convolve(None, *reverse_only(inputs)), tail
 
 
-@jax.custom_vjp
-def _convolve(x, weight, state, segment_ids):
-  return partitioned(_forward, INPUTS, TOKENS, differentiable=False)(x, weight, state, segment_ids)
+def _convolved(_, *inputs):
+  return partitioned(_forward, INPUTS, TOKENS, differentiable=False)(*inputs)
 
 
-def _convolve_forward(*inputs):
-  return _convolve(*inputs), inputs
+def _convolve_forward(_, *inputs):
+  return _convolved(_, *inputs), inputs
 
 
-def _convolve_backward(inputs, dy):
+def _convolve_backward(_, inputs, dy):
   gradients = partitioned(_backward, (*INPUTS, TOKENS), (TOKENS, TOKENS, TOKENS), differentiable=False)
   dx, dweight, dstate = gradients(*inputs, dy)
   return dx, jnp.sum(dweight, axis=0).astype(inputs[1].dtype), dstate, None
 
 
-_convolve.defvjp(_convolve_forward, _convolve_backward)
+_convolve = with_gradient(_convolved, _convolve_forward, _convolve_backward)
 
 
 class _Places(NamedTuple):

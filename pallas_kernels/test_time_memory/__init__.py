@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
-from ..dispatch import Choice, by_platform, choose
+from ..dispatch import Choice, Forms, by_platform, choose
 from ..documents import Documents, check_segment_ids, documents, select_rows, undivided
 from ..numerics import Precision, accumulator, intermediate_precision
 from ..partition import HEADS, ROWS, partitioned
@@ -250,7 +250,7 @@ def _learn(
   else:
     chunks = layout()
     forms = [partial(chunked, spec, plan) for plan in plans(how.precision, chunks.is_token.shape[1])]
-    y, loss, carry = by_platform(*forms, *reverse_only(operands), chunks)
+    y, loss, carry = by_platform(Forms(*forms), *reverse_only(operands), chunks)
     count = chunks.count
   change = jax.tree.map(lambda start, end: end - start[None], at_start, carry)
   return Result(y.astype(v.dtype), State(*change, count), loss)
