@@ -60,10 +60,10 @@ def _local_linear(q, k, v, ridge, *, iterations: int, implementation: str = "aut
   return local_linear.local_linear_attention(q, k, v, ridge, **options), ()
 
 
-def _packed(q, *others, **options):
-  """The gated delta rule on documents of 1,000 tokens."""
-  ids = jnp.broadcast_to(1 + jnp.arange(q.shape[1]) // 1000, q.shape[:2])
-  return delta_rule.gated_delta_rule(q, *others, segment_ids=ids, **options)
+def _packed(q, *others, segment_ids=None, **options):
+  """The gated delta rule on documents, by default of 1,000 tokens."""
+  of_1000 = jnp.broadcast_to(1 + jnp.arange(q.shape[1]) // 1000, q.shape[:2])
+  return delta_rule.gated_delta_rule(q, *others, segment_ids=of_1000 if segment_ids is None else segment_ids, **options)
 
 
 _LINEAR = partial(ttm.Memory, depth=1, residual=False)

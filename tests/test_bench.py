@@ -180,6 +180,7 @@ _ANY_DECAY = (
   "linear_attention",
   "linear_attention_shared_keys",
   "gated_delta_rule",
+  "gated_delta_rule_packed",
   "delta_product",
   "kimi_delta_rule_unbounded",
   "erase_then_delta_rule_unbounded",
