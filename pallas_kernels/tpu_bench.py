@@ -136,7 +136,9 @@ def _grids(name: str, shape: Shape, direction: str) -> list[tuple[str, int]]:
 
 def _compile(name: str, direction: str, chip: str, shape: Shape, implementation: str = XLA) -> dict[str, Any]:
   """What the compiler says of a program, by the names of `Estimate`; and cycles, without those of kernels."""
-  call, inputs = flat(function(name, direction, implementation), _inputs(name, shape))
+  call, inputs = function(name, direction, implementation), _inputs(name, shape)
+  if implementation != XLA:
+    call, inputs = flat(call, inputs)
   cost = measure(call, *inputs, chip=chip)
   passes: Counter[int] = Counter()
   for product in cost.products:

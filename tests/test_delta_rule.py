@@ -364,7 +364,8 @@ QUERY, STRENGTH = jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.bfloat16), jax.ShapeDt
     (ops.delta_rule, [QUERY.update(shape=(1, 64, 2, 512))] * 3, {}, "at most 256 channels, not 512"),
     (ops.delta_rule, [QUERY] * 3, {"chunk_size": 32}, "chunk_size=32 was asked for"),
     (ops.erase_then_delta_rule, [QUERY] * 3, {}, "one update per token"),
-    (ops.kimi_delta_rule, [QUERY] * 3, {}, "one decay per head"),
+    (ops.kimi_delta_rule, [QUERY] * 3, {}, "need a decay_bound of at least -5"),
+    (ops.kimi_delta_rule, [QUERY] * 3, {"decay_bound": -5.0, "precision": "highest"}, "not as exact as precision='highest'"),
     (ops.delta_rule, [QUERY.update(shape=(1, 1, 2, 8))] * 3, {}, "a single token"),
   ],
 )

@@ -22,7 +22,7 @@ from memzoo.pallas_kernels.delta_rule.terms import Plan, Update
 from memzoo.pallas_kernels.delta_rule.tpu_tiles import CHUNK
 from memzoo.pallas_kernels.documents import documents
 from memzoo.pallas_kernels.partition import split_over
-from test_delta_accuracy import CASES, GATED, SEGMENTS, inputs, relative_error
+from test_delta_accuracy import CASES, GATED, KIMI, SEGMENTS, inputs, relative_error
 
 # The rounding of a bfloat16 array alone is 1.7e-3.
 LIMITS = {jnp.dtype(jnp.bfloat16): 2e-3, jnp.dtype(jnp.float32): 5e-4}
@@ -35,12 +35,14 @@ def kernels(args, segment_ids, weights, interpret=True):
   plan = Plan(lambda q, k, v, s: (q, [Update(k, s, v)]), heads, key_dim**-0.5, jnp.float32, CHUNK)
   docs = None if segment_ids is None else documents(segment_ids)
   operands = tuple(args.get(name) for name in ("q", "k", "v", "beta"))
-  decay = args["log_decay"][..., None] if "log_decay" in args else None
+  decay = args.get("log_decay")
+  if decay is not None and decay.ndim == 3:
+    decay = decay[..., None]
   results, kept = tpu.forward(plan, docs, operands, decay, args["initial_state"], interpret=interpret)
   d_operands, d_decay, d_state = tpu.backward(plan, docs, operands, decay, kept, *weights, interpret=interpret)
   gradients = dict(zip(("q", "k", "v", "beta"), d_operands, strict=True)) | {"initial_state": d_state}
   if decay is not None:
-    gradients["log_decay"] = d_decay[..., 0]
+    gradients["log_decay"] = d_decay.reshape(args["log_decay"].shape)
   return dict(zip(("output", "state"), results, strict=True)), {name: gradients[name] for name in args}
 
 
@@ -65,9 +67,15 @@ def too_large(found):
   return {name: error for name, (error, limit) in found.items() if not error <= limit}
 
 
-def of_case(case):
+BOUND = -5.0  # of decays by channel
+
+
+def of_case(variant, case):
   segments = jnp.asarray(SEGMENTS if case == "documents" else np.ones_like(SEGMENTS))
-  return errors(ops.gated_delta_rule, inputs(GATED, case, jnp.bfloat16), segments)
+  args = inputs(variant, case, jnp.bfloat16)
+  if variant.decay == "channel":
+    args["log_decay"] = jnp.maximum(args["log_decay"], BOUND)
+  return errors(variant.function, args, segments)
 
 
 @pytest.mark.usefixtures("float64")
@@ -75,7 +83,25 @@ def of_case(case):
 @pytest.mark.xdist_group("delta_tpu")
 @pytest.mark.parametrize("case", CASES)
 def test_errors_are_those_of_rounding_the_output(case):
-  assert not too_large(of_case(case))
+  assert not too_large(of_case(GATED, case))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.slow
+@pytest.mark.xdist_group("delta_tpu_channels")
+@pytest.mark.parametrize("case", ["random", "equal keys, strength 1.9", "decays -3 to -5", "documents"])
+def test_errors_by_channel_are_those_of_rounding_the_output(case):
+  assert not too_large(of_case(KIMI, case))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.slow
+@pytest.mark.xdist_group("delta_tpu_channels")
+def test_at_the_bound_of_every_channel_only_gradients_by_decays_are_less_exact():
+  """Those are of the size of e^-5. Factors e^{G - M} between the halves of a chunk leave the range of floats."""
+  found = of_case(KIMI, "decays -8 to -16")
+  assert found.pop("by log_decay")[0] < 1e-2
+  assert not too_large(found)
 
 
 @pytest.mark.usefixtures("float64")
@@ -88,6 +114,8 @@ def test_errors_are_those_of_rounding_the_output(case):
     (GATED, 3, 1, 1, 5, True),
     (Variant(ops.linear_attention, "scalar"), 2, 1, 3, 70, True),
     (Variant(ops.linear_attention), 1, 2, 2, 64, False),
+    (KIMI, 2, 1, 3, 70, True),
+    (Variant(ops.linear_attention, "channel"), 1, 1, 2, 64, False),
   ],
   ids=str,
 )
@@ -102,7 +130,7 @@ def test_any_number_of_rows_heads_and_tokens(variant, batch, key_heads, heads, t
 @pytest.mark.slow
 @pytest.mark.xdist_group("delta_tpu")
 def test_heads_of_one_key_in_several_steps(monkeypatch):
-  monkeypatch.setattr(tpu_step, "_STATES", 2)
+  monkeypatch.setattr(tpu_step, "STATES", 2)
   args = GATED.inputs(64, dtype=jnp.float32, batch=1, key_heads=1, heads=4, key_dim=128, value_dim=64)
   args = {name: x.astype(jnp.bfloat16) if name in "qkv" else x for name, x in args.items()}
   assert not too_large(errors(GATED.function, args, None))
@@ -126,10 +154,16 @@ def lowered(loss, args, platform="tpu"):
 WITHOUT = {"implementation": "xla"}
 
 
-@pytest.mark.parametrize(("platform", "options", "kernels"), [("tpu", {}, 2), ("tpu", WITHOUT, 0), ("cpu", {}, 0)])
-def test_programs_for_a_tpu_have_kernels(platform, options, kernels):
-  args = inputs(GATED, "random", jnp.bfloat16)
-  loss = lambda args: jnp.sum(ops.gated_delta_rule(**args, **options)[0].astype(jnp.float32))  # noqa: E731
+BOUNDED = {"decay_bound": BOUND}
+
+
+@pytest.mark.parametrize(
+  ("variant", "platform", "options", "kernels"),
+  [(GATED, "tpu", {}, 2), (GATED, "tpu", WITHOUT, 0), (GATED, "cpu", {}, 0), (KIMI, "tpu", BOUNDED, 2), (KIMI, "tpu", {}, 0)],
+)
+def test_programs_for_a_tpu_have_kernels(variant, platform, options, kernels):
+  args = inputs(variant, "random", jnp.bfloat16)
+  loss = lambda args: jnp.sum(variant.function(**args, **options)[0].astype(jnp.float32))  # noqa: E731
   assert lowered(loss, args, platform).count("@tpu_custom_call") == kernels
 
 
@@ -179,5 +213,8 @@ def test_each_device_has_kernels_for_its_rows_and_heads_where_their_split_is_kno
 
 if __name__ == "__main__":
   jax.config.update("jax_enable_x64", True)
-  for case in CASES:
-    print(f"{case:30s}", *(f"{name} {error:.1e} " for name, (error, _) in of_case(case).items()), flush=True)
+  for variant in (GATED, KIMI):
+    for case in CASES:
+      found = of_case(variant, case)
+      found = of_case(variant, case)
+      print(f"{variant!s} {case:30s}", *(f"{name} {error:.1e} " for name, (error, _) in found.items()), flush=True)

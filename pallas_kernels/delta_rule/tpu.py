@@ -1,4 +1,4 @@
-"""The delta rules with one update per token and at most one decay per head on a TPU: one kernel forward, and one backward.
+"""The delta rules with one update per token on a TPU: one kernel forward, and one backward; others for decays by channel.
 
 Both go through a sequence in chunks of 64 tokens, one chunk of up to sixteen heads in a step of their grid, whose states, or
 their cotangents, stay in fast memory from step to step. All heads of a step go through each stage together: one head alone is a
@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from ..documents import Documents
+from ..numerics import FULL, Precision
 from ..sizes import pieces
-from . import tpu_backward, tpu_forward, tpu_step
+from . import tpu_backward, tpu_channels, tpu_channels_backward, tpu_forward, tpu_step
 from .chunked import Kept, append_tokens
 from .terms import Plan, zero_padding
 from .tpu_tiles import CHUNK
 
 _WIDEST = 256
+# With decays by channel: half of 32 tokens of it is e^80, far from the largest float.
+MIN_CHANNEL_LOG_DECAY = -5.0
 
 
 def forward(
@@ -39,14 +42,17 @@ def forward(
     plan: static arguments; those of the arithmetic are not used.
     docs: document boundaries and padding; `None` for one document without padding.
     operands: of the variant, bfloat16 arrays [B, T, ...], and strengths if updates have any.
-    log_decay: `None` or [B, T, H, 1].
+    log_decay: `None` or [B, T, H, K or 1].
     initial_state: float32 [B, H, K, V].
     keep: whether to return what the gradient needs.
     interpret: as for `pallas_call`.
   """
-  q, k, v, strength = _arrange(plan, docs, operands)
+  *tokens, strength = _arrange(plan, docs, operands)
   step, gates = _prepare(plan, docs, operands, strength, log_decay, initial_state.shape)
-  out, state, *states = tpu_forward.call(step, q, k, v, *gates, initial_state, keep=keep, interpret=interpret)
+  if step.by_channel:
+    tokens.append(_decays(docs, log_decay))
+  call = tpu_channels.call if step.by_channel else tpu_forward.call
+  out, state, *states = call(step, *tokens, *gates, initial_state, keep=keep, interpret=interpret)
   return (_tokens(out, operands[0].shape[1], plan.heads), state), Kept(*states, None, None) if keep else None
 
 
@@ -64,24 +70,35 @@ def backward(
   """The cotangents of `operands`, `log_decay` and the initial state, from those of the output and the final state."""
   arrange = partial(_arrange, plan, docs)
   q, k, v, strength = arrange(operands)
-  step, gates = _prepare(plan, docs, operands, strength, log_decay, d_final.shape)
-  d_out = _whole_chunks(d_out.astype(v.dtype))
-  d_q, d_k, d_v, columns, rows, d_initial = tpu_backward.call(
-    step, q, k, v, d_out.reshape(v.shape), *gates, kept.states, d_final, interpret=interpret
-  )
-  d_strength, d_log_decay = tpu_step.gate_gradients(step, columns, rows)
+  step, gates = _prepare(plan, docs, operands, strength, log_decay, d_final.shape, backwards=True)
+  d_out = _joined(_whole_chunks(d_out.astype(v.dtype)))
+  if step.by_channel:
+    decays = _decays(docs, log_decay)
+    d_q, d_k, d_v, d_log_decay, d_initial, *parts = tpu_channels_backward.call(
+      step, q, k, v, decays, d_out, *gates, kept.states, d_final, interpret=interpret
+    )
+    d_strength = tpu_step.strength_gradients(step, *parts) if parts else None
+    d_log_decay = d_log_decay.reshape(*d_log_decay.shape[:2], *log_decay.shape[2:])
+  else:
+    d_q, d_k, d_v, *parts, d_initial = tpu_backward.call(
+      step, q, k, v, d_out, *gates, kept.states, d_final, interpret=interpret
+    )
+    d_strength, d_log_decay = tpu_step.gate_gradients(step, *parts)
+    d_log_decay = d_log_decay[..., None]
   d_strength = None if strength is None else d_strength.astype(strength.dtype)
   (d_operands,) = jax.linear_transpose(arrange, operands)((d_q, d_k, d_v, d_strength))
   if log_decay is None:
     return d_operands, None, d_initial
-  d_log_decay = d_log_decay[:, : log_decay.shape[1], :, None].astype(log_decay.dtype)
-  counts = log_decay > tpu_step.MIN_LOG_DECAY
+  d_log_decay = d_log_decay[:, : log_decay.shape[1]].astype(log_decay.dtype)
+  counts = log_decay >= (MIN_CHANNEL_LOG_DECAY if step.by_channel else tpu_step.MIN_LOG_DECAY)
   return d_operands, jnp.where(counts if docs is None else counts & docs.is_token[..., None, None], d_log_decay, 0), d_initial
 
 
 def objection(
   updates: Callable[..., Any],
   dtype: jnp.dtype,
+  precision: Precision,
+  decay_bound: float | None,
   operands: tuple[jax.Array, ...],
   log_decay: jax.Array | None,
   state: tuple[int, ...],
@@ -91,6 +108,8 @@ def objection(
   Args:
     updates: maps the operands to q and the updates of every token.
     dtype: of the arithmetic and of the state.
+    precision: of products with intermediates.
+    decay_bound: a lower bound of every log-decay, or `None`.
     operands: of the variant.
     log_decay: `None` or [B, T, H, K or 1].
     state: shape of the state, (B, H, K, V).
@@ -101,7 +120,10 @@ def objection(
   if others or update.value is None:
     return "the kernels make one update per token"
   if log_decay is not None and log_decay.shape[-1] > 1:
-    return "the kernels have one decay per head, not one per channel"
+    if decay_bound is None or decay_bound < MIN_CHANNEL_LOG_DECAY:
+      return f"with decays by channel the kernels need a decay_bound of at least {MIN_CHANNEL_LOG_DECAY}"
+    if precision is FULL:
+      return "with decays by channel the kernels' gradients by decays are not as exact as precision='highest' promises"
   if other := {x.dtype for x in (update.key, update.value)} - {q.dtype}:
     return f"the kernels take q, k and v in {q.dtype}, and not {', '.join(map(str, other))}"
   if max(state[2:]) > _WIDEST:
@@ -113,14 +135,16 @@ def _arrange(plan: Plan, docs: Documents | None, operands: Any) -> tuple[jax.Arr
   """Queries, keys and values [B, T, heads * width] of whole chunks, and strengths [B, T, H]. It is linear in the operands."""
   q, (update,) = plan.updates(*operands)
   q, k, v, strength = jax.tree.map(partial(_tokens_only, docs), (q, update.key, update.value, update.strength))
-  return *(x.reshape(*x.shape[:2], -1) for x in (q, k, v)), strength
+  return *map(_joined, (q, k, v)), strength
 
 
-def _prepare(plan, docs, operands, strength, log_decay, state):
+def _prepare(plan, docs, operands, strength, log_decay, state, backwards=False):
   """The step, and the gates that the kernels need."""
   q, _ = jax.eval_shape(plan.updates, *operands)
-  step = tpu_step.largest(q.shape[0], q.shape[2], state, plan.scale, docs is not None, strength is not None)
-  decay = None if log_decay is None else _tokens_only(docs, log_decay[..., 0])
+  by_channel = log_decay is not None and log_decay.shape[-1] > 1
+  states = min(tpu_step.STATES, tpu_channels_backward.STATES) if by_channel and backwards else tpu_step.STATES
+  step = tpu_step.largest(states, q.shape[0], q.shape[2], state, plan.scale, docs is not None, strength is not None, by_channel)
+  decay = None if log_decay is None or by_channel else _tokens_only(docs, log_decay[..., 0])
   shape = q.shape[0], pieces(q.shape[1], CHUNK) * CHUNK, state[1]
   return step, tpu_step.prepare(step, shape, jax.tree.map(_whole_chunks, docs), strength, decay)
 
@@ -128,6 +152,16 @@ def _prepare(plan, docs, operands, strength, log_decay, state):
 def _tokens_only(docs: Documents | None, x: jax.Array) -> jax.Array:
   """x [B, T, ...] of whole chunks, with zeros for padding, which may hold anything."""
   return _whole_chunks(x if docs is None else zero_padding(docs.is_token, x))
+
+
+def _decays(docs: Documents | None, log_decay: jax.Array) -> jax.Array:
+  """Decays of channels, [B, T, H * K], of whole chunks."""
+  return _joined(_tokens_only(docs, jnp.maximum(log_decay.astype(jnp.float32), MIN_CHANNEL_LOG_DECAY)))
+
+
+def _joined(x: jax.Array) -> jax.Array:
+  """[B, T, heads, width] to [B, T, heads * width]."""
+  return x.reshape(*x.shape[:2], -1)
 
 
 def _whole_chunks(x: jax.Array) -> jax.Array:

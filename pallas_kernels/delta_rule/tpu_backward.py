@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import varying_shape
-from .tpu_step import Blocks, Chunk, Step, head, whole
+from .tpu_step import Blocks, Chunk, Step, head, put, whole
 from .tpu_tiles import (
   BY_ROWS,
   BY_TOKENS,
@@ -224,9 +224,9 @@ def _kernel(
   for ref, gradients in ((d_q_ref, d_queries), (d_k_ref, d_keys)):
     for b, h in dict.fromkeys(step.keys):
       total = sum(d for d, at in zip(gradients, step.keys, strict=True) if at == (b, h))
-      ref[0, b, :, h * step.key_dim : (h + 1) * step.key_dim] = total.astype(ref.dtype)
+      put(ref.at[0], b, h, total)
   for i, (b, h) in enumerate(states):
-    d_v_ref[b, :, h * wide : (h + 1) * wide] = (d_rest if step.erases else d_added)[i].astype(d_v_ref.dtype)
+    put(d_v_ref, b, h, (d_rest if step.erases else d_added)[i])
     d_state_ref[b, h] = keep[i] * d_after[i] + changes[i]
 
 

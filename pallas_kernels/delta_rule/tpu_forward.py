@@ -11,6 +11,7 @@ Without strengths U is V. Only inverses T of halves of 32 tokens are made: U_1 =
 The order of the stages here is the order of the schedule: what is loaded or spread over lanes too early has to be stored.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import varying_shape
-from .tpu_step import Blocks, Chunk, Step, head, whole
+from .tpu_step import Blocks, Chunk, Step, head, put, whole
 from .tpu_tiles import BY_TOKENS, CHUNK, HALF, by_parts, dot, grams, in_one_pass, inverses, masks, parts, two, two_of_exact
 
 
@@ -81,18 +82,7 @@ def _kernel(
 ) -> None:
   """One chunk of all states of a step. The state stays in the block of the final state, which is the same for all chunks."""
 
-  @pl.when(pl.program_id(2) == 0)
-  def _():
-    @pl.loop(0, step.heads)
-    def _(h):
-      state_ref[:, h] = initial_ref[:, h]
-
-  for ref in states_ref:
-
-    @pl.loop(0, step.heads)
-    def _(h, ref=ref):
-      ref[0, :, h] = state_ref[:, h]
-
+  start(step, initial_ref, state_ref, states_ref)
   chunk = Chunk(step, q_ref, k_ref, columns_ref, rows_ref, mask_ref)
   states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))
   # What is multiplied with keys and with states, above queries.
@@ -108,18 +98,13 @@ def _kernel(
   scores = [score(x[above:] * decay) for x, decay in zip(products, decays, strict=True)]
   if step.erases:
     lower = [x[:CHUNK] * (decay * mask_ref[1]) for x, decay in zip(products, decays, strict=True)]
-    made = inverses([chunk.side_by_side("strength", p) * x for p, x in enumerate(lower)], block_ref)
-    solve = [in_one_pass(x * chunk.row("strength", p)) for p, x in enumerate(made)]
-    erase = [in_one_pass(x[HALF:]) for x in lower]
+    solve = solver(chunk, lower, block_ref)
 
   values = [head(v_ref, step.value_dim, *at) for at in states]
   entering = [chunk.column("entering", i, step.value_dim) for i in everyone]
   if step.erases:
     rest = [v.astype(jnp.float32) - e * read[:CHUNK] for v, e, read in zip(values, entering, reads, strict=True)]
-    first = [solve[i // 2](i % 2 * 2, rest[i][:HALF]) for i in everyone]
-    second = [rest[i][HALF:] - erase[i // 2](i % 2 * 2, first[i]) for i in everyone]
-    second = [solve[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
-    added = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]
+    added = solve(rest)
     outs = [scores[i // 2](i % 2, added[i]) for i in everyone]
   else:
     added = [v.astype(jnp.float32) for v in values]
@@ -129,5 +114,37 @@ def _kernel(
   changes = [dot(jnp.concatenate([chunk.keys[i]] * 2), jnp.concatenate(written[i]), BY_TOKENS) for i in everyone]
   for i, (b, h) in enumerate(states):
     out = step.scale * (entering[i] * reads[i][above:] + outs[i])
-    out_ref[b, :, h * step.value_dim : (h + 1) * step.value_dim] = out.astype(out_ref.dtype)
+    put(out_ref, b, h, out)
     state_ref[b, h] = chunk.keep[:, i : i + 1] * state_ref[b, h] + changes[i]
+
+
+def start(step: Step, initial_ref: Any, state_ref: Any, states_ref: tuple[Any, ...]) -> None:
+  """Begins with the initial state, and keeps that before the chunk, if there is a reference for it."""
+
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    @pl.loop(0, step.heads)
+    def _(h):
+      state_ref[:, h] = initial_ref[:, h]
+
+  for ref in states_ref:
+
+    @pl.loop(0, step.heads)
+    def _(h, ref=ref):
+      ref[0, :, h] = state_ref[:, h]
+
+
+def solver(chunk: Chunk, lower: list[jax.Array], block_ref: Any) -> Callable[[list[jax.Array]], list[jax.Array]]:
+  """The function from R, by state, to U = (I + s L)^-1 s R, for L of pairs, side by side."""
+  made = inverses([chunk.side_by_side("strength", p) * x for p, x in enumerate(lower)], block_ref)
+  solve = [in_one_pass(x * chunk.row("strength", p)) for p, x in enumerate(made)]
+  erase = [in_one_pass(x[HALF:]) for x in lower]
+
+  def apply(rest):
+    everyone = range(len(rest))
+    first = [solve[i // 2](i % 2 * 2, rest[i][:HALF]) for i in everyone]
+    second = [rest[i][HALF:] - erase[i // 2](i % 2 * 2, first[i]) for i in everyone]
+    second = [solve[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
+    return [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]
+
+  return apply

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from ..documents import Documents
 from .tpu_tiles import CHUNK, LANES, MASKED, is_left
 
-_STATES = 16  # of a step
+STATES = 16  # of a step
 # e^-104 is 0 in float32. Sums of 64 such log-decays are still exact to 5e-4.
 MIN_LOG_DECAY = -104.0
 
@@ -25,6 +25,7 @@ class Step(NamedTuple):
     key_dim, value_dim, scale: K, V, and the factor of the read.
     documents: whether there are boundaries of documents.
     erases: whether updates have strengths.
+    by_channel: whether every channel has a decay of its own.
   """
 
   rows: int
@@ -36,6 +37,7 @@ class Step(NamedTuple):
   scale: float
   documents: bool
   erases: bool
+  by_channel: bool = False
 
   @property
   def states(self) -> list[tuple[int, int]]:
@@ -56,7 +58,7 @@ class Step(NamedTuple):
   @property
   def gates(self) -> list[str]:
     """What `prepare` begins with."""
-    return ["strength"] * self.erases + ["total"] + ["document"] * self.documents
+    return ["strength"] * self.erases + ["total"] * (not self.by_channel) + ["document"] * self.documents
 
 
 class Blocks:
@@ -72,7 +74,8 @@ class Blocks:
     keys: of [B, T, Hk * K].
     key_gradients: of [shared, B, T, Hk * K], a part of the sum for every step that shares the key.
     values: of [B, T, H * V].
-    state: of [B, H, K, V].
+    decays: of [B, T, H * K].
+    state: of [B, H, K, V], the same for all chunks, so it has one buffer.
     states: of [chunks, B, H, K, V].
     grid: the steps of rows [B], heads [H] and chunks.
   """
@@ -96,7 +99,8 @@ class Blocks:
     self.keys = spec((step.rows, CHUNK, width), lambda b, h, n: (b, n, key(h)))
     self.key_gradients = spec((1, step.rows, CHUNK, width), lambda b, h, n: (part(h), b, n, key(h)))
     self.values = spec((step.rows, CHUNK, step.heads * step.value_dim), lambda b, h, n: (b, n, h))
-    self.state = spec(of_state, lambda b, h, n: (b, h, 0, 0))
+    self.decays = spec((step.rows, CHUNK, step.heads * step.key_dim), lambda b, h, n: (b, n, h))
+    self.state = pl.BlockSpec(of_state, lambda b, h, n: (b, h, 0, 0), pipeline_mode=pl.Buffered(1))
     self.states = spec((1, *of_state), lambda b, h, n: (n, b, h, 0, 0))
 
   def gates(self, x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
@@ -106,11 +110,11 @@ class Blocks:
 
 def whole(x: np.ndarray) -> pl.BlockSpec:
   """All of a constant."""
-  return pl.BlockSpec(x.shape, lambda b, h, n: (0,) * x.ndim)
+  return pl.BlockSpec(x.shape, lambda b, h, n: (0,) * x.ndim, pipeline_mode=pl.Buffered(1))
 
 
-def largest(batch: int, key_heads: int, state: tuple[int, ...], scale: float, documents: bool, erases: bool) -> Step:
-  """The largest step: so many heads of a row as fit, and so many rows."""
+def largest(states: int, batch: int, key_heads: int, state: tuple[int, ...], *others: Any) -> Step:
+  """The largest step of at most `states`: so many heads of a row as fit, and so many rows. `others` are fields of `Step`."""
   _, heads, key_dim, value_dim = state
   per_key = heads // key_heads
 
@@ -119,9 +123,9 @@ def largest(batch: int, key_heads: int, state: tuple[int, ...], scale: float, do
     aligned = n * value_dim % LANES == 0 and keys * key_dim % LANES == 0
     return heads % n == 0 and (n % per_key == 0 or per_key % n == 0) and (aligned or n == heads)
 
-  in_step = next((n for n in range(min(heads, _STATES), 0, -1) if fits(n)), heads)
-  rows = next(n for n in range(max(1, _STATES // in_step), 0, -1) if batch % n == 0)
-  return Step(rows, in_step, min(per_key, in_step), max(1, per_key // in_step), key_dim, value_dim, scale, documents, erases)
+  in_step = next((n for n in range(min(heads, states), 0, -1) if fits(n)), heads)
+  rows = next(n for n in range(max(1, states // in_step), 0, -1) if batch % n == 0)
+  return Step(rows, in_step, min(per_key, in_step), max(1, per_key // in_step), key_dim, value_dim, *others)
 
 
 def prepare(
@@ -133,7 +137,7 @@ def prepare(
     step: static arguments.
     shape: (B, T, H).
     docs: documents of the tokens, or `None`.
-    strength, log_decay: [B, T, H], or `None`.
+    strength, log_decay: [B, T, H], or `None`, as it is if every channel has one.
 
   Returns:
     columns: [B / rows, H / heads, chunks, 64, n], tokens by states: strengths, sums G of log-decays, the document, e^G and
@@ -145,7 +149,9 @@ def prepare(
   total = jnp.cumsum(_by_state(step, decay), axis=-1)
   end = total[..., -1:]
   entering, leaving, keep = jnp.exp(total), jnp.exp(end - total), jnp.exp(end)
-  both = [total] if strength is None else [_by_state(step, strength.astype(jnp.float32)), total]
+  both = [] if strength is None else [_by_state(step, strength.astype(jnp.float32))]
+  if not step.by_channel:
+    both.append(total)
   if docs is not None:
     index = _by_state(step, jnp.broadcast_to(docs.index[..., None], shape).astype(jnp.float32))
     last = index[..., -1:]
@@ -201,6 +207,12 @@ def gate_gradients(step: Step, columns: jax.Array, rows: jax.Array) -> tuple[jax
   return None if strength is None else _by_token(step, strength), _by_token(step, log_decay)
 
 
+def strength_gradients(step: Step, columns: jax.Array, rows: jax.Array) -> jax.Array:
+  """The gradients of strengths, [B, T, H], from their parts: tokens by states, and pairs by the tokens of both."""
+  by_row = rows.reshape(*rows.shape[:3], -1, CHUNK)[..., : len(step.states), :]
+  return _by_token(step, columns.swapaxes(-1, -2) + by_row)
+
+
 class Chunk:
   """What a step of a kernel reads of its chunk.
 
@@ -246,3 +258,8 @@ def head(ref: Any, dim: int, row: int, h: int) -> jax.Array:
   """Head h of a row of tokens [rows, 64, heads * dim]."""
   return ref[row, :, h * dim : (h + 1) * dim]
 
+
+
+def put(ref: Any, row: int, h: int, x: jax.Array) -> None:
+  """Writes x [64, dim] as head h of a row of tokens [rows, 64, heads * dim]."""
+  ref[row, :, h * x.shape[1] : (h + 1) * x.shape[1]] = x.astype(ref.dtype)

@@ -129,6 +129,16 @@ def in_one_pass(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
   return times
 
 
+def sums_of_tokens(x: jax.Array, later: bool = False) -> jax.Array:
+  """Sums of rows 0 to i of x [64, K], for every i, or if `later` of rows i to 63."""
+  row, width = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0), 1
+  while width < CHUNK:
+    there = row < CHUNK - width if later else row >= width
+    x = x + jnp.where(there, pltpu.roll(x, CHUNK - width if later else width, 0), 0)
+    width *= 2
+  return x
+
+
 def transposed(x: jax.Array) -> jax.Array:
   """Transposes the square blocks of x [n, 128], which lie side by side."""
   n, columns = len(x), x.T

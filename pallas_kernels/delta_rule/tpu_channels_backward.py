@@ -1,0 +1,248 @@
+"""The backward pass of the delta rules with a decay for every channel, in one kernel for TPUs; see `tpu_channels.py`.
+
+With the cotangents dO of the output and dS' of the state after the chunk, strengths s, the products A of keys and P of queries
+with keys, U = s U', and X = [dA; dP] below the diagonal, the diagonal of dP apart:
+
+    dU = scale P^T dO + (K e^{G_C - G}) dS'    (I + A s)^T dR = s dU    dA = -dR U'^T s    dP = scale dO U^T
+
+Products with decays between two tokens are split like those of the forward pass: by rows e^{G - M} (X (K e^{M - G})), and by
+columns e^{M - G} (X^T ([K; Q] e^{G - M})). A sum G gets q dQ + k dK by rows and loses k dK by columns; not by the diagonal.
+"""
+
+import itertools
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..compat import varying_shape
+from .tpu_channels import Scaled, three
+from .tpu_step import Blocks, Chunk, Step, head, put, whole
+from .tpu_tiles import (
+  BY_ROWS,
+  BY_TOKENS,
+  CHUNK,
+  HALF,
+  LANES,
+  by_parts,
+  grams,
+  in_one_pass,
+  inverses,
+  is_left,
+  masks,
+  parts,
+  sums_of_tokens,
+  swapped,
+  transposed,
+  two,
+  two_of_exact,
+)
+
+STATES = 8  # of a step: what sixteen store in between takes more than the fast memory of a v4
+
+
+def call(
+  step: Step,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  log_decay: jax.Array,
+  d_out: jax.Array,
+  columns: jax.Array,
+  rows: jax.Array,
+  states: jax.Array,
+  d_final: jax.Array,
+  *,
+  interpret: Any = False,
+) -> tuple[jax.Array, ...]:
+  """The cotangents of q, k, v, log_decay and the initial state, and with strengths the parts of theirs.
+
+  Arguments are those of `tpu_backward.call`, and log_decay [B, T, H * K].
+  """
+  constants, count = masks(), len(step.states)
+  operands = q, k, v, log_decay, d_out, columns, rows, *constants, states, d_final
+  blocks, like = Blocks(step, v.shape[1] // CHUNK, d_final.shape, backwards=True), partial(varying_shape, like=operands)
+  of_keys = like((step.shared, *q.shape), q.dtype if step.shared == 1 else jnp.float32)
+  shapes = [of_keys, of_keys, like(v.shape, v.dtype), like(log_decay.shape, jnp.float32), like(d_final.shape, jnp.float32)]
+  places = [blocks.key_gradients, blocks.key_gradients, blocks.values, blocks.decays, blocks.state]
+  if step.erases:
+    of_gates = [like((*columns.shape[:4], count), jnp.float32), like((*rows.shape[:3], len(step.pairs), LANES), jnp.float32)]
+    shapes, places = [*shapes, *of_gates], [*places, *map(blocks.gates, of_gates)]
+  tokens = [blocks.keys, blocks.keys, blocks.values, blocks.decays, blocks.values]
+  d_q, d_k, *others = pl.pallas_call(
+    partial(_kernel, step),
+    grid=blocks.grid,
+    in_specs=[*tokens, *map(blocks.gates, (columns, rows)), *map(whole, constants), blocks.states, blocks.state],
+    out_specs=places,
+    out_shape=shapes,
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    interpret=interpret,
+    name="delta_rule_by_channel_backward",
+  )(*operands)
+  return *(jnp.sum(d, axis=0).astype(q.dtype) if step.shared > 1 else d[0] for d in (d_q, d_k)), *others
+
+
+def _kernel(
+  step: Step,
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  decay_ref: Any,
+  d_out_ref: Any,
+  columns_ref: Any,
+  rows_ref: Any,
+  mask_ref: Any,
+  block_ref: Any,
+  states_ref: Any,
+  d_final_ref: Any,
+  d_q_ref: Any,
+  d_k_ref: Any,
+  d_v_ref: Any,
+  d_decay_ref: Any,
+  d_state_ref: Any,
+  *d_gate_refs: Any,
+) -> None:
+  """One chunk of all states of a step. The cotangent of the state stays in the block of that of the initial state."""
+
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    @pl.loop(0, step.heads)
+    def _(h):
+      d_state_ref[:, h] = d_final_ref[:, h]
+
+  chunk = Chunk(step, q_ref, k_ref, columns_ref, rows_ref, mask_ref)
+  scaled = Scaled(chunk, decay_ref)
+  states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))
+  wide, above = step.value_dim, CHUNK if step.erases else 0
+  keys, queries = scaled.keys, scaled.queries
+  d_outs = [head(d_out_ref, wide, *at) for at in states]
+  values = [head(v_ref, wide, *at) for at in states]
+
+  def before(i):
+    return states_ref[(0, *states[i])]
+
+  def d_after(i):
+    return d_state_ref[states[i]]
+
+  products = scaled.products()
+  scores = [two_of_exact(transposed(scaled.seen(x[above:], p, False))) for p, x in enumerate(products)]
+  by_state = [three(parts(k * scaled.leaving(i)), parts(d_after(i))) for i, k in enumerate(keys)]
+  d_added = [step.scale * scores[i // 2](i % 2, d_outs[i]) + by_state[i] for i in everyone]
+  if step.erases:
+    only_keys = [tuple(x[:CHUNK] for x in each) for each in scaled.first]
+    reads = [three(x, parts(f * before(i))) for i, (x, f) in enumerate(zip(only_keys, scaled.at_read, strict=True))]
+    if step.documents:
+      reads = [chunk.column("entering", i, wide) * read for i, read in enumerate(reads)]
+    rest = [v.astype(jnp.float32) - read for v, read in zip(values, reads, strict=True)]
+    lower = [scaled.seen(x[:CHUNK], p, True) for p, x in enumerate(products)]
+    of_strength = [chunk.row("strength", p) for p in pairs]
+    erased = [x * s for x, s in zip(lower, of_strength, strict=True)]
+    made = inverses(erased, block_ref)
+    solve, solve_back = [in_one_pass(x) for x in made], [in_one_pass(transposed(x)) for x in made]
+    erase, erase_back = [in_one_pass(x[HALF:]) for x in erased], [in_one_pass(transposed(x)[:HALF]) for x in erased]
+    first = [solve[i // 2](i % 2 * 2, rest[i][:HALF]) for i in everyone]
+    second = [rest[i][HALF:] - erase[i // 2](i % 2 * 2, first[i]) for i in everyone]
+    second = [solve[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
+    added = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]  # U'
+    strength = [chunk.column("strength", i, wide) for i in everyone]
+    moved = [s * d for s, d in zip(strength, d_added, strict=True)]
+    second = [solve_back[i // 2](i % 2 * 2 + 1, moved[i][HALF:]) for i in everyone]
+    first = [moved[i][:HALF] - erase_back[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
+    first = [solve_back[i // 2](i % 2 * 2, first[i]) for i in everyone]
+    d_rest = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]  # dR
+
+    # [dR; dO] U'^T, with the high and the low half of U'.
+    d_parts, a_parts = [parts(x) for x in d_rest], [parts(x) for x in added]
+    left_of = [jnp.concatenate([*d, o]) for d, o in zip(d_parts, d_outs, strict=True)]
+    right_of = [jnp.concatenate([d[0], o]) for d, o in zip(d_parts, d_outs, strict=True)]
+    by_high = [grams(x, y) for x, y in zip(chunk.pairs(left_of), chunk.pairs([a[0] for a in a_parts]), strict=True)]
+    by_low = [grams(x, y) for x, y in zip(chunk.pairs(right_of), chunk.pairs([a[1] for a in a_parts]), strict=True)]
+    d_lower = [x[:CHUNK] + x[CHUNK : 2 * CHUNK] + y[:CHUNK] for x, y in zip(by_high, by_low, strict=True)]
+    d_scores = [step.scale * s * (x[2 * CHUNK :] + y[CHUNK:]) for s, x, y in zip(of_strength, by_high, by_low, strict=True)]
+    d_lower = [scaled.seen(x, p, True) for p, x in enumerate(d_lower)]
+    d_erased = [-s * x for s, x in zip(of_strength, d_lower, strict=True)]  # dA
+    written = [s * a for s, a in zip(strength, added, strict=True)]  # U
+  else:
+    d_scores = [step.scale * grams(o, v) for o, v in zip(chunk.pairs(d_outs), chunk.pairs(values), strict=True)]
+    written = [v.astype(jnp.float32) for v in values]
+  d_scores = [scaled.seen(x, p, True) for p, x in enumerate(d_scores)]  # dP without its diagonal
+
+  if step.erases:
+    d_columns_ref, d_rows_ref = d_gate_refs
+    d_columns_ref[0, 0, 0] = jnp.concatenate([_sum(d * a) for d, a in zip(d_added, added, strict=True)], axis=1)
+    d_rows_ref[0, 0, 0] = jnp.concatenate([-jnp.sum(x * y, axis=0, keepdims=True) for x, y in zip(lower, d_lower, strict=True)])
+  joined = [jnp.concatenate(x) for x in zip(d_erased, d_scores, strict=True)] if step.erases else d_scores  # X
+  sums: dict[tuple[int, int], list[jax.Array]] = {}
+
+  def finish(i):
+    """The cotangents of state i and its tokens. It stops where it waits for products, so that several states go in step."""
+    (b, h), x, side, ys = states[i], joined[i // 2], i % 2, scaled.columns[i]
+    rest = jnp.concatenate([x[n + HALF : n + CHUNK] for n in range(0, len(x), CHUNK)])
+    early, late = in_one_pass(x)(2 * side, ys[:HALF]), in_one_pass(rest)(2 * side + 1, ys[HALF:])
+    turned = [transposed(x[n : n + CHUNK]) for n in range(0, len(x), CHUNK)]
+    yield
+    by_rows = []
+    for n in range(len(x) // CHUNK):
+      whole = scaled.early[i] * early[n * CHUNK : (n + 1) * CHUNK]
+      by_rows.append(jnp.concatenate([whole[:HALF], whole[HALF:] + scaled.late[i] * late[n * HALF : (n + 1) * HALF]]))
+    zeros = jnp.zeros_like(scaled.late[i]).astype(jnp.bfloat16)
+    of_late = [jnp.concatenate([y for n in range(0, len(x), HALF) for y in (zeros, x[n : n + HALF])]) for x in scaled.second[i]]
+    if step.erases:
+      columns = parts(_beside(*turned)[side])
+      early = three(tuple(x[:HALF] for x in columns), scaled.first[i])
+      late = three(tuple(x[HALF:] for x in columns), of_late)
+    else:
+      times = two(turned[0])
+      early, late = (times(side, sum(x.astype(jnp.float32) for x in y)) for y in (scaled.first[i], of_late))
+      early, late = early[:HALF], late[HALF:]
+    yield
+    by_columns = scaled.inverse[i] * jnp.concatenate([early, late])
+    entering, keep = scaled.entering(i), scaled.keep(i)
+    read = by_parts(d_outs[i], before(i), BY_ROWS)
+    write = three(parts(written[i]), parts(d_after(i)), BY_ROWS)
+    if step.erases:
+      erase = three(d_parts[i], parts(before(i)), BY_ROWS)
+    yield
+    d_query = by_rows[-1] + step.scale * entering * read
+    write = scaled.leaving(i) * write
+    grows, d_key = queries[i] * d_query, by_columns + write
+    by_read = step.scale * d_outs[i].astype(jnp.float32)
+    if step.erases:
+      by_row = by_rows[0] - entering * erase
+      grows, d_key = grows + keys[i] * by_row, d_key + by_row
+      by_read = jnp.concatenate([-d_rest[i], by_read])
+    # A token writes after its own decay. Sums of earlier tokens, not differences, which would cancel if decays are strong.
+    writes = keys[i] * write
+    later, earlier = sums_of_tokens(grows - keys[i] * by_columns, later=True), sums_of_tokens(writes) - writes
+    end = jnp.broadcast_to(keep * _sum(before(i) * d_after(i)), (step.key_dim, 8)).T[:1]
+    yield
+    put(d_decay_ref, b, h, later + earlier + end)
+    diagonal = step.scale * _sum(d_outs[i].astype(jnp.float32) * written[i])
+    of_key = d_query + diagonal * keys[i], d_key + diagonal * queries[i]
+    key = step.keys[i]
+    sums[key] = [x + y for x, y in zip(sums[key], of_key, strict=True)] if key in sums else of_key
+    if step.documents:
+      by_read = jnp.concatenate([chunk.column("entering", i, wide)] * (1 + step.erases)) * by_read
+    change = three(scaled.first[i], parts(by_read), BY_TOKENS)
+    put(d_v_ref, b, h, (d_rest if step.erases else d_added)[i])
+    yield
+    d_state_ref[b, h] = keep * d_after(i) + scaled.at_read[i] * change
+    if key not in step.keys[i + 1 :]:
+      for ref, total in zip((d_q_ref, d_k_ref), sums[key], strict=True):
+        put(ref.at[0], *key, total)
+
+  for _ in itertools.zip_longest(*map(finish, everyone)):
+    pass
+
+
+def _beside(x: jax.Array, y: jax.Array) -> list[jax.Array]:
+  """For the left and the right side of x and y [64, 128], [x_side y_side]."""
+  return [jnp.where(is_left(), x, swapped(y)), jnp.where(is_left(), swapped(x), y)]
+
+
+def _sum(x: jax.Array) -> jax.Array:
+  """Sums of rows, [n, 1]."""
+  return jnp.sum(x, axis=1, keepdims=True)
