@@ -46,9 +46,9 @@ class Estimate:
   """What one operation costs on one chip, in one direction.
 
   Attributes:
-    operation, chip, direction: as in `estimates`.
+    operation, chip, direction, implementation: as in `estimates`.
     shape: shape of the inputs.
-    kernels: those of the program, which is XLA's alone if there are none.
+    kernels: those of the program.
     ns: nanoseconds per token-head, with kernels at the nominal clock; `None` if the program does not fit.
     roofline_ns: the least that the chip's published rates allow.
     temporary_bytes: memory that the program needs besides inputs and results.
@@ -61,6 +61,7 @@ class Estimate:
   operation: str
   chip: str
   direction: str
+  implementation: str
   shape: Shape
   kernels: list[Kernel]
   ns: float | None
@@ -119,10 +120,10 @@ def _estimate(name: str, chip: str, shape: Shape, direction: str, implementation
       cost, kernels = _compile_elsewhere(name, direction, chip, shape)
   except DoesNotFit as problem:
     seconds = time.perf_counter() - began
-    return Estimate(name, chip, direction, shape, [], None, roofline, 0, {}, {}, seconds, str(problem))
+    return Estimate(name, chip, direction, implementation, shape, [], None, roofline, 0, {}, {}, seconds, str(problem))
   cycles = cost.pop("cycles") + shape.token_heads * sum(kernel.bundles for kernel in kernels)
   ns, seconds = each * cycles / CHIPS[chip].clock, time.perf_counter() - began
-  return Estimate(name, chip, direction, shape, kernels, ns, roofline, **cost, compile_seconds=seconds)
+  return Estimate(name, chip, direction, implementation, shape, kernels, ns, roofline, **cost, compile_seconds=seconds)
 
 
 def _inputs(name: str, shape: Shape) -> tuple[jax.ShapeDtypeStruct, ...]:

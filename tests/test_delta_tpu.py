@@ -131,6 +131,7 @@ def test_any_number_of_rows_heads_and_tokens(variant, batch, key_heads, heads, t
 @pytest.mark.xdist_group("delta_tpu")
 def test_heads_of_one_key_in_several_steps(monkeypatch):
   monkeypatch.setattr(tpu_step, "STATES", 2)
+  monkeypatch.setattr(tpu_step, "STATES_BACKWARDS", 2)
   args = GATED.inputs(64, dtype=jnp.float32, batch=1, key_heads=1, heads=4, key_dim=128, value_dim=64)
   args = {name: x.astype(jnp.bfloat16) if name in "qkv" else x for name, x in args.items()}
   assert not too_large(errors(GATED.function, args, None))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from ..pallas_kernels.tpu_bench import Estimate
+from ..pallas_kernels.tpu_bench import KERNELS, Estimate
 from ..zoo.formats import binary, milliseconds, table, thousands
 from .tpu_step import StepCost
 
@@ -54,7 +54,7 @@ def kernels_table(found: Sequence[Estimate]) -> Table | None:
 
 
 def _with_kernels(found: Estimate) -> str:
-  return " (kernels)" if found.kernels else ""
+  return " (kernels)" if found.implementation == KERNELS else ""
 
 
 def _cells(found: Estimate | None) -> tuple[str, str, str]:

@@ -142,7 +142,7 @@ def _prepare(plan, docs, operands, strength, log_decay, state, backwards=False):
   """The step, and the gates that the kernels need."""
   q, _ = jax.eval_shape(plan.updates, *operands)
   by_channel = log_decay is not None and log_decay.shape[-1] > 1
-  states = min(tpu_step.STATES, tpu_channels_backward.STATES) if by_channel and backwards else tpu_step.STATES
+  states = tpu_step.STATES_BACKWARDS if backwards else tpu_step.STATES
   step = tpu_step.largest(states, q.shape[0], q.shape[2], state, plan.scale, docs is not None, strength is not None, by_channel)
   decay = None if log_decay is None or by_channel else _tokens_only(docs, log_decay[..., 0])
   shape = q.shape[0], pieces(q.shape[1], CHUNK) * CHUNK, state[1]

@@ -14,7 +14,7 @@ e^{G_C} <S, dS>. Without strengths U is V, dV is dU, and dR and E are zero. U' i
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from .tpu_tiles import (
   CHUNK,
   HALF,
   LANES,
+  beside,
   by_parts,
   dot,
   grams,
@@ -37,7 +38,7 @@ from .tpu_tiles import (
   is_left,
   masks,
   parts,
-  swapped,
+  row_sums,
   three_passes,
   transposed,
   two_of_exact,
@@ -145,31 +146,8 @@ def _kernel(
     upper = [x[:CHUNK] * (d * mask_ref[3]) for x, d in zip(products, back, strict=True)]
     of_strength = [chunk.row("strength", p) for p in pairs]
     erased = [x * s for x, s in zip(lower, of_strength, strict=True)]
-    made = inverses(erased, block_ref)
-    solve, solve_back = [in_one_pass(x) for x in made], [in_one_pass(transposed(x)) for x in made]
-    erase = [in_one_pass(x[HALF:]) for x in erased]
-    erase_back = [in_one_pass((x * chunk.side_by_side("strength", p))[:HALF]) for p, x in enumerate(upper)]
-    first = [solve[i // 2](i % 2 * 2, rest[i][:HALF]) for i in everyone]
-    second = [rest[i][HALF:] - erase[i // 2](i % 2 * 2, first[i]) for i in everyone]
-    second = [solve[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
-    added = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]  # U'
-    strength = [chunk.column("strength", i, wide) for i in everyone]
-    scaled = [s * d for s, d in zip(strength, d_added, strict=True)]
-    second = [solve_back[i // 2](i % 2 * 2 + 1, scaled[i][HALF:]) for i in everyone]
-    first = [scaled[i][:HALF] - erase_back[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
-    first = [solve_back[i // 2](i % 2 * 2, first[i]) for i in everyone]
-    d_rest = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]  # dR
-
-    # [dR; dO] U'^T, with the high and the low half of U'.
-    d_parts, a_parts = [parts(x) for x in d_rest], [parts(x) for x in added]
-    left_of = [jnp.concatenate([*d, o]) for d, o in zip(d_parts, d_outs, strict=True)]
-    right_of = [jnp.concatenate([d[0], o]) for d, o in zip(d_parts, d_outs, strict=True)]
-    by_high = [grams(x, y) for x, y in zip(chunk.pairs(left_of), chunk.pairs([a[0] for a in a_parts]), strict=True)]
-    by_low = [grams(x, y) for x, y in zip(chunk.pairs(right_of), chunk.pairs([a[1] for a in a_parts]), strict=True)]
-    d_lower = [x[:CHUNK] + x[CHUNK : 2 * CHUNK] + y[:CHUNK] for x, y in zip(by_high, by_low, strict=True)]
-    d_scores = [
-      step.scale * s * (x[2 * CHUNK :] + y[CHUNK:]) for s, x, y in zip(of_strength, by_high, by_low, strict=True)
-    ]
+    back = [(x * chunk.side_by_side("strength", p))[:HALF] for p, x in enumerate(upper)]
+    added, d_rest, d_parts, d_lower, d_scores = solve(chunk, erased, back, block_ref, rest, d_added, d_outs)
     d_grams = [-y * (s * (d * mask_ref[1])) for y, s, d in zip(d_lower, of_strength, decays, strict=True)]  # E
   else:
     d_scores = [step.scale * grams(o, v) for o, v in zip(chunk.pairs(d_outs), chunk.pairs(values), strict=True)]
@@ -186,10 +164,10 @@ def _kernel(
   read_q = [step.scale * e * by_parts(o, s, BY_ROWS) for e, o, s in zip(entering, d_outs, before, strict=True)]
   if step.erases:
     read_k = [-e * three_passes(d, parts(s)) for e, d, s in zip(entering, d_parts, before, strict=True)]
-    written = [parts(s * a) for s, a in zip(strength, added, strict=True)]
+    written = [parts(chunk.column("strength", i, wide) * a) for i, a in enumerate(added)]
     write_k = [x * three_passes(w, parts(d)) for x, w, d in zip(leaving, written, d_after, strict=True)]
     symmetric = [e + transposed(e) for e in d_grams]
-    by_token = [_beside(e, transposed(n)) for e, n in zip(symmetric, d_products, strict=True)]
+    by_token = [beside(e, transposed(n)) for e, n in zip(symmetric, d_products, strict=True)]
     by_token = [sum(dot(x, both[i]) for x in parts(by_token[i // 2][i % 2])) for i in everyone]
   else:
     write_k = [x * by_parts(v, d, BY_ROWS) for x, v, d in zip(leaving, values, d_after, strict=True)]
@@ -204,9 +182,9 @@ def _kernel(
     grows = [g + k.astype(jnp.float32) * r for g, k, r in zip(grows, keys, read_k, strict=True)]
 
   # Those of the gates and of the state.
-  d_total = [_sum(g) + _sum(jnp.where(is_left() == (i % 2 == 0), turned[i // 2], 0)) for i, g in enumerate(grows)]
-  by_write = [_sum(k.astype(jnp.float32) * w) for k, w in zip(keys, write_k, strict=True)]
-  d_strengths = [_sum(d * a) for d, a in zip(d_added, added, strict=True)] if step.erases else []
+  d_total = [row_sums(g) + row_sums(jnp.where(is_left() == (i % 2 == 0), turned[i // 2], 0)) for i, g in enumerate(grows)]
+  by_write = [row_sums(k.astype(jnp.float32) * w) for k, w in zip(keys, write_k, strict=True)]
+  d_strengths = [row_sums(d * a) for d, a in zip(d_added, added, strict=True)] if step.erases else []
   d_columns_ref[0, 0, 0] = jnp.concatenate([*d_strengths, *d_total, *by_write], axis=1)
   keep = [chunk.keep[:, i : i + 1] for i in everyone]
   ends = [k * jnp.sum(s * d, keepdims=True) for k, s, d in zip(keep, before, d_after, strict=True)]
@@ -230,11 +208,66 @@ def _kernel(
     d_state_ref[b, h] = keep[i] * d_after[i] + changes[i]
 
 
-def _beside(x: jax.Array, y: jax.Array) -> list[jax.Array]:
-  """For the left and the right side of x and y [64, 128], [x_side y_side]."""
-  return [jnp.where(is_left(), x, swapped(y)), jnp.where(is_left(), swapped(x), y)]
+class Solved(NamedTuple):
+  """What the erase needs, by state; matrices of pairs are side by side.
+
+  Attributes:
+    added: U', (I + L s) U' = R.
+    d_rest, d_parts: dR, (I + L s)^T dR = s dU, and the same in parts.
+    d_lower: dR U'^T, [64, 128], of pairs.
+    d_scores: scale dO U^T, for U = s U'.
+  """
+
+  added: list[jax.Array]
+  d_rest: list[jax.Array]
+  d_parts: list[tuple[jax.Array, jax.Array]]
+  d_lower: list[jax.Array]
+  d_scores: list[jax.Array]
 
 
-def _sum(x: jax.Array) -> jax.Array:
-  """Sums of rows, [64, 1]."""
-  return jnp.sum(x, axis=1, keepdims=True)
+def solve(
+  chunk: Chunk,
+  erased: list[jax.Array],
+  erased_back: list[jax.Array],
+  block_ref: Any,
+  rest: list[jax.Array],
+  d_added: list[jax.Array],
+  d_outs: list[jax.Array],
+) -> Solved:
+  """Solves for what is added and for dR, by inverses of halves of 32 tokens that are applied one after the other.
+
+  Args:
+    chunk: of the step.
+    erased: L s of pairs, [64, 128].
+    erased_back: the first half of its transposed matrices, [32, 128].
+    block_ref: masks of blocks.
+    rest: R, [64, V].
+    d_added: dU.
+    d_outs: dO, in bfloat16.
+  """
+  everyone, step = range(len(rest)), chunk.step
+  made = inverses(erased, block_ref)
+  forwards, backwards = [in_one_pass(x) for x in made], [in_one_pass(transposed(x)) for x in made]
+  erase, erase_back = [in_one_pass(x[HALF:]) for x in erased], [in_one_pass(x) for x in erased_back]
+  first = [forwards[i // 2](i % 2 * 2, rest[i][:HALF]) for i in everyone]
+  second = [rest[i][HALF:] - erase[i // 2](i % 2 * 2, first[i]) for i in everyone]
+  second = [forwards[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
+  added = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]
+  scaled = [chunk.column("strength", i, step.value_dim) * d for i, d in enumerate(d_added)]
+  second = [backwards[i // 2](i % 2 * 2 + 1, scaled[i][HALF:]) for i in everyone]
+  first = [scaled[i][:HALF] - erase_back[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
+  first = [backwards[i // 2](i % 2 * 2, first[i]) for i in everyone]
+  d_rest = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]
+
+  # [dR; dO] U'^T, with the high and the low half of U'.
+  d_parts, a_parts = [parts(x) for x in d_rest], [parts(x) for x in added]
+  left_of = [jnp.concatenate([*d, o]) for d, o in zip(d_parts, d_outs, strict=True)]
+  right_of = [jnp.concatenate([d[0], o]) for d, o in zip(d_parts, d_outs, strict=True)]
+  by_high = [grams(x, y) for x, y in zip(chunk.pairs(left_of), chunk.pairs([a[0] for a in a_parts]), strict=True)]
+  by_low = [grams(x, y) for x, y in zip(chunk.pairs(right_of), chunk.pairs([a[1] for a in a_parts]), strict=True)]
+  d_lower = [x[:CHUNK] + x[CHUNK : 2 * CHUNK] + y[:CHUNK] for x, y in zip(by_high, by_low, strict=True)]
+  d_scores = [
+    step.scale * chunk.row("strength", p) * (x[2 * CHUNK :] + y[CHUNK:])
+    for p, (x, y) in enumerate(zip(by_high, by_low, strict=True))
+  ]
+  return Solved(added, d_rest, d_parts, d_lower, d_scores)

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import varying_shape
+from .tpu_backward import solve
 from .tpu_channels import Scaled, three
 from .tpu_step import Blocks, Chunk, Step, head, put, whole
 from .tpu_tiles import (
@@ -27,21 +28,18 @@ from .tpu_tiles import (
   CHUNK,
   HALF,
   LANES,
+  beside,
   by_parts,
   grams,
   in_one_pass,
-  inverses,
-  is_left,
   masks,
   parts,
+  row_sums,
   sums_of_tokens,
-  swapped,
   transposed,
   two,
   two_of_exact,
 )
-
-STATES = 8  # of a step: what sixteen store in between takes more than the fast memory of a v4
 
 
 def call(
@@ -140,31 +138,11 @@ def _kernel(
     lower = [scaled.seen(x[:CHUNK], p, True) for p, x in enumerate(products)]
     of_strength = [chunk.row("strength", p) for p in pairs]
     erased = [x * s for x, s in zip(lower, of_strength, strict=True)]
-    made = inverses(erased, block_ref)
-    solve, solve_back = [in_one_pass(x) for x in made], [in_one_pass(transposed(x)) for x in made]
-    erase, erase_back = [in_one_pass(x[HALF:]) for x in erased], [in_one_pass(transposed(x)[:HALF]) for x in erased]
-    first = [solve[i // 2](i % 2 * 2, rest[i][:HALF]) for i in everyone]
-    second = [rest[i][HALF:] - erase[i // 2](i % 2 * 2, first[i]) for i in everyone]
-    second = [solve[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
-    added = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]  # U'
-    strength = [chunk.column("strength", i, wide) for i in everyone]
-    moved = [s * d for s, d in zip(strength, d_added, strict=True)]
-    second = [solve_back[i // 2](i % 2 * 2 + 1, moved[i][HALF:]) for i in everyone]
-    first = [moved[i][:HALF] - erase_back[i // 2](i % 2 * 2 + 1, second[i]) for i in everyone]
-    first = [solve_back[i // 2](i % 2 * 2, first[i]) for i in everyone]
-    d_rest = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]  # dR
-
-    # [dR; dO] U'^T, with the high and the low half of U'.
-    d_parts, a_parts = [parts(x) for x in d_rest], [parts(x) for x in added]
-    left_of = [jnp.concatenate([*d, o]) for d, o in zip(d_parts, d_outs, strict=True)]
-    right_of = [jnp.concatenate([d[0], o]) for d, o in zip(d_parts, d_outs, strict=True)]
-    by_high = [grams(x, y) for x, y in zip(chunk.pairs(left_of), chunk.pairs([a[0] for a in a_parts]), strict=True)]
-    by_low = [grams(x, y) for x, y in zip(chunk.pairs(right_of), chunk.pairs([a[1] for a in a_parts]), strict=True)]
-    d_lower = [x[:CHUNK] + x[CHUNK : 2 * CHUNK] + y[:CHUNK] for x, y in zip(by_high, by_low, strict=True)]
-    d_scores = [step.scale * s * (x[2 * CHUNK :] + y[CHUNK:]) for s, x, y in zip(of_strength, by_high, by_low, strict=True)]
+    back = [transposed(x)[:HALF] for x in erased]
+    added, d_rest, d_parts, d_lower, d_scores = solve(chunk, erased, back, block_ref, rest, d_added, d_outs)
     d_lower = [scaled.seen(x, p, True) for p, x in enumerate(d_lower)]
     d_erased = [-s * x for s, x in zip(of_strength, d_lower, strict=True)]  # dA
-    written = [s * a for s, a in zip(strength, added, strict=True)]  # U
+    written = [chunk.column("strength", i, wide) * a for i, a in enumerate(added)]  # U
   else:
     d_scores = [step.scale * grams(o, v) for o, v in zip(chunk.pairs(d_outs), chunk.pairs(values), strict=True)]
     written = [v.astype(jnp.float32) for v in values]
@@ -172,7 +150,7 @@ def _kernel(
 
   if step.erases:
     d_columns_ref, d_rows_ref = d_gate_refs
-    d_columns_ref[0, 0, 0] = jnp.concatenate([_sum(d * a) for d, a in zip(d_added, added, strict=True)], axis=1)
+    d_columns_ref[0, 0, 0] = jnp.concatenate([row_sums(d * a) for d, a in zip(d_added, added, strict=True)], axis=1)
     d_rows_ref[0, 0, 0] = jnp.concatenate([-jnp.sum(x * y, axis=0, keepdims=True) for x, y in zip(lower, d_lower, strict=True)])
   joined = [jnp.concatenate(x) for x in zip(d_erased, d_scores, strict=True)] if step.erases else d_scores  # X
   sums: dict[tuple[int, int], list[jax.Array]] = {}
@@ -191,7 +169,7 @@ def _kernel(
     zeros = jnp.zeros_like(scaled.late[i]).astype(jnp.bfloat16)
     of_late = [jnp.concatenate([y for n in range(0, len(x), HALF) for y in (zeros, x[n : n + HALF])]) for x in scaled.second[i]]
     if step.erases:
-      columns = parts(_beside(*turned)[side])
+      columns = parts(beside(*turned)[side])
       early = three(tuple(x[:HALF] for x in columns), scaled.first[i])
       late = three(tuple(x[HALF:] for x in columns), of_late)
     else:
@@ -217,10 +195,10 @@ def _kernel(
     # A token writes after its own decay. Sums of earlier tokens, not differences, which would cancel if decays are strong.
     writes = keys[i] * write
     later, earlier = sums_of_tokens(grows - keys[i] * by_columns, later=True), sums_of_tokens(writes) - writes
-    end = jnp.broadcast_to(keep * _sum(before(i) * d_after(i)), (step.key_dim, 8)).T[:1]
+    end = jnp.broadcast_to(keep * row_sums(before(i) * d_after(i)), (step.key_dim, 8)).T[:1]
     yield
     put(d_decay_ref, b, h, later + earlier + end)
-    diagonal = step.scale * _sum(d_outs[i].astype(jnp.float32) * written[i])
+    diagonal = step.scale * row_sums(d_outs[i].astype(jnp.float32) * written[i])
     of_key = d_query + diagonal * keys[i], d_key + diagonal * queries[i]
     key = step.keys[i]
     sums[key] = [x + y for x, y in zip(sums[key], of_key, strict=True)] if key in sums else of_key
@@ -236,13 +214,3 @@ def _kernel(
 
   for _ in itertools.zip_longest(*map(finish, everyone)):
     pass
-
-
-def _beside(x: jax.Array, y: jax.Array) -> list[jax.Array]:
-  """For the left and the right side of x and y [64, 128], [x_side y_side]."""
-  return [jnp.where(is_left(), x, swapped(y)), jnp.where(is_left(), swapped(x), y)]
-
-
-def _sum(x: jax.Array) -> jax.Array:
-  """Sums of rows, [n, 1]."""
-  return jnp.sum(x, axis=1, keepdims=True)

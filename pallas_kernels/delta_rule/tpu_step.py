@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from ..documents import Documents
 from .tpu_tiles import CHUNK, LANES, MASKED, is_left
 
-STATES = 16  # of a step
+# States of a step with heads of 128 channels. Backwards, what sixteen store in between would not fit into a v4's 16 MiB.
+STATES, STATES_BACKWARDS = 16, 8
 # e^-104 is 0 in float32. Sums of 64 such log-decays are still exact to 5e-4.
 MIN_LOG_DECAY = -104.0
 
@@ -114,8 +115,16 @@ def whole(x: np.ndarray) -> pl.BlockSpec:
 
 
 def largest(states: int, batch: int, key_heads: int, state: tuple[int, ...], *others: Any) -> Step:
-  """The largest step of at most `states`: so many heads of a row as fit, and so many rows. `others` are fields of `Step`."""
+  """The largest step: so many heads of a row as fit, and so many rows.
+
+  Args:
+    states: the most states of 128 by 128 channels.
+    batch, key_heads: numbers of rows, and of heads with keys.
+    state: shape of the state, (B, H, K, V).
+    *others: the last fields of `Step`.
+  """
   _, heads, key_dim, value_dim = state
+  states = max(1, min(states, states * LANES**2 // (key_dim * value_dim)))
   per_key = heads // key_heads
 
   def fits(n):  # the arrays of a step begin at whole registers

@@ -129,6 +129,16 @@ def in_one_pass(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
   return times
 
 
+def beside(x: jax.Array, y: jax.Array) -> list[jax.Array]:
+  """For the left and the right side of x and y [64, 128], [x_side y_side]."""
+  return [jnp.where(is_left(), x, swapped(y)), jnp.where(is_left(), swapped(x), y)]
+
+
+def row_sums(x: jax.Array) -> jax.Array:
+  """Sums of rows, [n, 1]."""
+  return jnp.sum(x, axis=1, keepdims=True)
+
+
 def sums_of_tokens(x: jax.Array, later: bool = False) -> jax.Array:
   """Sums of rows 0 to i of x [64, K], for every i, or if `later` of rows i to 63."""
   row, width = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0), 1
