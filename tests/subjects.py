@@ -43,7 +43,9 @@ KINDS = {
   "selecting": Kind(75, 17, without=("nnx_values", "lengths", "bfloat16", "hostile", "plasticity")),
   # What its layers do with their context does not depend on their arithmetic.
   "contextual": Kind(75, 17, without=("nnx_values", "lengths", "bfloat16", "plasticity")),
-  "segmented": Kind(120, 17, without=("nnx_values", "lengths")),
+  "levels": Kind(120, 17, without=("nnx_values", "lengths")),
+  # Its attention and its memory get the others, also together, as `MemoryAsGate`.
+  "segmented": Kind(120, 17, without=("nnx_values", "lengths", "bfloat16", "plasticity")),
   "variant": Kind(50, 7, costs=(TRACED, SHARED)),  # of a layer that gets all checks, by a choice or two
 }
 # Layers that are not "simple".
@@ -62,7 +64,7 @@ KIND_OF = {
   "Yaad": "variant",
   "Memora": "variant",
   "TTTMLP": "variant",
-  "HierarchicalMemory": "segmented",
+  "HierarchicalMemory": "levels",
 }
 # `make check` runs all laws for this layer, which has decays, an erase, convolutions and a matrix; for the others, those that
 # compile nothing.

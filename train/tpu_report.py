@@ -67,11 +67,12 @@ def _cells(found: Estimate | None) -> tuple[str, str, str]:
 
 def step_line(found: StepCost) -> str:
   """One line about one compiled step: memory, work and time."""
-  cost = found.cost
+  cost, kernels = found.cost, found.cost.custom_calls["tpu_custom_call"]
   return (
     f"{_mesh(found)} on {found.topology}: {binary(cost.peak_bytes)} of {binary(found.memory_bytes)} on each chip "
     f"({binary(found.state_bytes)} state, {binary(cost.temporary_bytes)} temporaries), {thousands(cost.flops, 'FLOPs')} in "
-    f"matrix products, {milliseconds(cost.seconds)} ms of arithmetic by the compiler's estimate; compiled in "
+    f"matrix products, {milliseconds(cost.seconds)} ms of arithmetic by the compiler's estimate"
+    f"{f', both without {kernels} calls of kernels' if kernels else ''}; compiled in "
     f"{found.compile_seconds:.0f} s"
   )
 
