@@ -281,8 +281,8 @@ def _split(leaves: list[jax.Array], specs: list[P]) -> _Split:
     taken |= set(names[label])
   free = frozenset(name for name, kind in kinds.items() if kind != AxisType.Manual)
   automatic = frozenset(name for name in free if kinds[name] == AxisType.Auto and mesh.shape[name] > 1)
-  told = automatic if declared is None else automatic & {*declared.rows, *declared.heads}
-  alone = told <= taken  # a label that does not divide over its axis, XLA splits all the same
+  meant = automatic if declared is None else automatic & {*declared.rows, *declared.heads}
+  alone = meant <= taken  # a label that does not divide over its axis, XLA splits all the same
   manual = free if alone and mesh.size > 1 else explicit | taken
   sized = all(known(*x.shape) for x in leaves)  # a callback is made for its sizes
   is_unknown = sized and not alone and declared is None and not explicit and AxisType.Manual not in kinds.values()

@@ -104,11 +104,12 @@ def estimates(
       for shape in shapes:
         for direction in directions:
           for implementation in implementations:
-            if implementation == XLA or _grids(name, shape, direction):
-              yield _estimate(name, chip, shape, direction, implementation)
+            steps = {} if implementation == XLA else _grids(name, shape, direction)
+            if implementation == XLA or steps:
+              yield _estimate(name, chip, shape, direction, implementation, steps)
 
 
-def _estimate(name: str, chip: str, shape: Shape, direction: str, implementation: str) -> Estimate:
+def _estimate(name: str, chip: str, shape: Shape, direction: str, implementation: str, steps: dict[str, int]) -> Estimate:
   each = 1e9 / shape.token_heads
   least = least_work(name, direction, *_inputs(name, shape))
   roofline = each * least.seconds(CHIPS[chip].flops, CHIPS[chip].bandwidth)
@@ -117,7 +118,7 @@ def _estimate(name: str, chip: str, shape: Shape, direction: str, implementation
     if implementation == XLA:
       cost, kernels = _compile(name, direction, chip, shape), []
     else:
-      cost, kernels = _compile_elsewhere(name, direction, chip, shape)
+      cost, kernels = _compile_elsewhere(name, direction, chip, shape, steps)
   except DoesNotFit as problem:
     seconds = time.perf_counter() - began
     return Estimate(name, chip, direction, implementation, shape, [], None, roofline, 0, {}, {}, seconds, str(problem))
@@ -130,9 +131,9 @@ def _inputs(name: str, shape: Shape) -> tuple[jax.ShapeDtypeStruct, ...]:
   return jax.eval_shape(lambda: make_inputs(name, shape, dtype=jnp.bfloat16))
 
 
-def _grids(name: str, shape: Shape, direction: str) -> list[tuple[str, int]]:
+def _grids(name: str, shape: Shape, direction: str) -> dict[str, int]:
   """The kernels of the program for a TPU, and the steps of their grids."""
-  return list(tpu_schedule.grids(jax.make_jaxpr(function(name, direction, KERNELS))(*_inputs(name, shape)).jaxpr))
+  return dict(tpu_schedule.grids(jax.make_jaxpr(function(name, direction, KERNELS))(*_inputs(name, shape)).jaxpr))
 
 
 def _compile(name: str, direction: str, chip: str, shape: Shape, implementation: str = XLA) -> dict[str, Any]:
@@ -152,11 +153,13 @@ def _compile(name: str, direction: str, chip: str, shape: Shape, implementation:
   }
 
 
-def _compile_elsewhere(name: str, direction: str, chip: str, shape: Shape) -> tuple[dict[str, Any], list[Kernel]]:
+def _compile_elsewhere(
+  name: str, direction: str, chip: str, shape: Shape, steps: dict[str, int]
+) -> tuple[dict[str, Any], list[Kernel]]:
   """The same of a program with kernels, and these. Another process compiles it."""
   arguments = name, direction, chip, json.dumps(astuple(shape))
   printed, schedules = tpu_schedule.run([sys.executable, "-m", f"{__package__}.tpu_bench", *arguments])
-  cost, steps = json.loads(printed.splitlines()[-1]), dict(_grids(name, shape, direction))
+  cost = json.loads(printed.splitlines()[-1])
   if "problem" in cost:
     raise DoesNotFit(cost["problem"])
   own = [x for x in schedules if x.name in steps]

@@ -189,8 +189,8 @@ def _unit(x: jax.Array) -> jax.Array:
 def flat(call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> tuple[Callable[..., Any], list]:
   """A call of activations whose heads are not yet apart, [..., heads * width], as projections make them; and such inputs.
 
-  A TPU keeps inputs and results with heads apart in tiles of heads by channels, which suit its programs. Kernels take tiles of
-  tokens by channels: a program with them would begin and end with copies.
+  A TPU keeps inputs and results with heads apart in tiles of heads by channels, which suit XLA.
+  Kernels take tiles of tokens by channels: a program with them would begin and end with copies.
   """
 
   def joined(x):

@@ -51,8 +51,8 @@ def forward(
   step, gates = _prepare(plan, docs, operands, strength, log_decay, initial_state.shape)
   if step.by_channel:
     tokens.append(_decays(docs, log_decay))
-  call = tpu_channels.call if step.by_channel else tpu_forward.call
-  out, state, *states = call(step, *tokens, *gates, initial_state, keep=keep, interpret=interpret)
+  by_channel = {"kernel": tpu_channels.kernel, "name": "delta_rule_by_channel_forward"} if step.by_channel else {}
+  out, state, *states = tpu_forward.call(step, tokens, *gates, initial_state, keep=keep, interpret=interpret, **by_channel)
   return (_tokens(out, operands[0].shape[1], plan.heads), state), Kept(*states, None, None) if keep else None
 
 

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import varying_shape
-from .tpu_step import Blocks, Chunk, Step, head, put, whole
+from .tpu_step import Blocks, Chunk, Step, head, put, start, whole
 from .tpu_tiles import (
   BY_ROWS,
   BY_TOKENS,
@@ -109,13 +109,7 @@ def _kernel(
   d_state_ref: Any,
 ) -> None:
   """One chunk of all states of a step. The cotangent of the state stays in the block of that of the initial state."""
-
-  @pl.when(pl.program_id(2) == 0)
-  def _():
-    @pl.loop(0, step.heads)
-    def _(h):
-      d_state_ref[:, h] = d_final_ref[:, h]
-
+  start(step, d_final_ref, d_state_ref)
   chunk = Chunk(step, q_ref, k_ref, columns_ref, rows_ref, mask_ref)
   states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))
   keys, queries, wide = chunk.keys, chunk.queries, step.value_dim

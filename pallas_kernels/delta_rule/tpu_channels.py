@@ -11,54 +11,17 @@ factors may overflow, so it is masked by selection. Below it a factor e^{G - M} 
 The first M also serves the reads: Q e^G S = (Q e^{G - M}) (e^M S).
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from ..compat import varying_shape
-from .tpu_forward import solver, start
-from .tpu_step import Blocks, Chunk, Step, head, put, whole
-from .tpu_tiles import BY_ROWS, BY_TOKENS, CHUNK, HALF, LANES, dot, lane, masks, parts, sums_of_tokens, swapped, two
+from .tpu_forward import solver
+from .tpu_step import Chunk, Step, head, put, start
+from .tpu_tiles import BY_ROWS, BY_TOKENS, CHUNK, HALF, LANES, dot, lane, parts, sums_of_tokens, swapped, three, two
 
 
-def call(
-  step: Step,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  log_decay: jax.Array,
-  columns: jax.Array,
-  rows: jax.Array,
-  initial_state: jax.Array,
-  *,
-  keep: bool,
-  interpret: Any = False,
-) -> tuple[jax.Array, ...]:
-  """As `tpu_forward.call`, with log_decay [B, T, H * K] in float32."""
-  constants, chunks, shape = masks(), v.shape[1] // CHUNK, initial_state.shape
-  operands = q, k, v, log_decay, columns, rows, *constants, initial_state
-  blocks, like = Blocks(step, chunks, shape), partial(varying_shape, like=operands)
-  out = [like(v.shape, v.dtype), like(shape, jnp.float32)]
-  kept = [like((chunks, *shape), jnp.float32)] if keep else []
-  tokens = [blocks.keys, blocks.keys, blocks.values, blocks.decays]
-  gates = map(blocks.gates, (columns, rows))
-  return pl.pallas_call(
-    partial(_kernel, step),
-    grid=blocks.grid,
-    in_specs=[*tokens, *gates, *map(whole, constants), blocks.state],
-    out_specs=[blocks.values, blocks.state, blocks.states][: 2 + len(kept)],
-    out_shape=[*out, *kept],
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-    interpret=interpret,
-    name="delta_rule_by_channel_forward",
-  )(*operands)
-
-
-def _kernel(
+def kernel(
   step: Step,
   q_ref: Any,
   k_ref: Any,
@@ -179,8 +142,3 @@ def _both_halves(first: jax.Array, second: jax.Array) -> jax.Array:
     early, late = first[n * CHUNK : n * CHUNK + HALF], first[n * CHUNK + HALF : (n + 1) * CHUNK]
     out += [early, jnp.where(in_first, late, second[n * HALF : (n + 1) * HALF])]
   return jnp.concatenate(out)
-
-
-def three(x: tuple[jax.Array, jax.Array], y: tuple[jax.Array, jax.Array], contract: tuple = ((1,), (0,))) -> jax.Array:
-  """A product of two matrices in parts, in three passes."""
-  return dot(x[0], y[0], contract) + dot(x[1], y[0], contract) + dot(x[0], y[1], contract)

@@ -20,8 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import varying_shape
 from .tpu_backward import solve
-from .tpu_channels import Scaled, three
-from .tpu_step import Blocks, Chunk, Step, head, put, whole
+from .tpu_channels import Scaled
+from .tpu_step import Blocks, Chunk, Step, head, put, start, whole
 from .tpu_tiles import (
   BY_ROWS,
   BY_TOKENS,
@@ -36,6 +36,7 @@ from .tpu_tiles import (
   parts,
   row_sums,
   sums_of_tokens,
+  three,
   transposed,
   two,
   two_of_exact,
@@ -104,13 +105,7 @@ def _kernel(
   *d_gate_refs: Any,
 ) -> None:
   """One chunk of all states of a step. The cotangent of the state stays in the block of that of the initial state."""
-
-  @pl.when(pl.program_id(2) == 0)
-  def _():
-    @pl.loop(0, step.heads)
-    def _(h):
-      d_state_ref[:, h] = d_final_ref[:, h]
-
+  start(step, d_final_ref, d_state_ref)
   chunk = Chunk(step, q_ref, k_ref, columns_ref, rows_ref, mask_ref)
   scaled = Scaled(chunk, decay_ref)
   states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))

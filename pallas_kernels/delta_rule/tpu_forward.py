@@ -11,7 +11,7 @@ Without strengths U is V. Only inverses T of halves of 32 tokens are made: U_1 =
 The order of the stages here is the order of the schedule: what is loaded or spread over lanes too early has to be stored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,48 +21,50 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import varying_shape
-from .tpu_step import Blocks, Chunk, Step, head, put, whole
+from .tpu_step import Blocks, Chunk, Step, head, put, start, whole
 from .tpu_tiles import BY_TOKENS, CHUNK, HALF, by_parts, dot, grams, in_one_pass, inverses, masks, parts, two, two_of_exact
 
 
 def call(
   step: Step,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  tokens: Sequence[jax.Array],
   columns: jax.Array,
   rows: jax.Array,
   initial_state: jax.Array,
   *,
   keep: bool,
   interpret: Any = False,
+  kernel: Callable[..., None] | None = None,
+  name: str = "delta_rule_forward",
 ) -> tuple[jax.Array, ...]:
   """The output [B, T, H * V], the final state, and if `keep` the states before all chunks, [chunks, B, H, K, V].
 
   Args:
     step: static arguments.
-    q, k: [B, T, Hk * K], of whole chunks.
-    v: [B, T, H * V].
+    tokens: of whole chunks, q and k [B, T, Hk * K], v [B, T, H * V], and for another kernel log-decays [B, T, H * K].
     columns, rows: of `tpu_step.prepare`.
     initial_state: [B, H, K, V].
     keep: whether to return the states before all chunks.
     interpret: as for `pallas_call`.
+    kernel: another kernel, of decays by channel.
+    name: of the kernel.
   """
+  v = tokens[2]
   constants, chunks, shape = masks(), v.shape[1] // CHUNK, initial_state.shape
-  operands = q, k, v, columns, rows, *constants, initial_state
+  operands = *tokens, columns, rows, *constants, initial_state
   blocks, like = Blocks(step, chunks, shape), partial(varying_shape, like=operands)
   out = [like(v.shape, v.dtype), like(shape, jnp.float32)]
   kept = [like((chunks, *shape), jnp.float32)] if keep else []
-  gates = map(blocks.gates, (columns, rows))
+  places, gates = (blocks.keys, blocks.keys, blocks.values, blocks.decays), map(blocks.gates, (columns, rows))
   return pl.pallas_call(
-    partial(_kernel, step),
+    partial(kernel or _kernel, step),
     grid=blocks.grid,
-    in_specs=[blocks.keys, blocks.keys, blocks.values, *gates, *map(whole, constants), blocks.state],
+    in_specs=[*places[: len(tokens)], *gates, *map(whole, constants), blocks.state],
     out_specs=[blocks.values, blocks.state, blocks.states][: 2 + len(kept)],
     out_shape=[*out, *kept],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     interpret=interpret,
-    name="delta_rule_forward",
+    name=name,
   )(*operands)
 
 
@@ -116,22 +118,6 @@ def _kernel(
     out = step.scale * (entering[i] * reads[i][above:] + outs[i])
     put(out_ref, b, h, out)
     state_ref[b, h] = chunk.keep[:, i : i + 1] * state_ref[b, h] + changes[i]
-
-
-def start(step: Step, initial_ref: Any, state_ref: Any, states_ref: tuple[Any, ...]) -> None:
-  """Begins with the initial state, and keeps that before the chunk, if there is a reference for it."""
-
-  @pl.when(pl.program_id(2) == 0)
-  def _():
-    @pl.loop(0, step.heads)
-    def _(h):
-      state_ref[:, h] = initial_ref[:, h]
-
-  for ref in states_ref:
-
-    @pl.loop(0, step.heads)
-    def _(h, ref=ref):
-      ref[0, :, h] = state_ref[:, h]
 
 
 def solver(chunk: Chunk, lower: list[jax.Array], block_ref: Any) -> Callable[[list[jax.Array]], list[jax.Array]]:

@@ -272,3 +272,19 @@ def head(ref: Any, dim: int, row: int, h: int) -> jax.Array:
 def put(ref: Any, row: int, h: int, x: jax.Array) -> None:
   """Writes x [64, dim] as head h of a row of tokens [rows, 64, heads * dim]."""
   ref[row, :, h * x.shape[1] : (h + 1) * x.shape[1]] = x.astype(ref.dtype)
+
+
+def start(step: Step, initial_ref: Any, state_ref: Any, states_ref: tuple[Any, ...] = ()) -> None:
+  """Begins with the initial state, or its cotangent, and keeps that before the chunk, if there is a reference for it."""
+
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    @pl.loop(0, step.heads)
+    def _(h):
+      state_ref[:, h] = initial_ref[:, h]
+
+  for ref in states_ref:
+
+    @pl.loop(0, step.heads)
+    def _(h, ref=ref):
+      ref[0, :, h] = state_ref[:, h]
