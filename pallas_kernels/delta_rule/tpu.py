@@ -1,6 +1,6 @@
-"""The delta rules with one update per token on a TPU: one kernel forward, and one backward; others for decays by channel.
+"""The delta rules on a TPU: one kernel forward, and one backward; others for decays by channel.
 
-Both go through a sequence in chunks of 64 tokens, one chunk of up to sixteen heads in a step of their grid, whose states, or
+Both go through a sequence in chunks of 64 updates, one chunk of up to sixteen heads in a step of their grid, whose states, or
 their cotangents, stay in fast memory from step to step. All heads of a step go through each stage together: one head alone is a
 chain of products that wait for each other. Activations are bfloat16; products with float32 operands take three passes
 (`tpu_tiles.py`), so errors are about those of rounding the results.
@@ -21,7 +21,7 @@ from .chunked import Kept, append_tokens
 from .terms import Plan, zero_padding
 from .tpu_tiles import CHUNK
 
-_WIDEST = 256
+_WIDEST, _MOST_UPDATES = 256, 2
 # With decays by channel: half of 32 tokens of it is e^80, far from the largest float.
 MIN_CHANNEL_LOG_DECAY = -5.0
 
@@ -47,11 +47,12 @@ def forward(
     keep: whether to return what the gradient needs.
     interpret: as for `pallas_call`.
   """
-  *tokens, strength = _arrange(plan, docs, operands)
-  step, gates = _prepare(plan, docs, operands, strength, log_decay, initial_state.shape)
+  *tokens, strengths = _arrange(plan, docs, operands)
+  step, gates = _prepare(plan, docs, operands, strengths, log_decay, initial_state.shape)
+  by_channel = {}
   if step.by_channel:
-    tokens.append(_decays(docs, log_decay))
-  by_channel = {"kernel": tpu_channels.kernel, "name": "delta_rule_by_channel_forward"} if step.by_channel else {}
+    tokens.append(_decays(docs, step.updates, log_decay))
+    by_channel = {"kernel": tpu_channels.kernel, "name": "delta_rule_by_channel_forward"}
   out, state, *states = tpu_forward.call(step, tokens, *gates, initial_state, keep=keep, interpret=interpret, **by_channel)
   return (_tokens(out, operands[0].shape[1], plan.heads), state), Kept(*states, None, None) if keep else None
 
@@ -69,27 +70,25 @@ def backward(
 ) -> tuple[Any, jax.Array | None, jax.Array]:
   """The cotangents of `operands`, `log_decay` and the initial state, from those of the output and the final state."""
   arrange = partial(_arrange, plan, docs)
-  q, k, v, strength = arrange(operands)
-  step, gates = _prepare(plan, docs, operands, strength, log_decay, d_final.shape, backwards=True)
-  d_out = _joined(_whole_chunks(d_out.astype(v.dtype)))
+  *tokens, strengths = arrange(operands)
+  step, gates = _prepare(plan, docs, operands, strengths, log_decay, d_final.shape, backwards=True)
+  d_out = _joined(_whole_chunks(step.updates, d_out.astype(tokens[-1][-1].dtype)))
+  by_channel = {}
   if step.by_channel:
-    decays = _decays(docs, log_decay)
-    d_q, d_k, d_v, d_log_decay, d_initial, *parts = tpu_channels_backward.call(
-      step, q, k, v, decays, d_out, *gates, kept.states, d_final, interpret=interpret
-    )
-    d_strength = tpu_step.strength_gradients(step, *parts) if parts else None
-    d_log_decay = d_log_decay.reshape(*d_log_decay.shape[:2], *log_decay.shape[2:])
+    tokens.append(_decays(docs, step.updates, log_decay))
+    by_channel = {"kernel": tpu_channels_backward.kernel, "name": "delta_rule_by_channel_backward"}
+  found = tpu_backward.call(step, tokens, d_out, *gates, kept.states, d_final, interpret=interpret, **by_channel)
+  if step.by_channel:
+    *d_tokens, d_log_decay, d_initial = found[:5]
+    d_strengths = tpu_step.strength_gradients(step, *found[5:]) if step.erases else []
   else:
-    d_q, d_k, d_v, *parts, d_initial = tpu_backward.call(
-      step, q, k, v, d_out, *gates, kept.states, d_final, interpret=interpret
-    )
-    d_strength, d_log_decay = tpu_step.gate_gradients(step, *parts)
-    d_log_decay = d_log_decay[..., None]
-  d_strength = None if strength is None else d_strength.astype(strength.dtype)
-  (d_operands,) = jax.linear_transpose(arrange, operands)((d_q, d_k, d_v, d_strength))
+    *d_tokens, d_initial = found[:4]
+    d_strengths, d_log_decay = tpu_step.gate_gradients(step, *found[4:])
+  d_strengths = [d.astype(x.dtype) for d, x in zip(d_strengths, strengths, strict=True)]
+  (d_operands,) = jax.linear_transpose(arrange, operands)((*d_tokens, d_strengths))
   if log_decay is None:
     return d_operands, None, d_initial
-  d_log_decay = d_log_decay[:, : log_decay.shape[1]].astype(log_decay.dtype)
+  d_log_decay = d_log_decay[:, : log_decay.shape[1]].reshape(log_decay.shape).astype(log_decay.dtype)
   counts = log_decay >= (MIN_CHANNEL_LOG_DECAY if step.by_channel else tpu_step.MIN_LOG_DECAY)
   return d_operands, jnp.where(counts if docs is None else counts & docs.is_token[..., None, None], d_log_decay, 0), d_initial
 
@@ -116,57 +115,66 @@ def objection(
   """
   if operands[0].dtype != jnp.bfloat16 or dtype != jnp.float32:
     return f"the kernels take bfloat16 and compute in float32, not {operands[0].dtype} in {jnp.dtype(dtype)}"
-  q, (update, *others) = jax.eval_shape(updates, *operands)
-  if others or update.value is None:
-    return "the kernels make one update per token"
+  q, made = jax.eval_shape(updates, *operands)
+  if len(made) > _MOST_UPDATES:
+    return f"the kernels make at most {_MOST_UPDATES} updates per token, not {len(made)}"
   if log_decay is not None and log_decay.shape[-1] > 1:
     if decay_bound is None or decay_bound < MIN_CHANNEL_LOG_DECAY:
       return f"with decays by channel the kernels need a decay_bound of at least {MIN_CHANNEL_LOG_DECAY}"
     if precision is FULL:
       return "with decays by channel the kernels' gradients by decays are not as exact as precision='highest' promises"
-  if other := {x.dtype for x in (update.key, update.value)} - {q.dtype}:
+  if other := {x.dtype for update in made for x in (update.key, update.value) if x is not None} - {q.dtype}:
     return f"the kernels take q, k and v in {q.dtype}, and not {', '.join(map(str, other))}"
   if max(state[2:]) > _WIDEST:
     return f"the kernels have heads of at most {_WIDEST} channels, not {max(state[2:])}"
   return None
 
 
-def _arrange(plan: Plan, docs: Documents | None, operands: Any) -> tuple[jax.Array | None, ...]:
-  """Queries, keys and values [B, T, heads * width] of whole chunks, and strengths [B, T, H]. It is linear in the operands."""
-  q, (update,) = plan.updates(*operands)
-  q, k, v, strength = jax.tree.map(partial(_tokens_only, docs), (q, update.key, update.value, update.strength))
-  return *map(_joined, (q, k, v)), strength
+def _arrange(plan: Plan, docs: Documents | None, operands: Any) -> tuple[jax.Array, list, list, list]:
+  """Queries, keys of every update and values of the last ones, [B, T, heads * width] of whole chunks; and strengths.
+
+  Strengths of every update are [B, T, H], or there are none. It is linear in the operands.
+  """
+  q, updates = plan.updates(*operands)
+  first = next(i for i, update in enumerate(updates) if update.value is not None)  # earlier ones only erase
+  values = [jnp.zeros_like(updates[first].value) if x.value is None else x.value for x in updates[first:]]
+  strengths = [update.strength for update in updates if update.strength is not None]
+  tokens = q, [update.key for update in updates], values, strengths
+  *tokens, strengths = jax.tree.map(partial(_tokens_only, docs, len(updates)), tokens)
+  return *jax.tree.map(_joined, tokens), strengths
 
 
-def _prepare(plan, docs, operands, strength, log_decay, state, backwards=False):
+def _prepare(plan, docs, operands, strengths, log_decay, state, backwards=False):
   """The step, and the gates that the kernels need."""
-  q, _ = jax.eval_shape(plan.updates, *operands)
+  q, updates = jax.eval_shape(plan.updates, *operands)
   by_channel = log_decay is not None and log_decay.shape[-1] > 1
   states = tpu_step.STATES_BACKWARDS if backwards else tpu_step.STATES
-  step = tpu_step.largest(states, q.shape[0], q.shape[2], state, plan.scale, docs is not None, strength is not None, by_channel)
-  decay = None if log_decay is None or by_channel else _tokens_only(docs, log_decay[..., 0])
-  shape = q.shape[0], pieces(q.shape[1], CHUNK) * CHUNK, state[1]
-  return step, tpu_step.prepare(step, shape, jax.tree.map(_whole_chunks, docs), strength, decay)
+  others = plan.scale, docs is not None, bool(strengths), by_channel, len(updates)
+  step = tpu_step.largest(states, q.shape[0], q.shape[2], state, *others)
+  decay = None if log_decay is None or by_channel else _tokens_only(docs, step.updates, log_decay[..., 0])
+  shape = q.shape[0], pieces(q.shape[1], step.tokens) * step.tokens, state[1]
+  docs = jax.tree.map(partial(_whole_chunks, step.updates), docs)
+  return step, tpu_step.prepare(step, shape, docs, strengths, decay)
 
 
-def _tokens_only(docs: Documents | None, x: jax.Array) -> jax.Array:
-  """x [B, T, ...] of whole chunks, with zeros for padding, which may hold anything."""
-  return _whole_chunks(x if docs is None else zero_padding(docs.is_token, x))
-
-
-def _decays(docs: Documents | None, log_decay: jax.Array) -> jax.Array:
+def _decays(docs: Documents | None, updates: int, log_decay: jax.Array) -> jax.Array:
   """Decays of channels, [B, T, H * K], of whole chunks."""
-  return _joined(_tokens_only(docs, jnp.maximum(log_decay.astype(jnp.float32), MIN_CHANNEL_LOG_DECAY)))
+  return _joined(_tokens_only(docs, updates, jnp.maximum(log_decay.astype(jnp.float32), MIN_CHANNEL_LOG_DECAY)))
+
+
+def _tokens_only(docs: Documents | None, updates: int, x: jax.Array) -> jax.Array:
+  """x [B, T, ...] of whole chunks, with zeros for padding, which may hold anything."""
+  return _whole_chunks(updates, x if docs is None else zero_padding(docs.is_token, x))
+
+
+def _whole_chunks(updates: int, x: jax.Array) -> jax.Array:
+  """x [B, T, ...] with tokens that have no effect after it."""
+  return append_tokens(x, -x.shape[1] % (CHUNK // updates))
 
 
 def _joined(x: jax.Array) -> jax.Array:
   """[B, T, heads, width] to [B, T, heads * width]."""
   return x.reshape(*x.shape[:2], -1)
-
-
-def _whole_chunks(x: jax.Array) -> jax.Array:
-  """x [B, T, ...] with tokens that have no effect after it."""
-  return append_tokens(x, -x.shape[1] % CHUNK)
 
 
 def _tokens(x: jax.Array, tokens: int, heads: int) -> jax.Array:

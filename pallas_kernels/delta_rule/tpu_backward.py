@@ -13,6 +13,7 @@ reading S. A log-decay gets dG of its own and all later tokens, the products of 
 e^{G_C} <S, dS>. Without strengths U is V, dV is dU, and dR and E are zero. U' is computed again.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,9 +48,7 @@ from .tpu_tiles import (
 
 def call(
   step: Step,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  tokens: Sequence[Any],
   d_out: jax.Array,
   columns: jax.Array,
   rows: jax.Array,
@@ -57,43 +56,63 @@ def call(
   d_final: jax.Array,
   *,
   interpret: Any = False,
-) -> tuple[jax.Array, ...]:
-  """The cotangents of q, k and v, the parts of those of the gates for `tpu_step.gate_gradients`, and that of the initial state.
+  kernel: Callable[..., None] | None = None,
+  name: str = "delta_rule_backward",
+) -> tuple[Any, ...]:
+  """The cotangents of all tokens and of the initial state, and parts of those of gates.
 
   Args:
     step: static arguments.
-    q, k: [B, T, Hk * K], of whole chunks.
-    v, d_out: [B, T, H * V].
-    columns, rows: of `tpu_step.prepare`.
+    tokens, columns, rows: as for `tpu_forward.call`.
+    d_out: [B, T, H * V].
     states: before all chunks, [chunks, B, H, K, V].
     d_final: cotangent of the final state, [B, H, K, V].
     interpret: as for `pallas_call`.
+    kernel: another kernel, of decays by channel.
+    name: of the kernel.
+
+  Returns:
+    The parts of gates' cotangents, in the last two arrays, are for `tpu_step.gate_gradients`, or with decays by channel for
+    `tpu_step.strength_gradients`, and there only with strengths.
   """
-  constants, of_gates, count = masks(), 1 + step.erases, len(step.states)
-  operands = q, k, v, d_out, columns, rows, *constants, states, d_final
-  blocks, like = Blocks(step, v.shape[1] // CHUNK, d_final.shape, backwards=True), partial(varying_shape, like=operands)
+  q, ks, vs, *decays = tokens
+  constants, count, pairs = masks(step.updates), len(step.states), len(step.pairs)
+  operands = q, ks, vs, *decays, d_out, columns, rows, *constants, states, d_final
+  blocks = Blocks(step, d_out.shape[1] // step.tokens, d_final.shape, backwards=True)
+  like = partial(varying_shape, like=jax.tree.leaves(operands))
   of_keys = like((step.shared, *q.shape), q.dtype if step.shared == 1 else jnp.float32)
-  d_columns = like((*columns.shape[:4], (of_gates + 1) * count), jnp.float32)
-  d_rows = like((*rows.shape[:3], of_gates * len(step.pairs) + 1, LANES), jnp.float32)
-  gates, d_gates = map(blocks.gates, (columns, rows)), map(blocks.gates, (d_columns, d_rows))
-  d_q, d_k, *others = pl.pallas_call(
-    partial(_kernel, step),
+  by_column, by_row = (1 + step.erases + 1, (1 + step.erases) * pairs + 1) if not decays else (1, pairs)
+  d_gates = [like((*columns.shape[:4], by_column * count), jnp.float32), like((*rows.shape[:3], by_row, LANES), jnp.float32)]
+  d_gates = d_gates if step.erases or not decays else []
+  key_places, value_places = [blocks.keys] * len(ks), [blocks.values] * len(vs)
+  d_q, d_ks, *others = pl.pallas_call(
+    partial(kernel or _kernel, step),
     grid=blocks.grid,
-    in_specs=[*[blocks.keys] * 2, *[blocks.values] * 2, *gates, *map(whole, constants), blocks.states, blocks.state],
-    out_specs=[*[blocks.key_gradients] * 2, blocks.values, *d_gates, blocks.state],
-    out_shape=[of_keys, of_keys, like(v.shape, v.dtype), d_columns, d_rows, like(d_final.shape, jnp.float32)],
+    in_specs=[
+      *(blocks.keys, key_places, value_places, *[blocks.decays] * len(decays), blocks.values),
+      *(*map(blocks.gates, (columns, rows)), *map(whole, constants), blocks.states, blocks.state),
+    ],
+    out_specs=[
+      *(blocks.key_gradients, [blocks.key_gradients] * len(ks), value_places, *[blocks.decays] * len(decays)),
+      *(blocks.state, *map(blocks.gates, d_gates)),
+    ],
+    out_shape=[
+      *(of_keys, [of_keys] * len(ks), [like(v.shape, v.dtype) for v in vs], *(like(x.shape, x.dtype) for x in decays)),
+      *(like(d_final.shape, jnp.float32), *d_gates),
+    ],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     interpret=interpret,
-    name="delta_rule_backward",
+    name=name,
   )(*operands)
-  return *(jnp.sum(d, axis=0).astype(q.dtype) if step.shared > 1 else d[0] for d in (d_q, d_k)), *others
+  of_steps = jax.tree.map(lambda d: jnp.sum(d, axis=0).astype(q.dtype) if step.shared > 1 else d[0], (d_q, d_ks))
+  return *of_steps, *others
 
 
 def _kernel(
   step: Step,
   q_ref: Any,
-  k_ref: Any,
-  v_ref: Any,
+  k_refs: list[Any],
+  v_refs: list[Any],
   d_out_ref: Any,
   columns_ref: Any,
   rows_ref: Any,
@@ -102,19 +121,19 @@ def _kernel(
   states_ref: Any,
   d_final_ref: Any,
   d_q_ref: Any,
-  d_k_ref: Any,
-  d_v_ref: Any,
+  d_k_refs: list[Any],
+  d_v_refs: list[Any],
+  d_state_ref: Any,
   d_columns_ref: Any,
   d_rows_ref: Any,
-  d_state_ref: Any,
 ) -> None:
   """One chunk of all states of a step. The cotangent of the state stays in the block of that of the initial state."""
   start(step, d_final_ref, d_state_ref)
-  chunk = Chunk(step, q_ref, k_ref, columns_ref, rows_ref, mask_ref)
+  chunk = Chunk(step, q_ref, k_refs, columns_ref, rows_ref, mask_ref)
   states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))
   keys, queries, wide = chunk.keys, chunk.queries, step.value_dim
-  d_outs = [head(d_out_ref, wide, *at) for at in states]
-  values = [head(v_ref, wide, *at) for at in states]
+  d_outs = [head(step, [d_out_ref], wide, *at) for at in states]
+  values = [head(step, v_refs, wide, *at) for at in states]
   before = [states_ref[0, b, h] for b, h in states]
   d_after = [d_state_ref[at] for at in states]
 
@@ -146,10 +165,11 @@ def _kernel(
   else:
     d_scores = [step.scale * grams(o, v) for o, v in zip(chunk.pairs(d_outs), chunk.pairs(values), strict=True)]
   d_products = [d * x for d, x in zip(decays, d_scores, strict=True)]  # N
-  # What G gets by rows, and loses by columns. Without the diagonal, which would cancel, but for rounding.
+  # What G gets by rows, and loses by columns. Without products within a token, which would cancel, but for rounding.
   turned = [x * (y[above:] * mask_ref[1]) for x, y in zip(d_products, products, strict=True)]
   if step.erases:
     turned = [t + e * x[:CHUNK] for t, e, x in zip(turned, d_grams, products, strict=True)]
+    turned = [t * mask_ref[4] for t in turned] if step.updates > 1 else turned
     d_rows = [-jnp.sum(x * y, axis=0, keepdims=True) for x, y in zip(lower, d_lower, strict=True)]
   d_rows = [*(d_rows if step.erases else []), *(-jnp.sum(t, axis=0, keepdims=True) for t in turned)]
 
@@ -193,12 +213,12 @@ def _kernel(
     changes = [
       dot(jnp.concatenate([q, q]), jnp.concatenate(parts(r)), BY_TOKENS) for q, r in zip(queries, by_read, strict=True)
     ]
-  for ref, gradients in ((d_q_ref, d_queries), (d_k_ref, d_keys)):
+  for refs, gradients in (([d_q_ref], d_queries), (d_k_refs, d_keys)):
     for b, h in dict.fromkeys(step.keys):
       total = sum(d for d, at in zip(gradients, step.keys, strict=True) if at == (b, h))
-      put(ref.at[0], b, h, total)
+      put(step, [ref.at[0] for ref in refs], b, h, total)
   for i, (b, h) in enumerate(states):
-    put(d_v_ref, b, h, (d_rest if step.erases else d_added)[i])
+    put(step, d_v_refs, b, h, (d_rest if step.erases else d_added)[i])
     d_state_ref[b, h] = keep[i] * d_after[i] + changes[i]
 
 
@@ -240,7 +260,7 @@ def solve(
     d_outs: dO, in bfloat16.
   """
   everyone, step = range(len(rest)), chunk.step
-  made = inverses(erased, block_ref)
+  made = inverses(erased, block_ref, step.updates)
   forwards, backwards = [in_one_pass(x) for x in made], [in_one_pass(transposed(x)) for x in made]
   erase, erase_back = [in_one_pass(x[HALF:]) for x in erased], [in_one_pass(x) for x in erased_back]
   first = [forwards[i // 2](i % 2 * 2, rest[i][:HALF]) for i in everyone]

@@ -24,8 +24,8 @@ from .tpu_tiles import BY_ROWS, BY_TOKENS, CHUNK, HALF, LANES, dot, lane, parts,
 def kernel(
   step: Step,
   q_ref: Any,
-  k_ref: Any,
-  v_ref: Any,
+  k_refs: list[Any],
+  v_refs: list[Any],
   decay_ref: Any,
   columns_ref: Any,
   rows_ref: Any,
@@ -38,7 +38,7 @@ def kernel(
 ) -> None:
   """One chunk of all states of a step."""
   start(step, initial_ref, state_ref, states_ref)
-  chunk = Chunk(step, q_ref, k_ref, columns_ref, rows_ref, mask_ref)
+  chunk = Chunk(step, q_ref, k_refs, columns_ref, rows_ref, mask_ref)
   scaled = Scaled(chunk, decay_ref)
   states, everyone, above = step.states, range(len(step.states)), CHUNK if step.erases else 0
   products = scaled.products()
@@ -47,7 +47,7 @@ def kernel(
   if step.documents:
     entering = [chunk.column("entering", i, step.value_dim) for i in everyone]
     reads = [jnp.concatenate([e] * (1 + step.erases)) * read for e, read in zip(entering, reads, strict=True)]
-  added = [head(v_ref, step.value_dim, *at).astype(jnp.float32) for at in states]
+  added = [head(step, v_refs, step.value_dim, *at).astype(jnp.float32) for at in states]
   if step.erases:
     lower = [scaled.seen(x[:CHUNK], p, True) for p, x in enumerate(products)]
     added = solver(chunk, lower, block_ref)([v - read[:CHUNK] for v, read in zip(added, reads, strict=True)])
@@ -57,7 +57,7 @@ def kernel(
     (key, key_low), (high, low) = parts(scaled.keys[i] * scaled.leaving(i)), parts(added[i])
     change = dot(jnp.concatenate([key] * 2), jnp.concatenate([high, low]), BY_TOKENS) + dot(key_low, high, BY_TOKENS)
     out = step.scale * (reads[i][above:] + outs[i])
-    put(out_ref, b, h, out)
+    put(step, [out_ref], b, h, out)
     state_ref[b, h] = scaled.keep(i) * state_ref[b, h] + change
 
 
@@ -76,7 +76,9 @@ class Scaled:
 
   def __init__(self, chunk: Chunk, decay_ref: Any):
     self.chunk, self.step = chunk, chunk.step
-    totals = [sums_of_tokens(head(decay_ref, self.step.key_dim, *at)) for at in self.step.states]
+    wide = self.step.key_dim
+    decays = [decay_ref[b, :, h * wide : (h + 1) * wide] for b, h in self.step.states]
+    totals = [self.step.of_updates(sums_of_tokens(x)) for x in decays]
     middles = [[(g[i : i + 1] + g[i + HALF - 1 : i + HALF]) * 0.5 for i in (0, HALF)] for g in totals]
     self.totals, self._ends = totals, [g[CHUNK - 1 :] for g in totals]
     # What rows of states are multiplied with.

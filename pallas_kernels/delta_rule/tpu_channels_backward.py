@@ -10,29 +10,23 @@ columns e^{M - G} (X^T ([K; Q] e^{G - M})). A sum G gets q dQ + k dK by rows and
 """
 
 import itertools
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from ..compat import varying_shape
 from .tpu_backward import solve
 from .tpu_channels import Scaled
-from .tpu_step import Blocks, Chunk, Step, head, put, start, whole
+from .tpu_step import Chunk, Step, head, put, start
 from .tpu_tiles import (
   BY_ROWS,
   BY_TOKENS,
   CHUNK,
   HALF,
-  LANES,
   beside,
   by_parts,
   grams,
   in_one_pass,
-  masks,
   parts,
   row_sums,
   sums_of_tokens,
@@ -43,52 +37,11 @@ from .tpu_tiles import (
 )
 
 
-def call(
-  step: Step,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  log_decay: jax.Array,
-  d_out: jax.Array,
-  columns: jax.Array,
-  rows: jax.Array,
-  states: jax.Array,
-  d_final: jax.Array,
-  *,
-  interpret: Any = False,
-) -> tuple[jax.Array, ...]:
-  """The cotangents of q, k, v, log_decay and the initial state, and with strengths the parts of theirs.
-
-  Arguments are those of `tpu_backward.call`, and log_decay [B, T, H * K].
-  """
-  constants, count = masks(), len(step.states)
-  operands = q, k, v, log_decay, d_out, columns, rows, *constants, states, d_final
-  blocks, like = Blocks(step, v.shape[1] // CHUNK, d_final.shape, backwards=True), partial(varying_shape, like=operands)
-  of_keys = like((step.shared, *q.shape), q.dtype if step.shared == 1 else jnp.float32)
-  shapes = [of_keys, of_keys, like(v.shape, v.dtype), like(log_decay.shape, jnp.float32), like(d_final.shape, jnp.float32)]
-  places = [blocks.key_gradients, blocks.key_gradients, blocks.values, blocks.decays, blocks.state]
-  if step.erases:
-    of_gates = [like((*columns.shape[:4], count), jnp.float32), like((*rows.shape[:3], len(step.pairs), LANES), jnp.float32)]
-    shapes, places = [*shapes, *of_gates], [*places, *map(blocks.gates, of_gates)]
-  tokens = [blocks.keys, blocks.keys, blocks.values, blocks.decays, blocks.values]
-  d_q, d_k, *others = pl.pallas_call(
-    partial(_kernel, step),
-    grid=blocks.grid,
-    in_specs=[*tokens, *map(blocks.gates, (columns, rows)), *map(whole, constants), blocks.states, blocks.state],
-    out_specs=places,
-    out_shape=shapes,
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-    interpret=interpret,
-    name="delta_rule_by_channel_backward",
-  )(*operands)
-  return *(jnp.sum(d, axis=0).astype(q.dtype) if step.shared > 1 else d[0] for d in (d_q, d_k)), *others
-
-
-def _kernel(
+def kernel(
   step: Step,
   q_ref: Any,
-  k_ref: Any,
-  v_ref: Any,
+  k_refs: list[Any],
+  v_refs: list[Any],
   decay_ref: Any,
   d_out_ref: Any,
   columns_ref: Any,
@@ -98,21 +51,21 @@ def _kernel(
   states_ref: Any,
   d_final_ref: Any,
   d_q_ref: Any,
-  d_k_ref: Any,
-  d_v_ref: Any,
+  d_k_refs: list[Any],
+  d_v_refs: list[Any],
   d_decay_ref: Any,
   d_state_ref: Any,
   *d_gate_refs: Any,
 ) -> None:
   """One chunk of all states of a step. The cotangent of the state stays in the block of that of the initial state."""
   start(step, d_final_ref, d_state_ref)
-  chunk = Chunk(step, q_ref, k_ref, columns_ref, rows_ref, mask_ref)
+  chunk = Chunk(step, q_ref, k_refs, columns_ref, rows_ref, mask_ref)
   scaled = Scaled(chunk, decay_ref)
   states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))
   wide, above = step.value_dim, CHUNK if step.erases else 0
   keys, queries = scaled.keys, scaled.queries
-  d_outs = [head(d_out_ref, wide, *at) for at in states]
-  values = [head(v_ref, wide, *at) for at in states]
+  d_outs = [head(step, [d_out_ref], wide, *at) for at in states]
+  values = [head(step, v_refs, wide, *at) for at in states]
 
   def before(i):
     return states_ref[(0, *states[i])]
@@ -189,10 +142,11 @@ def _kernel(
       by_read = jnp.concatenate([-d_rest[i], by_read])
     # A token writes after its own decay. Sums of earlier tokens, not differences, which would cancel if decays are strong.
     writes = keys[i] * write
-    later, earlier = sums_of_tokens(grows - keys[i] * by_columns, later=True), sums_of_tokens(writes) - writes
+    grows, writes = (sum(step.of_tokens(x)) for x in (grows - keys[i] * by_columns, writes))
+    later, earlier = sums_of_tokens(grows, later=True), sums_of_tokens(writes) - writes
     end = jnp.broadcast_to(keep * row_sums(before(i) * d_after(i)), (step.key_dim, 8)).T[:1]
     yield
-    put(d_decay_ref, b, h, later + earlier + end)
+    d_decay_ref[b, :, h * step.key_dim : (h + 1) * step.key_dim] = later + earlier + end
     diagonal = step.scale * row_sums(d_outs[i].astype(jnp.float32) * written[i])
     of_key = d_query + diagonal * keys[i], d_key + diagonal * queries[i]
     key = step.keys[i]
@@ -200,12 +154,12 @@ def _kernel(
     if step.documents:
       by_read = jnp.concatenate([chunk.column("entering", i, wide)] * (1 + step.erases)) * by_read
     change = three(scaled.first[i], parts(by_read), BY_TOKENS)
-    put(d_v_ref, b, h, (d_rest if step.erases else d_added)[i])
+    put(step, d_v_refs, b, h, (d_rest if step.erases else d_added)[i])
     yield
     d_state_ref[b, h] = keep * d_after(i) + scaled.at_read[i] * change
     if key not in step.keys[i + 1 :]:
-      for ref, total in zip((d_q_ref, d_k_ref), sums[key], strict=True):
-        put(ref.at[0], *key, total)
+      for refs, total in zip(([d_q_ref], d_k_refs), sums[key], strict=True):
+        put(step, [ref.at[0] for ref in refs], *key, total)
 
   for _ in itertools.zip_longest(*map(finish, everyone)):
     pass

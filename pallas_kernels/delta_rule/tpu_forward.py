@@ -27,7 +27,7 @@ from .tpu_tiles import BY_TOKENS, CHUNK, HALF, by_parts, dot, grams, in_one_pass
 
 def call(
   step: Step,
-  tokens: Sequence[jax.Array],
+  tokens: Sequence[Any],
   columns: jax.Array,
   rows: jax.Array,
   initial_state: jax.Array,
@@ -41,7 +41,8 @@ def call(
 
   Args:
     step: static arguments.
-    tokens: of whole chunks, q and k [B, T, Hk * K], v [B, T, H * V], and for another kernel log-decays [B, T, H * K].
+    tokens: of whole chunks, q [B, T, Hk * K], for every update k [B, T, Hk * K], for the last updates v [B, T, H * V], the
+      others being zero, and for another kernel log-decays [B, T, H * K].
     columns, rows: of `tpu_step.prepare`.
     initial_state: [B, H, K, V].
     keep: whether to return the states before all chunks.
@@ -49,13 +50,15 @@ def call(
     kernel: another kernel, of decays by channel.
     name: of the kernel.
   """
-  v = tokens[2]
-  constants, chunks, shape = masks(), v.shape[1] // CHUNK, initial_state.shape
+  _, ks, vs, *_ = tokens
+  v, constants, shape = vs[-1], masks(step.updates), initial_state.shape
+  chunks = v.shape[1] // step.tokens
   operands = *tokens, columns, rows, *constants, initial_state
-  blocks, like = Blocks(step, chunks, shape), partial(varying_shape, like=operands)
+  blocks, like = Blocks(step, chunks, shape), partial(varying_shape, like=jax.tree.leaves(operands))
   out = [like(v.shape, v.dtype), like(shape, jnp.float32)]
   kept = [like((chunks, *shape), jnp.float32)] if keep else []
-  places, gates = (blocks.keys, blocks.keys, blocks.values, blocks.decays), map(blocks.gates, (columns, rows))
+  places = blocks.keys, [blocks.keys] * len(ks), [blocks.values] * len(vs), blocks.decays
+  gates = map(blocks.gates, (columns, rows))
   return pl.pallas_call(
     partial(kernel or _kernel, step),
     grid=blocks.grid,
@@ -71,8 +74,8 @@ def call(
 def _kernel(
   step: Step,
   q_ref: Any,
-  k_ref: Any,
-  v_ref: Any,
+  k_refs: list[Any],
+  v_refs: list[Any],
   columns_ref: Any,
   rows_ref: Any,
   mask_ref: Any,
@@ -85,7 +88,7 @@ def _kernel(
   """One chunk of all states of a step. The state stays in the block of the final state, which is the same for all chunks."""
 
   start(step, initial_ref, state_ref, states_ref)
-  chunk = Chunk(step, q_ref, k_ref, columns_ref, rows_ref, mask_ref)
+  chunk = Chunk(step, q_ref, k_refs, columns_ref, rows_ref, mask_ref)
   states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))
   # What is multiplied with keys and with states, above queries.
   above = CHUNK if step.erases else 0
@@ -102,7 +105,7 @@ def _kernel(
     lower = [x[:CHUNK] * (decay * mask_ref[1]) for x, decay in zip(products, decays, strict=True)]
     solve = solver(chunk, lower, block_ref)
 
-  values = [head(v_ref, step.value_dim, *at) for at in states]
+  values = [head(step, v_refs, step.value_dim, *at) for at in states]
   entering = [chunk.column("entering", i, step.value_dim) for i in everyone]
   if step.erases:
     rest = [v.astype(jnp.float32) - e * read[:CHUNK] for v, e, read in zip(values, entering, reads, strict=True)]
@@ -116,13 +119,13 @@ def _kernel(
   changes = [dot(jnp.concatenate([chunk.keys[i]] * 2), jnp.concatenate(written[i]), BY_TOKENS) for i in everyone]
   for i, (b, h) in enumerate(states):
     out = step.scale * (entering[i] * reads[i][above:] + outs[i])
-    put(out_ref, b, h, out)
+    put(step, [out_ref], b, h, out)
     state_ref[b, h] = chunk.keep[:, i : i + 1] * state_ref[b, h] + changes[i]
 
 
 def solver(chunk: Chunk, lower: list[jax.Array], block_ref: Any) -> Callable[[list[jax.Array]], list[jax.Array]]:
   """The function from R, by state, to U = (I + s L)^-1 s R, for L of pairs, side by side."""
-  made = inverses([chunk.side_by_side("strength", p) * x for p, x in enumerate(lower)], block_ref)
+  made = inverses([chunk.side_by_side("strength", p) * x for p, x in enumerate(lower)], block_ref, chunk.step.updates)
   solve = [in_one_pass(x * chunk.row("strength", p)) for p, x in enumerate(made)]
   erase = [in_one_pass(x[HALF:]) for x in lower]
 

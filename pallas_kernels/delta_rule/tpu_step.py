@@ -1,5 +1,10 @@
-"""What both kernels for TPUs share: the size of a step of their grid, what it needs of gates, and how a kernel reads that."""
+"""What both kernels for TPUs share: the size of a step of their grid, what it needs of gates, and how a kernel reads that.
 
+A chunk has 64 updates. Of two updates per token, those of eight tokens lie together: eight first updates, then eight second
+ones, so that whole registers are moved.
+"""
+
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +13,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from ..documents import Documents
-from .tpu_tiles import CHUNK, LANES, MASKED, is_left
+from .tpu_tiles import CHUNK, GROUP, LANES, MASKED, is_left
 
 # States of a step with heads of 128 channels. Backwards, what sixteen store in between would not fit into a v4's 16 MiB.
 STATES, STATES_BACKWARDS = 16, 8
@@ -27,6 +32,7 @@ class Step(NamedTuple):
     documents: whether there are boundaries of documents.
     erases: whether updates have strengths.
     by_channel: whether every channel has a decay of its own.
+    updates: updates of a token, 1 or 2.
   """
 
   rows: int
@@ -39,6 +45,12 @@ class Step(NamedTuple):
   documents: bool
   erases: bool
   by_channel: bool = False
+  updates: int = 1
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of a chunk."""
+    return CHUNK // self.updates
 
   @property
   def states(self) -> list[tuple[int, int]]:
@@ -60,6 +72,23 @@ class Step(NamedTuple):
   def gates(self) -> list[str]:
     """What `prepare` begins with."""
     return ["strength"] * self.erases + ["total"] * (not self.by_channel) + ["document"] * self.documents
+
+  def of_updates(self, *xs: jax.Array, axis: int = 0) -> jax.Array:
+    """Arrays of a chunk's tokens, one for every update, as one of its updates; or one array for all updates of a token."""
+    if self.updates == 1:
+      return xs[0]
+    before, after = xs[0].shape[:axis], xs[0].shape[axis + 1 :]
+    groups = [x.reshape(*before, -1, 1, GROUP, *after) for x in (xs if len(xs) == self.updates else xs * self.updates)]
+    return jnp.concatenate(groups, axis=axis + 1).reshape(*before, -1, *after)
+
+  def of_tokens(self, x: jax.Array, axis: int = 0) -> list[jax.Array]:
+    """The inverse of `of_updates`: for every update, an array of the tokens."""
+    if self.updates == 1:
+      return [x]
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    x = x.reshape(*before, -1, self.updates, GROUP, *after)
+    parts = (jax.lax.index_in_dim(x, m, axis + 1, keepdims=False) for m in range(self.updates))
+    return [part.reshape(*before, -1, *after) for part in parts]
 
 
 class Blocks:
@@ -97,10 +126,10 @@ class Blocks:
       return pl.BlockSpec(shape, lambda b, h, n: index(b, h, self._chunk(n)))
 
     of_state = step.rows, step.heads, step.key_dim, step.value_dim
-    self.keys = spec((step.rows, CHUNK, width), lambda b, h, n: (b, n, key(h)))
-    self.key_gradients = spec((1, step.rows, CHUNK, width), lambda b, h, n: (part(h), b, n, key(h)))
-    self.values = spec((step.rows, CHUNK, step.heads * step.value_dim), lambda b, h, n: (b, n, h))
-    self.decays = spec((step.rows, CHUNK, step.heads * step.key_dim), lambda b, h, n: (b, n, h))
+    self.keys = spec((step.rows, step.tokens, width), lambda b, h, n: (b, n, key(h)))
+    self.key_gradients = spec((1, step.rows, step.tokens, width), lambda b, h, n: (part(h), b, n, key(h)))
+    self.values = spec((step.rows, step.tokens, step.heads * step.value_dim), lambda b, h, n: (b, n, h))
+    self.decays = spec((step.rows, step.tokens, step.heads * step.key_dim), lambda b, h, n: (b, n, h))
     self.state = pl.BlockSpec(of_state, lambda b, h, n: (b, h, 0, 0), pipeline_mode=pl.Buffered(1))
     self.states = spec((1, *of_state), lambda b, h, n: (n, b, h, 0, 0))
 
@@ -138,7 +167,7 @@ def largest(states: int, batch: int, key_heads: int, state: tuple[int, ...], *ot
 
 
 def prepare(
-  step: Step, shape: tuple[int, ...], docs: Documents | None, strength: jax.Array | None, log_decay: jax.Array | None
+  step: Step, shape: tuple[int, ...], docs: Documents | None, strengths: Sequence[jax.Array], log_decay: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """What kernels need of strengths, decays and documents, in float32, by step and chunk.
 
@@ -146,21 +175,20 @@ def prepare(
     step: static arguments.
     shape: (B, T, H).
     docs: documents of the tokens, or `None`.
-    strength, log_decay: [B, T, H], or `None`, as it is if every channel has one.
+    strengths: of every update, [B, T, H], or none.
+    log_decay: [B, T, H], or `None`, as it is if every channel has one.
 
   Returns:
-    columns: [B / rows, H / heads, chunks, 64, n], tokens by states: strengths, sums G of log-decays, the document, e^G and
+    columns: [B / rows, H / heads, chunks, 64, n], updates by states: strengths, sums G of log-decays, the document, e^G and
       e^{G_C - G}.
-    rows: [B / rows, H / heads, chunks, m, 128], pairs by the tokens of both: strengths, G, and the document; in a last row
+    rows: [B / rows, H / heads, chunks, m, 128], pairs by the updates of both: strengths, G, and the document; in a last row
       e^{G_C}, one number per state.
   """
   decay = jnp.zeros(shape, jnp.float32) if log_decay is None else jnp.maximum(log_decay.astype(jnp.float32), MIN_LOG_DECAY)
   total = jnp.cumsum(_by_state(step, decay), axis=-1)
   end = total[..., -1:]
   entering, leaving, keep = jnp.exp(total), jnp.exp(end - total), jnp.exp(end)
-  both = [] if strength is None else [_by_state(step, strength.astype(jnp.float32))]
-  if not step.by_channel:
-    both.append(total)
+  both = [] if step.by_channel else [total]
   if docs is not None:
     index = _by_state(step, jnp.broadcast_to(docs.index[..., None], shape).astype(jnp.float32))
     last = index[..., -1:]
@@ -168,6 +196,9 @@ def prepare(
     entering, leaving = jnp.where(index == entry, entering, 0), jnp.where(index == last, leaving, 0)
     keep = jnp.where(entry == last, keep, 0)
     both.append(index)
+  *both, entering, leaving = (step.of_updates(x, axis=x.ndim - 1) for x in (*both, entering, leaving))
+  if strengths:
+    both.insert(0, step.of_updates(*(_by_state(step, x.astype(jnp.float32)) for x in strengths), axis=total.ndim - 1))
   columns = jnp.concatenate([*both, entering, leaving], axis=-2).swapaxes(-1, -2)
   first, second = map(np.array, zip(*step.pairs, strict=True))
   rows = [jnp.concatenate([x[..., first, :], x[..., second, :]], axis=-1) for x in both]
@@ -176,28 +207,28 @@ def prepare(
 
 
 def _by_state(step: Step, x: jax.Array) -> jax.Array:
-  """[B, T, H] to [B / rows, H / heads, chunks, states, 64]."""
+  """[B, T, H] to [B / rows, H / heads, chunks, states, tokens]."""
   batch, tokens, heads = x.shape
-  x = x.reshape(batch // step.rows, step.rows, tokens // CHUNK, CHUNK, heads // step.heads, step.heads)
+  x = x.reshape(batch // step.rows, step.rows, tokens // step.tokens, step.tokens, heads // step.heads, step.heads)
   x = x.transpose(0, 4, 2, 1, 5, 3)
-  return x.reshape(*x.shape[:3], -1, CHUNK)
+  return x.reshape(*x.shape[:3], -1, step.tokens)
 
 
 def _by_token(step: Step, x: jax.Array) -> jax.Array:
   """The inverse of `_by_state`."""
-  x = x.reshape(*x.shape[:3], step.rows, step.heads, CHUNK).transpose(0, 3, 2, 5, 1, 4)
-  return x.reshape(x.shape[0] * step.rows, x.shape[2] * CHUNK, -1)
+  x = x.reshape(*x.shape[:3], step.rows, step.heads, step.tokens).transpose(0, 3, 2, 5, 1, 4)
+  return x.reshape(x.shape[0] * step.rows, x.shape[2] * step.tokens, -1)
 
 
-def gate_gradients(step: Step, columns: jax.Array, rows: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+def gate_gradients(step: Step, columns: jax.Array, rows: jax.Array) -> tuple[list[jax.Array], jax.Array]:
   """The gradients of strengths and log-decays, [B, T, H], from their parts.
 
   Args:
     step: static arguments.
-    columns: [B / rows, H / heads, chunks, 64, n], tokens by states: of strengths, of sums of log-decays, and what all later
+    columns: [B / rows, H / heads, chunks, 64, n], updates by states: of strengths, of sums of log-decays, and what all later
       log-decays of the chunk get from a token.
-    rows: [B / rows, H / heads, chunks, m, 128], pairs by the tokens of both: of strengths, and of sums of log-decays; in a last
-      row what all log-decays of the chunk get, one number per state.
+    rows: [B / rows, H / heads, chunks, m, 128], pairs by the updates of both: of strengths, and of sums of log-decays; in a
+      last row what all log-decays of the chunk get, one number per state.
   """
   states, pairs = len(step.states), len(step.pairs)
 
@@ -208,18 +239,19 @@ def gate_gradients(step: Step, columns: jax.Array, rows: jax.Array) -> tuple[jax
     return rows[..., i * pairs : (i + 1) * pairs, :].reshape(*rows.shape[:3], -1, CHUNK)[..., :states, :]
 
   i = int(step.erases)
-  strength = by_column(0) + by_row(0) if step.erases else None
-  later = jnp.flip(jnp.cumsum(jnp.flip(by_column(i) + by_row(i), -1), axis=-1), -1)
+  strengths = strength_gradients(step, columns[..., :states], rows[..., :pairs, :]) if step.erases else []
+  total, write = (sum(step.of_tokens(x, axis=x.ndim - 1)) for x in (by_column(i) + by_row(i), by_column(i + 1)))
+  later = jnp.flip(jnp.cumsum(jnp.flip(total, -1), axis=-1), -1)
   # A token writes after its own decay. Sums of earlier tokens instead of differences: those would cancel if decays are strong.
-  earlier = jnp.pad(jnp.cumsum(by_column(i + 1), axis=-1)[..., :-1], ((0, 0),) * 4 + ((1, 0),))
-  log_decay = later + earlier + rows[..., -1, :states, None]
-  return None if strength is None else _by_token(step, strength), _by_token(step, log_decay)
+  earlier = jnp.pad(jnp.cumsum(write, axis=-1)[..., :-1], ((0, 0),) * 4 + ((1, 0),))
+  return strengths, _by_token(step, later + earlier + rows[..., -1, :states, None])
 
 
-def strength_gradients(step: Step, columns: jax.Array, rows: jax.Array) -> jax.Array:
-  """The gradients of strengths, [B, T, H], from their parts: tokens by states, and pairs by the tokens of both."""
+def strength_gradients(step: Step, columns: jax.Array, rows: jax.Array) -> list[jax.Array]:
+  """The gradients of every update's strengths, [B, T, H], from parts: updates by states, and pairs by the updates of both."""
   by_row = rows.reshape(*rows.shape[:3], -1, CHUNK)[..., : len(step.states), :]
-  return _by_token(step, columns.swapaxes(-1, -2) + by_row)
+  total = columns.swapaxes(-1, -2) + by_row
+  return [_by_token(step, x) for x in step.of_tokens(total, axis=total.ndim - 1)]
 
 
 class Chunk:
@@ -230,14 +262,14 @@ class Chunk:
     keep: e^{G_C}, [1, 128].
   """
 
-  def __init__(self, step: Step, q_ref: Any, k_ref: Any, columns_ref: Any, rows_ref: Any, mask_ref: Any):
+  def __init__(self, step: Step, q_ref: Any, k_refs: Sequence[Any], columns_ref: Any, rows_ref: Any, mask_ref: Any):
     self.step, self.mask_ref = step, mask_ref
     states, pairs = len(step.states), len(step.pairs)
     columns, names = columns_ref[0, 0, 0], [*step.gates, "entering", "leaving"]
     self.columns = {name: columns[:, i * states : (i + 1) * states] for i, name in enumerate(names)}
     self.rows = {name: rows_ref[0, 0, 0, i * pairs : (i + 1) * pairs] for i, name in enumerate(step.gates)}
     self.keep = rows_ref[0, 0, 0, rows_ref.shape[3] - 1 :]
-    keys, queries = ({at: head(ref, step.key_dim, *at) for at in step.keys} for ref in (k_ref, q_ref))
+    keys, queries = ({at: head(step, refs, step.key_dim, *at) for at in step.keys} for refs in (k_refs, [q_ref]))
     self.keys, self.queries = [keys[at] for at in step.keys], [queries[at] for at in step.keys]
 
   def column(self, name: str, i: int, width: int) -> jax.Array:
@@ -263,15 +295,22 @@ class Chunk:
     return [[x[i] for i in pair] for pair in self.step.pairs]
 
 
-def head(ref: Any, dim: int, row: int, h: int) -> jax.Array:
-  """Head h of a row of tokens [rows, 64, heads * dim]."""
-  return ref[row, :, h * dim : (h + 1) * dim]
+def head(step: Step, refs: Sequence[Any], dim: int, row: int, h: int) -> jax.Array:
+  """Head h of a row of the last updates, each [rows, tokens, heads * dim], as one of the chunk's updates, [64, dim].
+
+  Earlier updates are zero.
+  """
+  xs = [ref[row, :, h * dim : (h + 1) * dim] for ref in refs]
+  if step.updates == 1:
+    return xs[0]
+  wide = [x.astype(jnp.float32) for x in xs]
+  return step.of_updates(*[jnp.zeros_like(wide[0])] * (step.updates - len(xs)), *wide).astype(xs[0].dtype)
 
 
-
-def put(ref: Any, row: int, h: int, x: jax.Array) -> None:
-  """Writes x [64, dim] as head h of a row of tokens [rows, 64, heads * dim]."""
-  ref[row, :, h * x.shape[1] : (h + 1) * x.shape[1]] = x.astype(ref.dtype)
+def put(step: Step, refs: Sequence[Any], row: int, h: int, x: jax.Array) -> None:
+  """Writes the last updates of x [64, dim] as head h of a row, the inverse of `head`."""
+  for ref, part in zip(refs, step.of_tokens(x)[step.updates - len(refs) :], strict=True):
+    ref[row, :, h * x.shape[1] : (h + 1) * x.shape[1]] = part.astype(ref.dtype)
 
 
 def start(step: Step, initial_ref: Any, state_ref: Any, states_ref: tuple[Any, ...] = ()) -> None:

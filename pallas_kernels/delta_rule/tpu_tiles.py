@@ -17,6 +17,8 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 CHUNK, HALF, BASE, LANES = 64, 32, 16, 128
+# Of two updates per token, those of so many tokens lie together.
+GROUP = 8
 # Kernels shift and mask: a division of integers asks for the chip at hand, also when compiling for another.
 _LOG_HALF, _LOG_BASE = 5, 4
 MASKED = -1e4  # e^-10000 is 0
@@ -25,18 +27,22 @@ BY_ROWS = ((1,), (1,))  # x y^T
 BY_TOKENS = ((0,), (0,))  # x^T y
 
 
-def masks() -> tuple[np.ndarray, np.ndarray]:
-  """Constants of the kernels.
+def order(updates: int) -> np.ndarray:
+  """The place of each of a chunk's updates in their order, of so many per token, [64]."""
+  return np.arange(CHUNK).reshape(-1, GROUP, updates).swapaxes(1, 2).reshape(-1)
+
+
+def masks(updates: int = 1) -> tuple[np.ndarray, np.ndarray]:
+  """Constants of the kernels, for so many updates per token.
 
   Returns:
-    [4, 64, 128], for two matrices side by side: what is added to log-decays, 0 up to the diagonal; 1 strictly below it; and
-      both for transposed matrices.
+    [5, 64, 128], for two matrices side by side: what is added to log-decays, 0 up to the diagonal; 1 strictly below it; both
+      for transposed matrices; and 1 for earlier tokens.
     [2, 128, 128]: 1 in diagonal blocks of 16; and in the blocks below those that are the first of two.
   """
-  i, j = np.indices((CHUNK, LANES))
-  j = j % CHUNK
+  i, j = order(updates)[np.indices((CHUNK, LANES)) % CHUNK]
   r, c = np.indices((LANES, LANES)) // BASE
-  of_tokens = [np.where(i >= j, 0, MASKED), i > j, np.where(i <= j, 0, MASKED), i < j]
+  of_tokens = [np.where(i >= j, 0, MASKED), i > j, np.where(i <= j, 0, MASKED), i < j, i // updates > j // updates]
   of_blocks = [r == c, (r == c + 1) & (c % 2 == 0)]
   return np.stack(of_tokens).astype(np.float32), np.stack(of_blocks).astype(np.float32)
 
@@ -145,11 +151,11 @@ def row_sums(x: jax.Array) -> jax.Array:
 
 
 def sums_of_tokens(x: jax.Array, later: bool = False) -> jax.Array:
-  """Sums of rows 0 to i of x [64, K], for every i, or if `later` of rows i to 63."""
-  row, width = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0), 1
-  while width < CHUNK:
-    there = row < CHUNK - width if later else row >= width
-    x = x + jnp.where(there, pltpu.roll(x, CHUNK - width if later else width, 0), 0)
+  """Sums of rows 0 to i of x [n, K], for every i, or if `later` of rows i to n - 1."""
+  n, row, width = len(x), jax.lax.broadcasted_iota(jnp.int32, x.shape, 0), 1
+  while width < n:
+    there = row < n - width if later else row >= width
+    x = x + jnp.where(there, pltpu.roll(x, n - width if later else width, 0), 0)
     width *= 2
   return x
 
@@ -160,7 +166,7 @@ def transposed(x: jax.Array) -> jax.Array:
   return jnp.concatenate([columns[i : i + n] for i in range(0, LANES, n)], axis=1)
 
 
-def inverses(matrices: Sequence[jax.Array], block_ref: Any) -> list[jax.Array]:
+def inverses(matrices: Sequence[jax.Array], block_ref: Any, updates: int = 1) -> list[jax.Array]:
   """(I + A)^-1 of the diagonal blocks of 32 of matrices [64, 128], four of them side by side, [32, 128].
 
   They grow by rows up to 16 tokens, and from 16 to 32 by [X, 0; -Y A X, Y] for inverses X and Y.
@@ -176,7 +182,7 @@ def inverses(matrices: Sequence[jax.Array], block_ref: Any) -> list[jax.Array]:
       out = jnp.where(block & per_head - 1 == i, rows[i + first], out)
     return out
 
-  diagonal = _by_rows(jnp.stack([gather(x, 0) for x in matrices]))
+  diagonal = _by_rows(jnp.stack([gather(x, 0) for x in matrices]), np.argsort(order(updates)[:BASE]))
   below = [gather(x, 1) for x in matrices]
   inner = _of_blocks(below, diagonal, block_ref[0])
   corner = _of_blocks(diagonal, inner, block_ref[1])
@@ -186,13 +192,13 @@ def inverses(matrices: Sequence[jax.Array], block_ref: Any) -> list[jax.Array]:
   ]
 
 
-def _by_rows(a: jax.Array) -> list[jax.Array]:
-  """(I + A)^-1 of strictly lower matrices [16, 16], eight side by side in each of a [n, 16, 128]: row by row."""
+def _by_rows(a: jax.Array, rows: np.ndarray) -> list[jax.Array]:
+  """(I + A)^-1 of matrices [16, 16], strictly lower in this order of rows, eight side by side in each of a [n, 16, 128]."""
   flat = a.reshape(-1, LANES)
   place = lane(flat.shape)
   identity = (lane(a.shape[1:]) & BASE - 1 == jax.lax.broadcasted_iota(jnp.int32, a.shape[1:], 0)).astype(jnp.float32)
   x = jnp.broadcast_to(identity, a.shape)
-  for j in range(BASE - 1):
+  for j in map(int, rows[:-1]):
     column = jnp.take_along_axis(flat, (place & -BASE) + j, axis=1).reshape(a.shape)
     x = x - column * x[:, j : j + 1]
   return list(x)
