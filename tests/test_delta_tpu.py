@@ -18,46 +18,56 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from memzoo.pallas_kernels import delta_rule as ops
 from memzoo.pallas_kernels.delta_rule import tpu, tpu_step
-from memzoo.pallas_kernels.delta_rule.terms import Plan, Update
+from memzoo.pallas_kernels.delta_rule.terms import Plan
 from memzoo.pallas_kernels.delta_rule.tpu_tiles import CHUNK
 from memzoo.pallas_kernels.documents import documents
 from memzoo.pallas_kernels.partition import split_over
-from test_delta_accuracy import CASES, GATED, KIMI, SEGMENTS, inputs, relative_error
+from test_delta_accuracy import CASES, ERASE, GATED, KIMI, PRODUCT, SEGMENTS, inputs, relative_error
 
 # The rounding of a bfloat16 array alone is 1.7e-3.
 LIMITS = {jnp.dtype(jnp.bfloat16): 2e-3, jnp.dtype(jnp.float32): 5e-4}
 
+NARROW = "q", "k", "v", "erase_key"
+OPERANDS = "q", "k", "v", "beta", "erase_key", "erase_strength"
+UPDATES = {
+  ops.linear_attention: ops._additive_update,
+  ops.delta_product: ops._delta_updates,
+  ops.erase_then_delta_rule: ops._erase_and_delta_updates,
+}
 
-@functools.partial(jax.jit, static_argnames="interpret")
-def kernels(args, segment_ids, weights, interpret=True):
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="interpret")
+def kernels(variant, args, segment_ids, weights, interpret=True):
   """Output, final state and the gradients by argument."""
   heads, key_dim = args["initial_state"].shape[1:3]
-  plan = Plan(lambda q, k, v, s: (q, [Update(k, s, v)]), heads, key_dim**-0.5, jnp.float32, CHUNK)
+  updates = UPDATES.get(variant.function, ops._delta_update)
+  plan = Plan(updates, heads, key_dim**-0.5, jnp.float32, CHUNK)
   docs = None if segment_ids is None else documents(segment_ids)
-  operands = tuple(args.get(name) for name in ("q", "k", "v", "beta"))
+  names = [name for name in OPERANDS if name in args]
+  operands = tuple(args[name] for name in names)
   decay = args.get("log_decay")
   if decay is not None and decay.ndim == 3:
     decay = decay[..., None]
   results, kept = tpu.forward(plan, docs, operands, decay, args["initial_state"], interpret=interpret)
   d_operands, d_decay, d_state = tpu.backward(plan, docs, operands, decay, kept, *weights, interpret=interpret)
-  gradients = dict(zip(("q", "k", "v", "beta"), d_operands, strict=True)) | {"initial_state": d_state}
+  gradients = dict(zip(names, d_operands, strict=True)) | {"initial_state": d_state}
   if decay is not None:
     gradients["log_decay"] = d_decay.reshape(args["log_decay"].shape)
   return dict(zip(("output", "state"), results, strict=True)), {name: gradients[name] for name in args}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def exact(function, args, segments, weights):
+def exact(variant, args, segments, weights):
   args, weights = jax.tree.map(lambda x: x.astype(jnp.float64), (args, weights))
-  results, pull_back = jax.vjp(lambda args: function(**args, segment_ids=segments, implementation="recurrent"), args)
+  results, pull_back = jax.vjp(lambda args: variant.function(**args, segment_ids=segments, implementation="recurrent"), args)
   return dict(zip(("output", "state"), results, strict=True)), pull_back(weights)[0]
 
 
-def errors(function, args, segments):
+def errors(variant, args, segments):
   """The relative error of every result and gradient, and its limit."""
   weights = cotangents(args)
-  found, by_found = kernels(args, segments, weights)
-  expected, by_expected = exact(function, args, segments, weights)
+  found, by_found = kernels(variant, args, segments, weights)
+  expected, by_expected = exact(variant, args, segments, weights)
   found |= {f"by {name}": x for name, x in by_found.items()}
   expected |= {f"by {name}": x for name, x in by_expected.items()}
   return {name: (relative_error(x, expected[name]), LIMITS[x.dtype]) for name, x in found.items()}
@@ -75,7 +85,7 @@ def of_case(variant, case):
   args = inputs(variant, case, jnp.bfloat16)
   if variant.decay == "channel":
     args["log_decay"] = jnp.maximum(args["log_decay"], BOUND)
-  return errors(variant.function, args, segments)
+  return errors(variant, args, segments)
 
 
 @pytest.mark.usefixtures("float64")
@@ -89,9 +99,19 @@ def test_errors_are_those_of_rounding_the_output(case):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.slow
 @pytest.mark.xdist_group("delta_tpu_channels")
-@pytest.mark.parametrize("case", ["random", "equal keys, strength 1.9", "decays -3 to -5", "documents"])
-def test_errors_by_channel_are_those_of_rounding_the_output(case):
-  assert not too_large(of_case(KIMI, case))
+@pytest.mark.parametrize(
+  ("variant", "case"),
+  [
+    *((KIMI, case) for case in ("random", "equal keys, strength 1.9", "decays -3 to -5", "documents")),
+    (ERASE, "equal keys, strength 1.9"),
+    (ERASE, "decays -3 to -5"),
+    (PRODUCT, "cosine 0.99, strength 1.9"),
+    (PRODUCT, "decays -8 to -16"),
+  ],
+  ids=str,
+)
+def test_errors_by_channel_and_with_two_updates_are_those_of_rounding_the_output(variant, case):
+  assert not too_large(of_case(variant, case))
 
 
 @pytest.mark.usefixtures("float64")
@@ -116,14 +136,16 @@ def test_at_the_bound_of_every_channel_only_gradients_by_decays_are_less_exact()
     (Variant(ops.linear_attention), 1, 2, 2, 64, False),
     (KIMI, 2, 1, 3, 70, True),
     (Variant(ops.linear_attention, "channel"), 1, 1, 2, 64, False),
+    (PRODUCT, 1, 1, 3, 35, True),
+    (ERASE, 2, 2, 2, 70, True),
   ],
   ids=str,
 )
 def test_any_number_of_rows_heads_and_tokens(variant, batch, key_heads, heads, tokens, packed):
   args = variant.inputs(tokens, dtype=jnp.float32, batch=batch, key_heads=key_heads, heads=heads, key_dim=16, value_dim=24)
-  args = {name: x.astype(jnp.bfloat16) if name in "qkv" else x for name, x in args.items()}
+  args = {name: x.astype(jnp.bfloat16) if name in NARROW else x for name, x in args.items()}
   ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (batch, tokens)), jnp.int32)
-  assert not too_large(errors(variant.function, args, ids if packed else None))
+  assert not too_large(errors(variant, args, ids if packed else None))
 
 
 @pytest.mark.usefixtures("float64")
@@ -134,7 +156,7 @@ def test_heads_of_one_key_in_several_steps(monkeypatch):
   monkeypatch.setattr(tpu_step, "STATES_BACKWARDS", 2)
   args = GATED.inputs(64, dtype=jnp.float32, batch=1, key_heads=1, heads=4, key_dim=128, value_dim=64)
   args = {name: x.astype(jnp.bfloat16) if name in "qkv" else x for name, x in args.items()}
-  assert not too_large(errors(GATED.function, args, None))
+  assert not too_large(errors(GATED, args, None))
 
 
 @pytest.mark.slow
@@ -143,8 +165,8 @@ def test_it_reads_nothing_that_was_not_written_and_the_copies_of_its_steps_do_no
   """Memories, copies between them and their order are simulated. Memory that nobody has written holds NaN."""
   args, segments = inputs(GATED, "documents", jnp.bfloat16), jnp.asarray(SEGMENTS)
   simulation = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
-  simulated = kernels(args, segments, cotangents(args), interpret=simulation)
-  assert jax.tree.all(jax.tree.map(np.array_equal, simulated, kernels(args, segments, cotangents(args))))
+  simulated = kernels(GATED, args, segments, cotangents(args), interpret=simulation)
+  assert jax.tree.all(jax.tree.map(np.array_equal, simulated, kernels(GATED, args, segments, cotangents(args))))
   assert not interpret_pallas_call.races.races_found
 
 
@@ -189,8 +211,8 @@ def test_the_operation_has_the_values_and_gradients_of_its_kernels():
 
   with pltpu.force_tpu_interpret_mode():
     found = jax.jit(run)(args, weights, segments)
-  jax.tree.map(np.testing.assert_array_equal, found, kernels(args, segments, weights))
-  mapped = jax.vmap(kernels)(*jax.tree.map(lambda x: x[:, None], (args, segments, weights)))
+  jax.tree.map(np.testing.assert_array_equal, found, kernels(GATED, args, segments, weights))
+  mapped = jax.vmap(functools.partial(kernels, GATED))(*jax.tree.map(lambda x: x[:, None], (args, segments, weights)))
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[:, 0], y), mapped, found)
 
 
@@ -214,8 +236,7 @@ def test_each_device_has_kernels_for_its_rows_and_heads_where_their_split_is_kno
 
 if __name__ == "__main__":
   jax.config.update("jax_enable_x64", True)
-  for variant in (GATED, KIMI):
+  for variant in (GATED, KIMI, PRODUCT, ERASE):
     for case in CASES:
-      found = of_case(variant, case)
       found = of_case(variant, case)
       print(f"{variant!s} {case:30s}", *(f"{name} {error:.1e} " for name, (error, _) in found.items()), flush=True)

@@ -135,13 +135,27 @@ def _arrange(plan: Plan, docs: Documents | None, operands: Any) -> tuple[jax.Arr
 
   Strengths of every update are [B, T, H], or there are none. It is linear in the operands.
   """
-  q, updates = plan.updates(*operands)
+  q, updates = plan.updates(*(_Parts(x) if x.ndim == 5 else x for x in operands))
   first = next(i for i, update in enumerate(updates) if update.value is not None)  # earlier ones only erase
   values = [jnp.zeros_like(updates[first].value) if x.value is None else x.value for x in updates[first:]]
   strengths = [update.strength for update in updates if update.strength is not None]
   tokens = q, [update.key for update in updates], values, strengths
   *tokens, strengths = jax.tree.map(partial(_tokens_only, docs, len(updates)), tokens)
   return *jax.tree.map(_joined, tokens), strengths
+
+
+class _Parts:
+  """An array x [B, T, r, H, n] whose updates x[:, :, m] are cut from [B, T, r * H * n], as projections make it.
+
+  A TPU would copy it to cut it along an axis of r.
+  """
+
+  def __init__(self, x: jax.Array):
+    self.shape, self._flat = x.shape, x.reshape(*x.shape[:2], -1)
+
+  def __getitem__(self, index: tuple[slice, slice, int]) -> jax.Array:
+    part = jnp.split(self._flat, self.shape[2], axis=-1)[index[2]]
+    return part.reshape(*self.shape[:2], *self.shape[3:])
 
 
 def _prepare(plan, docs, operands, strengths, log_decay, state, backwards=False):
