@@ -133,8 +133,7 @@ def objection(options: Options, inputs: Inputs) -> str | None:
     return "sizes are not known"
   if options.chunk_size is not None:
     return f"chunk_size={options.chunk_size} was asked for, and the kernels choose their own"
-  arithmetic = options.updates, options.dtype, options.precision, options.decay_bound
-  if why := tpu.objection(*arithmetic, inputs.operands, inputs.log_decay, inputs.state.shape):
+  if why := tpu.objection(options.updates, options.dtype, inputs.operands, inputs.state.shape):
     return why
   if is_split_by_xla(inputs, _specs(options)):
     return "XLA cannot split kernels over a mesh; `memzoo.split_over` tells how rows and heads are split, if they divide"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ..documents import Documents
-from ..numerics import FULL, Precision
+from ..numerics import FULL
 from ..sizes import pieces
 from . import tpu_backward, tpu_channels, tpu_channels_backward, tpu_forward, tpu_step
 from .chunked import Kept, append_tokens
@@ -22,8 +22,6 @@ from .terms import Plan, zero_padding
 from .tpu_tiles import CHUNK
 
 _WIDEST, _MOST_UPDATES = 256, 2
-# With decays by channel: half of 32 tokens of it is e^80, far from the largest float.
-MIN_CHANNEL_LOG_DECAY = -5.0
 
 
 def forward(
@@ -51,7 +49,7 @@ def forward(
   step, gates = _prepare(plan, docs, operands, strengths, log_decay, initial_state.shape)
   by_channel = {}
   if step.by_channel:
-    tokens.append(_decays(docs, step.updates, log_decay))
+    tokens.append(_decays(docs, step, log_decay))
     by_channel = {"kernel": tpu_channels.kernel, "name": "delta_rule_by_channel_forward"}
   out, state, *states = tpu_forward.call(step, tokens, *gates, initial_state, keep=keep, interpret=interpret, **by_channel)
   return (_tokens(out, operands[0].shape[1], plan.heads), state), Kept(*states, None, None) if keep else None
@@ -75,7 +73,7 @@ def backward(
   d_out = _joined(_whole_chunks(step.updates, d_out.astype(tokens[-1][-1].dtype)))
   by_channel = {}
   if step.by_channel:
-    tokens.append(_decays(docs, step.updates, log_decay))
+    tokens.append(_decays(docs, step, log_decay))
     by_channel = {"kernel": tpu_channels_backward.kernel, "name": "delta_rule_by_channel_backward"}
   found = tpu_backward.call(step, tokens, d_out, *gates, kept.states, d_final, interpret=interpret, **by_channel)
   if step.by_channel:
@@ -89,17 +87,14 @@ def backward(
   if log_decay is None:
     return d_operands, None, d_initial
   d_log_decay = d_log_decay[:, : log_decay.shape[1]].reshape(log_decay.shape).astype(log_decay.dtype)
-  counts = log_decay >= (MIN_CHANNEL_LOG_DECAY if step.by_channel else tpu_step.MIN_LOG_DECAY)
+  counts = log_decay >= step.min_log_decay
   return d_operands, jnp.where(counts if docs is None else counts & docs.is_token[..., None, None], d_log_decay, 0), d_initial
 
 
 def objection(
   updates: Callable[..., Any],
   dtype: jnp.dtype,
-  precision: Precision,
-  decay_bound: float | None,
   operands: tuple[jax.Array, ...],
-  log_decay: jax.Array | None,
   state: tuple[int, ...],
 ) -> str | None:
   """Why the kernels do not compute this, or `None`.
@@ -107,10 +102,7 @@ def objection(
   Args:
     updates: maps the operands to q and the updates of every token.
     dtype: of the arithmetic and of the state.
-    precision: of products with intermediates.
-    decay_bound: a lower bound of every log-decay, or `None`.
     operands: of the variant.
-    log_decay: `None` or [B, T, H, K or 1].
     state: shape of the state, (B, H, K, V).
   """
   if operands[0].dtype != jnp.bfloat16 or dtype != jnp.float32:
@@ -118,11 +110,6 @@ def objection(
   q, made = jax.eval_shape(updates, *operands)
   if len(made) > _MOST_UPDATES:
     return f"the kernels make at most {_MOST_UPDATES} updates per token, not {len(made)}"
-  if log_decay is not None and log_decay.shape[-1] > 1:
-    if decay_bound is None or decay_bound < MIN_CHANNEL_LOG_DECAY:
-      return f"with decays by channel the kernels need a decay_bound of at least {MIN_CHANNEL_LOG_DECAY}"
-    if precision is FULL:
-      return "with decays by channel the kernels' gradients by decays are not as exact as precision='highest' promises"
   if other := {x.dtype for update in made for x in (update.key, update.value) if x is not None} - {q.dtype}:
     return f"the kernels take q, k and v in {q.dtype}, and not {', '.join(map(str, other))}"
   if max(state[2:]) > _WIDEST:
@@ -163,7 +150,9 @@ def _prepare(plan, docs, operands, strengths, log_decay, state, backwards=False)
   q, updates = jax.eval_shape(plan.updates, *operands)
   by_channel = log_decay is not None and log_decay.shape[-1] > 1
   states = tpu_step.STATES_BACKWARDS if backwards else tpu_step.STATES
-  others = plan.scale, docs is not None, bool(strengths), by_channel, len(updates)
+  # Only near the bound, products that are made for it are less exact than others.
+  bounded = plan.decay_bound is not None and plan.decay_bound >= tpu_step.MIN_BOUNDED and plan.precision is not FULL
+  others = plan.scale, docs is not None, bool(strengths), by_channel, bounded, len(updates)
   step = tpu_step.largest(states, q.shape[0], q.shape[2], state, *others)
   decay = None if log_decay is None or by_channel else _tokens_only(docs, step.updates, log_decay[..., 0])
   shape = q.shape[0], pieces(q.shape[1], step.tokens) * step.tokens, state[1]
@@ -171,9 +160,9 @@ def _prepare(plan, docs, operands, strengths, log_decay, state, backwards=False)
   return step, tpu_step.prepare(step, shape, docs, strengths, decay)
 
 
-def _decays(docs: Documents | None, updates: int, log_decay: jax.Array) -> jax.Array:
+def _decays(docs: Documents | None, step: tpu_step.Step, log_decay: jax.Array) -> jax.Array:
   """Decays of channels, [B, T, H * K], of whole chunks."""
-  return _joined(_tokens_only(docs, updates, jnp.maximum(log_decay.astype(jnp.float32), MIN_CHANNEL_LOG_DECAY)))
+  return _joined(_tokens_only(docs, step.updates, jnp.maximum(log_decay.astype(jnp.float32), step.min_log_decay)))
 
 
 def _tokens_only(docs: Documents | None, updates: int, x: jax.Array) -> jax.Array:

@@ -5,8 +5,8 @@ with keys, U = s U', and X = [dA; dP] below the diagonal, the diagonal of dP apa
 
     dU = scale P^T dO + (K e^{G_C - G}) dS'    (I + A s)^T dR = s dU    dA = -dR U'^T s    dP = scale dO U^T
 
-Products with decays between two tokens are split like those of the forward pass: by rows e^{G - M} (X (K e^{M - G})), and by
-columns e^{M - G} (X^T ([K; Q] e^{G - M})). A sum G gets q dQ + k dK by rows and loses k dK by columns; not by the diagonal.
+`tpu_decays.py` takes X back to keys and queries, by rows and by columns. A sum G gets q dQ + k dK by rows and loses k dK by
+columns; not by the diagonal.
 """
 
 import itertools
@@ -16,23 +16,20 @@ import jax
 import jax.numpy as jnp
 
 from .tpu_backward import solve
-from .tpu_channels import Scaled
+from .tpu_decays import scaled_tokens
 from .tpu_step import Chunk, Step, head, put, start
 from .tpu_tiles import (
   BY_ROWS,
-  BY_TOKENS,
   CHUNK,
   HALF,
-  beside,
   by_parts,
   grams,
-  in_one_pass,
+  of_token_before,
   parts,
   row_sums,
   sums_of_tokens,
   three,
   transposed,
-  two,
   two_of_exact,
 )
 
@@ -60,7 +57,7 @@ def kernel(
   """One chunk of all states of a step. The cotangent of the state stays in the block of that of the initial state."""
   start(step, d_final_ref, d_state_ref)
   chunk = Chunk(step, q_ref, k_refs, columns_ref, rows_ref, mask_ref)
-  scaled = Scaled(chunk, decay_ref)
+  scaled = scaled_tokens(chunk, decay_ref)
   states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))
   wide, above = step.value_dim, CHUNK if step.erases else 0
   keys, queries = scaled.keys, scaled.queries
@@ -78,8 +75,7 @@ def kernel(
   by_state = [three(parts(k * scaled.leaving(i)), parts(d_after(i))) for i, k in enumerate(keys)]
   d_added = [step.scale * scores[i // 2](i % 2, d_outs[i]) + by_state[i] for i in everyone]
   if step.erases:
-    only_keys = [tuple(x[:CHUNK] for x in each) for each in scaled.first]
-    reads = [three(x, parts(f * before(i))) for i, (x, f) in enumerate(zip(only_keys, scaled.at_read, strict=True))]
+    reads = [scaled.read(i, before(i), only_keys=True) for i in everyone]
     if step.documents:
       reads = [chunk.column("entering", i, wide) * read for i, read in enumerate(reads)]
     rest = [v.astype(jnp.float32) - read for v, read in zip(values, reads, strict=True)]
@@ -105,27 +101,8 @@ def kernel(
 
   def finish(i):
     """The cotangents of state i and its tokens. It stops where it waits for products, so that several states go in step."""
-    (b, h), x, side, ys = states[i], joined[i // 2], i % 2, scaled.columns[i]
-    rest = jnp.concatenate([x[n + HALF : n + CHUNK] for n in range(0, len(x), CHUNK)])
-    early, late = in_one_pass(x)(2 * side, ys[:HALF]), in_one_pass(rest)(2 * side + 1, ys[HALF:])
-    turned = [transposed(x[n : n + CHUNK]) for n in range(0, len(x), CHUNK)]
-    yield
-    by_rows = []
-    for n in range(len(x) // CHUNK):
-      whole = scaled.early[i] * early[n * CHUNK : (n + 1) * CHUNK]
-      by_rows.append(jnp.concatenate([whole[:HALF], whole[HALF:] + scaled.late[i] * late[n * HALF : (n + 1) * HALF]]))
-    zeros = jnp.zeros_like(scaled.late[i]).astype(jnp.bfloat16)
-    of_late = [jnp.concatenate([y for n in range(0, len(x), HALF) for y in (zeros, x[n : n + HALF])]) for x in scaled.second[i]]
-    if step.erases:
-      columns = parts(beside(*turned)[side])
-      early = three(tuple(x[:HALF] for x in columns), scaled.first[i])
-      late = three(tuple(x[HALF:] for x in columns), of_late)
-    else:
-      times = two(turned[0])
-      early, late = (times(side, sum(x.astype(jnp.float32) for x in y)) for y in (scaled.first[i], of_late))
-      early, late = early[:HALF], late[HALF:]
-    yield
-    by_columns = scaled.inverse[i] * jnp.concatenate([early, late])
+    b, h = states[i]
+    by_rows, by_columns = yield from scaled.pull_back(i, joined[i // 2])
     entering, keep = scaled.entering(i), scaled.keep(i)
     read = by_parts(d_outs[i], before(i), BY_ROWS)
     write = three(parts(written[i]), parts(d_after(i)), BY_ROWS)
@@ -140,10 +117,10 @@ def kernel(
       by_row = by_rows[0] - entering * erase
       grows, d_key = grows + keys[i] * by_row, d_key + by_row
       by_read = jnp.concatenate([-d_rest[i], by_read])
-    # A token writes after its own decay. Sums of earlier tokens, not differences, which would cancel if decays are strong.
+    # A token writes after its own decay. Sums without it, not less it, which would cancel if decays are strong.
     writes = keys[i] * write
     grows, writes = (sum(step.of_tokens(x)) for x in (grows - keys[i] * by_columns, writes))
-    later, earlier = sums_of_tokens(grows, later=True), sums_of_tokens(writes) - writes
+    later, earlier = sums_of_tokens(grows, later=True), sums_of_tokens(of_token_before(writes))
     end = jnp.broadcast_to(keep * row_sums(before(i) * d_after(i)), (step.key_dim, 8)).T[:1]
     yield
     d_decay_ref[b, :, h * step.key_dim : (h + 1) * step.key_dim] = later + earlier + end
@@ -153,10 +130,10 @@ def kernel(
     sums[key] = [x + y for x, y in zip(sums[key], of_key, strict=True)] if key in sums else of_key
     if step.documents:
       by_read = jnp.concatenate([chunk.column("entering", i, wide)] * (1 + step.erases)) * by_read
-    change = three(scaled.first[i], parts(by_read), BY_TOKENS)
+    change = scaled.write_back(i, by_read)
     put(step, d_v_refs, b, h, (d_rest if step.erases else d_added)[i])
     yield
-    d_state_ref[b, h] = keep * d_after(i) + scaled.at_read[i] * change
+    d_state_ref[b, h] = keep * d_after(i) + change
     if key not in step.keys[i + 1 :]:
       for refs, total in zip(([d_q_ref], d_k_refs), sums[key], strict=True):
         put(step, [ref.at[0] for ref in refs], *key, total)

@@ -19,6 +19,8 @@ from .tpu_tiles import CHUNK, GROUP, LANES, MASKED, is_left
 STATES, STATES_BACKWARDS = 16, 8
 # e^-104 is 0 in float32. Sums of 64 such log-decays are still exact to 5e-4.
 MIN_LOG_DECAY = -104.0
+# With decays by channel: half of 32 tokens of the one, and of 7 tokens of the other, are far from the largest float.
+MIN_BOUNDED, MIN_BY_CHANNEL = -5.0, -20.0
 
 
 class Step(NamedTuple):
@@ -32,6 +34,7 @@ class Step(NamedTuple):
     documents: whether there are boundaries of documents.
     erases: whether updates have strengths.
     by_channel: whether every channel has a decay of its own.
+    bounded: whether these are at least `MIN_BOUNDED`.
     updates: updates of a token, 1 or 2.
   """
 
@@ -45,12 +48,18 @@ class Step(NamedTuple):
   documents: bool
   erases: bool
   by_channel: bool = False
+  bounded: bool = False
   updates: int = 1
 
   @property
   def tokens(self) -> int:
     """Tokens of a chunk."""
     return CHUNK // self.updates
+
+  @property
+  def min_log_decay(self) -> float:
+    """Smaller log-decays are like this one."""
+    return (MIN_BOUNDED if self.bounded else MIN_BY_CHANNEL) if self.by_channel else MIN_LOG_DECAY
 
   @property
   def states(self) -> list[tuple[int, int]]:

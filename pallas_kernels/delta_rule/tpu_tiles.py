@@ -79,13 +79,13 @@ def lane(shape: tuple[int, ...]) -> jax.Array:
   return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-def is_left() -> jax.Array:
-  """Which elements of [64, 128] belong to the left matrix."""
-  return lane((CHUNK, LANES)) < CHUNK
+def is_left(n: int = CHUNK) -> jax.Array:
+  """Which elements of [n, 128] belong to the left matrix."""
+  return lane((n, LANES)) < CHUNK
 
 
 def swapped(x: jax.Array) -> jax.Array:
-  """The right matrix of x [64, 128] on the left, and the left one on the right."""
+  """The right matrix of x [n, 128] on the left, and the left one on the right."""
   return pltpu.roll(x, CHUNK, 1)
 
 
@@ -98,8 +98,8 @@ def grams(xs: Sequence[jax.Array], ys: Sequence[jax.Array], shared: bool = False
 
 
 def two(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
-  """The function from a side and y [64, V] to the product of the left (0) or right (1) half of x [64, 128] with y."""
-  left, low = is_left(), parts(x)[1]
+  """The function from a side and y [64, V] to the product of the left (0) or right (1) half of x [n, 128] with y."""
+  left, low = is_left(len(x)), parts(x)[1]
   other = swapped(x)
   twice = [jnp.where(left, a, b).astype(jnp.bfloat16) for a, b in ((x, other), (other, x))]
 
@@ -148,6 +148,11 @@ def beside(x: jax.Array, y: jax.Array) -> list[jax.Array]:
 def row_sums(x: jax.Array) -> jax.Array:
   """Sums of rows, [n, 1]."""
   return jnp.sum(x, axis=1, keepdims=True)
+
+
+def of_token_before(x: jax.Array) -> jax.Array:
+  """Row i - 1 of x [n, K] in row i, and zeros in row 0."""
+  return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == 0, 0, pltpu.roll(x, 1, 0))
 
 
 def sums_of_tokens(x: jax.Array, later: bool = False) -> jax.Array:
