@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from ..documents import Documents
-from ..numerics import FULL
 from ..sizes import pieces
 from . import tpu_backward, tpu_channels, tpu_channels_backward, tpu_forward, tpu_step
 from .chunked import Kept, append_tokens
@@ -150,9 +149,8 @@ def _prepare(plan, docs, operands, strengths, log_decay, state, backwards=False)
   q, updates = jax.eval_shape(plan.updates, *operands)
   by_channel = log_decay is not None and log_decay.shape[-1] > 1
   states = tpu_step.STATES_BACKWARDS if backwards else tpu_step.STATES
-  # Only near the bound, products that are made for it are less exact than others.
-  bounded = plan.decay_bound is not None and plan.decay_bound >= tpu_step.MIN_BOUNDED and plan.precision is not FULL
-  others = plan.scale, docs is not None, bool(strengths), by_channel, bounded, len(updates)
+  span = tpu_step.longest_span(plan.decay_bound)
+  others = plan.scale, docs is not None, bool(strengths), by_channel, span, len(updates)
   step = tpu_step.largest(states, q.shape[0], q.shape[2], state, *others)
   decay = None if log_decay is None or by_channel else _tokens_only(docs, step.updates, log_decay[..., 0])
   shape = q.shape[0], pieces(q.shape[1], step.tokens) * step.tokens, state[1]

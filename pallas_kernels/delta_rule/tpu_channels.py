@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .tpu_decays import scaled_tokens
+from .tpu_decays import Scaled
 from .tpu_forward import solver
 from .tpu_step import Chunk, Step, head, put, start
 from .tpu_tiles import BY_TOKENS, CHUNK, dot, parts, two
@@ -31,7 +31,7 @@ def kernel(
   """One chunk of all states of a step."""
   start(step, initial_ref, state_ref, states_ref)
   chunk = Chunk(step, q_ref, k_refs, columns_ref, rows_ref, mask_ref)
-  scaled = scaled_tokens(chunk, decay_ref)
+  scaled = Scaled(chunk, decay_ref)
   states, everyone, above = step.states, range(len(step.states)), CHUNK if step.erases else 0
   products = scaled.products()
   scores = [two(scaled.seen(x[above:], p, False)) for p, x in enumerate(products)]

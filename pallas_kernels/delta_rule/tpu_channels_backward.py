@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from .tpu_backward import solve
-from .tpu_decays import scaled_tokens
+from .tpu_decays import Scaled
 from .tpu_step import Chunk, Step, head, put, start
 from .tpu_tiles import (
   BY_ROWS,
@@ -57,7 +57,7 @@ def kernel(
   """One chunk of all states of a step. The cotangent of the state stays in the block of that of the initial state."""
   start(step, d_final_ref, d_state_ref)
   chunk = Chunk(step, q_ref, k_refs, columns_ref, rows_ref, mask_ref)
-  scaled = scaled_tokens(chunk, decay_ref)
+  scaled = Scaled(chunk, decay_ref)
   states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))
   wide, above = step.value_dim, CHUNK if step.erases else 0
   keys, queries = scaled.keys, scaled.queries

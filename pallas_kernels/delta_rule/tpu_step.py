@@ -19,8 +19,8 @@ from .tpu_tiles import CHUNK, GROUP, LANES, MASKED, is_left
 STATES, STATES_BACKWARDS = 16, 8
 # e^-104 is 0 in float32. Sums of 64 such log-decays are still exact to 5e-4.
 MIN_LOG_DECAY = -104.0
-# With decays by channel: half of 32 tokens of the one, and of 7 tokens of the other, are far from the largest float.
-MIN_BOUNDED, MIN_BY_CHANNEL = -5.0, -20.0
+# The largest exponent of a factor of a decay by channel. e^80 is far from the largest float.
+_MAX_EXPONENT = 80.0
 
 
 class Step(NamedTuple):
@@ -34,7 +34,7 @@ class Step(NamedTuple):
     documents: whether there are boundaries of documents.
     erases: whether updates have strengths.
     by_channel: whether every channel has a decay of its own.
-    bounded: whether these are at least `MIN_BOUNDED`.
+    span: tokens of the spans that have an M in their middle, a power of two from 8 to 32; see `tpu_decays.py`.
     updates: updates of a token, 1 or 2.
   """
 
@@ -48,7 +48,7 @@ class Step(NamedTuple):
   documents: bool
   erases: bool
   by_channel: bool = False
-  bounded: bool = False
+  span: int = 8
   updates: int = 1
 
   @property
@@ -59,7 +59,7 @@ class Step(NamedTuple):
   @property
   def min_log_decay(self) -> float:
     """Smaller log-decays are like this one."""
-    return (MIN_BOUNDED if self.bounded else MIN_BY_CHANNEL) if self.by_channel else MIN_LOG_DECAY
+    return -2 * _MAX_EXPONENT / self.span if self.by_channel else MIN_LOG_DECAY
 
   @property
   def states(self) -> list[tuple[int, int]]:
@@ -173,6 +173,11 @@ def largest(states: int, batch: int, key_heads: int, state: tuple[int, ...], *ot
   in_step = next((n for n in range(min(heads, states), 0, -1) if fits(n)), heads)
   rows = next(n for n in range(max(1, states // in_step), 0, -1) if batch % n == 0)
   return Step(rows, in_step, min(per_key, in_step), max(1, per_key // in_step), key_dim, value_dim, *others)
+
+
+def longest_span(decay_bound: float | None) -> int:
+  """The most tokens whose decays by channel do not leave the range of floats, as `Step.span`. Without a bound it is 8."""
+  return next((n for n in (32, 16) if decay_bound is not None and n * -decay_bound <= 2 * _MAX_EXPONENT), 8)
 
 
 def prepare(
