@@ -2,8 +2,8 @@
 
 Both go through a sequence in chunks of 64 updates, one chunk of up to sixteen heads in a step of their grid, whose states, or
 their cotangents, stay in fast memory from step to step. All heads of a step go through each stage together: one head alone is a
-chain of products that wait for each other. Activations are bfloat16; products with float32 operands take three passes
-(`tpu_tiles.py`), so errors are about those of rounding the results.
+chain of products that wait for each other. With bfloat16 activations products of float32 operands take three passes
+(`tpu_tiles.py`), so errors are about those of rounding the results; with float32 activations as many as full precision takes.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def forward(
   Args:
     plan: static arguments; those of the arithmetic are not used.
     docs: document boundaries and padding; `None` for one document without padding.
-    operands: of the variant, bfloat16 arrays [B, T, ...], and strengths if updates have any.
+    operands: of the variant, bfloat16 or float32 arrays [B, T, ...], and strengths if updates have any.
     log_decay: `None` or [B, T, H, K or 1].
     initial_state: float32 [B, H, K, V].
     keep: whether to return what the gradient needs.
@@ -104,8 +104,8 @@ def objection(
     operands: of the variant.
     state: shape of the state, (B, H, K, V).
   """
-  if operands[0].dtype != jnp.bfloat16 or dtype != jnp.float32:
-    return f"the kernels take bfloat16 and compute in float32, not {operands[0].dtype} in {jnp.dtype(dtype)}"
+  if operands[0].dtype not in (jnp.bfloat16, jnp.float32) or dtype != jnp.float32:
+    return f"the kernels take bfloat16 or float32 and compute in float32, not {operands[0].dtype} in {jnp.dtype(dtype)}"
   q, made = jax.eval_shape(updates, *operands)
   if len(made) > _MOST_UPDATES:
     return f"the kernels make at most {_MOST_UPDATES} updates per token, not {len(made)}"
@@ -148,9 +148,10 @@ def _prepare(plan, docs, operands, strengths, log_decay, state, backwards=False)
   """The step, and the gates that the kernels need."""
   q, updates = jax.eval_shape(plan.updates, *operands)
   by_channel = log_decay is not None and log_decay.shape[-1] > 1
-  states = tpu_step.STATES_BACKWARDS if backwards else tpu_step.STATES
+  full = q.dtype == jnp.float32
+  states = (tpu_step.STATES_BACKWARDS if backwards else tpu_step.STATES) // (1 + full)
   span = tpu_step.longest_span(plan.decay_bound)
-  others = plan.scale, docs is not None, bool(strengths), by_channel, span, len(updates)
+  others = plan.scale, docs is not None, bool(strengths), by_channel, span, len(updates), full
   step = tpu_step.largest(states, q.shape[0], q.shape[2], state, *others)
   decay = None if log_decay is None or by_channel else _tokens_only(docs, step.updates, log_decay[..., 0])
   shape = q.shape[0], pieces(q.shape[1], step.tokens) * step.tokens, state[1]

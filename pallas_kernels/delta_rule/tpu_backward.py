@@ -32,6 +32,7 @@ from .tpu_tiles import (
   LANES,
   beside,
   by_parts,
+  by_tokens,
   dot,
   grams,
   in_one_pass,
@@ -86,7 +87,7 @@ def call(
   d_gates = d_gates if step.erases or not decays else []
   key_places, value_places = [blocks.keys] * len(ks), [blocks.values] * len(vs)
   d_q, d_ks, *others = pl.pallas_call(
-    partial(kernel or _kernel, step),
+    step.kernel(kernel or _kernel),
     grid=blocks.grid,
     in_specs=[
       *(blocks.keys, key_places, value_places, *[blocks.decays] * len(decays), blocks.values),
@@ -210,9 +211,7 @@ def _kernel(
     by_read = [jnp.concatenate([-e * d, r]) for r, e, d in zip(by_read, entering, d_rest, strict=True)]
     changes = [by_parts(x, r, BY_TOKENS) for x, r in zip(both, by_read, strict=True)]
   else:
-    changes = [
-      dot(jnp.concatenate([q, q]), jnp.concatenate(parts(r)), BY_TOKENS) for q, r in zip(queries, by_read, strict=True)
-    ]
+    changes = [by_tokens(q, r) for q, r in zip(queries, by_read, strict=True)]
   for refs, gradients in (([d_q_ref], d_queries), (d_k_refs, d_keys)):
     for b, h in dict.fromkeys(step.keys):
       total = sum(d for d, at in zip(gradients, step.keys, strict=True) if at == (b, h))
@@ -257,7 +256,7 @@ def solve(
     block_ref: masks of blocks.
     rest: R, [64, V].
     d_added: dU.
-    d_outs: dO, in bfloat16.
+    d_outs: dO, as activations.
   """
   everyone, step = range(len(rest)), chunk.step
   made = inverses(erased, block_ref, step.updates)
@@ -273,15 +272,15 @@ def solve(
   first = [backwards[i // 2](i % 2 * 2, first[i]) for i in everyone]
   d_rest = [jnp.concatenate(halves) for halves in zip(first, second, strict=True)]
 
-  # [dR; dO] U'^T, with the high and the low half of U'.
-  d_parts, a_parts = [parts(x) for x in d_rest], [parts(x) for x in added]
-  left_of = [jnp.concatenate([*d, o]) for d, o in zip(d_parts, d_outs, strict=True)]
-  right_of = [jnp.concatenate([d[0], o]) for d, o in zip(d_parts, d_outs, strict=True)]
-  by_high = [grams(x, y) for x, y in zip(chunk.pairs(left_of), chunk.pairs([a[0] for a in a_parts]), strict=True)]
-  by_low = [grams(x, y) for x, y in zip(chunk.pairs(right_of), chunk.pairs([a[1] for a in a_parts]), strict=True)]
-  d_lower = [x[:CHUNK] + x[CHUNK : 2 * CHUNK] + y[:CHUNK] for x, y in zip(by_high, by_low, strict=True)]
-  d_scores = [
-    step.scale * chunk.row("strength", p) * (x[2 * CHUNK :] + y[CHUNK:])
-    for p, (x, y) in enumerate(zip(by_high, by_low, strict=True))
-  ]
+  # [dR; dO] U'^T, part by part of U': all parts of dR with the first one, and the first one with the others.
+  d_parts, a_parts = [parts(x) for x in d_rest], [[*x] for x in zip(*map(parts, added), strict=True)]
+  products = []
+  for n, a in enumerate(a_parts):
+    rows = [jnp.concatenate([*d[: len(d) - n], o]) for d, o in zip(d_parts, d_outs, strict=True)]
+    products.append([grams(x, y) for x, y in zip(chunk.pairs(rows), chunk.pairs(a), strict=True)])
+  d_lower, d_scores = [], []
+  for p, found in enumerate(zip(*products, strict=True)):
+    blocks = [[x[n : n + CHUNK] for n in range(0, len(x), CHUNK)] for x in found]
+    d_lower.append(sum(block for x in blocks for block in x[:-1]))
+    d_scores.append(step.scale * chunk.row("strength", p) * sum(x[-1] for x in blocks))
   return Solved(added, d_rest, d_parts, d_lower, d_scores)

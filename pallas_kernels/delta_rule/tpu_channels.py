@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .tpu_decays import Scaled
 from .tpu_forward import solver
 from .tpu_step import Chunk, Step, head, put, start
-from .tpu_tiles import BY_TOKENS, CHUNK, dot, parts, two
+from .tpu_tiles import CHUNK, by_tokens, two
 
 
 def kernel(
@@ -46,8 +46,7 @@ def kernel(
   outs = [scores[i // 2](i % 2, added[i]) for i in everyone]
 
   for i, (b, h) in enumerate(states):
-    (key, key_low), (high, low) = parts(scaled.keys[i] * scaled.leaving(i)), parts(added[i])
-    change = dot(jnp.concatenate([key] * 2), jnp.concatenate([high, low]), BY_TOKENS) + dot(key_low, high, BY_TOKENS)
+    change = by_tokens(scaled.keys[i] * scaled.leaving(i), added[i])
     out = step.scale * (reads[i][above:] + outs[i])
     put(step, [out_ref], b, h, out)
     state_ref[b, h] = scaled.keep(i) * state_ref[b, h] + change

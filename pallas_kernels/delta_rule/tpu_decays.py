@@ -23,6 +23,7 @@ from .tpu_tiles import (
   HALF,
   LANES,
   dot,
+  grams,
   in_one_pass,
   is_left,
   lane,
@@ -214,6 +215,8 @@ def _square_rows(x: jax.Array) -> jax.Array:
 
 def _grams(xs: list, ys: list) -> jax.Array:
   """x y^T of two pairs x [n, K], y [64, K] in parts, side by side, [n, 128]."""
+  if len(xs[0]) == 1:
+    return grams(*([x for (x,) in both] for both in (xs, ys)))
   (x, x_low), (other, other_low) = xs
   (y, y_low), (beside, beside_low) = ys
   left = is_left(len(x))

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import varying_shape
 from .tpu_step import Blocks, Chunk, Step, head, put, start, whole
-from .tpu_tiles import BY_TOKENS, CHUNK, HALF, by_parts, dot, grams, in_one_pass, inverses, masks, parts, two, two_of_exact
+from .tpu_tiles import CHUNK, HALF, by_parts, by_tokens, grams, in_one_pass, inverses, masks, two, two_of_exact
 
 
 def call(
@@ -60,7 +60,7 @@ def call(
   places = blocks.keys, [blocks.keys] * len(ks), [blocks.values] * len(vs), blocks.decays
   gates = map(blocks.gates, (columns, rows))
   return pl.pallas_call(
-    partial(kernel or _kernel, step),
+    step.kernel(kernel or _kernel),
     grid=blocks.grid,
     in_specs=[*places[: len(tokens)], *gates, *map(whole, constants), blocks.state],
     out_specs=[blocks.values, blocks.state, blocks.states][: 2 + len(kept)],
@@ -115,8 +115,7 @@ def _kernel(
     added = [v.astype(jnp.float32) for v in values]
     outs = [scores[i // 2](i % 2, values[i]) for i in everyone]
 
-  written = [parts(chunk.column("leaving", i, step.value_dim) * added[i]) for i in everyone]
-  changes = [dot(jnp.concatenate([chunk.keys[i]] * 2), jnp.concatenate(written[i]), BY_TOKENS) for i in everyone]
+  changes = [by_tokens(chunk.keys[i], chunk.column("leaving", i, step.value_dim) * added[i]) for i in everyone]
   for i, (b, h) in enumerate(states):
     out = step.scale * (entering[i] * reads[i][above:] + outs[i])
     put(step, [out_ref], b, h, out)

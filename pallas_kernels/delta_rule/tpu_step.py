@@ -4,7 +4,8 @@ A chunk has 64 updates. Of two updates per token, those of eight tokens lie toge
 ones, so that whole registers are moved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from ..documents import Documents
-from .tpu_tiles import CHUNK, GROUP, LANES, MASKED, is_left
+from .tpu_tiles import CHUNK, GROUP, LANES, MASKED, full_precision, is_left
 
 # States of a step with heads of 128 channels. Backwards, what sixteen store in between would not fit into a v4's 16 MiB.
 STATES, STATES_BACKWARDS = 16, 8
@@ -36,6 +37,7 @@ class Step(NamedTuple):
     by_channel: whether every channel has a decay of its own.
     span: tokens of the spans that have an M in their middle, a power of two from 8 to 32; see `tpu_decays.py`.
     updates: updates of a token, 1 or 2.
+    full: whether activations are float32, and multiplied at full precision.
   """
 
   rows: int
@@ -50,6 +52,11 @@ class Step(NamedTuple):
   by_channel: bool = False
   span: int = 8
   updates: int = 1
+  full: bool = False
+
+  def kernel(self, function: Callable[..., None]) -> Callable[..., None]:
+    """The kernel of a function of the step and references."""
+    return (full_precision if self.full else lambda kernel: kernel)(partial(function, self))
 
   @property
   def tokens(self) -> int:

@@ -1,14 +1,17 @@
 """Products of the tiles of a chunk, in the kernels for TPUs.
 
 Operands are bfloat16. A float32 matrix is given as two parts, its rounding and the rest, and a product of two such matrices
-takes three passes, as `numerics.SPLIT` says. Chunks have 64 tokens; the matrix unit is 128 wide and 128 deep, so
+takes three passes, as `numerics.SPLIT` says. Chunks have 64 updates; the matrix unit is 128 wide and 128 deep, so
 
 - two matrices [64, 64] lie side by side in [64, 128];
-- a product over 64 tokens leaves half of the depth free, which takes a second part: [P P] [U_high; U_low] = P U in one pass;
-- a product over 32 tokens has room for three: `in_one_pass`.
+- a product over 64 updates leaves half of the depth free, which takes a second part: [P P] [U_high; U_low] = P U in one pass;
+- a product over 32 updates has room for three: `in_one_pass`.
+
+In `full_precision` all operands are float32, with one part, and XLA splits them into as many as that takes.
 """
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -47,30 +50,56 @@ def masks(updates: int = 1) -> tuple[np.ndarray, np.ndarray]:
   return np.stack(of_tokens).astype(np.float32), np.stack(of_blocks).astype(np.float32)
 
 
+_FULL: ContextVar[bool] = ContextVar("full", default=False)
+
+# The rounding of a float32 matrix to bfloat16 and the rest, or at full precision the matrix.
+Parts = tuple[jax.Array, ...]
+
+
+def full_precision(kernel: Callable[..., None]) -> Callable[..., None]:
+  """A kernel that multiplies float32 operands at full precision."""
+
+  def run(*refs):
+    token = _FULL.set(True)
+    try:
+      kernel(*refs)
+    finally:
+      _FULL.reset(token)
+
+  return run
+
+
 def dot(x: jax.Array, y: jax.Array, contract: tuple = ((1,), (0,))) -> jax.Array:
-  """A product of bfloat16 operands in one pass, in float32."""
-  return jax.lax.dot_general(x, y, (contract, ((), ())), preferred_element_type=jnp.float32)
+  """A product of bfloat16 operands in one pass, or of float32 operands at full precision, in float32."""
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """x as bfloat16, and the rest."""
+def parts(x: jax.Array) -> Parts:
+  """The parts of a float32 matrix."""
+  if _FULL.get():
+    return (x,)
   high = x.astype(jnp.bfloat16)
   return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def by_parts(x: jax.Array, y: jax.Array, contract: tuple = ((1,), (0,))) -> jax.Array:
-  """A product of a bfloat16 operand x with a float32 operand y."""
+  """A product of an activation x with a float32 matrix y."""
   return sum(dot(x, part, contract) for part in parts(y))
 
 
-def three_passes(x: tuple[jax.Array, jax.Array], y: tuple[jax.Array, jax.Array]) -> jax.Array:
+def three_passes(x: Parts, y: Parts) -> jax.Array:
   """x y^T of two matrices in parts."""
+  if _FULL.get():
+    return dot(*x, *y, BY_ROWS)
   n, by_high = len(x[0]), dot(jnp.concatenate(x), y[0], BY_ROWS)
   return by_high[:n] + by_high[n:] + dot(x[0], y[1], BY_ROWS)
 
 
-def three(x: tuple[jax.Array, jax.Array], y: tuple[jax.Array, jax.Array], contract: tuple = ((1,), (0,))) -> jax.Array:
+def three(x: Parts, y: Parts, contract: tuple = ((1,), (0,))) -> jax.Array:
   """A product of two matrices in parts, in three passes."""
+  if _FULL.get():
+    return dot(*x, *y, contract)
   return dot(x[0], y[0], contract) + dot(x[1], y[0], contract) + dot(x[0], y[1], contract)
 
 
@@ -97,9 +126,22 @@ def grams(xs: Sequence[jax.Array], ys: Sequence[jax.Array], shared: bool = False
   return dot(xs[0], jnp.concatenate([ys[0], zeros]), BY_ROWS) + dot(xs[1], jnp.concatenate([zeros, ys[1]]), BY_ROWS)
 
 
+def by_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
+  """x^T y of x [64, K], an activation or float32, and a float32 matrix y [64, V]. The parts of y take one pass."""
+  if _FULL.get():
+    return dot(x, y, BY_TOKENS)
+  x, high = (parts(x) if x.dtype == jnp.float32 else (x,)), parts(y)
+  both = dot(jnp.concatenate([x[0]] * 2), jnp.concatenate(high), BY_TOKENS)
+  return sum((dot(low, high[0], BY_TOKENS) for low in x[1:]), start=both)
+
+
 def two(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
   """The function from a side and y [64, V] to the product of the left (0) or right (1) half of x [n, 128] with y."""
-  left, low = is_left(len(x)), parts(x)[1]
+  left = is_left(len(x))
+  if _FULL.get():
+    halves = jnp.where(left, x, 0), jnp.where(left, 0, x)
+    return lambda side, y: dot(halves[side], jnp.concatenate([y, y]))
+  low = parts(x)[1]
   other = swapped(x)
   twice = [jnp.where(left, a, b).astype(jnp.bfloat16) for a, b in ((x, other), (other, x))]
 
@@ -113,7 +155,9 @@ def two(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
 
 
 def two_of_exact(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
-  """The same for y in bfloat16: the high half of a side in its place, and its low half in place of the other side."""
+  """The same for an activation y: the high half of a side in its place, and its low half in place of the other side."""
+  if _FULL.get():
+    return two(x)
   left, high = is_left(), x.astype(jnp.bfloat16).astype(jnp.float32)
   low = swapped(x - high)
   halves = [jnp.where(left, a, b).astype(jnp.bfloat16) for a, b in ((high, low), (low, high))]
@@ -127,6 +171,8 @@ def in_one_pass(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
   after that; the right operand has the high half of y twice, then its low half.
   """
   block = lane(x.shape) >> _LOG_HALF
+  if _FULL.get():
+    return lambda b, y: dot(jnp.where(block == b, x, 0), jnp.concatenate([y] * 4))
   high = x.astype(jnp.bfloat16).astype(jnp.float32)
   low, again = pltpu.roll(x - high, HALF, 1), pltpu.roll(high, 2 * HALF, 1)
 
@@ -214,8 +260,10 @@ def _of_blocks(xs: Sequence[jax.Array], ys: Sequence[jax.Array], mask: jax.Array
 
   def spread(y):
     # Masked in float32: on packed bfloat16 it goes through memory.
-    return (jnp.concatenate([y.astype(jnp.float32)] * (LANES // BASE)) * mask).astype(jnp.bfloat16)
+    return (jnp.concatenate([y.astype(jnp.float32)] * (LANES // BASE)) * mask).astype(y.dtype)
 
+  if _FULL.get():
+    return [dot(x, spread(y)) for x, y in zip(xs, ys, strict=True)]
   x_parts = [parts(x) for x in xs]
   y_parts = [tuple(map(spread, parts(y))) for y in ys]
   by_high = [dot(jnp.concatenate(x), high) for x, (high, _) in zip(x_parts, y_parts, strict=True)]
