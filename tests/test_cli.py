@@ -72,6 +72,7 @@ def test_a_misspelt_field_prints_one_line_and_no_traceback(memzoo):
     (["bench", "--tpu", "v5"], "chip is 'v5'; expected one of v4, v5e"),
     (["bench", "--tpu", "v5e", "--gpu"], "expected one of them"),
     (["bench", "--batch", "1", "--batch", "8"], "--batch was given 2 times; expected once"),
+    (["compile", "quickstart", "--mesh", "4x1x1", "--generate", "6"], "--generate is 6, which does not divide over 4 devices"),
     (["compile", "quickstart", "--mesh", "4x1"], "--mesh is '4x1'; expected sizes for data, fsdp, tensor"),
     (["compile", "quickstart", "--topology", "v5:2x2"], "--topology is 'v5:2x2'; expected one of v4, v5e"),
     (["compare", "mqarr", "--layers", "DeltaNet"], "there is no config 'mqarr'"),
@@ -221,6 +222,10 @@ def test_a_training_step_is_compiled_for_a_tpu_topology(memzoo):
   assert out.startswith("1x4x1 on v5e:2x2: ")
   assert " of 15.8 GiB on each chip" in out
   assert any(row.split()[:4] == ["1x4x1", "the", "rest", "all-gather"] for row in out.splitlines())
+  status, out, err = memzoo(*step, "--mesh", "4x1x1", "--generate", "8")
+  assert status == 0, err
+  assert out.startswith("4x1x1 on v5e:2x2, a token of 8 sequences: ")
+  assert "none" in out  # nobody waits for others
   large = ["--set=TextData.batch_size=8192", "--set=TextData.sequence_length=65536"]
   status, out, err = memzoo(*step, *large, "--mesh", "4x1x1")
   assert (status, err) == (1, "")

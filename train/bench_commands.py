@@ -20,7 +20,7 @@ from .bench_report import draw, tables
 from .files import write_record, write_text
 from .gpu_steps import step_tasks
 from .tpu_report import estimate_line, estimates_table, kernels_table, step_line, traffic_table
-from .tpu_step import compile_step, mesh_shape
+from .tpu_step import compile_generation, compile_step, mesh_shape
 
 
 def time_here(
@@ -67,14 +67,22 @@ def measure_gpu(folder: Path, operations: Sequence[str], minutes: float, tiny: b
   print(f"Wrote {path}.")
 
 
-def compile_steps(console: Console, experiment: Any, topology: str, meshes: Sequence[str]) -> bool:
-  """Compiles an experiment's training step for each mesh, by default its own. Returns whether all of them fit."""
+def compile_steps(
+  console: Console, experiment: Any, topology: str, meshes: Sequence[str], sequences: int | None = None
+) -> bool:
+  """Compiles an experiment's training step, or a step of generation for so many sequences, for each mesh, by default its own.
+
+  Returns whether all of them fit.
+  """
   shapes = [mesh_shape(text) for text in meshes] or [experiment.mesh]
   found = []
   for shape in shapes:
     try:
       with console.status(f"Compiling for {shape}"):
-        found.append(compile_step(experiment, topology, shape))
+        if sequences is None:
+          found.append(compile_step(experiment, topology, shape))
+        else:
+          found.append(compile_generation(experiment, topology, shape, sequences))
       print(step_line(found[-1]), flush=True)
     except DoesNotFit as problem:
       print(f"{shape} on {topology} does not fit: {problem}.", flush=True)

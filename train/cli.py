@@ -488,23 +488,30 @@ def compile_(
     list[str] | None,
     typer.Option(metavar="DxFxT", help="Devices along data, fsdp and tensor; repeatable.", show_default="MeshShape"),
   ] = None,
+  generate: Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Compile a step that makes a token of N sequences instead.")
+  ] = None,
   overrides: _Set = None,
 ) -> None:
   """Compile a config's training step for a TPU topology, without a TPU: does it fit, and what do the chips send each other?
 
   It shows the memory on each chip, FLOPs, and collectives by kind and origin. The exit status is 1 if a mesh does not fit.
 
+  With --generate: the step of generation, and the time that a chip's memory needs to give parameters and states once.
+
   Large models take minutes, fewer with LanguageModel.scan=True.
 
   [bold]memzoo compile models/gated_delta_net_130m --topology v5e:4x4 --mesh 16x1x1 --mesh 1x16x1[/bold]
 
   [bold]memzoo compile models/gated_delta_net_130m --topology v5e:4x4 --mesh 4x2x2 --set LanguageModel.scan=True[/bold]
+
+  [bold]memzoo compile models/gated_delta_net_130m --topology v5e:2x2 --mesh 4x1x1 --generate 64[/bold]
   """
   _start_on_cpu()
   from .bench_commands import compile_steps
   from .config import build
 
-  if not compile_steps(_console(), build(config, overrides or ()), topology, mesh or ()):
+  if not compile_steps(_console(), build(config, overrides or ()), topology, mesh or (), generate):
     raise typer.Exit(1)
 
 

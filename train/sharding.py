@@ -76,16 +76,16 @@ def split_operations(mesh: Mesh) -> ContextDecorator:
   return split_over(mesh, rows=BATCH[0], heads="tensor")
 
 
-def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh, batch_size: int, name: str = "TextData.batch_size") -> NamedSharding:
   """The sharding of a batch's arrays: rows over `data` and `fsdp`.
 
   Raises:
-    ValueError: if `batch_size` does not divide over these axes.
+    ValueError: if `batch_size` does not divide over these axes; the text calls it by its name.
   """
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % shares:
     raise ValueError(
-      f"TextData.batch_size is {batch_size}, which does not divide over {shares} devices (data {mesh.shape['data']} x "
+      f"{name} is {batch_size}, which does not divide over {shares} devices (data {mesh.shape['data']} x "
       f"fsdp {mesh.shape['fsdp']}); expected a multiple of {shares}, or a smaller MeshShape.data."
     )
   return NamedSharding(mesh, BATCH)

@@ -68,11 +68,14 @@ def _cells(found: Estimate | None) -> tuple[str, str, str]:
 def step_line(found: StepCost) -> str:
   """One line about one compiled step: memory, work and time."""
   cost, kernels = found.cost, found.cost.custom_calls["tpu_custom_call"]
+  parts = (*found.held.items(), ("temporaries", cost.temporary_bytes))
+  what = "" if found.sequences is None else f", a token of {found.sequences} sequences"
+  floor = "" if found.sequences is None else f", at least {milliseconds(found.floor_seconds)} ms to read parameters and states"
   return (
-    f"{_mesh(found)} on {found.topology}: {binary(cost.peak_bytes)} of {binary(found.memory_bytes)} on each chip "
-    f"({binary(found.state_bytes)} state, {binary(cost.temporary_bytes)} temporaries), {thousands(cost.flops, 'FLOPs')} in "
+    f"{_mesh(found)} on {found.topology}{what}: {binary(cost.peak_bytes)} of {binary(found.memory_bytes)} on each chip "
+    f"({', '.join(f'{binary(size)} {name}' for name, size in parts)}), {thousands(cost.flops, 'FLOPs')} in "
     f"matrix products, {milliseconds(cost.seconds)} ms of arithmetic by the compiler's estimate"
-    f"{f', both without {kernels} calls of kernels' if kernels else ''}; compiled in "
+    f"{f', both without {kernels} calls of kernels' if kernels else ''}{floor}; compiled in "
     f"{found.compile_seconds:.0f} s"
   )
 
