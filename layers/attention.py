@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from ..pallas_kernels.dispatch import Forms, by_platform
 from ..pallas_kernels.documents import Documents, documents, positions, undivided
 from ..pallas_kernels.numerics import accumulator, einsum
 from ..pallas_kernels.partition import HEADS, ROWS, partitioned
@@ -241,10 +242,23 @@ class Attention(MemoryLayer):
     """Returns a cache after the tokens `new`: the last `slots` tokens of the last document, whose length is `length`."""
     kept = _in_last_document(docs) & (position >= length[:, None] - self.slots)
     slot = jnp.where(kept, position % self.slots, self.slots)  # out of bounds, and therefore dropped
-    # An index for each head, though all are equal: XLA on a CPU does a write of one slice twice, each in a copy of the cache.
-    slots = jnp.broadcast_to(slot[:, None], (*cache.shape[:2], slot.shape[1]))
-    write = jax.vmap(jax.vmap(lambda cache, slot, new: cache.at[slot].set(new, mode="drop")))
-    return write(cache, slots, new.swapaxes(1, 2).astype(cache.dtype))
+    # XLA for a TPU writes a token where a cache lies in an order of axes that suits nothing else, and copies it there and back.
+    one = _write_by_selection if new.shape[1] == 1 else None
+    forms = Forms(_write_slots, _write_slots, tpu=one)
+    return by_platform(forms, cache, slot, new.swapaxes(1, 2).astype(cache.dtype))
+
+
+def _write_slots(cache: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
+  """The cache [B, H, slots, d] with new [B, H, T, d] in slots [B, T]."""
+  # An index for each head, though all are equal: XLA on a CPU does a write of one slice twice, each in a copy of the cache.
+  slots = jnp.broadcast_to(slot[:, None], (*cache.shape[:2], slot.shape[1]))
+  return jax.vmap(jax.vmap(lambda cache, slot, new: cache.at[slot].set(new, mode="drop")))(cache, slots, new)
+
+
+def _write_by_selection(cache: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
+  """The same for one token. It is fused with what reads the cache."""
+  here = jnp.arange(cache.shape[2], dtype=slot.dtype)[None] == slot
+  return jnp.where(here[:, None, :, None], new, cache)
 
 
 def _locate(tokens: int, segment_ids: jax.Array | None, length: jax.Array) -> tuple[Documents, jax.Array, jax.Array]:

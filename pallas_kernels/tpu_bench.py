@@ -46,7 +46,7 @@ class Estimate:
   """What one operation costs on one chip, in one direction.
 
   Attributes:
-    operation, chip, direction, implementation: as in `estimates`.
+    operation, chip, direction, implementation, dtype: as in `estimates`.
     shape: shape of the inputs.
     kernels: those of the program.
     ns: nanoseconds per token-head, with kernels at the nominal clock; `None` if the program does not fit.
@@ -70,6 +70,7 @@ class Estimate:
   passes: dict[int, int]
   custom_calls: dict[str, int]
   compile_seconds: float
+  dtype: str
   problem: str = ""
 
 
@@ -79,8 +80,9 @@ def estimates(
   shapes: Sequence[Shape] = SHAPES,
   directions: Sequence[str] = DIRECTIONS,
   implementations: Sequence[str] = (XLA, KERNELS),
+  dtype: str = "bfloat16",
 ) -> Iterator[Estimate]:
-  """Estimates, one after another as they are compiled, with bfloat16 activations.
+  """Estimates, one after another as they are compiled.
 
   Args:
     operations: keys of `OPERATIONS` or `VARIANTS`; `ON_ACCELERATORS` by default.
@@ -88,6 +90,7 @@ def estimates(
     shapes: shapes of the inputs.
     directions: "forward", "gradient" (which includes what it needs of the forward pass), or both.
     implementations: `XLA`, or `KERNELS` where there are some, or both.
+    dtype: of activations, "bfloat16" or "float32".
 
   Raises:
     ValueError: for an unknown operation or chip.
@@ -104,41 +107,46 @@ def estimates(
       for shape in shapes:
         for direction in directions:
           for implementation in implementations:
-            steps = {} if implementation == XLA else _grids(name, shape, direction)
+            steps = {} if implementation == XLA else _grids(name, shape, direction, dtype)
             if implementation == XLA or steps:
-              yield _estimate(name, chip, shape, direction, implementation, steps)
+              yield _estimate(name, chip, shape, direction, implementation, dtype, steps)
 
 
-def _estimate(name: str, chip: str, shape: Shape, direction: str, implementation: str, steps: dict[str, int]) -> Estimate:
+def _estimate(
+  name: str, chip: str, shape: Shape, direction: str, implementation: str, dtype: str, steps: dict[str, int]
+) -> Estimate:
   each = 1e9 / shape.token_heads
-  least = least_work(name, direction, *_inputs(name, shape))
+  least = least_work(name, direction, *_inputs(name, shape, dtype))
   roofline = each * least.seconds(CHIPS[chip].flops, CHIPS[chip].bandwidth)
   began = time.perf_counter()
   try:
     if implementation == XLA:
-      cost, kernels = _compile(name, direction, chip, shape), []
+      cost, kernels = _compile(name, direction, chip, shape, dtype), []
     else:
-      cost, kernels = _compile_elsewhere(name, direction, chip, shape, steps)
+      cost, kernels = _compile_elsewhere(name, direction, chip, shape, dtype, steps)
   except DoesNotFit as problem:
     seconds = time.perf_counter() - began
-    return Estimate(name, chip, direction, implementation, shape, [], None, roofline, 0, {}, {}, seconds, str(problem))
+    return Estimate(name, chip, direction, implementation, shape, [], None, roofline, 0, {}, {}, seconds, dtype, str(problem))
   cycles = cost.pop("cycles") + shape.token_heads * sum(kernel.bundles for kernel in kernels)
   ns, seconds = each * cycles / CHIPS[chip].clock, time.perf_counter() - began
-  return Estimate(name, chip, direction, implementation, shape, kernels, ns, roofline, **cost, compile_seconds=seconds)
+  common = {"compile_seconds": seconds, "dtype": dtype}
+  return Estimate(name, chip, direction, implementation, shape, kernels, ns, roofline, **cost, **common)
 
 
-def _inputs(name: str, shape: Shape) -> tuple[jax.ShapeDtypeStruct, ...]:
-  return jax.eval_shape(lambda: make_inputs(name, shape, dtype=jnp.bfloat16))
+def _inputs(name: str, shape: Shape, dtype: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+  return jax.eval_shape(lambda: make_inputs(name, shape, dtype=jnp.dtype(dtype)))
 
 
-def _grids(name: str, shape: Shape, direction: str) -> dict[str, int]:
+def _grids(name: str, shape: Shape, direction: str, dtype: str) -> dict[str, int]:
   """The kernels of the program for a TPU, and the steps of their grids."""
-  return dict(tpu_schedule.grids(jax.make_jaxpr(function(name, direction, KERNELS))(*_inputs(name, shape)).jaxpr))
+  return dict(tpu_schedule.grids(jax.make_jaxpr(function(name, direction, KERNELS))(*_inputs(name, shape, dtype)).jaxpr))
 
 
-def _compile(name: str, direction: str, chip: str, shape: Shape, implementation: str = XLA) -> dict[str, Any]:
+def _compile(
+  name: str, direction: str, chip: str, shape: Shape, dtype: str, implementation: str = XLA
+) -> dict[str, Any]:
   """What the compiler says of a program, by the names of `Estimate`; and cycles, without those of kernels."""
-  call, inputs = function(name, direction, implementation), _inputs(name, shape)
+  call, inputs = function(name, direction, implementation), _inputs(name, shape, dtype)
   if implementation != XLA:
     call, inputs = flat(call, inputs)
   cost = measure(call, *inputs, chip=chip)
@@ -154,10 +162,10 @@ def _compile(name: str, direction: str, chip: str, shape: Shape, implementation:
 
 
 def _compile_elsewhere(
-  name: str, direction: str, chip: str, shape: Shape, steps: dict[str, int]
+  name: str, direction: str, chip: str, shape: Shape, dtype: str, steps: dict[str, int]
 ) -> tuple[dict[str, Any], list[Kernel]]:
   """The same of a program with kernels, and these. Another process compiles it."""
-  arguments = name, direction, chip, json.dumps(astuple(shape))
+  arguments = name, direction, chip, json.dumps(astuple(shape)), dtype
   printed, schedules = tpu_schedule.run([sys.executable, "-m", f"{__package__}.tpu_bench", *arguments])
   cost = json.loads(printed.splitlines()[-1])
   if "problem" in cost:
@@ -166,10 +174,10 @@ def _compile_elsewhere(
   return cost, [Kernel(x.name, steps[x.name] * x.bundles / shape.token_heads, x.vmem_bytes, x.slots) for x in own]
 
 
-def _main(name: str, direction: str, chip: str, shape: str) -> None:
+def _main(name: str, direction: str, chip: str, shape: str, dtype: str) -> None:
   """The process of `_compile_elsewhere`."""
   try:
-    print(json.dumps(_compile(name, direction, chip, Shape(*json.loads(shape)), KERNELS)))
+    print(json.dumps(_compile(name, direction, chip, Shape(*json.loads(shape)), dtype, KERNELS)))
   except DoesNotFit as problem:
     print(json.dumps({"problem": str(problem)}))
 

@@ -188,14 +188,16 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def flat(call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> tuple[Callable[..., Any], list]:
-  """A call of activations whose heads are not yet apart, [B, T, heads * width], as projections make them; and such inputs.
+  """A call of tokens whose heads are not yet apart, [B, T, heads * width], as projections make them; and such inputs.
 
   A TPU keeps inputs and results with heads apart in tiles of heads by channels, which suit XLA.
   Kernels take tiles of tokens by channels: a program with them would begin and end with copies.
   """
 
+  tokens = inputs[0].shape[:2]
+
   def joined(x):
-    return (*x.shape[:2], math.prod(x.shape[2:])) if x.dtype == jnp.bfloat16 else x.shape
+    return (*tokens, math.prod(x.shape[2:])) if x.shape[:2] == tokens and x.ndim > 3 else x.shape
 
   def run(*arguments):
     results = call(*(x.reshape(like.shape) for x, like in zip(arguments, inputs, strict=True)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from memzoo.layers.attention import Attention, reference_attention, softmax_attention
+from memzoo.layers.attention import Attention, _write_by_selection, _write_slots, reference_attention, softmax_attention
 from memzoo.layers.local_linear_attention import LocalLinearAttention, Parallax
 from tolerances import assert_close, assert_finite
 
@@ -288,3 +288,12 @@ def test_rows_without_visible_tokens_have_finite_gradients():
 def test_mistakes_are_named(fields, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(layer(jnp.float32, **fields).init, jax.random.key(0), inputs(3, jnp.float32))
+
+
+def test_a_write_by_selection_is_a_write_of_one_token():
+  """As in programs for TPUs. A token of padding has a slot that does not exist."""
+  cache, new = jnp.arange(2.0 * 3 * 5 * 4).reshape(2, 3, 5, 4), -jnp.ones((2, 3, 1, 4))
+  slot = jnp.array([[3], [5]], jnp.int32)
+  found = _write_by_selection(cache, slot, new)
+  np.testing.assert_array_equal(found, _write_slots(cache, slot, new))
+  assert int((found == -1).sum()) == 3 * 4

@@ -43,11 +43,12 @@ def estimate(
   chips: Sequence[str],
   shapes: Sequence[Shape],
   directions: Sequence[str],
+  dtype: str,
 ) -> None:
   """Estimates what operations cost on TPUs, and writes `tpu.json` after each."""
   path, found = folder / "tpu.json", []
   with Live(console=console, transient=True) if console.is_terminal else nullcontext() as live:
-    for each in estimates(operations, chips, shapes, directions):
+    for each in estimates(operations, chips, shapes, directions, dtype=dtype):
       found.append(each)
       write_text(path, json.dumps({"jax": jax.__version__, "estimates": [asdict(row) for row in found]}, indent=2) + "\n")
       if live:

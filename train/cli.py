@@ -423,6 +423,9 @@ def bench(
       metavar="CHIP,...", help="Estimate costs on TPUs instead, without one: v4, v5e, v5p, v6e, tpu7x.", rich_help_panel=_OTHER
     ),
   ] = None,
+  float32: Annotated[
+    bool, typer.Option("--float32", help="With --tpu: float32 activations, instead of bfloat16.", rich_help_panel=_OTHER)
+  ] = False,
   gpu: Annotated[bool, typer.Option("--gpu", help="Check and time all on a GPU instead.", rich_help_panel=_OTHER)] = False,
   minutes: Annotated[float, typer.Option(help="With --gpu: skip what would take longer.", rich_help_panel=_OTHER)] = 8.0,
   tiny: Annotated[
@@ -472,7 +475,7 @@ def bench(
   names, directions = operations or (), DIRECTIONS[:1] if forward else DIRECTIONS
   if tpu:
     shapes = [Shape(each, length or 4096, heads or 16, width, width) for each in batch or (1, 8)]
-    estimate(_console(), out, names, tpu.split(","), shapes, directions)
+    estimate(_console(), out, names, tpu.split(","), shapes, directions, "float32" if float32 else "bfloat16")
   elif gpu:
     measure_gpu(out, names, minutes, tiny)
   else:

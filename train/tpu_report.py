@@ -25,7 +25,7 @@ def estimates_table(found: Sequence[Estimate]) -> Table:
     rows[each.operation + _with_kernels(each), each.chip, each.shape.batch][each.direction] = each
   shape = found[0].shape
   shown = table(
-    f"Estimated ns per token and head: {shape.length:,} tokens, {shape.heads} heads of {shape.key_dim}, bfloat16",
+    f"Estimated ns per token and head: {shape.length:,} tokens, {shape.heads} heads of {shape.key_dim}, {found[0].dtype}",
     ("operation", "chip", "batch", "forward", "roofline", "temporaries", "gradient", "roofline", "temporaries", "compile s"),
     words=2,
   )
