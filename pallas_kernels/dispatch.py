@@ -4,6 +4,8 @@ No environment variable changes the choice, and there is no silent fallback.
 """
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from .partition import varying_alike
+
+
+class Kernels(Enum):
+  """Which programs use kernels."""
+
+  NEVER, ON_TPU, ALWAYS = "never", "on a TPU", "always"
 
 
 class Choice(NamedTuple):
@@ -61,6 +69,49 @@ def choose_by_length(operation: str, requested: str, tokens: int, **kernels: str
       "recurrent": None if single else "one dependent step per token: the oracle, and the default for decoding",
     },
   )
+
+
+# For `explain`: what calls choose on each platform.
+_CHOICES: ContextVar[list[Callable[[str], Choice]] | None] = ContextVar("choices", default=None)
+
+
+def choose_kernels(operation: str, requested: str, tokens: int, objection: str | None) -> tuple[str, Kernels]:
+  """What `choose_by_length` picks where there are kernels for TPUs, "pallas"; and which programs use these.
+
+  Raises:
+    ValueError: if kernels are requested in spite of an objection, or something unknown is requested.
+  """
+  if requested == "pallas" and objection is not None:
+    raise ValueError(f"implementation='pallas' does not do for this call of {operation}: {objection}.")
+
+  def on(platform):
+    here = objection if platform == "tpu" else f"the kernels are for TPUs, and this is a program for a {platform}"
+    return choose_by_length(operation, requested, tokens, pallas=here)
+
+  if (choices := _CHOICES.get()) is not None:
+    choices.append(on)
+  chosen = on("tpu").implementation
+  some = Kernels.ALWAYS if requested == "pallas" else Kernels.ON_TPU
+  return chosen, some if chosen == "pallas" else Kernels.NEVER
+
+
+def explain(function: Callable[..., Any], *arguments: Any, platform: str | None = None, **options: Any) -> Choice:
+  """Says which implementation runs for `function(*arguments, **options)`, and why the others do not.
+
+  Args:
+    function: an operation that has kernels, or a function that calls one.
+    *arguments: arrays, or their `jax.ShapeDtypeStruct`s.
+    platform: "cpu", "gpu" or "tpu": what the program is compiled for; by default JAX's default.
+    **options: of the call.
+  """
+  arrays = {name: options.pop(name) for name in ("initial_state", "segment_ids") if name in options}
+  choices: list[Callable[[str], Choice]] = []
+  token = _CHOICES.set(choices)
+  try:
+    jax.eval_shape(lambda arguments, arrays: function(*arguments, **arrays, **options), arguments, arrays)
+  finally:
+    _CHOICES.reset(token)
+  return choices[0](platform or jax.default_backend())
 
 
 class Forms(NamedTuple):

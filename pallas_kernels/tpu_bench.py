@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from . import tpu_schedule
 from .tpu_cost import CHIPS, DoesNotFit, measure
+from .tpu_schedule import Grid
 from .workloads import DIRECTIONS, ON_ACCELERATORS, Shape, find, flat, function, least_work, make_inputs
 
 XLA, KERNELS = "xla", "auto"
@@ -107,13 +108,13 @@ def estimates(
       for shape in shapes:
         for direction in directions:
           for implementation in implementations:
-            steps = {} if implementation == XLA else _grids(name, shape, direction, dtype)
-            if implementation == XLA or steps:
-              yield _estimate(name, chip, shape, direction, implementation, dtype, steps)
+            grids = {} if implementation == XLA else _grids(name, shape, direction, dtype)
+            if implementation == XLA or grids:
+              yield _estimate(name, chip, shape, direction, implementation, dtype, grids)
 
 
 def _estimate(
-  name: str, chip: str, shape: Shape, direction: str, implementation: str, dtype: str, steps: dict[str, int]
+  name: str, chip: str, shape: Shape, direction: str, implementation: str, dtype: str, grids: dict[str, Grid]
 ) -> Estimate:
   each = 1e9 / shape.token_heads
   least = least_work(name, direction, *_inputs(name, shape, dtype))
@@ -123,7 +124,7 @@ def _estimate(
     if implementation == XLA:
       cost, kernels = _compile(name, direction, chip, shape, dtype), []
     else:
-      cost, kernels = _compile_elsewhere(name, direction, chip, shape, dtype, steps)
+      cost, kernels = _compile_elsewhere(name, direction, chip, shape, dtype, grids)
   except DoesNotFit as problem:
     seconds = time.perf_counter() - began
     return Estimate(name, chip, direction, implementation, shape, [], None, roofline, 0, {}, {}, seconds, dtype, str(problem))
@@ -137,8 +138,8 @@ def _inputs(name: str, shape: Shape, dtype: str) -> tuple[jax.ShapeDtypeStruct, 
   return jax.eval_shape(lambda: make_inputs(name, shape, dtype=jnp.dtype(dtype)))
 
 
-def _grids(name: str, shape: Shape, direction: str, dtype: str) -> dict[str, int]:
-  """The kernels of the program for a TPU, and the steps of their grids."""
+def _grids(name: str, shape: Shape, direction: str, dtype: str) -> dict[str, Grid]:
+  """The kernels of the program for a TPU, and their grids."""
   return dict(tpu_schedule.grids(jax.make_jaxpr(function(name, direction, KERNELS))(*_inputs(name, shape, dtype)).jaxpr))
 
 
@@ -162,16 +163,16 @@ def _compile(
 
 
 def _compile_elsewhere(
-  name: str, direction: str, chip: str, shape: Shape, dtype: str, steps: dict[str, int]
+  name: str, direction: str, chip: str, shape: Shape, dtype: str, grids: dict[str, Grid]
 ) -> tuple[dict[str, Any], list[Kernel]]:
   """The same of a program with kernels, and these. Another process compiles it."""
   arguments = name, direction, chip, json.dumps(astuple(shape)), dtype
-  printed, schedules = tpu_schedule.run([sys.executable, "-m", f"{__package__}.tpu_bench", *arguments])
+  printed, schedules = tpu_schedule.run([sys.executable, "-m", f"{__package__}.tpu_bench", *arguments], grids)
   cost = json.loads(printed.splitlines()[-1])
   if "problem" in cost:
     raise DoesNotFit(cost["problem"])
-  own = [x for x in schedules if x.name in steps]
-  return cost, [Kernel(x.name, steps[x.name] * x.bundles / shape.token_heads, x.vmem_bytes, x.slots) for x in own]
+  own = [x for x in schedules if x.name in grids]
+  return cost, [Kernel(x.name, grids[x.name].steps * x.bundles / shape.token_heads, x.vmem_bytes, x.slots) for x in own]
 
 
 def _main(name: str, direction: str, chip: str, shape: str, dtype: str) -> None:

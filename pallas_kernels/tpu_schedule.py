@@ -12,8 +12,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +25,8 @@ class Schedule(NamedTuple):
 
   Attributes:
     name: of the kernel.
-    bundles: of a step of the grid, without its inner loops.
-    others: of everything else, loops counted once.
+    bundles: of a step of the grid, with its inner loops.
+    others: of everything else.
     vmem_bytes: fast memory of its blocks, its scratch and what it spills.
     slots: by kind of instruction, the share of a step's slots that is used.
   """
@@ -37,8 +38,20 @@ class Schedule(NamedTuple):
   slots: dict[str, float]
 
 
-def run(command: Sequence[str]) -> tuple[str, list[Schedule]]:
-  """Runs a process that compiles kernels. Returns what it printed, and the schedules of its kernels.
+class Grid(NamedTuple):
+  """The grid of a kernel.
+
+  Attributes:
+    steps: of the grid.
+    trips: iterations of the longest loop in a step. A schedule does not tell, so all of its loops are taken to have so many.
+  """
+
+  steps: int
+  trips: int
+
+
+def run(command: Sequence[str], grids: Mapping[str, Grid] = MappingProxyType({})) -> tuple[str, list[Schedule]]:
+  """Runs a process that compiles kernels. Returns what it printed, and the schedules of its kernels, with these grids.
 
   Raises:
     RuntimeError: if it fails; the text is its last line of errors.
@@ -49,22 +62,29 @@ def run(command: Sequence[str]) -> tuple[str, list[Schedule]]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
       raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
-    return done.stdout, read(Path(folder))
+    return done.stdout, read(Path(folder), grids)
 
 
-def grids(jaxpr: Any) -> Iterator[tuple[str, int]]:
-  """The kernels of a program, for any platform, with the number of steps of their grids."""
-  for equation in jaxpr.eqns:
+def grids(jaxpr: Any) -> Iterator[tuple[str, Grid]]:
+  """The kernels of a program, for any platform, with their grids."""
+  for equation in _equations(jaxpr):
     if equation.primitive.name == "pallas_call":
-      yield equation.params["name"], math.prod(equation.params["grid_mapping"].grid)
-    else:
-      for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
-        if hasattr(inner, "jaxpr"):
-          yield from grids(inner.jaxpr)
+      loops = [inner.params["length"] for inner in _equations(equation.params["jaxpr"]) if inner.primitive.name == "scan"]
+      yield equation.params["name"], Grid(math.prod(equation.params["grid_mapping"].grid), max(loops, default=1))
 
 
-def read(folder: Path) -> list[Schedule]:
-  """The schedules of kernels among what libtpu wrote to a folder."""
+def _equations(jaxpr: Any) -> Iterator[Any]:
+  """All equations of a program, but for those inside of kernels."""
+  for equation in jaxpr.eqns:
+    yield equation
+    if equation.primitive.name != "pallas_call":
+      for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+          yield from _equations(getattr(inner, "jaxpr", inner))
+
+
+def read(folder: Path, grids: Mapping[str, Grid]) -> list[Schedule]:
+  """The schedules of kernels, with these grids, among what libtpu wrote to a folder."""
   found = []
   for path in sorted(folder.glob("*-final_bundles.txt")):
     stamped = re.fullmatch(r"\d+-(\w+?)(?:\.\d+)?-\d+-final_bundles\.txt", path.name)
@@ -72,7 +92,8 @@ def read(folder: Path) -> list[Schedule]:
       start = path.name.rsplit("-", 2)[0]
       ends = "final_bundles", "final_hlo-static-per-bundle-utilization", "post-ra"
       texts = (next(folder.glob(f"{start}-[0-9]*[0-9]-{end}.txt")).read_text(errors="replace") for end in ends)
-      found.append(parse(stamped[1], *texts))
+      trips = grids[stamped[1]].trips if stamped[1] in grids else 1
+      found.append(parse(stamped[1], *texts, trips))
   return found
 
 
@@ -81,9 +102,9 @@ _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2}:|:)\s*(>*)\s*\{", re.
 _ALLOCATION = re.compile(r"#(allocation\d+\w*) \[[^\n]*?space=vmem, size = 0x([0-9a-f]+)")
 
 
-def parse(name: str, bundles: str, slots: str, allocations: str) -> Schedule:
+def parse(name: str, bundles: str, slots: str, allocations: str, trips: int = 1) -> Schedule:
   """The schedule in the text of final bundles, in that of their slots (names, capacities, a row for every bundle), and in that
-  of allocations.
+  of allocations, for so many iterations of inner loops.
   """
   depths = [len(match[1]) for match in _BUNDLE.finditer(bundles)]
   names, capacities, *rows = [line for line in slots.splitlines() if line.strip()][1:]
@@ -91,8 +112,8 @@ def parse(name: str, bundles: str, slots: str, allocations: str) -> Schedule:
   if len(used) != len(depths):
     raise ValueError(f"the schedule of {name} has {len(depths)} bundles, but slots of {len(used)}.")
   step = min(1, max(depths))  # the loop over the grid, or no loop
-  in_step = [row for row, depth in zip(used, depths, strict=True) if depth == step]
+  in_step = [row for row, depth in zip(used, depths, strict=True) for _ in range(trips if depth > step else 1) if depth >= step]
   columns = zip([x.strip() for x in names.split(",")], map(int, capacities.split()), zip(*in_step, strict=True), strict=True)
   shares = {column: sum(values) / (capacity * len(in_step)) for column, capacity, values in columns}
   sizes = {each: int(size, 16) for each, size in _ALLOCATION.findall(allocations)}
-  return Schedule(name, len(in_step), len(depths) - len(in_step), sum(sizes.values()), shares)
+  return Schedule(name, len(in_step), sum(depth < step for depth in depths), sum(sizes.values()), shares)

@@ -11,8 +11,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from memzoo.pallas_kernels import hlo
 from memzoo.pallas_kernels.delta_rule import linear_attention
-from memzoo.pallas_kernels.selective_scan import call, explain, selective_scan
+from memzoo.pallas_kernels.documents import documents
+from memzoo.pallas_kernels.selective_scan import call, explain, selective_scan, tpu
 from memzoo.pallas_kernels.selective_scan.chunked import Plan
+from memzoo.pallas_kernels.selective_scan.recurrent import recurrent
 from tolerances import assert_close, assert_finite
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("selective_scan")]
@@ -217,5 +219,39 @@ def test_mistakes_are_named(wrong, message):
     selective_scan(**inputs(dtype=jnp.float32) | wrong)
 
 
-def test_one_token_is_the_recurrence_and_more_are_blocks():
-  assert [explain(tokens).implementation for tokens in (1, 2)] == ["recurrent", "xla"]
+@pytest.mark.parametrize(
+  ("tokens", "channels", "platform", "expected"),
+  [(1, 128, "tpu", "recurrent"), (2, 128, "tpu", "pallas"), (2, 128, "cpu", "xla"), (2, 96, "tpu", "xla")],
+)
+def test_one_token_is_the_recurrence_and_more_are_kernels_or_blocks(tokens, channels, platform, expected):
+  args = inputs(tokens=tokens, channels=channels, states=8, dtype=jnp.float32)
+  assert explain(selective_scan, platform=platform, **args).implementation == expected
+
+
+@IN_FLOAT64
+@pytest.mark.parametrize("packed", [True, False])
+def test_kernels_are_the_recurrence_in_values_and_every_gradient(packed):
+  """Run by Pallas' interpreter; of two chunks, the second of which is not whole."""
+  args = inputs(tokens=150, channels=256, states=16, dtype=jnp.float32)
+  rng = np.random.default_rng(0)
+  docs = documents(jnp.asarray(rng.integers(0, 3, 30).repeat(10).reshape(2, 150), jnp.int32)) if packed else None
+  args["step"], names = 0.1 * args["step"], tuple(args)
+  wide = {name: x.astype(jnp.float64) for name, x in args.items()}
+  expected, pull_back = jax.vjp(lambda *values: recurrent(*values, docs), *wide.values())
+  weights = tuple(jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in expected)
+  results, kept = tpu.forward(docs, *args.values(), interpret=True)
+  inputs_of_tokens = [args[name] for name in names[:-1]]
+  found = list(tpu.backward(docs, *inputs_of_tokens, kept, *weights, parts=2, interpret=True))
+  for i, axis in ((2, 0), (3, 2), (4, 2)):
+    found[i] = jnp.sum(found[i], axis=axis)
+  by = pull_back(tuple(x.astype(jnp.float64) for x in weights))
+  for name, x, y in zip(("y", "state", *names), (*results, *found), (*expected, *by), strict=True):
+    error = np.linalg.norm(np.asarray(x) - np.asarray(y)) / np.linalg.norm(y)
+    assert error < 1e-6, (name, error)
+
+
+def test_programs_for_a_tpu_have_kernels():
+  args = inputs(tokens=20, channels=128, states=8, dtype=jnp.float32)
+  loss = jax.grad(lambda args: jnp.sum(selective_scan(**args)[0]))
+  text = jax.jit(loss).trace(args).lower(lowering_platforms=("tpu",)).as_text()
+  assert text.count("@tpu_custom_call") == 2

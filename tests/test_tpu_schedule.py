@@ -2,10 +2,12 @@
 
 import sys
 
+import jax
 import pytest
 from machine import needs_libtpu
 from memzoo.pallas_kernels import tpu_bench, tpu_schedule
-from memzoo.pallas_kernels.workloads import Shape
+from memzoo.pallas_kernels.selective_scan import selective_scan
+from memzoo.pallas_kernels.workloads import Shape, make_inputs
 
 BUNDLES = """
 = control target key start
@@ -40,10 +42,16 @@ ALLOCATIONS = """
 COMMITTED = {"delta_rule_forward": 4.58, "delta_rule_backward": 12.39}
 
 
-def test_the_bundles_of_a_step_are_those_in_the_loop_over_the_grid_and_not_in_inner_loops():
-  schedule = tpu_schedule.parse("kernel", BUNDLES, SLOTS, ALLOCATIONS)
-  assert schedule[:4] == ("kernel", 3, 3, 0x9010)
-  assert schedule.slots == {"MATMUL": 0, "VALU": 1 / 12, "VLOAD": 2 / 9, "VSTORE": 1 / 3}
+def test_the_bundles_of_a_step_are_those_in_the_loop_over_the_grid_and_in_inner_loops_as_often_as_these_run():
+  schedule = tpu_schedule.parse("kernel", BUNDLES, SLOTS, ALLOCATIONS, trips=2)
+  assert schedule[:4] == ("kernel", 5, 2, 0x9010)
+  assert schedule.slots == {"MATMUL": 0, "VALU": 3 / 20, "VLOAD": 2 / 15, "VSTORE": 1 / 5}
+
+
+def test_the_grid_of_a_kernel_and_its_longest_loop_are_read_from_the_program():
+  args = make_inputs("selective_scan", Shape(2, 256, 5))
+  program = jax.make_jaxpr(selective_scan)(*args)
+  assert dict(tpu_schedule.grids(program.jaxpr)) == {"selective_scan_forward": (2 * 5 * 2, 8)}
 
 
 def test_slots_of_another_schedule_are_refused():

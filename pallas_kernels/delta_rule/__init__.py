@@ -26,18 +26,16 @@ All functions raise `ValueError` for shapes that do not fit together, an unknown
 """
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
-from functools import partial
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ..dispatch import Choice, choose_by_length
+from ..dispatch import choose_kernels, explain
 from ..documents import check_segment_ids
 from ..numerics import accumulator, intermediate_precision
-from .call import KEPT, OUTPUT, TOKENS, UPDATES, Inputs, Kernels, objection, recurrence, run
+from .call import KEPT, OUTPUT, TOKENS, UPDATES, Inputs, objection, recurrence, run
 from .call import Options as CallOptions
 from .terms import Update
 
@@ -53,10 +51,6 @@ __all__ = [
   "kimi_delta_rule",
   "linear_attention",
 ]
-
-
-# For `explain`: what calls choose on each platform.
-_CHOICES: ContextVar[list[Callable[[str], Choice]] | None] = ContextVar("choices", default=None)
 
 
 class Options(TypedDict, total=False):
@@ -179,25 +173,6 @@ def erase_then_delta_rule(
   return _run("erase_then_delta_rule", _erase_and_delta_updates, operands, log_decay, **options)
 
 
-def explain(function: Callable[..., Any], *arguments: Any, platform: str | None = None, **options: Unpack[Options]) -> Choice:
-  """Says which implementation runs for `function(*arguments, **options)`, and why the others do not.
-
-  Args:
-    function: one of this module.
-    *arguments: arrays, or their `jax.ShapeDtypeStruct`s.
-    platform: "cpu", "gpu" or "tpu": what the program is compiled for; by default JAX's default.
-    **options: of the call.
-  """
-  arrays = {name: options.pop(name) for name in ("initial_state", "segment_ids") if name in options}
-  choices: list[Callable[[str], Choice]] = []
-  token = _CHOICES.set(choices)
-  try:
-    jax.eval_shape(lambda arguments, arrays: function(*arguments, **arrays, **options), arguments, arrays)
-  finally:
-    _CHOICES.reset(token)
-  return choices[0](platform or jax.default_backend())
-
-
 def _additive_update(q, k, v):
   return q, [Update(k, None, v)]
 
@@ -259,22 +234,8 @@ def _run(
   scale = width**-0.5 if scale is None else float(scale)
   call = CallOptions(updates, specs or (TOKENS,) * len(operands), scale, dtype, precise, chunk_size, decay_bound)
   inputs = Inputs(segment_ids, operands, log_decay, initial_state.astype(dtype))
-  choice = partial(_choose, name, implementation, tokens, objection(call, inputs))
-  if (choices := _CHOICES.get()) is not None:
-    choices.append(choice)
-  chosen = choice().implementation  # "pallas" are kernels in programs for TPUs, and "xla" in others
-  if chosen == "recurrent":
-    return recurrence(call, inputs)
-  kernels = Kernels.NEVER if chosen == "xla" else Kernels.ALWAYS if implementation == "pallas" else Kernels.ON_TPU
-  return run(call._replace(kernels=kernels), inputs)
-
-
-def _choose(name: str, requested: str, tokens: int, objection: str | None, platform: str = "tpu") -> Choice:
-  """What runs in programs for a platform."""
-  if requested == "pallas" and objection is not None:
-    raise ValueError(f"implementation='pallas' does not do for this call of {name}: {objection}.")
-  here = objection if platform == "tpu" else f"the kernels are for TPUs, and this is a program for a {platform}"
-  return choose_by_length(name, requested, tokens, pallas=here)
+  chosen, kernels = choose_kernels(name, implementation, tokens, objection(call, inputs))
+  return recurrence(call, inputs) if chosen == "recurrent" else run(call._replace(kernels=kernels), inputs)
 
 
 def _check(name: str, x: jax.Array, shape: tuple[int, ...], axes: str) -> None:

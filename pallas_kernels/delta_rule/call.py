@@ -5,7 +5,6 @@ that device's rows and heads.
 """
 
 from collections.abc import Callable, Sequence
-from enum import Enum
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
-from ..dispatch import Forms, by_platform, kept_by_platform
+from ..dispatch import Forms, Kernels, by_platform, kept_by_platform
 from ..documents import documents
 from ..numerics import FULL, Precision
 from ..partition import HEADS, ROWS, aligned, is_split_by_xla, partitioned, with_gradient
@@ -38,12 +37,6 @@ OUTPUT, KEPT = "delta_rule_output", "delta_rule_kept"
 # The axes of arrays [B, T, H, ...], [B, T, r, H, ...], [B, H, ...], and of what the forward keeps, [chunks, B, H, ...].
 TOKENS, UPDATES, STATE = P(ROWS, None, HEADS), P(ROWS, None, None, HEADS), P(ROWS, HEADS)
 _KEPT = P(None, ROWS, HEADS)
-
-
-class Kernels(Enum):
-  """Which programs use kernels."""
-
-  NEVER, ON_TPU, ALWAYS = "never", "on a TPU", "always"
 
 
 class Options(NamedTuple):

@@ -10,10 +10,10 @@ The paper and its code differ -> we do: the write is step * b, as in the code; t
 import jax
 import jax.numpy as jnp
 
-from ..dispatch import Choice, choose_by_length
+from ..dispatch import choose_kernels, explain
 from ..documents import check_segment_ids
 from ..numerics import accumulator
-from .call import KEPT, OUTPUT, Inputs, recurrence, run
+from .call import KEPT, OUTPUT, Inputs, Options, objection, recurrence, run
 
 __all__ = ["KEPT", "OUTPUT", "explain", "selective_scan"]
 
@@ -40,7 +40,8 @@ def selective_scan(
     initial_state: [B, N, D], float32 (float64 where inputs are); zeros by default.
     segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding, which is skipped and yields zeros.
     chunk_size: tokens that are computed one after another before the next chunk. It affects speed only; `None` chooses it.
-    implementation: "auto" (default), "recurrent" (the oracle) or "xla" (in blocks). `explain` says what "auto" chooses.
+    implementation: "auto" (default), "pallas" (kernels for TPUs), "xla" (in blocks) or "recurrent" (the oracle). `explain`
+      says what "auto" chooses. A program for several platforms, as of `jax.export`, cannot have kernels: pass "xla".
 
   Returns:
     y [B, T, D] in x's dtype and the final state [B, N, D]. Sums are float32, or float64 where an input is. Under
@@ -66,13 +67,9 @@ def selective_scan(
   if chunk_size is not None and chunk_size < 1:
     raise ValueError(f"chunk_size={chunk_size}; expected at least 1, or None.")
   inputs = Inputs(segment_ids, x, step, a, b, c, initial_state.astype(dtype))
-  chosen = explain(tokens, implementation=implementation).implementation
-  return recurrence(inputs) if chosen == "recurrent" else run(chunk_size, inputs)
-
-
-def explain(tokens: int, *, implementation: str = "auto") -> Choice:
-  """Says which implementation runs for calls of `tokens` tokens, and why the others do not."""
-  return choose_by_length("selective_scan", implementation, tokens)
+  options = Options(chunk_size)
+  chosen, kernels = choose_kernels("selective_scan", implementation, tokens, objection(options, inputs))
+  return recurrence(inputs) if chosen == "recurrent" else run(options._replace(kernels=kernels), inputs)
 
 
 def _check(name: str, x: jax.Array, shape: tuple[int, ...], axes: str) -> None:

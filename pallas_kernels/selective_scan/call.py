@@ -15,10 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
-from ..dispatch import Forms, by_platform, kept_by_platform
+from ..dispatch import Forms, Kernels, by_platform, kept_by_platform
 from ..documents import Documents, documents
-from ..partition import HEADS, ROWS, aligned, partitioned, with_gradient
-from ..sizes import bounded, pieces, quotient
+from ..partition import HEADS, ROWS, aligned, is_split_by_xla, partitioned, with_gradient
+from ..sizes import bounded, known, pieces, quotient
+from . import tpu
 from .chunked import Plan, backward, forward
 from .recurrent import recurrent
 
@@ -27,7 +28,9 @@ _CPU_ELEMENTS, _CPU_LONGEST = 1 << 18, 64
 # GPUs and TPUs: few tokens in sequence, and so many chunks at once that their states fill the units.
 _CHUNK, _STATES = 16, 1 << 21
 
-_PARTS = 8  # parts of the channels in the gradients by b and c: at most so many devices can share the channels
+# Parts of the channels in the gradients by b and c: at most so many devices can share the channels. A part of whole registers
+# has a kernel.
+_PARTS = 8
 
 # Names for `jax.checkpoint` policies: with both saved, the backward pass does not run the forward again.
 OUTPUT, KEPT = "selective_scan_output", "selective_scan_kept"
@@ -51,9 +54,29 @@ class Inputs(NamedTuple):
 _SPECS = Inputs(P(ROWS), _TOKENS, _TOKENS, _RATES, _SHARED, _SHARED, _STATE)
 
 
-def run(chunk_size: int | None, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+class Options(NamedTuple):
+  """What a call asks for: `chunk_size` tokens one after another, or `None`; and which programs use kernels."""
+
+  chunk_size: int | None = None
+  kernels: Kernels = Kernels.NEVER
+
+
+def run(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
   """y [B, T, D] in x's dtype and the final state [B, N, D]."""
-  return _scan(chunk_size, reverse_only(aligned(inputs, _SPECS)))
+  return _scan(options, reverse_only(aligned(inputs, _SPECS)))
+
+
+def objection(options: Options, inputs: Inputs) -> str | None:
+  """Why there is no kernel for such a call, or `None`."""
+  if not known(*(size for x in jax.tree.leaves(inputs) for size in x.shape)):
+    return "sizes are not known"
+  if options.chunk_size is not None:
+    return f"chunk_size={options.chunk_size} was asked for, and the kernels choose their own"
+  if why := tpu.objection(inputs.state.dtype, inputs.x, inputs.state.shape):
+    return why
+  if is_split_by_xla(inputs, _SPECS):
+    return "XLA cannot split kernels over a mesh; `memzoo.split_over` tells how rows and channels are split, if they divide"
+  return None
 
 
 def recurrence(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
@@ -66,21 +89,22 @@ def recurrence(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
   return partitioned(local, (_SPECS,), (_TOKENS, _STATE))(inputs)
 
 
-def _values(chunk_size, inputs):
-  return partitioned(partial(_run, chunk_size), (_SPECS,), (_TOKENS, _STATE), differentiable=False)(inputs)
+def _values(options, inputs):
+  return partitioned(partial(_run, options), (_SPECS,), (_TOKENS, _STATE), differentiable=False)(inputs)
 
 
-def _scan_forward(chunk_size, inputs):
-  local = partial(_run_and_keep, chunk_size)
+def _scan_forward(options, inputs):
+  local = partial(_run_and_keep, options)
   results, kept = partitioned(local, (_SPECS,), ((_TOKENS, _STATE), _KEPT), differentiable=False)(inputs)
   return checkpoint_name(results, OUTPUT), (inputs, checkpoint_name(kept, KEPT))
 
 
-def _scan_backward(chunk_size, residuals, cotangents):
+def _scan_backward(options, residuals, cotangents):
   inputs, kept = residuals
-  parts = jnp.zeros((math.gcd(_PARTS, inputs.x.shape[2]),), jnp.int32)
+  channels = inputs.x.shape[2]
+  parts = jnp.zeros((math.gcd(_PARTS, channels if channels % tpu.LANES else channels // tpu.LANES),), jnp.int32)
   local = partitioned(
-    partial(_pull_back, chunk_size),
+    partial(_pull_back, options),
     (_SPECS, _KEPT, (_TOKENS, _STATE), P(HEADS)),
     (_TOKENS, _TOKENS, _STATE, _PARTIAL, _PARTIAL, _STATE),
     differentiable=False,
@@ -94,33 +118,45 @@ def _scan_backward(chunk_size, residuals, cotangents):
 _scan = with_gradient(_values, _scan_forward, _scan_backward)
 
 
-def _run(chunk_size, inputs):
-  return by_platform(_forms(chunk_size, inputs, lambda platform, plan, x: _forward(platform, plan, x)[0]), inputs)
+def _run(options, inputs):
+  return by_platform(_forms(options, inputs, _results), inputs)
 
 
-def _run_and_keep(chunk_size, inputs):
-  return kept_by_platform(_forms(chunk_size, inputs, _forward), inputs)
+def _results(platform, plan, inputs):
+  # What is kept for a gradient is not computed here: XLA sees that nobody reads it, and kernels are told.
+  return _forward(platform, plan, inputs, keep=plan is not None)[0]
 
 
-def _pull_back(chunk_size, inputs, kept, cotangents, parts):
-  return by_platform(_forms(chunk_size, inputs, partial(_backward, len(parts))), inputs, kept, cotangents)
+def _run_and_keep(options, inputs):
+  return kept_by_platform(_forms(options, inputs, _forward), inputs)
+
+
+def _pull_back(options, inputs, kept, cotangents, parts):
+  return by_platform(_forms(options, inputs, partial(_backward, len(parts))), inputs, kept, cotangents)
 
 
 # Compiled functions within a program are traced once for equal plans and shapes, so once for equal layers.
-@partial(jax.jit, static_argnums=(0, 1))
-def _forward(platform: str, plan: Plan, inputs: Inputs):
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="keep")
+def _forward(platform: str, plan: Plan | None, inputs: Inputs, keep: bool = True):
+  if plan is None:
+    return tpu.forward(_documents(inputs), *inputs[1:], keep=keep)
   return forward(plan, _documents(inputs), *inputs[1:])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _backward(parts: int, platform: str, plan: Plan, inputs: Inputs, kept: Forms, cotangents):
-  return backward(plan, _documents(inputs), *inputs[1:-1], getattr(kept, platform), *cotangents, parts)
+def _backward(parts: int, platform: str, plan: Plan | None, inputs: Inputs, kept: Forms, cotangents):
+  given = _documents(inputs), *inputs[1:-1], getattr(kept, platform), *cotangents, parts
+  return tpu.backward(*given) if plan is None else backward(plan, *given)
 
 
-def _forms(chunk_size: int | None, inputs: Inputs, function: Callable[..., Any]) -> Forms:
-  """`function` of the name and the plan of each platform, for one device's part."""
-  plans = zip(("cpu", "others"), _plans(chunk_size, inputs), strict=True)
-  return Forms(*(partial(function, name, plan) for name, plan in plans))
+def _forms(options: Options, inputs: Inputs, function: Callable[..., Any]) -> Forms:
+  """`function` of the name and the plan of each platform, for one device's part. Kernels have no plan."""
+  plans = dict(zip(("cpu", "others"), _plans(options.chunk_size, inputs), strict=True))
+  if options.kernels == Kernels.ON_TPU:
+    plans["tpu"] = None
+  if options.kernels == Kernels.ALWAYS:
+    plans = dict.fromkeys(plans)
+  return Forms(*(partial(function, name, plan) for name, plan in plans.items()))
 
 
 def _plans(chunk_size: int | None, inputs: Inputs) -> tuple[Plan, Plan]:
