@@ -52,6 +52,12 @@ CHIPS = {
   "tpu7x": Chip("tpu7x:2x2x1", 2.2e9, 1153e12, 3690e9, int(94.74 * 2**30)),
 }
 
+# The text of a program that does nothing.
+_NOTHING = """ENTRY %main () -> () {
+  ROOT %nothing = () tuple()
+}
+"""
+
 # Otherwise libtpu asks the cloud's metadata server where it is, and refuses to be loaded by two processes at a time.
 _ENVIRONMENT = {
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of this machine; it has no effect on what can be compiled
@@ -76,6 +82,7 @@ class Cost:
     collectives: communications between chips.
     custom_calls: executed custom calls by target; `cycles` does not include them.
     trip_counts: of every loop; `None` if unknown, and the body counts once.
+    unread: why only the sizes of memory are known, or "". libtpu cannot give the text of some programs that it compiles.
   """
 
   chip: str
@@ -87,6 +94,7 @@ class Cost:
   collectives: list[hlo.Collective]
   custom_calls: Counter[str]
   trip_counts: list[int | None]
+  unread: str = ""
 
   @property
   def seconds(self) -> float:
@@ -148,7 +156,12 @@ def compile_and_read(lowered: jax.stages.Lowered, chip: str) -> Cost:
     raise DoesNotFit(
       f"the program needs {sizes[1]}iB of memory on a chip, which has {sizes[2]}iB" if sizes else str(error).splitlines()[0]
     ) from error
-  memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+  memory = compiled.memory_analysis()
+  try:
+    text, unread = compiled.as_text(), ""
+  except jax.errors.JaxRuntimeError as error:
+    text, unread = _NOTHING, str(error).splitlines()[0]
+  module = hlo.parse(text)
   needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   return Cost(
     chip=chip,
@@ -160,6 +173,7 @@ def compile_and_read(lowered: jax.stages.Lowered, chip: str) -> Cost:
     collectives=module.collectives(),
     custom_calls=module.custom_calls(),
     trip_counts=module.trip_counts(),
+    unread=unread,
   )
 
 

@@ -154,6 +154,16 @@ def test_heads_of_one_key_in_several_steps(monkeypatch):
   assert not too_large(errors(GATED, args, None))
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.slow
+@pytest.mark.xdist_group("delta_tpu_channels")
+@pytest.mark.parametrize(("variant", "case"), [(GATED, "equal keys, strength 1.9"), (ERASE, "documents")], ids=str)
+def test_with_float32_activations_errors_are_those_of_float32(variant, case):
+  segments = jnp.asarray(SEGMENTS if case == "documents" else np.ones_like(SEGMENTS))
+  found = errors(variant, inputs(variant, case, jnp.float32), segments)
+  assert all(error < 1e-5 for error, _ in found.values()), found
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("delta_tpu")
 def test_it_reads_nothing_that_was_not_written_and_the_copies_of_its_steps_do_not_race():

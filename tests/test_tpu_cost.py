@@ -1,6 +1,7 @@
 """Costs on a TPU: the parser of HLO on modules written by hand, and one real compilation with libtpu."""
 
 import os
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,19 @@ def test_a_program_is_compiled_for_a_tpu_without_one():
 def test_a_program_that_does_not_fit_is_refused():
   with pytest.raises(tpu_cost.DoesNotFit, match=r"needs [\d.]+GiB of memory on a chip, which has 15.75GiB"):
     tpu_cost.measure(lambda x: jnp.sin(x) @ x, jax.ShapeDtypeStruct((60_000, 60_000), jnp.float32))
+
+
+def test_of_a_program_whose_text_is_not_given_the_memory_is_known():
+  class Compiled:
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: no text\nstack")
+
+    def memory_analysis(self):
+      return jax.jit(jnp.sin).lower(jnp.ones(8)).compile().memory_analysis()
+
+  cost = tpu_cost.compile_and_read(mock.Mock(compile=Compiled), "v5e")
+  assert (cost.unread, cost.cycles, cost.flops, cost.collectives) == ("INTERNAL: no text", 0, 0, [])
+  assert cost.peak_bytes >= 64
 
 
 def test_unknown_chips_and_topologies_are_refused():

@@ -71,12 +71,15 @@ def step_line(found: StepCost) -> str:
   parts = (*found.held.items(), ("temporaries", cost.temporary_bytes))
   what = "" if found.sequences is None else f", a token of {found.sequences} sequences"
   floor = "" if found.sequences is None else f", at least {milliseconds(found.floor_seconds)} ms to read parameters and states"
+  work = (
+    f"{thousands(cost.flops, 'FLOPs')} in matrix products, {milliseconds(cost.seconds)} ms of arithmetic by the compiler's "
+    f"estimate{f', both without {kernels} calls of kernels' if kernels else ''}"
+  )
+  if cost.unread:
+    work = f"its work and what chips send are not known, because libtpu does not give the program's text ({cost.unread})"
   return (
     f"{_mesh(found)} on {found.topology}{what}: {binary(cost.peak_bytes)} of {binary(found.memory_bytes)} on each chip "
-    f"({', '.join(f'{binary(size)} {name}' for name, size in parts)}), {thousands(cost.flops, 'FLOPs')} in "
-    f"matrix products, {milliseconds(cost.seconds)} ms of arithmetic by the compiler's estimate"
-    f"{f', both without {kernels} calls of kernels' if kernels else ''}{floor}; compiled in "
-    f"{found.compile_seconds:.0f} s"
+    f"({', '.join(f'{binary(size)} {name}' for name, size in parts)}), {work}{floor}; compiled in {found.compile_seconds:.0f} s"
   )
 
 
@@ -88,7 +91,7 @@ def traffic_table(steps: Sequence[StepCost]) -> Table:
     for (where, kind), (times, size) in traffic.items():
       shown.add_row(_mesh(step), where, kind, f"{times:,}", binary(size))
     if not traffic:
-      shown.add_row(_mesh(step), "", "none", "", "")
+      shown.add_row(_mesh(step), "", "not known" if step.cost.unread else "none", "", "")
     shown.add_section()
   return shown
 
