@@ -75,8 +75,13 @@ def choose_by_length(operation: str, requested: str, tokens: int, **kernels: str
 _CHOICES: ContextVar[list[Callable[[str], Choice]] | None] = ContextVar("choices", default=None)
 
 
-def choose_kernels(operation: str, requested: str, tokens: int, objection: str | None) -> tuple[str, Kernels]:
+def choose_kernels(
+  operation: str, requested: str, tokens: int, objection: str | None, dtype: jnp.dtype
+) -> tuple[str, Kernels]:
   """What `choose_by_length` picks where there are kernels for TPUs, "pallas"; and which programs use these.
+
+  Kernels for float32 activations have to be requested. JAX traces the forms for all platforms, in whatever program, and tracing
+  a kernel takes a second, which would slow down the first call of every float32 program on a CPU.
 
   Raises:
     ValueError: if kernels are requested in spite of an objection, or something unknown is requested.
@@ -85,7 +90,8 @@ def choose_kernels(operation: str, requested: str, tokens: int, objection: str |
     raise ValueError(f"implementation='pallas' does not do for this call of {operation}: {objection}.")
 
   def on(platform):
-    here = objection if platform == "tpu" else f"the kernels are for TPUs, and this is a program for a {platform}"
+    unasked = f"with {dtype} activations kernels are used where they are requested" if dtype != jnp.bfloat16 else None
+    here = objection or unasked if platform == "tpu" else f"the kernels are for TPUs, and this is a program for a {platform}"
     return choose_by_length(operation, requested, tokens, pallas=here)
 
   if (choices := _CHOICES.get()) is not None:

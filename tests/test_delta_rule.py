@@ -359,25 +359,19 @@ QUERY, STRENGTH = jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.bfloat16), jax.ShapeDt
   ("function", "arguments", "options", "why"),
   [
     (ops.delta_rule, [QUERY] * 3, {"platform": "cpu"}, "this is a program for a cpu"),
-    (ops.delta_rule, [QUERY.update(dtype=jnp.float32)] * 3, {}, "take bfloat16 and compute in float32, not float32"),
+    (ops.delta_rule, [QUERY.update(dtype=jnp.float32)] * 3, {}, "with float32 activations kernels are used where they are"),
+    (ops.delta_rule, [QUERY.update(dtype=jnp.float16)] * 3, {}, "take bfloat16 or float32 and compute in float32, not float16"),
     (ops.delta_rule, [QUERY, QUERY, QUERY.update(dtype=jnp.float32)], {}, "take q, k and v in bfloat16, and not float32"),
     (ops.delta_rule, [QUERY.update(shape=(1, 64, 2, 512))] * 3, {}, "at most 256 channels, not 512"),
     (ops.delta_rule, [QUERY] * 3, {"chunk_size": 32}, "chunk_size=32 was asked for"),
-    (ops.erase_then_delta_rule, [QUERY] * 3, {}, "one update per token"),
-    (ops.kimi_delta_rule, [QUERY] * 3, {}, "need a decay_bound of at least -5"),
-    (ops.kimi_delta_rule, [QUERY] * 3, {"decay_bound": -5.0, "precision": "highest"}, "not as exact as precision='highest'"),
+    (ops.delta_product, [QUERY, *[QUERY.update(shape=(1, 64, 3, 2, 8))] * 2], {}, "at most 2 updates per token, not 3"),
     (ops.delta_rule, [QUERY.update(shape=(1, 1, 2, 8))] * 3, {}, "a single token"),
   ],
 )
 def test_explain_says_why_there_is_no_kernel(function, arguments, options, why):
-  strength = STRENGTH.update(shape=arguments[0].shape[:3])
-  more = {
-    ops.delta_rule: [strength],
-    ops.erase_then_delta_rule: [strength, arguments[0], strength],
-    ops.kimi_delta_rule: [strength, arguments[0]],
-  }[function]
+  strength = STRENGTH.update(shape=arguments[1].shape[:-1])
   options = {"platform": "tpu"} | options
-  choice = ops.explain(function, *arguments, *more, **options)
+  choice = ops.explain(function, *arguments, strength, **options)
   assert choice.implementation != "pallas"
   assert why in choice.passed_over["pallas"]
   assert ops.explain(ops.delta_rule, QUERY, QUERY, QUERY, STRENGTH, platform="tpu").implementation == "pallas"
@@ -385,8 +379,8 @@ def test_explain_says_why_there_is_no_kernel(function, arguments, options, why):
 
 def test_a_kernel_that_does_not_exist_is_refused_with_the_reason():
   args = GATED.inputs(4, dtype=jnp.float32)
-  with pytest.raises(ValueError, match=r"implementation='pallas' .* gated_delta_rule: the kernels take bfloat16"):
-    values(GATED, args, implementation="pallas")
+  with pytest.raises(ValueError, match=r"implementation='pallas' .* gated_delta_rule: chunk_size=4 was asked for"):
+    values(GATED, args, implementation="pallas", chunk_size=4)
 
 
 def floats(*shape):

@@ -225,6 +225,7 @@ def test_mistakes_are_named(wrong, message):
 )
 def test_one_token_is_the_recurrence_and_more_are_kernels_or_blocks(tokens, channels, platform, expected):
   args = inputs(tokens=tokens, channels=channels, states=8, dtype=jnp.float32)
+  args["x"] = args["x"].astype(jnp.bfloat16)
   assert explain(selective_scan, platform=platform, **args).implementation == expected
 
 
@@ -252,6 +253,6 @@ def test_kernels_are_the_recurrence_in_values_and_every_gradient(packed):
 
 def test_programs_for_a_tpu_have_kernels():
   args = inputs(tokens=20, channels=128, states=8, dtype=jnp.float32)
-  loss = jax.grad(lambda args: jnp.sum(selective_scan(**args)[0]))
+  loss = jax.grad(lambda args: jnp.sum(selective_scan(**args, implementation="pallas")[0]))
   text = jax.jit(loss).trace(args).lower(lowering_platforms=("tpu",)).as_text()
   assert text.count("@tpu_custom_call") == 2

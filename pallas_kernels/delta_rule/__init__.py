@@ -234,7 +234,7 @@ def _run(
   scale = width**-0.5 if scale is None else float(scale)
   call = CallOptions(updates, specs or (TOKENS,) * len(operands), scale, dtype, precise, chunk_size, decay_bound)
   inputs = Inputs(segment_ids, operands, log_decay, initial_state.astype(dtype))
-  chosen, kernels = choose_kernels(name, implementation, tokens, objection(call, inputs))
+  chosen, kernels = choose_kernels(name, implementation, tokens, objection(call, inputs), q.dtype)
   return recurrence(call, inputs) if chosen == "recurrent" else run(call._replace(kernels=kernels), inputs)
 
 

@@ -68,7 +68,7 @@ def selective_scan(
     raise ValueError(f"chunk_size={chunk_size}; expected at least 1, or None.")
   inputs = Inputs(segment_ids, x, step, a, b, c, initial_state.astype(dtype))
   options = Options(chunk_size)
-  chosen, kernels = choose_kernels("selective_scan", implementation, tokens, objection(options, inputs))
+  chosen, kernels = choose_kernels("selective_scan", implementation, tokens, objection(options, inputs), x.dtype)
   return recurrence(inputs) if chosen == "recurrent" else run(options._replace(kernels=kernels), inputs)
 
 
