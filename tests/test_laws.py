@@ -17,7 +17,7 @@ from tolerances import assert_close
 # Checks that also run on the newest JAX, and the layers that they are run for. Others use the same code, or their operation has
 # tests marked `compat` of its own.
 COMPAT = ("splits", "documents", "padding", "oracle", "transformations", "nnx_shapes")
-TRIED = "EraseThenDelta", "TitansMemory", "Attention", "LocalLinearAttention"
+TRIED = "TitansMemory", "Attention", "LocalLinearAttention"
 
 
 def marks(name, check):
