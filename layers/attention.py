@@ -242,10 +242,11 @@ class Attention(MemoryLayer):
     """Returns a cache after the tokens `new`: the last `slots` tokens of the last document, whose length is `length`."""
     kept = _in_last_document(docs) & (position >= length[:, None] - self.slots)
     slot = jnp.where(kept, position % self.slots, self.slots)  # out of bounds, and therefore dropped
+    given = cache, slot, new.swapaxes(1, 2).astype(cache.dtype)
+    if new.shape[1] > 1:
+      return _write_slots(*given)
     # XLA for a TPU writes a token where a cache lies in an order of axes that suits nothing else, and copies it there and back.
-    one = _write_by_selection if new.shape[1] == 1 else None
-    forms = Forms(_write_slots, _write_slots, tpu=one)
-    return by_platform(forms, cache, slot, new.swapaxes(1, 2).astype(cache.dtype))
+    return by_platform(Forms(_write_slots, _write_slots, tpu=_write_by_selection), *given)
 
 
 def _write_slots(cache: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from .tpu_tiles import (
   GROUP,
   HALF,
   LANES,
+  Parts,
   dot,
   grams,
   in_one_pass,
@@ -134,7 +135,7 @@ class Scaled:
     """The cotangent of S for that of its read, ([K; Q] e^G)^T d_read."""
     return three(self._of_read(i), parts(d_read), BY_TOKENS)
 
-  def _of_read(self, i: int, only_keys: bool = False) -> tuple[jax.Array, jax.Array]:
+  def _of_read(self, i: int, only_keys: bool = False) -> Parts:
     decay = jnp.exp(self.totals[i])
     return parts(jnp.concatenate([x * decay for x in self._both[i][: 1 if only_keys else 2]]))
 

@@ -97,7 +97,7 @@ def forward(
 
   state, (y, kept) = jax.lax.scan(block, state, tokens)
   y = _arrange_back(plan, y, x)
-  return (_at_tokens(docs, y).astype(x.dtype), state), kept
+  return (at_tokens(docs, y).astype(x.dtype), state), kept
 
 
 def backward(
@@ -116,7 +116,7 @@ def backward(
   """The gradients by x, step, a (for each row, [B, N, D]), b and c (for each part of the channels, [B, T, parts, N]), state."""
   dtype = d_state.dtype
   tokens = _arrange(plan, _tokens(docs, x, step, b, c, dtype))
-  dy = _arrange(plan, _at_tokens(docs, dy).astype(dtype))
+  dy = _arrange(plan, at_tokens(docs, dy).astype(dtype))
   a = a.astype(dtype)
 
   def block(carry, xs):
@@ -134,7 +134,7 @@ def backward(
     return (_chunk(plan, d_h, 0), d_a + jnp.sum(d_rates.reshape(plan.chunks, *d_a.shape), axis=0)), gradients
 
   (d_state, d_a), gradients = jax.lax.scan(block, (d_state, jnp.zeros_like(d_state)), (tokens, dy, kept), reverse=True)
-  dx, dstep, db, dc = (_at_tokens(docs, _arrange_back(plan, d, x)) for d in gradients)
+  dx, dstep, db, dc = (at_tokens(docs, _arrange_back(plan, d, x)) for d in gradients)
   return dx.astype(x.dtype), dstep.astype(step.dtype), d_a, db, dc, d_state
 
 
@@ -266,10 +266,10 @@ def _chunk(plan: Plan, h: jax.Array, i: int) -> jax.Array:
 def _tokens(docs: Documents | None, x: jax.Array, step: jax.Array, b: jax.Array, c: jax.Array, dtype: Any) -> Tokens:
   """The arguments in `dtype`. Padding has steps of zero, which change nothing, whatever its inputs are."""
   starts = None if docs is None else docs.starts
-  return Tokens(*(_at_tokens(docs, z).astype(dtype) for z in (x, step, b, c)), starts)
+  return Tokens(*(at_tokens(docs, z).astype(dtype) for z in (x, step, b, c)), starts)
 
 
-def _at_tokens(docs: Documents | None, x: jax.Array) -> jax.Array:
+def at_tokens(docs: Documents | None, x: jax.Array) -> jax.Array:
   """x [B, T, ...] with zeros at padding."""
   return x if docs is None else jnp.where(jnp.expand_dims(docs.is_token, range(2, x.ndim)), x, 0)
 

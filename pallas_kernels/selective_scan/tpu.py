@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..compat import varying_shape
 from ..documents import Documents
 from ..sizes import pad_end
+from .chunked import at_tokens
 
 LANES, ROWS = 128, 8
 # Tokens of a chunk, of which so many are written out one after another; and channels of a step.
@@ -85,8 +86,7 @@ def backward(
   """
   tokens, like_step = x.shape[1], step
   x, step, b, c, goes_on = _arrange(docs, x, step, b, c)
-  dy = dy if docs is None else jnp.where(docs.is_token[..., None], dy, 0)
-  dy = pad_end(dy.astype(x.dtype), x.shape[1] - tokens)
+  dy = pad_end(at_tokens(docs, dy).astype(x.dtype), x.shape[1] - tokens)
   operands = goes_on, x, step, _by_two(a), b, c, kept, dy, d_state
   blocks, like = _Blocks(*x.shape, len(a), parts, backwards=True), partial(varying_shape, like=operands)
   of_tokens, of_state, width = like(x.shape, x.dtype), like(d_state.shape, jnp.float32), blocks.width
@@ -111,9 +111,8 @@ def backward(
     z = z[..., :tokens].reshape(len(z), parts, -1, *z.shape[2:-1], tokens)
     return jnp.sum(z, axis=2).transpose(0, 3, 1, 2)
 
-  dx, d_step = dx[:, :tokens], d_step[:, :tokens].astype(like_step.dtype)
-  d_step = d_step if docs is None else jnp.where(docs.is_token[..., None], d_step, 0)
-  return dx, d_step, d_a, by_part(db), by_part(dc), d_initial
+  d_step = at_tokens(docs, d_step[:, :tokens].astype(like_step.dtype))
+  return dx[:, :tokens], d_step, d_a, by_part(db), by_part(dc), d_initial
 
 
 class _Blocks:
@@ -157,11 +156,9 @@ def _width(channels: int) -> int:
 
 def _arrange(docs, x, step, b, c):
   """Tokens of whole chunks, with zeros at padding; b and c [B, N, T]; and 0 where a document starts, else 1, [B, 1, T]."""
-  if docs is not None:
-    x, step, b, c = (jnp.where(docs.is_token[..., None], z, 0) for z in (x, step, b, c))
   starts = jnp.zeros(x.shape[:2], bool) if docs is None else docs.starts
   missing = -x.shape[1] % CHUNK
-  x, step, b, c, starts = (pad_end(z, missing) for z in (x, step, b, c, starts))
+  x, step, b, c, starts = (pad_end(z, missing) for z in (*(at_tokens(docs, z) for z in (x, step, b, c)), starts))
   goes_on = (~starts).astype(jnp.float32)[:, None]
   return x, step.astype(jnp.float32), *(z.astype(jnp.float32).swapaxes(1, 2) for z in (b, c)), goes_on
 
@@ -191,20 +188,16 @@ def _forward(
   *states_ref, row_ref = others
   for ref in states_ref:
     ref[0] = state_ref[...]
-  tiles = _tiles(x_ref)
+  tiles, decay = _tiles(x_ref), partial(_decay, goes_on_ref if packed else None, row_ref, a_ref)
 
   @pl.loop(0, CHUNK // GROUP)
   def _(g):
-    rows = pl.ds(g * GROUP, GROUP)
-    b, c = (pltpu.roll(ref[0], CHUNK - g * GROUP, 1) for ref in (b_ref, c_ref))
-    row_ref[0] = step_ref[0, rows]
-    row_ref[1] = row_ref[0] * x_ref[0, rows].astype(jnp.float32)
+    rows, b, c = _load(g, x_ref, step_ref, b_ref, c_ref, row_ref)
     h, reads = [state_ref[0, :, tile] for tile in tiles], [[] for _ in tiles]
     for t in range(GROUP):
       write, read = (jnp.broadcast_to(z[:, t : t + 1], h[0].shape) for z in (b, c))
       for i, tile in enumerate(tiles):
-        before = h[i] * goes_on_ref[0, 0, g * GROUP + t] if packed else h[i]
-        h[i] = jnp.exp2(row_ref[0, t : t + 1, tile] * a_ref[:, tile]) * before + row_ref[1, t : t + 1, tile] * write
+        h[i] = decay(g, t, tile) * h[i] + row_ref[1, t : t + 1, tile] * write
         reads[i].append(_by_eights(read * h[i]))
     for i, tile in enumerate(tiles):
       state_ref[0, :, tile] = h[i]
@@ -238,18 +231,9 @@ def _backward(
     d_a_ref[...] = jnp.zeros_like(d_a_ref)
 
   tiles, groups = _tiles(x_ref), CHUNK // GROUP
+  decay = partial(_decay, goes_on_ref if packed else None, row_ref, a_ref)
+  load = partial(_load, x_ref=x_ref, step_ref=step_ref, b_ref=b_ref, c_ref=c_ref, row_ref=row_ref)
   h_ref[0] = kept_ref[0, 0]
-
-  def load(g):
-    """Of a group of tokens: their rows, b and c. Steps, and steps times x, go to `row_ref`."""
-    rows = pl.ds(g * GROUP, GROUP)
-    row_ref[0] = step_ref[0, rows]
-    row_ref[1] = row_ref[0] * x_ref[0, rows].astype(jnp.float32)
-    return rows, *(pltpu.roll(ref[0], CHUNK - g * GROUP, 1) for ref in (b_ref, c_ref))
-
-  def decay(g, t, tile):
-    found = jnp.exp2(row_ref[0, t : t + 1, tile] * a_ref[:, tile])
-    return found * goes_on_ref[0, 0, g * GROUP + t] if packed else found
 
   @pl.loop(0, groups)
   def _(g):
@@ -294,6 +278,20 @@ def _backward(
       )
       dx_ref[0, rows, tile] = (row_ref[0, :, tile] * write).astype(dx_ref.dtype)
       d_step_ref[0, rows, tile] = x_ref[0, rows, tile].astype(jnp.float32) * write + rate * (1 / _LOG2E)
+
+
+def _load(g: jax.Array, x_ref: Any, step_ref: Any, b_ref: Any, c_ref: Any, row_ref: Any) -> tuple[Any, jax.Array, jax.Array]:
+  """Of group g of tokens: their rows, and b and c from its first token on. Steps, and steps times x, go to `row_ref`."""
+  rows = pl.ds(g * GROUP, GROUP)
+  row_ref[0] = step_ref[0, rows]
+  row_ref[1] = row_ref[0] * x_ref[0, rows].astype(jnp.float32)
+  return rows, *(pltpu.roll(ref[0], CHUNK - g * GROUP, 1) for ref in (b_ref, c_ref))
+
+
+def _decay(goes_on_ref: Any | None, row_ref: Any, a_ref: Any, g: jax.Array, t: int, tile: slice) -> jax.Array:
+  """e^{step a} of token t of group g, [N, 128], or 0 where a document starts."""
+  decay = jnp.exp2(row_ref[0, t : t + 1, tile] * a_ref[:, tile])
+  return decay if goes_on_ref is None else decay * goes_on_ref[0, 0, g * GROUP + t]
 
 
 def _tiles(ref: Any) -> list[slice]:
