@@ -243,7 +243,7 @@ class Attention(MemoryLayer):
     kept = _in_last_document(docs) & (position >= length[:, None] - self.slots)
     slot = jnp.where(kept, position % self.slots, self.slots)  # out of bounds, and therefore dropped
     given = cache, slot, new.swapaxes(1, 2).astype(cache.dtype)
-    if new.shape[1] > 1:
+    if new.shape[1] != 1:
       return _write_slots(*given)
     # XLA for a TPU writes a token where a cache lies in an order of axes that suits nothing else, and copies it there and back.
     return by_platform(Forms(_write_slots, _write_slots, tpu=_write_by_selection), *given)

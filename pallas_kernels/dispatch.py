@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .partition import varying_alike
+from .partition import is_split_by_xla, varying_alike
+from .sizes import known
 
 
 class Kernels(Enum):
@@ -73,6 +74,26 @@ def choose_by_length(operation: str, requested: str, tokens: int, **kernels: str
 
 # For `explain`: what calls choose on each platform.
 _CHOICES: ContextVar[list[Callable[[str], Choice]] | None] = ContextVar("choices", default=None)
+
+
+def objection_to_kernels(inputs: Any, specs: Any, chunk_size: int | None, own: Callable[[], str | None]) -> str | None:
+  """Why there is no kernel for a call with such arrays, or `None`; `own` says what the operation's kernels do not compute.
+
+  Args:
+    inputs: arrays of the call.
+    specs: which of their axes are rows and heads, as for `partition.partitioned`.
+    chunk_size: that was asked for, or `None`.
+    own: called if nothing else is in the way of it.
+  """
+  if not known(*(size for x in jax.tree.leaves(inputs) for size in x.shape)):
+    return "sizes are not known"
+  if chunk_size is not None:
+    return f"chunk_size={chunk_size} was asked for, and the kernels choose their own"
+  if why := own():
+    return why
+  if is_split_by_xla(inputs, specs):
+    return "XLA cannot split kernels over a mesh; `memzoo.split_over` tells how rows and heads are split, if they divide"
+  return None
 
 
 def choose_kernels(

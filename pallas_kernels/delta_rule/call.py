@@ -15,10 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
-from ..dispatch import Forms, Kernels, by_platform, kept_by_platform
+from ..dispatch import Forms, Kernels, by_platform, kept_by_platform, objection_to_kernels
 from ..documents import documents
 from ..numerics import FULL, Precision
-from ..partition import HEADS, ROWS, aligned, is_split_by_xla, partitioned, with_gradient
+from ..partition import HEADS, ROWS, aligned, partitioned, with_gradient
 from ..sizes import known, pieces, quotient
 from . import chunked, sums, tpu
 from .recurrent import recurrent
@@ -122,15 +122,8 @@ _rule = with_gradient(_values, _run_forward, _run_backward)
 
 def objection(options: Options, inputs: Inputs) -> str | None:
   """Why there is no kernel for such a call, or `None`."""
-  if not known(*(size for x in jax.tree.leaves(inputs) for size in x.shape)):
-    return "sizes are not known"
-  if options.chunk_size is not None:
-    return f"chunk_size={options.chunk_size} was asked for, and the kernels choose their own"
-  if why := tpu.objection(options.updates, options.dtype, inputs.operands, inputs.state.shape):
-    return why
-  if is_split_by_xla(inputs, _specs(options)):
-    return "XLA cannot split kernels over a mesh; `memzoo.split_over` tells how rows and heads are split, if they divide"
-  return None
+  own = partial(tpu.objection, options.updates, options.dtype, inputs.operands, inputs.state.shape)
+  return objection_to_kernels(inputs, _specs(options), options.chunk_size, own)
 
 
 def recurrence(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:

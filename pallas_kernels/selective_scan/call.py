@@ -15,10 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
-from ..dispatch import Forms, Kernels, by_platform, kept_by_platform
+from ..dispatch import Forms, Kernels, by_platform, kept_by_platform, objection_to_kernels
 from ..documents import Documents, documents
-from ..partition import HEADS, ROWS, aligned, is_split_by_xla, partitioned, with_gradient
-from ..sizes import bounded, known, pieces, quotient
+from ..partition import HEADS, ROWS, aligned, partitioned, with_gradient
+from ..sizes import bounded, pieces, quotient
 from . import tpu
 from .chunked import Plan, backward, forward
 from .recurrent import recurrent
@@ -68,15 +68,8 @@ def run(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
 
 def objection(options: Options, inputs: Inputs) -> str | None:
   """Why there is no kernel for such a call, or `None`."""
-  if not known(*(size for x in jax.tree.leaves(inputs) for size in x.shape)):
-    return "sizes are not known"
-  if options.chunk_size is not None:
-    return f"chunk_size={options.chunk_size} was asked for, and the kernels choose their own"
-  if why := tpu.objection(inputs.state.dtype, inputs.x, inputs.state.shape):
-    return why
-  if is_split_by_xla(inputs, _SPECS):
-    return "XLA cannot split kernels over a mesh; `memzoo.split_over` tells how rows and channels are split, if they divide"
-  return None
+  own = partial(tpu.objection, inputs.state.dtype, inputs.x, inputs.state.shape)
+  return objection_to_kernels(inputs, _SPECS, options.chunk_size, own)
 
 
 def recurrence(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
