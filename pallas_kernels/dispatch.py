@@ -54,7 +54,7 @@ def choose(operation: str, requested: str, candidates: Mapping[str, str | None])
   return Choice(chosen, others)
 
 
-def choose_by_length(operation: str, requested: str, tokens: int, **kernels: str | None) -> Choice:
+def choose_by_length(tokens: int, operation: str, requested: str, **kernels: str | None) -> Choice:
   """`choose` between "xla", a form in chunks, and "recurrent", the oracle, which a call of a single token runs.
 
   `kernels` are further forms in chunks, which come first: names with objections.
@@ -97,12 +97,18 @@ def objection_to_kernels(inputs: Any, specs: Any, chunk_size: int | None, own: C
 
 
 def choose_kernels(
-  operation: str, requested: str, tokens: int, objection: str | None, dtype: jnp.dtype
+  operation: str, requested: str, others: Callable[..., Choice], objection: str | None, dtype: jnp.dtype
 ) -> tuple[str, Kernels]:
-  """What `choose_by_length` picks where there are kernels for TPUs, "pallas"; and which programs use these.
+  """What `others(operation, requested, pallas=objection)` picks where there are kernels for TPUs; and which programs use these.
 
   Kernels for float32 activations have to be requested. JAX traces the forms for all platforms, in whatever program, and tracing
   a kernel takes a second, which would slow down the first call of every float32 program on a CPU.
+
+  Args:
+    operation, requested: as for `choose`.
+    others: a function with the other candidates, such as `choose_by_length` with a length.
+    objection: to any use of kernels, or `None`.
+    dtype: of activations.
 
   Raises:
     ValueError: if kernels are requested in spite of an objection, or something unknown is requested.
@@ -113,7 +119,7 @@ def choose_kernels(
   def on(platform):
     unasked = f"with {dtype} activations kernels are used where they are requested" if dtype != jnp.bfloat16 else None
     here = objection or unasked if platform == "tpu" else f"the kernels are for TPUs, and this is a program for a {platform}"
-    return choose_by_length(operation, requested, tokens, pallas=here)
+    return others(operation, requested, pallas=here)
 
   if (choices := _CHOICES.get()) is not None:
     choices.append(on)
@@ -161,8 +167,11 @@ def by_platform(forms: Forms, *args: Any) -> Any:
   The platform is known when a program is lowered, which may be on another machine; `jax.default_backend()` does not tell. All
   forms are traced; only one is compiled.
   """
+  apart = {} if forms.cpu is forms.others else {"cpu": forms.cpu}
   kernels = {} if forms.tpu is None else {"tpu": forms.tpu}
-  return jax.lax.platform_dependent(*args, cpu=forms.cpu, **kernels, default=forms.others)
+  if not apart and not kernels:
+    return forms.others(*args)
+  return jax.lax.platform_dependent(*args, **apart, **kernels, default=forms.others)
 
 
 def kept_by_platform(forms: Forms, inputs: Any) -> tuple[Any, Forms]:

@@ -7,12 +7,14 @@ libtpu writes the schedules that it makes to a folder that it is told once, when
 process of its own.
 """
 
+import json
 import math
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from operator import mul
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,14 +27,14 @@ class Schedule(NamedTuple):
 
   Attributes:
     name: of the kernel.
-    bundles: of a step of the grid, with its inner loops.
+    bundles: of a step of the grid, with its inner loops, on average.
     others: of everything else.
     vmem_bytes: fast memory of its blocks, its scratch and what it spills.
     slots: by kind of instruction, the share of a step's slots that is used.
   """
 
   name: str
-  bundles: int
+  bundles: float
   others: int
   vmem_bytes: int
   slots: dict[str, float]
@@ -43,11 +45,12 @@ class Grid(NamedTuple):
 
   Attributes:
     steps: of the grid.
-    trips: iterations of the longest loop in a step. A schedule does not tell, so all of its loops are taken to have so many.
+    trips: how often the loops in a step run, in their order; a single number is that of all. A schedule does not tell. It is
+      the length of the longest one, or where data decide, what a kernel's call says in `metadata={"loops": "[2, 4.5]"}`.
   """
 
   steps: int
-  trips: int
+  trips: tuple[float, ...]
 
 
 def run(command: Sequence[str], grids: Mapping[str, Grid] = MappingProxyType({})) -> tuple[str, list[Schedule]]:
@@ -70,7 +73,9 @@ def grids(jaxpr: Any) -> Iterator[tuple[str, Grid]]:
   for equation in _equations(jaxpr):
     if equation.primitive.name == "pallas_call":
       loops = [inner.params["length"] for inner in _equations(equation.params["jaxpr"]) if inner.primitive.name == "scan"]
-      yield equation.params["name"], Grid(math.prod(equation.params["grid_mapping"].grid), max(loops, default=1))
+      said = dict(equation.params["metadata"] or {}).get("loops")
+      trips = json.loads(said) if said else [max(loops, default=1)]
+      yield equation.params["name"], Grid(math.prod(equation.params["grid_mapping"].grid), tuple(trips))
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
@@ -92,28 +97,47 @@ def read(folder: Path, grids: Mapping[str, Grid]) -> list[Schedule]:
       start = path.name.rsplit("-", 2)[0]
       ends = "final_bundles", "final_hlo-static-per-bundle-utilization", "post-ra"
       texts = (next(folder.glob(f"{start}-[0-9]*[0-9]-{end}.txt")).read_text(errors="replace") for end in ends)
-      trips = grids[stamped[1]].trips if stamped[1] in grids else 1
+      trips = grids[stamped[1]].trips if stamped[1] in grids else (1,)
       found.append(parse(stamped[1], *texts, trips))
   return found
 
 
 # A bundle's line: its address, perhaps a label, a ">" for every loop around it, and its instructions.
-_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2}:|:)\s*(>*)\s*\{", re.M)
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2}:|:)\s*(>*)\s*\{", re.M)
 _ALLOCATION = re.compile(r"#(allocation\d+\w*) \[[^\n]*?space=vmem, size = 0x([0-9a-f]+)")
 
 
-def parse(name: str, bundles: str, slots: str, allocations: str, trips: int = 1) -> Schedule:
+def parse(name: str, bundles: str, slots: str, allocations: str, trips: Sequence[float] = (1,)) -> Schedule:
   """The schedule in the text of final bundles, in that of their slots (names, capacities, a row for every bundle), and in that
-  of allocations, for so many iterations of inner loops.
+  of allocations, for `Grid.trips`.
+
+  Raises:
+    ValueError: if the texts are not those of one schedule, or it does not have so many loops.
   """
-  depths = [len(match[1]) for match in _BUNDLE.finditer(bundles)]
+  found = [(match[1], len(match[2])) for match in _BUNDLE.finditer(bundles)]
   names, capacities, *rows = [line for line in slots.splitlines() if line.strip()][1:]
   used = [[int(x) for x in row.split()] for row in rows if re.fullmatch(r"[\d\s]+", row)]
-  if len(used) != len(depths):
-    raise ValueError(f"the schedule of {name} has {len(depths)} bundles, but slots of {len(used)}.")
-  step = min(1, max(depths))  # the loop over the grid, or no loop
-  in_step = [row for row, depth in zip(used, depths, strict=True) for _ in range(trips if depth > step else 1) if depth >= step]
-  columns = zip([x.strip() for x in names.split(",")], map(int, capacities.split()), zip(*in_step, strict=True), strict=True)
-  shares = {column: sum(values) / (capacity * len(in_step)) for column, capacity, values in columns}
+  if len(used) != len(found):
+    raise ValueError(f"the schedule of {name} has {len(found)} bundles, but slots of {len(used)}.")
+  times = _times(name, found, trips)
+  in_step = sum(times)
+  columns = zip([x.strip() for x in names.split(",")], map(int, capacities.split()), zip(*used, strict=True), strict=True)
+  shares = {column: sum(map(mul, values, times)) / (capacity * in_step) for column, capacity, values in columns}
   sizes = {each: int(size, 16) for each, size in _ALLOCATION.findall(allocations)}
-  return Schedule(name, len(in_step), sum(depth < step for depth in depths), sum(sizes.values()), shares)
+  return Schedule(name, in_step, times.count(0), sum(sizes.values()), shares)
+
+
+def _times(name: str, bundles: Sequence[tuple[str, int]], trips: Sequence[float]) -> list[float]:
+  """How often each bundle runs in a step, for their labels and the number of loops around each, that over the grid included."""
+  step = min(1, max(depth for _, depth in bundles))  # the loop over the grid, or no loop
+  inner = sum(label == "LB:" and depth > step for label, depth in bundles)
+  if len(trips) not in (1, inner):
+    raise ValueError(f"the schedule of {name} has {inner} loops in a step; expected {len(trips)}.")
+  remaining, around, times = iter(trips if len(trips) > 1 else trips * inner), [], []
+  for label, depth in bundles:
+    begins = label == "LB:" and depth > step
+    del around[max(0, depth - step - begins) :]
+    if begins:
+      around.append(next(remaining))
+    times.append(math.prod(around) if depth >= step else 0)
+  return times

@@ -22,6 +22,14 @@ LB: loop body
    0x4 PF: > { %5 = vst [vmem:[%s1] sm:$0xff] /*vst_source=*/%v2 }
    0x5   :  { %6 = vsyncpa [#allocation3], 1 }
 """
+NESTED = """
+     0   :  { %s1 = inlined_call_operand.vmem [shape: f32[8]] }
+   0x1 LB: > { %v1 = vld [vmem:[%s1] sm:$0xff] }
+   0x2 LB: >> { %v2 = vadd.f32 %v1, %v1 }
+   0x3 LB: >>> { %v4 = vmul.f32 %v2, %v2 }
+   0x4 PF: >> { %v5 = vmul.f32 %v2, %v2 }
+   0x5 LB: >> { %v6 = vmul.f32 %v2, %v2 }
+"""
 SLOTS = """== CAPACTIY:
 MATMUL, VALU, VLOAD, VSTORE
     4     4     3     1
@@ -44,7 +52,7 @@ COMMITTED = {"delta_rule_forward": 5.08, "delta_rule_backward": 12.87}
 
 
 def test_the_bundles_of_a_step_are_those_in_the_loop_over_the_grid_and_in_inner_loops_as_often_as_these_run():
-  schedule = tpu_schedule.parse("kernel", BUNDLES, SLOTS, ALLOCATIONS, trips=2)
+  schedule = tpu_schedule.parse("kernel", BUNDLES, SLOTS, ALLOCATIONS, trips=[2])
   assert schedule[:4] == ("kernel", 5, 2, 0x9010)
   assert schedule.slots == {"MATMUL": 0, "VALU": 3 / 20, "VLOAD": 2 / 15, "VSTORE": 1 / 5}
 
@@ -52,7 +60,14 @@ def test_the_bundles_of_a_step_are_those_in_the_loop_over_the_grid_and_in_inner_
 def test_the_grid_of_a_kernel_and_its_longest_loop_are_read_from_the_program():
   args = make_inputs("selective_scan", Shape(2, 256, 5), dtype=jnp.bfloat16)
   program = jax.make_jaxpr(selective_scan)(*args)
-  assert dict(tpu_schedule.grids(program.jaxpr)) == {"selective_scan_forward": (2 * 5 * 2, 8)}
+  assert dict(tpu_schedule.grids(program.jaxpr)) == {"selective_scan_forward": (2 * 5 * 2, (8,))}
+
+
+def test_loops_may_have_numbers_of_their_own():
+  schedule = tpu_schedule.parse("kernel", NESTED, "\n".join([*SLOTS.splitlines()[:4], *["0 1 0 0"] * 6]), "", trips=[3, 2.5, 4])
+  assert schedule[:3] == ("kernel", 1 + 3 + 3 * 2.5 + 3 + 4, 1)
+  with pytest.raises(ValueError, match="kernel has 3 loops in a step; expected 2"):
+    tpu_schedule.parse("kernel", NESTED, "\n".join([*SLOTS.splitlines()[:4], *["0 1 0 0"] * 6]), "", trips=[3, 2])
 
 
 def test_slots_of_another_schedule_are_refused():

@@ -26,13 +26,14 @@ All functions raise `ValueError` for shapes that do not fit together, an unknown
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ..dispatch import choose_kernels, explain
+from ..dispatch import choose_by_length, choose_kernels, explain
 from ..documents import check_segment_ids
 from ..numerics import accumulator, intermediate_precision
 from .call import KEPT, OUTPUT, TOKENS, UPDATES, Inputs, objection, recurrence, run
@@ -234,7 +235,7 @@ def _run(
   scale = width**-0.5 if scale is None else float(scale)
   call = CallOptions(updates, specs or (TOKENS,) * len(operands), scale, dtype, precise, chunk_size, decay_bound)
   inputs = Inputs(segment_ids, operands, log_decay, initial_state.astype(dtype))
-  chosen, kernels = choose_kernels(name, implementation, tokens, objection(call, inputs), q.dtype)
+  chosen, kernels = choose_kernels(name, implementation, partial(choose_by_length, tokens), objection(call, inputs), q.dtype)
   return recurrence(call, inputs) if chosen == "recurrent" else run(call._replace(kernels=kernels), inputs)
 
 

@@ -23,23 +23,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import varying_shape
+from ..tpu_products import BY_ROWS, BY_TOKENS, LANES, by_parts, dot, parts
 from .tpu_step import Blocks, Chunk, Step, head, put, start, whole
 from .tpu_tiles import (
-  BY_ROWS,
-  BY_TOKENS,
   CHUNK,
   HALF,
-  LANES,
   beside,
-  by_parts,
   by_tokens,
-  dot,
   grams,
   in_one_pass,
   inverses,
   is_left,
   masks,
-  parts,
   row_sums,
   three_passes,
   transposed,

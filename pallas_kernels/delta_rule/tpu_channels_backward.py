@@ -15,23 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..tpu_products import BY_ROWS, by_parts, parts
 from .tpu_backward import solve
 from .tpu_decays import Scaled
 from .tpu_step import Chunk, Step, head, put, start
-from .tpu_tiles import (
-  BY_ROWS,
-  CHUNK,
-  HALF,
-  by_parts,
-  grams,
-  of_token_before,
-  parts,
-  row_sums,
-  sums_of_tokens,
-  three,
-  transposed,
-  two_of_exact,
-)
+from .tpu_tiles import CHUNK, HALF, grams, of_token_before, row_sums, sums_of_tokens, three, transposed, two_of_exact
 
 
 def kernel(

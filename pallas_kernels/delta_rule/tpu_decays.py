@@ -14,27 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..tpu_products import BY_ROWS, BY_TOKENS, LANES, Parts, dot, parts
 from .tpu_step import Chunk
-from .tpu_tiles import (
-  BY_ROWS,
-  BY_TOKENS,
-  CHUNK,
-  GROUP,
-  HALF,
-  LANES,
-  Parts,
-  dot,
-  grams,
-  in_one_pass,
-  is_left,
-  lane,
-  parts,
-  sums_of_tokens,
-  swapped,
-  three,
-  transposed,
-  two,
-)
+from .tpu_tiles import CHUNK, GROUP, HALF, grams, in_one_pass, is_left, lane, sums_of_tokens, swapped, three, transposed, two
 
 # By rows, [64, K] of each of them, and by columns, [64, K].
 Pulled = Generator[None, None, tuple[list[jax.Array], jax.Array]]

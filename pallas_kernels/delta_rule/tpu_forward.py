@@ -21,8 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import varying_shape
+from ..tpu_products import by_parts
 from .tpu_step import Blocks, Chunk, Step, head, put, start, whole
-from .tpu_tiles import CHUNK, HALF, by_parts, by_tokens, grams, in_one_pass, inverses, masks, two, two_of_exact
+from .tpu_tiles import CHUNK, HALF, by_tokens, grams, in_one_pass, inverses, masks, two, two_of_exact
 
 
 def call(

@@ -14,7 +14,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from ..documents import Documents
-from .tpu_tiles import CHUNK, GROUP, LANES, MASKED, full_precision, is_left
+from ..tpu_products import LANES, full_precision
+from .tpu_tiles import CHUNK, GROUP, MASKED, is_left
 
 # States of a step with heads of 128 channels. Backwards, what sixteen store in between would not fit into a v4's 16 MiB.
 STATES, STATES_BACKWARDS = 16, 8

@@ -1,17 +1,14 @@
 """Products of the tiles of a chunk, in the kernels for TPUs.
 
-Operands are bfloat16. A float32 matrix is given as two parts, its rounding and the rest, and a product of two such matrices
-takes three passes, as `numerics.SPLIT` says. Chunks have 64 updates; the matrix unit is 128 wide and 128 deep, so
+Operands are those of `tpu_products.py`, and a product of two matrices in parts takes three passes, as `numerics.SPLIT` says.
+Chunks have 64 updates; the matrix unit is 128 wide and 128 deep, so
 
 - two matrices [64, 64] lie side by side in [64, 128];
 - a product over 64 updates leaves half of the depth free, which takes a second part: [P P] [U_high; U_low] = P U in one pass;
 - a product over 32 updates has room for three: `in_one_pass`.
-
-In `full_precision` all operands are float32, with one part, and XLA splits them into as many as that takes.
 """
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -19,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-CHUNK, HALF, BASE, LANES = 64, 32, 16, 128
+from ..tpu_products import BY_ROWS, BY_TOKENS, LANES, Parts, dot, is_full, parts
+
+CHUNK, HALF, BASE = 64, 32, 16
 # Of two updates per token, those of so many tokens lie together.
 GROUP = 8
 # Kernels shift and mask: a division of integers asks for the chip at hand, also when compiling for another.
 _LOG_HALF, _LOG_BASE = 5, 4
 MASKED = -1e4  # e^-10000 is 0
-
-BY_ROWS = ((1,), (1,))  # x y^T
-BY_TOKENS = ((0,), (0,))  # x^T y
 
 
 def order(updates: int) -> np.ndarray:
@@ -50,47 +46,9 @@ def masks(updates: int = 1) -> tuple[np.ndarray, np.ndarray]:
   return np.stack(of_tokens).astype(np.float32), np.stack(of_blocks).astype(np.float32)
 
 
-_FULL: ContextVar[bool] = ContextVar("full", default=False)
-
-# The rounding of a float32 matrix to bfloat16 and the rest, or at full precision the matrix.
-Parts = tuple[jax.Array, ...]
-
-
-def full_precision(kernel: Callable[..., None]) -> Callable[..., None]:
-  """A kernel that multiplies float32 operands at full precision."""
-
-  def run(*refs):
-    token = _FULL.set(True)
-    try:
-      kernel(*refs)
-    finally:
-      _FULL.reset(token)
-
-  return run
-
-
-def dot(x: jax.Array, y: jax.Array, contract: tuple = ((1,), (0,))) -> jax.Array:
-  """A product of bfloat16 operands in one pass, or of float32 operands at full precision, in float32."""
-  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
-
-
-def parts(x: jax.Array) -> Parts:
-  """The parts of a float32 matrix."""
-  if _FULL.get():
-    return (x,)
-  high = x.astype(jnp.bfloat16)
-  return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-def by_parts(x: jax.Array, y: jax.Array, contract: tuple = ((1,), (0,))) -> jax.Array:
-  """A product of an activation x with a float32 matrix y."""
-  return sum(dot(x, part, contract) for part in parts(y))
-
-
 def three_passes(x: Parts, y: Parts) -> jax.Array:
   """x y^T of two matrices in parts."""
-  if _FULL.get():
+  if is_full():
     return dot(*x, *y, BY_ROWS)
   n, by_high = len(x[0]), dot(jnp.concatenate(x), y[0], BY_ROWS)
   return by_high[:n] + by_high[n:] + dot(x[0], y[1], BY_ROWS)
@@ -98,7 +56,7 @@ def three_passes(x: Parts, y: Parts) -> jax.Array:
 
 def three(x: Parts, y: Parts, contract: tuple = ((1,), (0,))) -> jax.Array:
   """A product of two matrices in parts, in three passes."""
-  if _FULL.get():
+  if is_full():
     return dot(*x, *y, contract)
   return dot(x[0], y[0], contract) + dot(x[1], y[0], contract) + dot(x[0], y[1], contract)
 
@@ -128,7 +86,7 @@ def grams(xs: Sequence[jax.Array], ys: Sequence[jax.Array], shared: bool = False
 
 def by_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
   """x^T y of x [64, K], an activation or float32, and a float32 matrix y [64, V]. The parts of y take one pass."""
-  if _FULL.get():
+  if is_full():
     return dot(x, y, BY_TOKENS)
   x, high = (parts(x) if x.dtype == jnp.float32 else (x,)), parts(y)
   both = dot(jnp.concatenate([x[0]] * 2), jnp.concatenate(high), BY_TOKENS)
@@ -138,7 +96,7 @@ def by_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
 def two(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
   """The function from a side and y [64, V] to the product of the left (0) or right (1) half of x [n, 128] with y."""
   left = is_left(len(x))
-  if _FULL.get():
+  if is_full():
     halves = jnp.where(left, x, 0), jnp.where(left, 0, x)
     return lambda side, y: dot(halves[side], jnp.concatenate([y, y]))
   low = parts(x)[1]
@@ -156,7 +114,7 @@ def two(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
 
 def two_of_exact(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
   """The same for an activation y: the high half of a side in its place, and its low half in place of the other side."""
-  if _FULL.get():
+  if is_full():
     return two(x)
   left, high = is_left(), x.astype(jnp.bfloat16).astype(jnp.float32)
   low = swapped(x - high)
@@ -171,7 +129,7 @@ def in_one_pass(x: jax.Array) -> Callable[[int, jax.Array], jax.Array]:
   after that; the right operand has the high half of y twice, then its low half.
   """
   block = lane(x.shape) >> _LOG_HALF
-  if _FULL.get():
+  if is_full():
     return lambda b, y: dot(jnp.where(block == b, x, 0), jnp.concatenate([y] * 4))
   high = x.astype(jnp.bfloat16).astype(jnp.float32)
   low, again = pltpu.roll(x - high, HALF, 1), pltpu.roll(high, 2 * HALF, 1)
@@ -262,7 +220,7 @@ def _of_blocks(xs: Sequence[jax.Array], ys: Sequence[jax.Array], mask: jax.Array
     # Masked in float32: on packed bfloat16 it goes through memory.
     return (jnp.concatenate([y.astype(jnp.float32)] * (LANES // BASE)) * mask).astype(y.dtype)
 
-  if _FULL.get():
+  if is_full():
     return [dot(x, spread(y)) for x, y in zip(xs, ys, strict=True)]
   x_parts = [parts(x) for x in xs]
   y_parts = [tuple(map(spread, parts(y))) for y in ys]

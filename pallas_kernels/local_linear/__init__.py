@@ -17,16 +17,16 @@ The paper leaves open -> we do:
 - small denominators: raised to a floor -> none, because there is none in the centred form
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from ..dispatch import Choice, choose
+from ..dispatch import Choice, choose, choose_kernels, explain
 from ..documents import check_segment_ids, documents, positions, undivided
 from ..numerics import accumulator, intermediate_precision
-from .blockwise import by_blocks, distances
+from .blockwise import by_blocks, distances, objection
 from .dense import dense
 from .spec import Allowed, Spec
 
@@ -80,7 +80,8 @@ def local_linear_attention(
     k: [B, S, Hk, d]; Hk divides H, and H / Hk neighbouring query heads share a key head. S = T without `allowed`.
     v: [B, S, Hk, V].
     ridge: positive, [H] or [B, T, H]; in units of the squared length of keys. Sums are float32 (float64 if q, k or v is).
-    implementation: "auto", "dense" (the reference) or "xla" (blocks; memory O(T d)).
+    implementation: "auto", "pallas" (kernels for TPUs), "xla" (in blocks) or "dense" (the reference, memory O(T^2 d)).
+      `explain` says what "auto" chooses.
     **options: see `Options`.
 
   Returns:
@@ -89,7 +90,7 @@ def local_linear_attention(
   Raises:
     ValueError: for shapes that do not fit together and for unknown options.
   """
-  return _run(implementation)(*_prepared(q, k, v, ridge, **options))
+  return _run("local_linear_attention", implementation, *_prepared(q, k, v, ridge, **options))
 
 
 def squared_distance(q: jax.Array, k: jax.Array, ridge: jax.Array, **options: Unpack[Options]) -> jax.Array:
@@ -122,7 +123,7 @@ def _prepared(
 ) -> tuple[Any, ...]:
   """The checked arguments of an implementation."""
   _check(q, k, v, blocks, window)
-  allowed = _allowed(q, k, segment_ids, allowed)
+  own, allowed = allowed is None, _allowed(q, k, segment_ids, allowed)
   if iterations < 0 or not 0 <= tolerance < 1:
     raise ValueError(f"iterations={iterations} and tolerance={tolerance}; expected at least 0, and a share below 1.")
   if ridge.shape not in (q.shape[2:3], q.shape[:3]):
@@ -138,6 +139,7 @@ def _prepared(
     iterations=None if chosen == "direct" else iterations,
     tolerance=tolerance,
     precision=precision,
+    causal=own,
   )
   return spec, q, k, v, ridge, allowed
 
@@ -163,12 +165,13 @@ def parallax_attention(
   The other arguments are those of `local_linear_attention` and of its options; so are the result and the errors.
   """
   _check(q, k, v, 1, window)
-  allowed = _allowed(q, k, segment_ids, allowed)
+  own, allowed = allowed is None, _allowed(q, k, segment_ids, allowed)
   if r.shape != q.shape:
     raise ValueError(f"r has shape {list(r.shape)}; expected {list(q.shape)}, like q.")
   intermediate_precision(precision, q, k, v)
-  spec = Spec(q.shape[-1] ** -0.5 if scale is None else scale, window, given=True, precision=precision)
-  return _run(implementation)(spec, q, k, v, -r.astype(accumulator(q, k, v)), allowed)
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  spec = Spec(scale, window, given=True, precision=precision, causal=own)
+  return _run("parallax_attention", implementation, spec, q, k, v, -r.astype(accumulator(q, k, v)), allowed)
 
 
 def causal(batch: int, tokens: int, segment_ids: jax.Array | None = None) -> Allowed:
@@ -179,12 +182,6 @@ def causal(batch: int, tokens: int, segment_ids: jax.Array | None = None) -> All
   return Allowed(document, position, document, position)
 
 
-def explain(*, implementation: str = "auto") -> Choice:
-  """Says which implementation runs, and why the others do not."""
-  reasons = {"xla": None, "dense": "all pairs at once, memory O(T^2 d): the reference"}
-  return choose("local_linear_attention", implementation, reasons)
-
-
 def explain_solver(head_dim: int, *, blocks: int = 1, solver: str = "auto") -> Choice:
   """Says which solver runs for keys of width `head_dim`, and why the other does not."""
   width = head_dim // blocks
@@ -193,9 +190,15 @@ def explain_solver(head_dim: int, *, blocks: int = 1, solver: str = "auto") -> C
   return choose("local_linear_attention, solver", solver, {"direct": direct, "cg": iterative})
 
 
-def _run(implementation: str) -> Callable[..., jax.Array]:
-  """The function that computes the operation."""
-  return dense if explain(implementation=implementation).implementation == "dense" else by_blocks
+def _run(operation: str, requested: str, spec: Spec, q: jax.Array, *inputs: Any) -> jax.Array:
+  """The result by the implementation that is chosen."""
+
+  def others(operation, requested, **kernels):
+    all_pairs = "all pairs at once, memory O(T^2 d): the reference"
+    return choose(operation, requested, {**kernels, "xla": None, "dense": all_pairs})
+
+  chosen, kernels = choose_kernels(operation, requested, others, objection(spec, q, *inputs), q.dtype)
+  return dense(spec, q, *inputs) if chosen == "dense" else by_blocks(replace(spec, kernels=kernels), q, *inputs)
 
 
 def _allowed(q: jax.Array, k: jax.Array, segment_ids: jax.Array | None, allowed: Allowed | None) -> Allowed:

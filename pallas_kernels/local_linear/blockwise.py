@@ -29,9 +29,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
+from ..dispatch import Forms, Kernels, by_platform, objection_to_kernels
 from ..numerics import Precision, intermediate_precision, matmul
 from ..partition import HEADS, ROWS, aligned, partitioned, varying_alike, with_gradient
 from ..sizes import bounded, pad_end, pieces
+from . import tpu
 from .spec import Allowed, Spec
 
 QUERIES, KEYS = 128, 256  # tokens of a block
@@ -78,19 +80,43 @@ def distances(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, ridge: jax.A
   return jnp.sum((q.astype(x.dtype) - mean) * x, axis=-1)
 
 
+def objection(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, ridge: jax.Array, allowed: Allowed) -> str | None:
+  """Why there is no kernel for such a call, or `None`."""
+  return objection_to_kernels((q, k, v, ridge, allowed), _INPUTS, None, partial(tpu.objection, spec, q, k, v))
+
+
+# Compiled functions within a program are traced once for equal settings and shapes, so once for equal layers.
+@partial(jax.jit, static_argnums=(0, 1))
+def _compiled(function, spec, *inputs):
+  return function(spec, *inputs)
+
+
+def _forms(spec, function, kernel):
+  """A function of the arrays, by platform."""
+  plain, kernel = (partial(_compiled, f, spec) for f in (function, kernel))
+  forms = {
+    Kernels.NEVER: Forms(plain, plain),
+    Kernels.ON_TPU: Forms(plain, plain, kernel),
+    Kernels.ALWAYS: Forms(kernel, kernel),
+  }
+  return partial(by_platform, forms[spec.kernels])
+
+
 def _attended(spec, *inputs):
   return _attend_forward(spec, *inputs)[0]
 
 
 def _attend_forward(spec, *inputs):
-  y, sums = partitioned(partial(_forward, spec), _INPUTS, (_TOKENS, _SUMS), differentiable=False)(*inputs)
+  local = _forms(spec, _forward, tpu.forward)
+  y, sums = partitioned(local, _INPUTS, (_TOKENS, _SUMS), differentiable=False)(*inputs)
   return y, (inputs, sums)
 
 
 def _attend_backward(spec, residuals, dy):
   inputs, sums = residuals
   specs = (*_INPUTS, _SUMS, _TOKENS)
-  gradients = partitioned(partial(_backward, spec), specs, _INPUTS[:4], differentiable=False)(*inputs, sums, dy)
+  local = _forms(spec, _backward, tpu.backward)
+  gradients = partitioned(local, specs, _INPUTS[:4], differentiable=False)(*inputs, sums, dy)
   return *gradients, None
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..dispatch import Kernels
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -19,6 +21,8 @@ class Spec:
     iterations: of the conjugate gradients; `None` for a direct solve.
     tolerance: a query whose residual is this share of the first one is left alone.
     precision: option of the operation; see `numerics.intermediate_precision`.
+    causal: keys are those of the queries' tokens, in order.
+    kernels: which programs use kernels.
   """
 
   scale: float
@@ -28,6 +32,8 @@ class Spec:
   iterations: int | None = None
   tolerance: float = 1e-5
   precision: str | None = None
+  causal: bool = False
+  kernels: Kernels = Kernels.NEVER
 
 
 class Allowed(NamedTuple):

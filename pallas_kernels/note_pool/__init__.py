@@ -87,4 +87,4 @@ def read_notes(
 
 def explain(tokens: int, *, implementation: str = "auto") -> Choice:
   """Says which implementation runs for calls of `tokens` tokens, and why the others do not."""
-  return choose_by_length("read_notes", implementation, tokens)
+  return choose_by_length(tokens, "read_notes", implementation)

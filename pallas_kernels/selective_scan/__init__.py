@@ -7,10 +7,12 @@ The state h has N rows for each of D channels. Source: Mamba (Gu & Dao 2023, arX
 The paper and its code differ -> we do: the write is step * b, as in the code; the paper's text has an integral.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from ..dispatch import choose_kernels, explain
+from ..dispatch import choose_by_length, choose_kernels, explain
 from ..documents import check_segment_ids
 from ..numerics import accumulator
 from .call import KEPT, OUTPUT, Inputs, Options, objection, recurrence, run
@@ -68,7 +70,9 @@ def selective_scan(
     raise ValueError(f"chunk_size={chunk_size}; expected at least 1, or None.")
   inputs = Inputs(segment_ids, x, step, a, b, c, initial_state.astype(dtype))
   options = Options(chunk_size)
-  chosen, kernels = choose_kernels("selective_scan", implementation, tokens, objection(options, inputs), x.dtype)
+  chosen, kernels = choose_kernels(
+    "selective_scan", implementation, partial(choose_by_length, tokens), objection(options, inputs), x.dtype
+  )
   return recurrence(inputs) if chosen == "recurrent" else run(options._replace(kernels=kernels), inputs)
 
 
