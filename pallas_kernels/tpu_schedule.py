@@ -135,9 +135,8 @@ def _times(name: str, bundles: Sequence[tuple[str, int]], trips: Sequence[float]
     raise ValueError(f"the schedule of {name} has {inner} loops in a step; expected {len(trips)}.")
   remaining, around, times = iter(trips if len(trips) > 1 else trips * inner), [], []
   for label, depth in bundles:
-    begins = label == "LB:" and depth > step
-    del around[max(0, depth - step - begins) :]
-    if begins:
-      around.append(next(remaining))
-    times.append(math.prod(around) if depth >= step else 0)
+    if label == "LB:" and depth > step:
+      around[depth - step - 1 :] = [next(remaining)]
+    # Other bundles belong to the last loop of their depth: some within a loop are not marked, and are left out.
+    times.append(math.prod(around[: depth - step]) if depth >= step else 0)
   return times

@@ -25,7 +25,7 @@ SOLVER = {"iterations": 32, "tolerance": 1e-6}
 CASES = {
   "random": {},
   "equal keys": {"spread": 0.0},
-  "keys far from zero": {"distance": 10.0},
+  "keys far from zero": {"distance": 25.0},
   "weights of one key": {"sharpness": 8.0},
   "wider than a register": {"width": 144, "values": 24, "tokens": 130, "window": None},
   "given": {"given": True},

@@ -19,6 +19,7 @@ HARDEST = "erase_then_delta_rule_unbounded"  # two updates per token, and a deca
     ("gated_delta_rule_packed", jnp.bfloat16, "v5e"),
     ("gated_delta_rule", jnp.float32, "v5e"),
     ("selective_scan", jnp.bfloat16, "v5e"),
+    ("local_linear_attention", jnp.bfloat16, "v5e"),
   ],
 )
 def test_a_program_with_its_kernels_compiles(operation, dtype, chip):

@@ -27,6 +27,7 @@ NESTED = """
    0x1 LB: > { %v1 = vld [vmem:[%s1] sm:$0xff] }
    0x2 LB: >> { %v2 = vadd.f32 %v1, %v1 }
    0x3 LB: >>> { %v4 = vmul.f32 %v2, %v2 }
+   0x4   :  { %7 = vsyncpa [#allocation3], 1 }
    0x4 PF: >> { %v5 = vmul.f32 %v2, %v2 }
    0x5 LB: >> { %v6 = vmul.f32 %v2, %v2 }
 """
@@ -64,10 +65,10 @@ def test_the_grid_of_a_kernel_and_its_longest_loop_are_read_from_the_program():
 
 
 def test_loops_may_have_numbers_of_their_own():
-  schedule = tpu_schedule.parse("kernel", NESTED, "\n".join([*SLOTS.splitlines()[:4], *["0 1 0 0"] * 6]), "", trips=[3, 2.5, 4])
-  assert schedule[:3] == ("kernel", 1 + 3 + 3 * 2.5 + 3 + 4, 1)
+  schedule = tpu_schedule.parse("kernel", NESTED, "\n".join([*SLOTS.splitlines()[:4], *["0 1 0 0"] * 7]), "", trips=[3, 2.5, 4])
+  assert schedule[:3] == ("kernel", 1 + 3 + 3 * 2.5 + 3 + 4, 2)
   with pytest.raises(ValueError, match="kernel has 3 loops in a step; expected 2"):
-    tpu_schedule.parse("kernel", NESTED, "\n".join([*SLOTS.splitlines()[:4], *["0 1 0 0"] * 6]), "", trips=[3, 2])
+    tpu_schedule.parse("kernel", NESTED, "\n".join([*SLOTS.splitlines()[:4], *["0 1 0 0"] * 7]), "", trips=[3, 2])
 
 
 def test_slots_of_another_schedule_are_refused():

@@ -126,8 +126,8 @@ class _Call:
     self.places = self._places(allowed)
     # How often loops run in a causal step, on average, for estimates.
     seen = min(self.length, spec.window or self.length)
-    self.visits = max(1.0, (seen * (1 - seen / (2 * self.length)) + (self.block + _KEYS) / 2) / _KEYS)
-    self.solving = [] if spec.given else [spec.iterations, self.visits]
+    self.visits = max(1.0, seen * (1 - seen / (2 * self.length)) / _KEYS + 0.5)
+    self.solving = [spec.iterations, self.visits] if spec.iterations else []
 
   def _places(self, allowed: Allowed) -> list[tuple[jax.Array, pl.BlockSpec]]:
     """The blocks of keys from and up to which a block of queries sees some, and the same places for every query."""
