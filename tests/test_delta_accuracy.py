@@ -39,6 +39,7 @@ CASES = {
   "decays -3 to -5": (0.0, None, "bounded", BOUND),
   "decays -8 to -16": (0.0, None, "strong", None),
   "decays 0 or -20 to -60": (0.5, None, "mixed", None),
+  "a burst of -150": (0.5, None, "burst", None),
   "documents": (0.0, None, "weak", BOUND),
 }
 
@@ -53,6 +54,7 @@ def inputs(variant, case, dtype, width=32):
     "weak": -0.1 * np.exp(0.4 * rng.normal(size=shape) - 1),
     "bounded": -rng.uniform(3, 5, shape),
     "strong": -rng.uniform(8, 16, shape),
+    "burst": np.where((np.arange(TOKENS) == 70).reshape(1, -1, *[1] * (len(shape) - 2)), -150.0, np.full(shape, -1e-3)),
     "mixed": np.where(rng.uniform(size=shape) < 0.1, -rng.uniform(20, 60, shape), -1e-3),
   }[decay]
   if strength is not None:

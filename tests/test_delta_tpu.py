@@ -70,7 +70,18 @@ def errors(variant, args, segments, decay_bound=None):
   expected, by_expected = exact(variant, args, segments, weights)
   found |= {f"by {name}": x for name, x in by_found.items()}
   expected |= {f"by {name}": x for name, x in by_expected.items()}
-  return {name: (relative_error(x, expected[name]), LIMITS[x.dtype]) for name, x in found.items()}
+  found = {name: (relative_error(x, expected[name]), LIMITS[x.dtype]) for name, x in found.items()}
+  if "log_decay" in args:
+    found["1 - cosine"] = 1 - cosine_of_gates(args["log_decay"], by_found["log_decay"], by_expected["log_decay"]), 1e-3
+  return found
+
+
+def cosine_of_gates(log_decay, *gradients):
+  """The cosine of two gradients by A and b of log-decays -exp(A) softplus(u + b), sums over all tokens, for A = 0."""
+  log_decay, *gradients = (x.astype(jnp.float64) for x in (log_decay, *gradients))
+  by_weights = log_decay, jnp.expm1(log_decay)  # the derivative of -softplus(x) is -sigmoid(x) = e^-softplus(x) - 1
+  x, y = (jnp.concatenate([jnp.sum(d * w, axis=(0, 1)).ravel() for w in by_weights]) for d in gradients)
+  return float(jnp.vdot(x, y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y)))
 
 
 def too_large(found):
