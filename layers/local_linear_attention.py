@@ -39,6 +39,8 @@ class _LocalModel(Attention, kw_only=True):
   implementation: str = "auto"
 
   def _attend(self, q, k, v, state: CacheState | None, docs: Documents, position, prefix_kv, extra) -> jax.Array:
+    if state is None and prefix_kv is None:
+      return self._read(q, k, v, extra, position, segment_ids=jnp.where(docs.is_token, docs.index + 1, 0), **self._options)
     k, v, key_tokens = self._after_cache(k, v, state, docs, position)
     query_tokens = key_tokens._replace(document=jnp.where(docs.is_token, docs.index, -1), position=position)
     return self._over(q, k, v, query_tokens, key_tokens, prefix_kv, extra)
@@ -46,8 +48,11 @@ class _LocalModel(Attention, kw_only=True):
   def _over(self, q, k, v, query_tokens, key_tokens, prefix_kv, extra) -> jax.Array:
     if prefix_kv is not None:
       raise ValueError(f"{type(self).__name__} was given a prefix; expected none, which only Attention takes.")
-    options = {"window": self.slots, "implementation": self.implementation}
-    return self._read(q, k, v, extra, query_tokens.position, allowed=Allowed(*query_tokens, *key_tokens), **options)
+    return self._read(q, k, v, extra, query_tokens.position, allowed=Allowed(*query_tokens, *key_tokens), **self._options)
+
+  @property
+  def _options(self) -> dict[str, Any]:
+    return {"window": self.slots, "implementation": self.implementation}
 
 
 class LocalLinearAttention(_LocalModel, kw_only=True):
@@ -61,7 +66,7 @@ class LocalLinearAttention(_LocalModel, kw_only=True):
     blocks: the covariance of the keys is cut to this many diagonal blocks, which costs less.
     solver: "direct", "cg" (conjugate gradients) or "auto"; see `explain_solver` in `memzoo.pallas_kernels.local_linear`.
     iterations: of the conjugate gradients.
-    implementation: "auto", "xla" or "dense" (the reference: memory O(T^2 d), but with derivatives of every mode).
+    implementation: "auto", "pallas", "xla" or "dense" (the reference: memory O(T^2 d), but with derivatives of every mode).
 
   The other attributes are those of `Attention`.
   """
@@ -116,7 +121,7 @@ class Parallax(_LocalModel, kw_only=True):
   W_r starts at zero, so the layer starts as softmax attention. r carries the rotary positions of q.
 
   Attributes:
-    implementation: "auto", "xla" or "dense" (the reference: memory O(T^2 d), but with derivatives of every mode).
+    implementation: "auto", "pallas", "xla" or "dense" (the reference: memory O(T^2 d), but with derivatives of every mode).
 
   The other attributes are those of `Attention`.
   """

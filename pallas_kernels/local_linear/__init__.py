@@ -140,6 +140,7 @@ def _prepared(
     tolerance=tolerance,
     precision=precision,
     causal=own,
+    packed=segment_ids is not None,
   )
   return spec, q, k, v, ridge, allowed
 
@@ -170,7 +171,7 @@ def parallax_attention(
     raise ValueError(f"r has shape {list(r.shape)}; expected {list(q.shape)}, like q.")
   intermediate_precision(precision, q, k, v)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  spec = Spec(scale, window, given=True, precision=precision, causal=own)
+  spec = Spec(scale, window, given=True, precision=precision, causal=own, packed=segment_ids is not None)
   return _run("parallax_attention", implementation, spec, q, k, v, -r.astype(accumulator(q, k, v)), allowed)
 
 

@@ -22,6 +22,7 @@ class Spec:
     tolerance: a query whose residual is this share of the first one is left alone.
     precision: option of the operation; see `numerics.intermediate_precision`.
     causal: keys are those of the queries' tokens, in order.
+    packed: there may be several documents, and padding.
     kernels: which programs use kernels.
   """
 
@@ -33,6 +34,7 @@ class Spec:
   tolerance: float = 1e-5
   precision: str | None = None
   causal: bool = False
+  packed: bool = True
   kernels: Kernels = Kernels.NEVER
 
 

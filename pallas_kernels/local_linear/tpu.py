@@ -5,7 +5,8 @@ registers, and what a query has one of is a row. A step of the grid has a block 
 weights once, and keeps them in fast memory; an iteration of the solver is two products with them. The gradients by keys and
 values stay in fast memory from step to step.
 
-A query sees the keys from one place on up to its own: `causal` documents, with or without a window.
+A query sees the keys from one place on up to its own: `causal` documents, with or without a window, after padding was moved to
+the end.
 """
 
 import json
@@ -122,6 +123,8 @@ class _Call:
     self.spec, self.groups, self.full = spec, self.heads // self.key_heads, q.dtype == jnp.float32
     self.block = next((n for n in _QUERIES if _fast_memory(q, v, n) <= _capacity()), _QUERIES[-1])
     self.padded = _padded(self.length)
+    # Columns of tokens, then those of padding; `None` where all are tokens.
+    self.order = jnp.argsort(allowed.query_document < 0, axis=1, stable=True) if spec.packed else None
     self.grid = self.batch, self.key_heads, self.groups, self.padded // self.block
     self.places = self._places(allowed)
     # How often loops run in a causal step, on average, for estimates.
@@ -131,10 +134,12 @@ class _Call:
 
   def _places(self, allowed: Allowed) -> list[tuple[jax.Array, pl.BlockSpec]]:
     """The blocks of keys from and up to which a block of queries sees some, and the same places for every query."""
-    index, is_token = jnp.arange(self.length, dtype=jnp.int32)[None], allowed.query_document >= 0
-    reach = allowed.query_position if self.spec.window is None else jnp.minimum(allowed.query_position, self.spec.window - 1)
-    first = self._pad(jnp.where(is_token, index - reach, self.padded), self.padded)
-    last = self._pad(jnp.where(is_token, index, -1), -1)
+    position = self._ordered(allowed.query_position)
+    is_token, index = self._ordered(allowed.query_document) >= 0, jnp.arange(self.length, dtype=jnp.int32)[None]
+    reach = position if self.spec.window is None else jnp.minimum(position, self.spec.window - 1)
+    missing = self.padded - self.length
+    first = pad_end(jnp.where(is_token, index - reach, self.padded), missing, self.padded)
+    last = pad_end(jnp.where(is_token, index, -1), missing, -1)
     blocks = [x.reshape(self.batch, -1, self.block) for x in (first, last)]
     from_block, to_block = jnp.min(blocks[0], axis=2) >> _LOG_KEYS, (jnp.max(blocks[1], axis=2) >> _LOG_KEYS) + 1
     ranges = pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -187,7 +192,8 @@ class _Call:
 
   def tokens(self, x: jax.Array) -> jax.Array:
     """[B, H, c, T] -> [B, T, H, c]"""
-    return x.transpose(0, 3, 1, 2)[:, : self.length]
+    x = x.transpose(0, 3, 1, 2)[:, : self.length]
+    return x if self.order is None else _columns(x, jnp.argsort(self.order, axis=1))
 
   def _block(self, width: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, 1, width, self.block), lambda b, h, g, m: (b, h * self.groups + g, 0, m))
@@ -196,7 +202,15 @@ class _Call:
     return pl.BlockSpec((1, 1, *shape), lambda b, h, g, m: (b, h, 0, 0))
 
   def _pad(self, x: jax.Array, fill: int = 0) -> jax.Array:
-    return pad_end(x, self.padded - self.length, fill)
+    return pad_end(self._ordered(x), self.padded - self.length, fill)
+
+  def _ordered(self, x: jax.Array) -> jax.Array:
+    return x if self.order is None else _columns(x, self.order)
+
+
+def _columns(x: jax.Array, order: jax.Array) -> jax.Array:
+  """The tokens of x [B, T, ...] in the order [B, T]."""
+  return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def _forward(
