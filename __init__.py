@@ -16,6 +16,7 @@ _LAZY = {
   "generate": "memzoo.zoo.generate",
   "init": "memzoo.zoo.parameters",
   "describe": "memzoo.zoo.describe",
+  "from_pretrained": "memzoo.train.pretrained",
   "split_over": "memzoo.pallas_kernels.partition",
 }
 __all__ = ["__version__", *_LAZY]

@@ -18,13 +18,15 @@ from jax.sharding import PartitionSpec as P
 
 from ..pallas_kernels.dispatch import Forms, by_platform
 from ..pallas_kernels.documents import Documents, documents, positions, undivided
-from ..pallas_kernels.numerics import accumulator, einsum
+from ..pallas_kernels.numerics import einsum
 from ..pallas_kernels.partition import HEADS, ROWS, partitioned
 from ..pallas_kernels.sizes import at_most, pad_end, pieces
 from ..pallas_kernels.states import exportable
 from .memory_layer import MemoryLayer, count_key_heads, silence_padding
 from .norms import RMSNorm
+from .projected_memory import GATES
 from .projections import dense
+from .rotary import RopeScaling, check_rotated, rotate
 
 _BY_ROW, _BY_HEAD, _PREFIX, _CACHE = P(ROWS), P(ROWS, None, HEADS), P(None, None, HEADS), P(ROWS, HEADS)
 
@@ -65,7 +67,14 @@ class Attention(MemoryLayer):
     window: number of tokens that each token attends to, itself included; `None` for `max_length`.
     max_length: the window if `window` is `None`. Tokens further back are not attended to, in parallel and in decoding alike.
     rope_base: base of the rotary frequencies; `None` for no rotary positions.
+    rope_dim: number of channels of a head, its first ones, that carry rotary positions; `None` for all.
+    rope_scaling: how the frequencies are changed for texts longer than those of the first training.
     qk_norm: whether queries and keys are normalised (RMSNorm).
+    joint_qk_norm: whether that norm is over all heads together.
+    zero_centred_norms: whether its factors are 1 + scale.
+    norm_epsilon: its epsilon.
+    output_gate: activation of W_g x, which multiplies what the heads read: "none" (no gate), "silu" or "sigmoid".
+    norm_after: whether a stack normalises what comes out, x + norm(attention(x)), and not what goes in.
   """
 
   num_heads: int
@@ -74,7 +83,14 @@ class Attention(MemoryLayer):
   window: int | None = None
   max_length: int = 2048
   rope_base: float | None = 10_000.0
+  rope_dim: int | None = None
+  rope_scaling: RopeScaling = RopeScaling()
   qk_norm: bool = False
+  joint_qk_norm: bool = False
+  zero_centred_norms: bool = False
+  norm_epsilon: float = 1e-6
+  output_gate: str = "none"
+  norm_after: bool = False
 
   @property
   def key_heads(self) -> int:
@@ -90,8 +106,11 @@ class Attention(MemoryLayer):
     """See `MemoryLayer`."""
     super().check_settings()
     count_key_heads(self.num_heads, self.num_key_heads)
+    self.rope_scaling.check_settings()
+    if self.output_gate not in GATES:
+      raise ValueError(f"output_gate={self.output_gate!r}; expected one of {list(GATES)}.")
     if self.rope_base is not None:
-      check_even(self.head_dim)
+      check_rotated(self.head_dim, self.rope_dim)
 
   def initial_state(self, batch_size: int) -> CacheState:
     """An empty cache."""
@@ -119,8 +138,14 @@ class Attention(MemoryLayer):
 
     out, state = self.attend(q, k, v, state, segment_ids, prefix_kv, *self._extras(x), fresh=fresh)
     out = out.reshape(*out.shape[:2], -1)
-    y = dense(x.shape[-1], ("heads", "embed"), name="output", dtype=self.dtype, param_dtype=self.param_dtype)(out)
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    if activation := GATES[self.output_gate]:
+      out *= activation(dense(out.shape[-1], ("embed", "heads"), name="gate", **types)(x))
+    y = dense(x.shape[-1], ("heads", "embed"), name="output", **types)(out)
     return silence_padding(y, segment_ids), state
+
+  def _rotate(self, x: jax.Array, position: jax.Array) -> jax.Array:
+    return rotate(x, position, self.rope_base, self.rope_dim, self.rope_scaling)
 
   def _extras(self, x: jax.Array) -> tuple[jax.Array, ...]:
     """Further arrays [B, T, H, ...] that `_attend` and `_over` need. Layers with another attention override all three."""
@@ -131,8 +156,13 @@ class Attention(MemoryLayer):
     """The map from x [B, T, D] to [B, T, heads, d]."""
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     project = dense(heads * self.head_dim, ("embed", "heads"), name=name, **types)
-    norm = RMSNorm(param_dtype=self.param_dtype, axis=None, name=f"{name}_norm") if normed else lambda x: x
-    return lambda x: norm(project(x).reshape(*x.shape[:2], heads, self.head_dim))
+    options = {"axis": None, "zero_centred": self.zero_centred_norms, "name": f"{name}_norm"}
+    norm = RMSNorm(self.norm_epsilon, self.param_dtype, **options) if normed else lambda x: x
+
+    def split(x):
+      return x.reshape(*x.shape[:2], heads, self.head_dim)
+
+    return (lambda x: split(norm(project(x)))) if self.joint_qk_norm else (lambda x: norm(split(project(x))))
 
   @nn.nowrap
   def attend(
@@ -173,7 +203,7 @@ class Attention(MemoryLayer):
     """The output [B, T, H, d], and the cached keys and values after these tokens."""
     docs, position, before, length = where
     if self.rope_base is not None:
-      q, k = (rotate(a, position, self.rope_base) for a in (q, k))
+      q, k = (self._rotate(a, position) for a in (q, k))
     written = [self._write(cache, new, docs, position, length) for cache, new in ((keys, k), (values, v))]
     if q.shape[1] == 1 and not fresh:  # the token lies in the cache, and sees nothing else: no second copy of the cache is made
       token = _Tokens(jnp.where(docs.is_token, jnp.int32(0), -1), position)
@@ -316,23 +346,6 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arra
   logits = einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
   weights = jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min), axis=-1)
   return einsum("bhts,bshd->bthd", weights, v.astype(weights.dtype)).astype(q.dtype)
-
-
-def rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
-  """Rotates the pairs (x_i, x_{i + d/2}) of x [B, T, H, d] by position * base^(-2i/d)."""
-  check_even(x.shape[-1])
-  half, wide = x.shape[-1] // 2, accumulator(x)
-  frequency = base ** -(jnp.arange(half, dtype=wide) / half)
-  angle = position[..., None, None].astype(wide) * frequency[None, None, None]
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
-  first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def check_even(width: int) -> None:
-  """Raises `ValueError` for a width of heads that rotary positions cannot rotate."""
-  if width % 2:
-    raise ValueError(f"head_dim={width} is odd; expected an even width, because rotary positions rotate pairs.")
 
 
 def _merge(a: jax.Array) -> jax.Array:

@@ -69,22 +69,26 @@ class KimiDeltaAttention(DeltaNet):
   Attributes:
     output_gate, gate_rank: "sigmoid" by default, with rank `key_dim` if `gate_rank` is `None`, as in the paper.
     decay_rank: rank of the map from x to the decays; `None` for `key_dim`.
+    full_rank: whether the maps to the decays and to the gate have full rank, whatever the two ranks are.
     decay_lower_bound: lower bound of the log-decay; `None` for no bound.
+    decay_by_sigmoid: whether the bounded log-decay is that of later models; see `LogDecay`.
 
   The other attributes are those of `DeltaNet`.
   """
 
   output_gate: str = "sigmoid"
   decay_rank: int | None = None
+  full_rank: bool = False
   decay_lower_bound: float | None = -5.0
+  decay_by_sigmoid: bool = False
 
   @property
   def output_gate_rank(self) -> int | None:
-    return self.gate_rank or self.key_dim
+    return None if self.full_rank else self.gate_rank or self.key_dim
 
   def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
-    rank = self.decay_rank or self.key_dim
-    decay = LogDecay(self.num_heads, self.key_dim, rank, self.decay_lower_bound, name="decay", **self.gate_types)
+    rank, bound = None if self.full_rank else self.decay_rank or self.key_dim, self.decay_lower_bound
+    decay = LogDecay(self.num_heads, self.key_dim, rank, bound, self.decay_by_sigmoid, name="decay", **self.gate_types)
     return delta_rule.kimi_delta_rule(q, k, v, self.strength(x), decay(x), decay_bound=self.decay_lower_bound, **options)
 
 

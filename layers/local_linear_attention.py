@@ -25,7 +25,7 @@ from flax import linen as nn
 from ..pallas_kernels.documents import Documents
 from ..pallas_kernels.local_linear import Allowed, causal, local_linear_attention, parallax_attention, squared_distance
 from ..pallas_kernels.numerics import accumulator
-from .attention import Attention, CacheState, rotate
+from .attention import Attention, CacheState
 from .axes import named
 from .projections import dense
 
@@ -102,7 +102,7 @@ class LocalLinearAttention(_LocalModel, kw_only=True):
     """`squared_distance` [B, T, H] in a call without a state, for the arguments of `attend`."""
     if self.rope_base is not None:
       position = causal(*q.shape[:2], segment_ids).query_position
-      q, k = (rotate(a, position, self.rope_base) for a in (q, k))
+      q, k = (self._rotate(a, position) for a in (q, k))
     return squared_distance(q, k, ridge, segment_ids=segment_ids, window=self.slots, **self._solving)
 
   @property
@@ -134,5 +134,5 @@ class Parallax(_LocalModel, kw_only=True):
     return (r.reshape(*x.shape[:2], self.num_heads, self.head_dim),)
 
   def _read(self, q, k, v, r, position, **options) -> jax.Array:
-    r = r if self.rope_base is None else rotate(r, position, self.rope_base)
+    r = r if self.rope_base is None else self._rotate(r, position)
     return parallax_attention(q, k, v, r, **options)

@@ -25,20 +25,24 @@ class RMSNorm(nn.Module):
     param_dtype: dtype of `scale`, which is initialised to one.
     axis: logical name of the normalised axis, for sharding.
     groups: number of equal parts of the axis, each of which has a mean of its own.
+    zero_centred: whether the factor is 1 + scale, and `scale` is initialised to zero.
   """
 
   epsilon: float = 1e-6
   param_dtype: Any = jnp.float32
   axis: str | None = "norm"
   groups: int = 1
+  zero_centred: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", named(nn.initializers.ones, self.axis), x.shape[-1:], self.param_dtype)
+    initial = nn.initializers.zeros if self.zero_centred else nn.initializers.ones
+    scale = self.param("scale", named(initial, self.axis), x.shape[-1:], self.param_dtype)
     wide = x.astype(accumulator(x))
+    factor = beside(wide, scale) + 1 if self.zero_centred else beside(wide, scale)
     parts = wide if self.groups == 1 else wide.reshape(*x.shape[:-1], self.groups, -1)
     normed = parts * jax.lax.rsqrt(jnp.mean(parts * parts, axis=-1, keepdims=True) + self.epsilon)
-    return (normed.reshape(wide.shape) * beside(wide, scale)).astype(x.dtype)
+    return (normed.reshape(wide.shape) * factor).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):

@@ -25,8 +25,10 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
   Attributes:
     num_heads: number of heads, H. Each head has its own memory.
     conv_width: number of tokens that the short convolutions cover.
+    conv_bias: whether they have biases.
     output_gate: activation of W_g x, which multiplies the normalised output: "none" (no gate), "silu" or "sigmoid".
-    gate_rank: rank of W_g, which then has a bias; `None` for full rank and no bias.
+    gate_rank: rank of W_g; `None` for full rank.
+    gate_bias: whether W_g x has a bias; `None` for one where the rank is low.
     norm_epsilon: epsilon of the output norm over each head's channels.
     implementation: of the memory's operation and of the convolutions: "auto", "xla" or "recurrent" (the oracle: slow, but with
       derivatives of every mode and order).
@@ -34,8 +36,10 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
 
   num_heads: int
   conv_width: int = 4
+  conv_bias: bool = False
   output_gate: str = "none"
   gate_rank: int | None = None
+  gate_bias: bool | None = None
   norm_epsilon: float = 1e-5
   implementation: str = "auto"
 
@@ -62,7 +66,8 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
   def stream(self, name: str, features: int, activation: Callable[[jax.Array], jax.Array] = nn.silu) -> Stream:
     """Returns a function from (x [B, T, D], tail, segment_ids) to (activation(conv(W x)) [B, T, features], the next tail)."""
     project = dense(features, ("embed", "heads"), name=name, **self.types)
-    convolve = ShortConv(self.conv_width, self.param_dtype, activation, self.implementation, name=f"{name}_conv")
+    options = {"bias": self.conv_bias, "name": f"{name}_conv"}
+    convolve = ShortConv(self.conv_width, self.param_dtype, activation, self.implementation, **options)
     return lambda x, tail, segment_ids: convolve(project(x), tail, segment_ids)
 
   def read_out(self, x: jax.Array, out: jax.Array) -> jax.Array:
@@ -72,7 +77,8 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
     out = RMSNorm(self.norm_epsilon, self.param_dtype, axis=None, name="norm")(out)
     if activation is not None:
       rank = self.output_gate_rank
-      bias = None if rank is None else nn.initializers.zeros
+      has_bias = rank is not None if self.gate_bias is None else self.gate_bias
+      bias = nn.initializers.zeros if has_bias else None
       gate = LowRank(features, rank, bias, name="gate", **self.types)(x)
       out = out * activation(gate).reshape(out.shape)
     out = out.reshape(*out.shape[:2], -1)

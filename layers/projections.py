@@ -201,15 +201,18 @@ class LogDecay(nn.Module):
   """A log-decay per head or per channel, at most 0, in float32 (float64 where the input is).
 
       s = exp(A_log) softplus(u + dt_bias),     g = -s       or, bounded below by l,       g = |l| expm1(-s / |l|)
+      or, by a sigmoid,     g = l sigmoid(exp(A_log) (u + dt_bias))
 
   u is a linear map of x. The unbounded form is that of Mamba-2 and Gated DeltaNet. The bounded form (Erase-then-Delta
-  Attention, arXiv:2606.26560) agrees with it for small s, and tends to it as l goes to minus infinity.
+  Attention, arXiv:2606.26560) agrees with it for small s, and tends to it as l goes to minus infinity. The form by a sigmoid is
+  that of later models with Kimi Delta Attention.
 
   Attributes:
     num_heads: number of heads, H. The output is [B, T, H] or, with `channels`, [B, T, H, channels].
     channels: number of decays per head; `None` for one decay per head.
     rank: rank of the map from x to u; `None` for full rank.
     lower_bound: l < 0; `None` for no bound.
+    by_sigmoid: whether the bounded form is the one by a sigmoid.
     precision: `None`, or "highest" for full precision whatever the dtype of x.
   """
 
@@ -217,6 +220,7 @@ class LogDecay(nn.Module):
   channels: int | None = None
   rank: int | None = None
   lower_bound: float | None = None
+  by_sigmoid: bool = False
   param_dtype: Any = jnp.float32
   precision: str | None = None
 
@@ -231,9 +235,11 @@ class LogDecay(nn.Module):
     dt_bias = self.param("dt_bias", named(initial_step_bias, "heads"), (features,), self.param_dtype)
 
     a_log, dt_bias = (apart(a, jax.typeof(u).sharding.spec[:2]) for a in (a_log, dt_bias))
-    step = nn.softplus(u + dt_bias.astype(wide)[None, None]).reshape(*x.shape[:2], *shape)
+    logits = (u + dt_bias.astype(wide)[None, None]).reshape(*x.shape[:2], *shape)
     rate = jnp.exp(a_log.astype(wide)).reshape(1, 1, -1, *[1] * (len(shape) - 1))
-    decay = rate * step
+    if self.by_sigmoid and self.lower_bound is not None:
+      return self.lower_bound * nn.sigmoid(rate * logits)
+    decay = rate * nn.softplus(logits)
     return -decay if self.lower_bound is None else -self.lower_bound * jnp.expm1(decay / self.lower_bound)
 
 

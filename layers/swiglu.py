@@ -23,9 +23,13 @@ class SwiGLU(MemoryLayer, kw_only=True):
 
   Attributes:
     ratio: hidden width divided by the width of x; the hidden width is rounded up to a multiple of 32.
+    hidden: the hidden width itself, in place of `ratio`; `None` for that.
+    norm_after: whether a stack normalises what comes out, x + norm(mlp(x)), and not what goes in.
   """
 
   ratio: float = 8 / 3
+  hidden: int | None = None
+  norm_after: bool = False
 
   def initial_state(self, batch_size: int) -> tuple[()]:
     """No state."""
@@ -39,7 +43,7 @@ class SwiGLU(MemoryLayer, kw_only=True):
     """Maps x [B, T, D] to (y [B, T, D], ()); see `MemoryLayer`."""
     self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
-    hidden = -(-int(x.shape[-1] * self.ratio) // 32) * 32
+    hidden = self.hidden or -(-int(x.shape[-1] * self.ratio) // 32) * 32
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     gate = dense(hidden, ("embed", "mlp"), name="gate", **types)(x)
     up = dense(hidden, ("embed", "mlp"), name="up", **types)(x)

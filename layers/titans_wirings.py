@@ -28,10 +28,11 @@ from ..pallas_kernels.documents import select_rows
 from ..pallas_kernels.partition import HEADS, ROWS, aligned, partitioned
 from ..pallas_kernels.states import exportable
 from ..pallas_kernels.test_time_memory.layout import Layout
-from .attention import Attention, CacheState, check_even, rotate, softmax_attention
+from .attention import Attention, CacheState, softmax_attention
 from .memory_layer import silence_padding
 from .norms import RMSNorm, l2_normalise
 from .projections import dense
+from .rotary import check_rotated, rotate
 from .segments import lay_out_segments, scan_segments
 from .titans import TitansMemory, TitansState
 
@@ -69,7 +70,7 @@ class MemoryAsGate(TitansMemory, kw_only=True):
   def check_settings(self) -> None:
     """See `MemoryLayer`."""
     super().check_settings()
-    check_even(self.head_dim)
+    check_rotated(self.head_dim)
 
   def initial_state(self, batch_size: int) -> MemoryAttentionState:
     """The state before the first token."""
@@ -180,7 +181,7 @@ class MemoryAsContext(TitansMemory, kw_only=True):
   def check_settings(self) -> None:
     """See `MemoryLayer`."""
     super().check_settings()
-    check_even(self.head_dim)
+    check_rotated(self.head_dim)
 
   def initial_state(self, batch_size: int) -> ContextState:
     """The state before the first token."""

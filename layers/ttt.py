@@ -29,12 +29,12 @@ from ..pallas_kernels import test_time_memory as ttm
 from ..pallas_kernels.documents import documents, positions, undivided
 from ..pallas_kernels.numerics import accumulator
 from ..pallas_kernels.states import exportable
-from .attention import check_even, rotate
 from .axes import named
 from .inner_learner import InnerLearner
 from .memory_layer import silence_padding
 from .norms import LayerNorm
 from .projections import INIT, ShortConv, Strength, dense
+from .rotary import check_rotated, rotate
 
 
 @exportable
@@ -88,7 +88,7 @@ class TTTLinear(InnerLearner, kw_only=True):
   def check_settings(self) -> None:
     """See `MemoryLayer`."""
     super().check_settings()
-    check_even(self.head_dim)
+    check_rotated(self.head_dim)
 
   @property
   def spec(self) -> ttm.Spec:

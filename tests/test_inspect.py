@@ -16,8 +16,8 @@ from memzoo.layers import (
   LinearAttention,
   LocalLinearAttention,
 )
-from memzoo.layers.attention import rotate
 from memzoo.layers.memory_layer import MemoryLayer
+from memzoo.layers.rotary import rotate
 from memzoo.pallas_kernels.delta_rule import gated_delta_rule
 from memzoo.pallas_kernels.documents import documents
 from memzoo.pallas_kernels.local_linear import squared_distance

@@ -73,7 +73,7 @@ def test_the_dependencies_are_what_the_package_imports():
   files = [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
   imported = {name.split(".")[0] for path in files for name in imported_modules(path)} - sys.stdlib_module_names - {"memzoo"}
   distributions = {"gin": "gin-config", "orbax": "orbax-checkpoint"}
-  needed = {distributions.get(name, name) for name in imported} - {"numpy", "tokenizers"}  # they come with jax and [hub]
+  needed = {distributions.get(name, name) for name in imported} - {"numpy", "tokenizers", "safetensors"}  # of jax, [hub]
   assert {line.partition(">")[0] for line in PROJECT["project"]["dependencies"]} == needed
 
 

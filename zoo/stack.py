@@ -7,7 +7,8 @@ token ids, what lower layers stored, a way to feed later blocks) inherits from `
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,13 +40,11 @@ class Block(nn.Module):
   Attributes:
     sublayers: the layers. The parameters of a `SwiGLU` are called "mlp" and those of any other layer "mixer", with a number
       where a block has several; its norm's "mixer_norm" and so on.
-    norm_epsilon: epsilon of the norms.
-    param_dtype: dtype of the norms' scales.
+    norm: the norm of a sublayer, by its name.
   """
 
   sublayers: tuple[nn.Module, ...]
-  norm_epsilon: float = 1e-6
-  param_dtype: Any = jnp.float32
+  norm: Callable[..., nn.Module] = RMSNorm
 
   @nn.compact
   def __call__(
@@ -56,14 +55,16 @@ class Block(nn.Module):
     after = []
     for i, (name, template) in enumerate(zip(sublayer_names(self.sublayers), self.sublayers, strict=True)):
       layer = template.clone(parent=self, name=name)
-      adds_input = getattr(layer, "adds_input", False)
-      normed = x if adds_input else RMSNorm(self.norm_epsilon, self.param_dtype, name=f"{name}_norm")(x)
+      adds_input, norm_after = getattr(layer, "adds_input", False), getattr(layer, "norm_after", False)
+      norm = None if adds_input else self.norm(name=f"{name}_norm")
+      normed = x if adds_input or norm_after else norm(x)
       state = None if states is None else states[i]
       if isinstance(layer, ContextLayer):
         y, state, context = layer.in_stack(normed, state, segment_ids, context)
       else:
         y, state = layer(normed, state, segment_ids)
-      x = y.astype(x.dtype) if adds_input else x + y.astype(x.dtype)
+      y = (norm(y) if norm_after else y).astype(x.dtype)
+      x = y if adds_input else x + y
       after.append(state)
     return x, tuple(after), context
 
@@ -82,15 +83,14 @@ class _Period(nn.Module):
   """One repeat of the pattern, as the body of a scan."""
 
   blocks: tuple[tuple[nn.Module, ...], ...]
-  norm_epsilon: float
-  param_dtype: Any
+  norm: Callable[..., nn.Module]
 
   @nn.compact
   def __call__(self, carry, states, segment_ids):
     x, context = carry
     incoming, after = x, []
     for i, sublayers in enumerate(self.blocks):
-      block = Block(sublayers, self.norm_epsilon, self.param_dtype, name=f"blocks_{i}")
+      block = Block(sublayers, self.norm, name=f"blocks_{i}")
       x, state, context = block(x, None if states is None else states[i], segment_ids, context)
       after.append(state)
     return (placed_like(x, incoming), context), tuple(after)
@@ -107,6 +107,7 @@ class Stack(nn.Module, kw_only=True):
     depth: number of blocks, those of `first` included.
     mlp_ratio: `ratio` of the `SwiGLU` after each entry that is a single layer; 0 for none.
     norm_epsilon: epsilon of all norms of the residual stream.
+    zero_centred_norms: whether the factors of these norms are 1 + scale.
     remat: what the backward pass recomputes: "none", everything but the inputs of blocks ("full"), everything but the products
       of activations with weights ("dots"), or all but the inputs of blocks and what delta rules and selective
       scans keep ("memory").
@@ -122,6 +123,7 @@ class Stack(nn.Module, kw_only=True):
   first: tuple[nn.Module | tuple[nn.Module, ...], ...] = ()
   mlp_ratio: float = 8 / 3
   norm_epsilon: float = 1e-6
+  zero_centred_norms: bool = False
   remat: str = "none"
   scan: bool = False
   dtype: Any = jnp.float32
@@ -199,7 +201,7 @@ class Stack(nn.Module, kw_only=True):
     given, states = iter(state or itertools.repeat(None)), []
 
     def run(i: int, x: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-      block = self._checkpointed(Block)(self.block(i), self.norm_epsilon, self.param_dtype, name=f"blocks_{i}")
+      block = self._checkpointed(Block)(self.block(i), self.norm, name=f"blocks_{i}")
       x, after, context = block(x, next(given), segment_ids, context)
       states.append(after)
       return x, context
@@ -216,13 +218,18 @@ class Stack(nn.Module, kw_only=True):
         out_axes=1,
         length=self.repeats,
         metadata_params={nn.PARTITION_NAME: "layers"},
-      )(blocks, self.norm_epsilon, self.param_dtype, name=PERIODS)
+      )(blocks, self.norm, name=PERIODS)
       own = tuple(next(given) for _ in period)
       (x, context), after = scan((x, context), None if state is None else own, segment_ids)
       states.extend(after)
     for i in rest:
       x, context = run(i, x, context)
-    return RMSNorm(self.norm_epsilon, self.param_dtype, name="final_norm")(x), tuple(states)
+    return self.norm(name="final_norm")(x), tuple(states)
+
+  @property
+  def norm(self) -> Callable[..., nn.Module]:
+    """The norm of the residual stream, by its name."""
+    return partial(RMSNorm, self.norm_epsilon, self.param_dtype, zero_centred=self.zero_centred_norms)
 
   def _checkpointed(self, module: type[nn.Module], **options: Any) -> type[nn.Module]:
     """`module`, recomputed in the backward pass as `remat` says."""

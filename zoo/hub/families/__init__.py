@@ -1,0 +1,8 @@
+"""The families of models that can be read and written, by `model_type`."""
+
+from ..family import Family
+from .llama import LLAMA, QWEN3
+from .olmo_hybrid import OLMO_HYBRID
+from .qwen import QWEN3_5, QWEN3_NEXT
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN3, QWEN3_NEXT, QWEN3_5, OLMO_HYBRID)}
