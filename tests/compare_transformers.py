@@ -2,6 +2,7 @@
 
     python tests/compare_transformers.py              # all families; exit status 1 if a bound is passed
     python tests/compare_transformers.py qwen3_next   # some of them, by name
+    python tests/compare_transformers.py --write tests/pretrained    # the models and logits of test_hub.py
 
 It needs `torch`, `transformers` and `safetensors`, which memzoo itself does not need. For every family a tiny model with random
 weights is saved by transformers and read by memzoo. Columns of the table, the largest differences of logits, relative to the
@@ -56,6 +57,8 @@ LINEAR = {
   "linear_conv_kernel_dim": 4,
 }
 HYBRID = COMMON | LINEAR | {"layer_types": ["linear_attention", "full_attention"] * 2}
+SCAN = {name: COMMON[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id", "bos_token_id")}
+SCAN |= {"eos_token_id": None, "state_size": 8}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 CASES = {
@@ -64,13 +67,38 @@ CASES = {
   "qwen3": ("Qwen3", COMMON | {"rope_parameters": YARN}),
   "qwen3_next": ("Qwen3Next", HYBRID | {"num_experts": 0}),
   "qwen3_5": ("Qwen3_5", HYBRID),
-  "olmo_hybrid": ("OlmoHybrid", HYBRID | {"linear_num_key_heads": 4, "linear_allow_neg_eigval": True}),
+  "mamba": ("Mamba", SCAN),
+  "mamba2": ("Mamba2", SCAN | {"num_heads": 4, "head_dim": 16, "n_groups": 2, "chunk_size": 16}),
+  "olmo_hybrid": ("OlmoHybrid", HYBRID | {"linear_allow_neg_eigval": True}),
 }
 
 
-def make(case: str) -> torch.nn.Module:
+# Settings of the models of test_hub.py, as small as they can be.
+SMALL = {
+  "vocab_size": 32,
+  "hidden_size": 16,
+  "intermediate_size": 24,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "num_key_value_heads": 1,
+  "head_dim": 8,
+  "linear_num_key_heads": 1,
+  "linear_num_value_heads": 2,
+  "linear_key_head_dim": 4,
+  "linear_value_head_dim": 8,
+  "layer_types": ["linear_attention", "full_attention"],
+}
+
+
+def make(case: str, small: bool = False) -> torch.nn.Module:
   """A model of transformers whose every parameter is random."""
   name, settings = CASES[case]
+  if small:
+    settings = settings | {key: value for key, value in SMALL.items() if key in settings}
+  if name == "OlmoHybrid":
+    settings = settings | {"linear_num_key_heads": settings["linear_num_value_heads"]}
+  if name == "Mamba2":
+    settings = settings | {"head_dim": settings["hidden_size"] // 2}
   config = getattr(transformers, f"{name}TextConfig" if name == "Qwen3_5" else f"{name}Config")(**settings)
   torch.manual_seed(0)
   model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
@@ -132,13 +160,27 @@ def compare(case: str, folder: Path) -> dict[str, float]:
   return found
 
 
+def write(case: str, folder: Path) -> None:
+  """Saves a small model, and its logits in float64 for tokens 0, 1, 2 and so on."""
+  model = make(case, small=True)
+  model.save_pretrained(folder)
+  theirs.state = {name: x.double() for name, x in model.state_dict().items()}
+  np.save(folder / "logits.npy", theirs(model, np.arange(model.config.vocab_size)[None], torch.float64)[0].astype(np.float32))
+  (folder / "generation_config.json").unlink(missing_ok=True)
+
+
 def main() -> int:
   """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("cases", nargs="*", metavar="CASE", help=f"one of: {'; '.join(CASES)} (default: all)")
-  cases = parser.parse_args().cases or list(CASES)
-  failed = False
+  parser.add_argument("--write", type=Path, metavar="FOLDER", help="save small models and logits there, and compare nothing")
+  arguments = parser.parse_args()
+  cases, failed = arguments.cases or list(CASES), False
   transformers.utils.logging.disable_progress_bar()
+  if arguments.write:
+    for case in cases:
+      write(case, arguments.write / case.replace(", ", "_"))
+    return 0
   print(f"{'':16}" + "".join(f"{name:>12}" for name in BOUNDS))
   for case in cases:
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,9 @@
 
 from ..family import Family
 from .llama import LLAMA, QWEN3
+from .mamba import MAMBA, MAMBA2
 from .olmo_hybrid import OLMO_HYBRID
 from .qwen import QWEN3_5, QWEN3_NEXT
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN3, QWEN3_NEXT, QWEN3_5, OLMO_HYBRID)}
+_ALL = LLAMA, QWEN3, QWEN3_NEXT, QWEN3_5, OLMO_HYBRID, MAMBA, MAMBA2
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
