@@ -7,6 +7,7 @@ import pytest
 from delta_variants import by_hand
 from flax import linen as nn
 from memzoo.layers import DeltaProduct, EraseThenDelta, KimiDeltaAttention, LinearAttention
+from memzoo.layers.projections import LogDecay
 from tolerances import assert_close
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float64"), pytest.mark.xdist_group("delta-identities")]
@@ -104,3 +105,24 @@ def test_the_layer_is_its_papers_equation(layer, equation):
   params = jax.tree.map(lambda p: 0.7 * rng.normal(size=p.shape), shapes)
   y, _ = jax.jit(layer.apply)(params, x)
   assert_close(y, equation(params["params"], x))
+
+
+def test_a_decay_by_a_sigmoid_has_its_bound_and_its_equation():
+  module, x = LogDecay(2, 3, None, -5.0, by_sigmoid=True, param_dtype=jnp.float64), jnp.linspace(-3, 3, 20).reshape(1, 5, 4)
+  params = nn.unbox(module.init(jax.random.key(0), x))
+  p = jax.tree.map(np.asarray, params["params"])
+  u = np.asarray(x) @ p["step"]["full"]["kernel"] + p["dt_bias"]
+  expected = -5 / (1 + np.exp(-np.exp(p["A_log"])[:, None] * u.reshape(1, 5, 2, 3)))
+  assert_close(module.apply(params, x), expected)
+
+
+def test_maps_of_full_rank_and_biases_are_parameters():
+  sizes = {"num_heads": 2, "key_dim": 4, "value_dim": 4, "param_dtype": jnp.float64}
+
+  def init(**options):
+    return jax.eval_shape(KimiDeltaAttention(**sizes, **options).init, jax.random.key(0), jnp.zeros((1, 3, 8)))
+
+  params = nn.unbox(init(full_rank=True, conv_bias=True, gate_bias=True))["params"]
+  assert params["decay"]["step"]["full"]["kernel"].shape == params["gate"]["full"]["kernel"].shape == (8, 8)
+  assert params["gate"]["full"]["bias"].shape == params["key_conv"]["bias"].shape == (8,)
+  assert "bias" not in init(gate_bias=False)["params"]["gate"]["up"]

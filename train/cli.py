@@ -220,6 +220,44 @@ def generate(
     print(f"{(len(times) - 2) / (times[-1] - times[1]):,.0f} tokens/s", file=sys.stderr)
 
 
+@app.command("import", no_args_is_help=True)
+def import_(
+  folder: Annotated[Path, typer.Argument(help="Folder of a model that transformers has saved: config.json and *.safetensors.")],
+  out: Annotated[Path, typer.Option(help="Folder of the run to begin.")],
+  set_: _Set = None,
+) -> None:
+  """Begin a run with a model of transformers, which then generates, evaluates and trains like any other.
+
+  Parameters keep the dtype of the file; to train, give them float32. The tokenizer comes along.
+
+  [bold]memzoo import Qwen3.5-0.8B --out runs/qwen --set Attention.max_length=4096[/bold]
+
+  [bold]memzoo import Qwen3.5-0.8B --out runs/mine --set LanguageModel.param_dtype=float32 --set TextData.sources=texts[/bold]
+
+  [bold]memzoo train runs/mine[/bold]
+  """
+  _start()
+  from .pretrained import import_run
+
+  import_run(folder, out, set_ or ())
+
+
+@app.command(no_args_is_help=True)
+def export(
+  run: _Run,
+  out: Annotated[Path, typer.Option(help="Folder to write.")],
+  best: _Best = False,
+) -> None:
+  """Write a run that began with `memzoo import` as a model of transformers.
+
+  [bold]memzoo export runs/mine --out mine[/bold]
+  """
+  _start()
+  from .pretrained import export_run
+
+  export_run(run, out, best)
+
+
 @app.command(no_args_is_help=True)
 def tokenizer(
   sources: Annotated[list[str], typer.Argument(help="Files, folders, globs or stdlib, as in TextData.sources.")],

@@ -1,5 +1,9 @@
-"""Models of other libraries, read from their folders; see `memzoo.zoo.hub`."""
+"""Models of other libraries, read from their folders as models or as runs, and written; see `memzoo.zoo.hub`."""
 
+import ast
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,16 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from ..zoo import hub
+from .checkpoint import Checkpoints
 from .config import build_text
+from .evaluation import load_run
+from .processes import row_share
+from .run_folder import complete_checkpoints, write_config
+from .setup import claimed, set_up
 from .sharding import parameter_shardings
+
+TOKENIZER = "tokenizer.json"
+_ORIGINAL = "imported_config.json"  # the config.json of the model that a run began with
 
 
 @dataclass(frozen=True)
@@ -45,9 +57,81 @@ def from_pretrained(folder: str | Path, *overrides: str, mesh: Mesh | None = Non
   """
   folder = Path(folder).expanduser()
   config = hub.read_config(folder)
-  text = "\n".join([hub.model_config(config, folder), *overrides])
+  text = "\n".join([hub.model_config(config, folder), *map(_as_line, overrides)])
   model = build_text(text, str(folder / hub.CONFIG)).model
   wanted = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   shardings = None if mesh is None else parameter_shardings(mesh, wanted)
   params = hub.read_params(folder, config, nn.unbox(wanted), shardings)
   return Pretrained(model, params, text, folder)
+
+
+def import_run(
+  folder: str | Path, directory: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = print
+) -> None:
+  """Begins a run with a model that `transformers` has saved: its first checkpoint is that model, before the first step.
+
+  Args:
+    folder: with `config.json`, safetensors files, and perhaps a `tokenizer.json`.
+    directory: folder of the run, without checkpoints; it is created if it is missing.
+    overrides: of the configuration, such as "TextData.sources=my_texts".
+    say: called with lines about what was done.
+
+  Raises:
+    ValueError: as `from_pretrained`, or if there is a run already.
+  """
+  folder, directory = Path(folder).expanduser(), Path(directory)
+  if complete_checkpoints(directory):
+    raise ValueError(f"{directory} holds a run; expected a new folder.")
+  config = hub.read_config(folder)
+  text = hub.model_config(config, folder)
+  directory.mkdir(parents=True, exist_ok=True)
+  if (folder / TOKENIZER).is_file():
+    shutil.copyfile(folder / TOKENIZER, directory / TOKENIZER)
+    text += f"\nTextData.tokenizer = {str(directory.absolute() / TOKENIZER)!r}\n"
+  experiment = build_text("\n".join([text, *map(_as_line, overrides)]), str(folder / hub.CONFIG))
+  setup = set_up(experiment, directory)
+  wanted = setup.program.abstract_state.params
+  with claimed(directory, say), Checkpoints(directory, say=say) as checkpoints:
+    params = hub.read_params(folder, config, wanted, jax.tree.map(lambda leaf: leaf.sharding, wanted))
+    batches = setup.corpus.batches(*row_share(setup.program.batch_sharding, experiment.data.batch_size))
+    write_config(directory, experiment.text)
+    (directory / _ORIGINAL).write_text(json.dumps(dict(config), indent=2), encoding="utf-8")
+    checkpoints.save(0, setup.program.adopt(params), batches.get_state(), setup.facts())
+    checkpoints.wait()
+  count = sum(leaf.size for leaf in jax.tree.leaves(wanted))
+  say(f"{directory}: {config['model_type']}, {count:,} parameters. It generates, evaluates and trains like any other run.")
+
+
+def export_run(run: str | Path, folder: str | Path, best: bool = False, say: Callable[[str], None] = print) -> None:
+  """Writes the newest checkpoint of a run that `import_run` began, as `transformers` reads it.
+
+  Args:
+    run: folder of the run.
+    folder: folder to write, without a model.
+    best: take the checkpoint with the lowest validation loss instead of the newest.
+    say: called with a line about what was done.
+
+  Raises:
+    ValueError: if there is no such run, or a model in `folder`.
+  """
+  run, folder = Path(run), Path(folder).expanduser()
+  if not (run / _ORIGINAL).is_file():
+    raise ValueError(f"{run} has no {_ORIGINAL}; expected a run that `memzoo import` began.")
+  if (folder / hub.CONFIG).exists():
+    raise ValueError(f"{folder} holds a model; expected a new folder.")
+  config = json.loads((run / _ORIGINAL).read_text(encoding="utf-8"))
+  _, params, step = load_run(run, best=best)
+  hub.save_pretrained(folder, config, params)
+  if (run / TOKENIZER).is_file():
+    shutil.copyfile(run / TOKENIZER, folder / TOKENIZER)
+  say(f"{folder}: {config['model_type']}, step {step} of {run}.")
+
+
+def _as_line(override: str) -> str:
+  """An override as a line of gin: a value that is no literal is a string."""
+  name, _, value = override.partition("=")
+  try:
+    ast.literal_eval(value.strip())
+  except (ValueError, SyntaxError):
+    value = value if value.strip().startswith(("@", "[@", "%")) else repr(value.strip())
+  return f"{name.strip()} = {value.strip()}"

@@ -73,6 +73,7 @@ class Program(NamedTuple):
 
   Attributes:
     create: `create() -> TrainState`, fresh.
+    adopt: `adopt(params) -> TrainState`, the same with these parameters, which it consumes.
     train: `train(state, batch) -> (TrainState, Metrics)`. It consumes `state`.
     evaluate: `evaluate(params, batch) -> (nats, right, tokens)`: the loss summed over the batch's targets, how many of them
       were the likeliest prediction, and their number.
@@ -82,6 +83,7 @@ class Program(NamedTuple):
   """
 
   create: Callable[[], TrainState]
+  adopt: Callable[[Any], TrainState]
   train: Callable[[TrainState, dict], tuple[TrainState, Metrics]]
   evaluate: Callable[[Any, dict], tuple[jax.Array, jax.Array, jax.Array]]
   abstract_state: TrainState
@@ -129,6 +131,7 @@ def build_program(
   split = split_operations(mesh)
   return Program(
     create=jax.jit(create, out_shardings=shardings),
+    adopt=jax.jit(partial(first_state, transform, new_key(seed)), out_shardings=shardings, donate_argnums=0),
     train=jax.jit(
       split(train_step),
       in_shardings=(shardings, rows),
@@ -167,10 +170,14 @@ def create_state(
 
   `tokens` is any input that the model takes, by default integers [1, 1].
   """
-  init_key, step_key = jax.random.split(key)
-  params = nn.unbox(_init(model, init_key, tokens))
+  params = nn.unbox(_init(model, jax.random.split(key)[0], tokens))
+  return first_state(transform, key, params)
+
+
+def first_state(transform: optax.GradientTransformation, key: jax.Array, params: Any) -> TrainState:
+  """The state before the first step, with these parameters."""
   zero = jnp.zeros((), jnp.int32)
-  return TrainState(zero, zero, zero, jax.random.key_data(step_key), params, transform.init(params))
+  return TrainState(zero, zero, zero, jax.random.key_data(jax.random.split(key)[1]), params, transform.init(params))
 
 
 def make_train_step(

@@ -1,0 +1,64 @@
+"""Runs that begin with a model of transformers: they evaluate, train and are written again."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from memzoo.train.config import build
+from memzoo.train.evaluation import load_run
+from memzoo.train.loop import train
+from memzoo.train.pretrained import export_run, from_pretrained, import_run
+from memzoo.zoo.hub.tensors import Tensors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("import")]
+
+MODEL = Path(__file__).parent / "pretrained" / "qwen3_5"
+SMALL = "TextData.sequence_length=16", "TextData.batch_size=4", "Trainer.evaluation_batches=2", "Trainer.sample_tokens=0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """The model with a tokenizer of letters, and a text."""
+  folder = tmp_path_factory.mktemp("model")
+  shutil.copytree(MODEL, folder / "model")
+  letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz .")}
+  tokenizer = Tokenizer(models.WordLevel(letters, unk_token="."))
+  tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+  tokenizer.save(str(folder / "model" / "tokenizer.json"))
+  (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+  return folder
+
+
+def test_a_run_begins_with_the_model_goes_on_and_is_written(folder, tmp_path):
+  run, said = tmp_path / "run", []
+  import_run(folder / "model", run, (f"TextData.sources={folder / 'text.txt'}", *SMALL), said.append)
+  assert "qwen3_5_text" in said[-1]
+  experiment, params, step = load_run(run)
+  read = from_pretrained(folder / "model")
+  assert step == 0
+  assert jax.tree.all(jax.tree.map(np.array_equal, params, read.params))
+  assert experiment.data.decode(experiment.data.encode("the fox")) == "the fox"
+  export_run(run, tmp_path / "same", say=said.append)
+  before, after = Tensors(folder / "model"), Tensors(tmp_path / "same")
+  assert all(np.array_equal(before[name], after[name]) for name in before)
+  assert (tmp_path / "same" / "tokenizer.json").read_bytes() == (folder / "model" / "tokenizer.json").read_bytes()
+
+  result = train(build(run, ["Trainer.steps=3", "Trainer.evaluate_every=3"]), run, progress=False)
+  assert result.step == 3
+  assert np.isfinite(result.validation_loss)
+  export_run(run, tmp_path / "trained", say=said.append)
+  trained = Tensors(tmp_path / "trained")
+  assert any(not np.array_equal(before[name], trained[name]) for name in before)
+
+  with pytest.raises(ValueError, match="holds a run; expected a new folder"):
+    import_run(folder / "model", run)
+  with pytest.raises(ValueError, match="holds a model; expected a new folder"):
+    export_run(run, tmp_path / "same")
+
+
+def test_what_was_not_imported_is_not_exported(tmp_path):
+  with pytest.raises(ValueError, match=r"has no imported_config\.json; expected a run that `memzoo import` began"):
+    export_run(tmp_path, tmp_path / "out")
