@@ -106,7 +106,6 @@ class Attention(MemoryLayer):
     """See `MemoryLayer`."""
     super().check_settings()
     count_key_heads(self.num_heads, self.num_key_heads)
-    self.rope_scaling.check_settings()
     if self.output_gate not in GATES:
       raise ValueError(f"output_gate={self.output_gate!r}; expected one of {list(GATES)}.")
     if self.rope_base is not None:

@@ -32,6 +32,9 @@ class RopeScaling:
     low, high: see above. In the papers 1 and 4 ("llama3"), 1 and 32 ("yarn").
     magnitude: of "yarn"; `None` for 0.1 log(factor) + 1.
     whole_channels: whether the ends of "yarn"'s ramp are rounded outwards to channels, as in most code.
+
+  Raises:
+    ValueError: for fields that are out of range or do not fit together.
   """
 
   kind: str = "none"
@@ -42,8 +45,7 @@ class RopeScaling:
   magnitude: float | None = None
   whole_channels: bool = True
 
-  def check_settings(self) -> None:
-    """Raises `ValueError` for fields that are out of range or do not fit together."""
+  def __post_init__(self):
     check_ranges(self)
     if self.kind not in KINDS:
       raise ValueError(f"RopeScaling.kind={self.kind!r}; expected one of {list(KINDS)}.")

@@ -31,7 +31,7 @@ def relative_error(x, y):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "llama_tied"])
 def test_logits_are_those_of_transformers(name):
   assert relative_error(logits(from_pretrained(MODELS / name)), np.load(MODELS / name / "logits.npy")) < 1e-5
 

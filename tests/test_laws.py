@@ -17,14 +17,14 @@ from tolerances import assert_close
 # Checks that also run on the newest JAX, and the layers that they are run for. Others use the same code, or their operation has
 # tests marked `compat` of its own.
 COMPAT = ("splits", "documents", "padding", "oracle", "transformations", "nnx_shapes")
-TRIED = "TitansMemory", "Attention", "LocalLinearAttention"
+TRIED = {"Attention": COMPAT, "TitansMemory": ("documents", "transformations")}
 
 
 def marks(name, check):
   chosen = [pytest.mark.xdist_group(name)]
   if name in MODELS or (name != QUICK and check.cost != TRACED):
     chosen.append(pytest.mark.slow)
-  newest = check.name in COMPAT and name in TRIED
+  newest = check.name in TRIED.get(name, ())
   return [*chosen, pytest.mark.compat] if newest else chosen
 
 

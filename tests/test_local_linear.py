@@ -82,7 +82,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("solver", ["direct", pytest.param("cg", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name != "documents")) for name in CASES])
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.compat] * (name == "documents")) for name in CASES])
 def test_blocks_are_the_dense_form_in_values_and_all_gradients(case, solver, small_blocks):
   options = {name: jnp.asarray(x) if name == "segment_ids" else x for name, x in CASES[case].items()}
   iterative = {"solver": solver, "iterations": 40, "tolerance": 1e-14}

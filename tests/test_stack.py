@@ -32,7 +32,6 @@ def context_stack(depth: int = 6, **fields) -> Stack:
 
 
 @IN_FLOAT64
-@pytest.mark.compat
 @pytest.mark.slow
 def test_a_scanned_stack_equals_the_unrolled_one_in_values_gradients_and_decoding():
   """Six blocks: one first, two scanned repeats of two, one that follows. The scanned one recomputes its blocks (`remat`)."""

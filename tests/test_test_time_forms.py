@@ -92,7 +92,7 @@ def relative_error(actual, expected):
 
 
 @pytest.mark.usefixtures("float64", "for_accelerators")
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ["Titans"])
 def test_three_passes_keep_a_bfloat16_call_at_the_rounding_of_its_output(name):
   args = trained_like(SPECS[name])
   expected, by_expected = output_and_gradients(

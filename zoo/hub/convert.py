@@ -1,5 +1,7 @@
 """Parameters from tensors, and tensors from parameters, by the rules of a family."""
 
+import ctypes
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,8 +48,18 @@ def to_params(
       if x.shape != wanted[path].shape:
         shape = list(wanted[path].shape)
         raise ValueError(f"{', '.join(rule.theirs)} gives {path} the shape {list(x.shape)}; expected {shape}, by config.json.")
-      params[path] = jax.device_put(x.astype(wanted[path].dtype, copy=False), places.get(path))
+      # Before the next tensor is read, so that there is never more than one beside the parameters.
+      params[path] = jax.block_until_ready(jax.device_put(x.astype(wanted[path].dtype, copy=False), places.get(path)))
+    del arrays, x
+    _give_back()
   return {"params": unflatten_dict(params, sep="/")}
+
+
+def _give_back() -> None:
+  """Returns freed memory to the system, where the C library keeps it (glibc): an eighth of a model's size otherwise."""
+  trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+  if trim is not None:
+    trim(0)
 
 
 def to_tensors(rules: Sequence[Rule], params: Any) -> Iterator[tuple[str, np.ndarray]]:
