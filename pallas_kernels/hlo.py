@@ -235,10 +235,12 @@ def parse(text: str) -> Module:
     if started := _COMPUTATION.match(line):
       name, body = started[2], []
       entry = name if started[1] else entry
-    elif line.startswith("}") and name:
-      computations[name], name = tuple(body), ""
+    elif name and re.match(r"\}(?!\})", line):
+      computations[name], name = tuple(_instruction(*each) for each in body), ""
     elif name and (assigned := _ASSIGNMENT.match(line)):
-      body.append(_instruction(assigned[1], line[assigned.end() :]))
+      body.append((assigned[1], line[assigned.end() :]))
+    elif name and body:  # attributes of a kernel are on lines of their own
+      body[-1] = body[-1][0], body[-1][1] + line
   if not entry:
     raise ValueError(f"text is {text[:60]!r}...; expected an HLO module, with a computation called ENTRY.")
   return Module(computations, entry, _files(lines))

@@ -128,6 +128,14 @@ def test_custom_calls_count_except_those_that_compute_nothing(module):
   assert module.custom_calls() == {"tpu_custom_call": 15}
 
 
+def test_attributes_may_have_lines_of_their_own(module):
+  attribute = ', frontend_attributes={kernel_metadata={\n"loops":"[1, 2]"\n}}, backend_config={"estimated_cycles":"1000"}\n'
+  kernel = f'  %own = f32[4]{{0}} custom-call(), custom_call_target="tpu_custom_call"{attribute}'
+  text = LOOPS.replace("  %buffer = ", f"{kernel}  %buffer = ")
+  assert hlo.parse(text).custom_calls() == {"tpu_custom_call": 16}
+  assert hlo.parse(text).cycles() > module.cycles()
+
+
 @pytest.mark.parametrize(
   ("window", "kernel", "outputs", "pairs"),
   [
