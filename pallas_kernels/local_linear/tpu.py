@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,9 +150,13 @@ class _Call:
     """Calls a kernel; `loops` is how often its loops run, in their order."""
     operands, in_specs = zip(*self.places, *inputs, strict=True)
     shapes, out_specs = zip(*results, strict=True)
-    kernel = partial(kernel, self.spec)
+
+    def run(from_ref, to_ref, first_ref, last_ref, *refs):
+      here = pl.program_id(0), pl.program_id(3)
+      kernel(self.spec, _Seen(from_ref[here], to_ref[here], first_ref[0], last_ref[0]), *refs)
+
     return pl.pallas_call(
-      full_precision(kernel) if self.full else kernel,
+      full_precision(run) if self.full else run,
       grid=self.grid,
       in_specs=in_specs,
       out_specs=out_specs,
@@ -213,12 +217,27 @@ def _columns(x: jax.Array, order: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
+class _Seen(NamedTuple):
+  """Which keys the queries of a step see.
+
+  Attributes:
+    from_block, to_block: the blocks of keys from and up to which one of them sees some.
+    first, last: the first and the last place that each one sees, [1, R].
+  """
+
+  from_block: jax.Array
+  to_block: jax.Array
+  first: jax.Array
+  last: jax.Array
+
+  def over_keys(self, step: Callable, carry: Any) -> Any:
+    """The last carry of `step` over these blocks."""
+    return jax.lax.fori_loop(self.from_block, self.to_block, step, carry)
+
+
 def _forward(
   spec: Spec,
-  from_ref: Any,
-  to_ref: Any,
-  first_ref: Any,
-  last_ref: Any,
+  seen: _Seen,
   q_ref: Any,
   ridge_ref: Any,
   k_ref: Any,
@@ -231,8 +250,8 @@ def _forward(
   p_ref: Any,
   solver_ref: Any,
 ) -> None:
-  q, over_keys = q_ref[0, 0], _over_keys(from_ref, to_ref)
-  logits = partial(_logits, spec, first_ref[0], last_ref[0], q, k_ref)
+  q, over_keys = q_ref[0, 0], seen.over_keys
+  logits = partial(_logits, spec, seen, q, k_ref)
 
   def highest(t, top):
     return jnp.maximum(top, _by_eights(logits(t), jnp.max))
@@ -270,10 +289,7 @@ def _forward(
 
 def _backward(
   spec: Spec,
-  from_ref: Any,
-  to_ref: Any,
-  first_ref: Any,
-  last_ref: Any,
+  seen: _Seen,
   q_ref: Any,
   ridge_ref: Any,
   log_sum_ref: Any,
@@ -295,8 +311,7 @@ def _backward(
     dk_ref[...], dv_ref[...] = jnp.zeros_like(dk_ref), jnp.zeros_like(dv_ref)
 
   q, dy, mean, x = (ref[0, 0] for ref in (q_ref, dy_ref, mean_ref, x_ref))
-  over_keys = _over_keys(from_ref, to_ref)
-  logits = partial(_logits, spec, first_ref[0], last_ref[0], q, k_ref)
+  over_keys, logits = seen.over_keys, partial(_logits, spec, seen, q, k_ref)
 
   def weigh(t, carry):
     a, total = carry
@@ -394,21 +409,15 @@ def _apply(
   return ridge * b + each * (total - rounding * mean)
 
 
-def _over_keys(from_ref: Any, to_ref: Any) -> Callable[[Callable, Any], Any]:
-  """The function that adds up `step` over the blocks of keys that a block of queries sees."""
-  b, m = pl.program_id(0), pl.program_id(3)
-  return partial(jax.lax.fori_loop, from_ref[b, m], to_ref[b, m])
-
-
 def _rows(t: jax.Array) -> Any:
   return pl.ds(pl.multiple_of(t * _KEYS, _KEYS), _KEYS)
 
 
-def _logits(spec: Spec, first: jax.Array, last: jax.Array, q: jax.Array, k_ref: Any, t: jax.Array) -> jax.Array:
+def _logits(spec: Spec, seen: _Seen, q: jax.Array, k_ref: Any, t: jax.Array) -> jax.Array:
   """scale q . k [C, R] for powers of two."""
   products = (spec.scale * _LOG2E) * dot(k_ref[0, 0, _rows(t)], q)
   place = t * _KEYS + jax.lax.broadcasted_iota(jnp.int32, products.shape, 0)
-  return jnp.where((place >= first) & (place <= last), products, _NOTHING)
+  return jnp.where((place >= seen.first) & (place <= seen.last), products, _NOTHING)
 
 
 def _products(k_ref: Any, t: jax.Array, xs: tuple[jax.Array, ...]) -> jax.Array:
