@@ -107,27 +107,29 @@ def build(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
       expected.
     FileNotFoundError: if `config` is the path of a file that does not exist.
   """
-  source, name = find(str(config))
-  bindings = _Bindings()
-  bindings.read(source)
-  for override in overrides:
-    bindings.override(override)
-  return _build(bindings, name)
+  return _build_source(*find(str(config)), overrides)
 
 
-def build_text(text: str, name: str, folder: Path | None = None) -> Experiment:
+def build_text(text: str, name: str, folder: Path | None = None, overrides: Sequence[str] = ()) -> Experiment:
   """Builds an experiment from gin text, such as the operative configuration beside a checkpoint.
 
   Args:
     text: the configuration; it can include shipped ones.
     name: the name to give the experiment.
     folder: where modules that it imports are looked for first.
+    overrides: as for `build`.
 
   Raises:
     ValueError: as `build`.
   """
+  return _build_source(Source(name, text, folder), name, overrides)
+
+
+def _build_source(source: Source, name: str, overrides: Sequence[str]) -> Experiment:
   bindings = _Bindings()
-  bindings.read(Source(name, text, folder))
+  bindings.read(source)
+  for override in overrides:
+    bindings.override(override)
   return _build(bindings, name)
 
 

@@ -1,6 +1,5 @@
 """Models of other libraries, read from their folders as models or as runs, and written; see `memzoo.zoo.hub`."""
 
-import ast
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -17,10 +15,12 @@ from ..zoo import hub
 from .checkpoint import Checkpoints
 from .config import build_text
 from .evaluation import load_run
+from .files import read_object, write_text
 from .processes import row_share
 from .run_folder import complete_checkpoints, write_config
 from .setup import claimed, set_up
 from .sharding import parameter_shardings
+from .step import abstract_params
 
 TOKENIZER = "tokenizer.json"
 _ORIGINAL = "imported_config.json"  # the config.json of the model that a run began with
@@ -33,7 +33,7 @@ class Pretrained:
   Attributes:
     model: an unbound `LanguageModel`.
     params: its parameters.
-    text: its configuration as gin text.
+    text: its configuration as gin text, without overrides.
     folder: where it was read from. A `tokenizer.json` there is its tokenizer.
   """
 
@@ -57,9 +57,9 @@ def from_pretrained(folder: str | Path, *overrides: str, mesh: Mesh | None = Non
   """
   folder = Path(folder).expanduser()
   config = hub.read_config(folder)
-  text = "\n".join([hub.model_config(config, folder), *map(_as_line, overrides)])
-  model = build_text(text, str(folder / hub.CONFIG)).model
-  wanted = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  text = hub.model_config(config, folder)
+  model = build_text(text, str(folder / hub.CONFIG), overrides=overrides).model
+  wanted = abstract_params(model)
   shardings = None if mesh is None else parameter_shardings(mesh, wanted)
   params = hub.read_params(folder, config, nn.unbox(wanted), shardings)
   return Pretrained(model, params, text, folder)
@@ -88,14 +88,14 @@ def import_run(
   if (folder / TOKENIZER).is_file():
     shutil.copyfile(folder / TOKENIZER, directory / TOKENIZER)
     text += f"\nTextData.tokenizer = {str(directory.absolute() / TOKENIZER)!r}\n"
-  experiment = build_text("\n".join([text, *map(_as_line, overrides)]), str(folder / hub.CONFIG))
+  experiment = build_text(text, str(folder / hub.CONFIG), overrides=overrides)
   setup = set_up(experiment, directory)
   wanted = setup.program.abstract_state.params
   with claimed(directory, say), Checkpoints(directory, say=say) as checkpoints:
     params = hub.read_params(folder, config, wanted, jax.tree.map(lambda leaf: leaf.sharding, wanted))
     batches = setup.corpus.batches(*row_share(setup.program.batch_sharding, experiment.data.batch_size))
     write_config(directory, experiment.text)
-    (directory / _ORIGINAL).write_text(json.dumps(dict(config), indent=2), encoding="utf-8")
+    write_text(directory / _ORIGINAL, json.dumps(config, indent=2))
     checkpoints.save(0, setup.program.adopt(params), batches.get_state(), setup.facts())
     checkpoints.wait()
   count = sum(leaf.size for leaf in jax.tree.leaves(wanted))
@@ -119,19 +119,10 @@ def export_run(run: str | Path, folder: str | Path, best: bool = False, say: Cal
     raise ValueError(f"{run} has no {_ORIGINAL}; expected a run that `memzoo import` began.")
   if (folder / hub.CONFIG).exists():
     raise ValueError(f"{folder} holds a model; expected a new folder.")
-  config = json.loads((run / _ORIGINAL).read_text(encoding="utf-8"))
+  config = read_object(run / _ORIGINAL, "it is the config.json of the model that the run began with")
   _, params, step = load_run(run, best=best)
   hub.save_pretrained(folder, config, params)
   if (run / TOKENIZER).is_file():
     shutil.copyfile(run / TOKENIZER, folder / TOKENIZER)
   say(f"{folder}: {config['model_type']}, step {step} of {run}.")
 
-
-def _as_line(override: str) -> str:
-  """An override as a line of gin: a value that is no literal is a string."""
-  name, _, value = override.partition("=")
-  try:
-    ast.literal_eval(value.strip())
-  except (ValueError, SyntaxError):
-    value = value if value.strip().startswith(("@", "[@", "%")) else repr(value.strip())
-  return f"{name.strip()} = {value.strip()}"

@@ -88,6 +88,11 @@ def same_rules(theirs: str, ours: str, names: Iterable[tuple[str, str]]) -> list
   return [rule(f"{theirs}.{name}", f"{ours}/{path}", SAME) for name, path in names]
 
 
+def norm_rules(theirs: str, ours: str, mixer: str = "input_layernorm", mlp: str = "post_attention_layernorm") -> list[Rule]:
+  """The rules of a block's two norms."""
+  return same_rules(theirs, ours, [(f"{mixer}.weight", "mixer_norm/scale"), (f"{mlp}.weight", "mlp_norm/scale")])
+
+
 def refuse(config: Config, **wanted: Any) -> None:
   """Raises `Unsupported` for the first setting that is there and is not as wanted."""
   for name, value in wanted.items():

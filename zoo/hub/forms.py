@@ -73,11 +73,6 @@ def grouped(form: Form, groups: int, *sizes: int) -> Form:
   return Form(split, join)
 
 
-def reshaped(theirs: tuple[int, ...], ours: tuple[int, ...]) -> Form:
-  """The same elements in another shape."""
-  return _each(lambda x: x.reshape(ours), lambda x: x.reshape(theirs))
-
-
 def _only(xs: Sequence[np.ndarray], rows: int) -> np.ndarray:
   (x,) = xs
   if len(x) != rows:

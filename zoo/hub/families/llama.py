@@ -3,7 +3,18 @@
 from functools import partial
 from typing import Any
 
-from ..family import Config, Family, language_model, linear_rules, mlp_rules, model_rules, refuse, rotary, same_rules
+from ..family import (
+  Config,
+  Family,
+  language_model,
+  linear_rules,
+  mlp_rules,
+  model_rules,
+  norm_rules,
+  refuse,
+  rotary,
+  same_rules,
+)
 from ..forms import Rule
 
 
@@ -44,9 +55,8 @@ def _rules(qk_norm: bool, config: Config) -> list[Rule]:
   rules = model_rules(config)
   for i in range(config["num_hidden_layers"]):
     theirs, ours = f"model.layers.{i}", f"blocks_{i}"
-    norms = [("input_layernorm.weight", "mixer_norm/scale"), ("post_attention_layernorm.weight", "mlp_norm/scale")]
     rules += attention_rules(f"{theirs}.self_attn", f"{ours}/mixer", qk_norm)
-    rules += mlp_rules(f"{theirs}.mlp", f"{ours}/mlp") + same_rules(theirs, ours, norms)
+    rules += mlp_rules(f"{theirs}.mlp", f"{ours}/mlp") + norm_rules(theirs, ours)
   return rules
 
 

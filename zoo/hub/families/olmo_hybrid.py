@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..family import Config, Family, language_model, linear_rules, mlp_rules, model_rules, refuse, same_rules
+from ..family import Config, Family, language_model, linear_rules, mlp_rules, model_rules, norm_rules, refuse, same_rules
 from ..forms import CONVOLUTION, Rule, joined, rule
 from .llama import attention, attention_rules
 from .qwen import gated_delta_net, widths
@@ -40,9 +40,7 @@ def _rules(config: Config) -> list[Rule]:
       rules += attention_rules(f"{block}.self_attn", ours, qk_norm=True)
       # transformers saves the first by the other name, which the blocks before have.
       norms = f"post_attention_layernorm.weight|{block}.feedforward_layer_norm", "post_feedforward_layernorm"
-    paths = "mixer_norm/scale", "mlp_norm/scale"
-    rules += same_rules(block, f"blocks_{i}", [(f"{name}.weight", path) for name, path in zip(norms, paths, strict=True)])
-    rules += mlp_rules(f"{block}.mlp", f"blocks_{i}/mlp")
+    rules += norm_rules(block, f"blocks_{i}", *norms) + mlp_rules(f"{block}.mlp", f"blocks_{i}/mlp")
   return rules
 
 

@@ -6,7 +6,18 @@ Their tensors differ in how the projections of Gated DeltaNet are joined: in Qwe
 from functools import partial
 from typing import Any
 
-from ..family import Config, Family, Unsupported, language_model, linear_rules, mlp_rules, model_rules, refuse, same_rules
+from ..family import (
+  Config,
+  Family,
+  Unsupported,
+  language_model,
+  linear_rules,
+  mlp_rules,
+  model_rules,
+  norm_rules,
+  refuse,
+  same_rules,
+)
 from ..forms import CONVOLUTION, LINEAR, Rule, grouped, rule, stacked
 from .llama import attention
 
@@ -91,8 +102,7 @@ def _rules(projections: Any, prefix: str, config: Config) -> list[Rule]:
       rules += [rule(f"{theirs}.q_proj.weight", [f"{ours}/query/kernel", f"{ours}/gate/kernel"], of_heads)]
       rules += linear_rules(theirs, ours, k_proj="key", v_proj="value", o_proj="output")
       own = [("q_norm.weight", "query_norm/scale"), ("k_norm.weight", "key_norm/scale")]
-    norms = [("input_layernorm.weight", "mixer_norm/scale"), ("post_attention_layernorm.weight", "mlp_norm/scale")]
-    rules += same_rules(theirs, ours, own) + same_rules(block, f"blocks_{i}", norms)
+    rules += same_rules(theirs, ours, own) + norm_rules(block, f"blocks_{i}")
     rules += mlp_rules(f"{block}.mlp", f"blocks_{i}/mlp")
   return rules
 
