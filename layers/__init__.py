@@ -4,8 +4,10 @@ from .attention import Attention
 from .context import Context, ContextLayer
 from .delta_net import DeltaNet, DeltaProduct, GatedDeltaNet, KimiDeltaAttention
 from .erase_then_delta import EraseThenDelta
+from .experts import MixtureOfExperts
 from .gated_conv import GatedConv
 from .hierarchical_memory import HierarchicalMemory
+from .latent_attention import LatentAttention
 from .linear_attention import LinearAttention
 from .local_linear_attention import LocalLinearAttention, Parallax
 from .mamba import Mamba, Mamba2
@@ -29,6 +31,7 @@ __all__ = [
   "Gating",
   "HierarchicalMemory",
   "KimiDeltaAttention",
+  "LatentAttention",
   "LinearAttention",
   "LocalLinearAttention",
   "Loss",
@@ -40,6 +43,7 @@ __all__ = [
   "MemoryAsGate",
   "MemoryAsLayer",
   "MemoryLayer",
+  "MixtureOfExperts",
   "Moneta",
   "Network",
   "Parallax",

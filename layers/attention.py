@@ -28,7 +28,7 @@ from .projected_memory import GATES
 from .projections import dense
 from .rotary import RopeScaling, check_rotated, rotate
 
-_BY_ROW, _BY_HEAD, _PREFIX, _CACHE = P(ROWS), P(ROWS, None, HEADS), P(None, None, HEADS), P(ROWS, HEADS)
+_BY_ROW, _BY_HEAD, _PREFIX = P(ROWS), P(ROWS, None, HEADS), P(None, None, HEADS)
 
 
 @exportable
@@ -154,7 +154,8 @@ class Attention(MemoryLayer):
   def _heads(self, name: str, heads: int, normed: bool = False) -> Callable[[jax.Array], jax.Array]:
     """The map from x [B, T, D] to [B, T, heads, d]."""
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    project = dense(heads * self.head_dim, ("embed", "heads"), name=name, **types)
+    axis = "heads" if heads > 1 else None  # a single head is whole on each device
+    project = dense(heads * self.head_dim, ("embed", axis), name=name, **types)
     options = {"axis": None, "zero_centred": self.zero_centred_norms, "name": f"{name}_norm"}
     norm = RMSNorm(self.norm_epsilon, self.param_dtype, **options) if normed else lambda x: x
 
@@ -187,29 +188,38 @@ class Attention(MemoryLayer):
     """
     locate = partitioned(partial(_locate, q.shape[1]), in_specs=_BY_ROW, out_specs=_BY_ROW)
     docs, position, length = locate(segment_ids, state.length)
-    attend = partitioned(
-      partial(self._attend_and_write, fresh),
-      in_specs=(*[_BY_HEAD] * 3, _CACHE, _CACHE, _BY_ROW, _PREFIX, *[_BY_HEAD] * len(extras)),
-      out_specs=(_BY_HEAD, _CACHE, _CACHE),
-    )
-    where = docs, position, state.length, length
-    out, keys, values = attend(q, k, v, state.keys, state.values, where, prefix_kv, *extras)
-    return out, CacheState(keys, values, length)
+    # A key head for all query heads is whole on each device.
+    by_head, first, cached = (_BY_HEAD, _PREFIX, P(ROWS, HEADS)) if k.shape[2] > 1 else (_BY_ROW, P(), _BY_ROW)
+    write = partitioned(self._rotate_and_write, (by_head, by_head, cached, _BY_ROW), (by_head, cached))
+    k, after = write(k, v, state, (docs, position, length))
+    # One token lies in the cache, and sees nothing else: no second copy of the cache is made.
+    by_cache = q.shape[1] == 1 and not fresh
+    specs = _BY_HEAD, by_head, by_head, cached, _BY_ROW, first, *[_BY_HEAD] * len(extras)
+    attend = partitioned(self._read_cache if by_cache else self._rotate_and_attend, specs, _BY_HEAD)
+    seen = after if by_cache else None if fresh else state
+    return attend(q, k, v, seen, (docs, position), prefix_kv, *extras), after
 
-  def _attend_and_write(
-    self, fresh: bool, q, k, v, keys, values, where, prefix_kv, *extras
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The output [B, T, H, d], and the cached keys and values after these tokens."""
-    docs, position, before, length = where
-    if self.rope_base is not None:
-      q, k = (self._rotate(a, position) for a in (q, k))
-    written = [self._write(cache, new, docs, position, length) for cache, new in ((keys, k), (values, v))]
-    if q.shape[1] == 1 and not fresh:  # the token lies in the cache, and sees nothing else: no second copy of the cache is made
-      token = _Tokens(jnp.where(docs.is_token, jnp.int32(0), -1), position)
-      out = self._over(q, *(a.swapaxes(1, 2) for a in written), token, self._cached(length), prefix_kv, *extras)
-    else:
-      out = self._attend(q, k, v, None if fresh else CacheState(keys, values, before), docs, position, prefix_kv, *extras)
-    return out, *written
+  def _rotate_and_write(self, k, v, state: CacheState, where) -> tuple[jax.Array, CacheState]:
+    """The keys with their positions, and the cache after these tokens."""
+    docs, position, length = where
+    k = self._positioned(k, position)
+    keys, values = (self._write(a, new, docs, position, length) for a, new in ((state.keys, k), (state.values, v)))
+    return k, CacheState(keys, values, length)
+
+  def _read_cache(self, q, k, v, state: CacheState, where, prefix_kv, *extras) -> jax.Array:
+    """The output [B, 1, H, d] of one token, which is in the cache."""
+    docs, position = where
+    token = _Tokens(jnp.where(docs.is_token, jnp.int32(0), -1), position)
+    cached = (a.swapaxes(1, 2) for a in (state.keys, state.values))
+    return self._over(self._positioned(q, position), *cached, token, self._cached(state.length), prefix_kv, *extras)
+
+  def _rotate_and_attend(self, q, k, v, state: CacheState | None, where, prefix_kv, *extras) -> jax.Array:
+    """The output [B, T, H, d] of new tokens, to which those of the cache `state` come before."""
+    docs, position = where
+    return self._attend(self._positioned(q, position), k, v, state, docs, position, prefix_kv, *extras)
+
+  def _positioned(self, x: jax.Array, position: jax.Array) -> jax.Array:
+    return x if self.rope_base is None else self._rotate(x, position)
 
   def _attend(self, q, k, v, state, docs: Documents, position, prefix_kv) -> jax.Array:
     """Attention [B, T, H, d] of the new tokens to themselves, to `prefix_kv` and, unless `state` is `None`, to the cache."""
@@ -246,13 +256,13 @@ class Attention(MemoryLayer):
     """`_over` for T queries and slots + T keys, in blocks of `slots` queries, each against two blocks of keys."""
     batch, tokens = q.shape[:2]
     size = self.slots
-    missing = pieces(tokens, size) * size - tokens
+    count = pieces(tokens, size)
 
-    def blocks(a, fill=0):
-      return pad_end(a, missing, fill=fill).reshape(batch, -1, size, *a.shape[2:])
+    def blocks(a, number=count, fill=0):
+      return pad_end(a, count * size - tokens, fill=fill).reshape(batch, number, size, *a.shape[2:])
 
     def pairs(a, fill=0):
-      a = blocks(a, fill)
+      a = blocks(a, count + 1, fill)
       return _merge(jnp.concatenate([a[:, :-1], a[:, 1:]], axis=2))
 
     query_tokens = jax.tree.map(lambda a: _merge(blocks(a)), query_tokens)
@@ -313,7 +323,7 @@ def _windowed(q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, window: int, 
 def softmax_attention(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, prefix_kv: tuple[jax.Array, jax.Array] | None = None
 ) -> jax.Array:
-  """softmax(q k^T d^{-1/2}) v over the keys that `mask` [B, T, S] allows; q [B, T, H, d], k and v [B, S, Hk, d].
+  """softmax(q k^T d^{-1/2}) v over the keys that `mask` [B, T, S] allows; q [B, T, H, d], k [B, S, Hk, d], v [B, S, Hk, e].
 
   The softmax is float32 (float64 where q is). Its result is rounded to v's dtype, so all products of 16-bit inputs take one
   pass. All queries of all rows also attend to `prefix_kv`, keys and values [1, N, Hk, d].
@@ -336,7 +346,7 @@ def _softmax_attention(q, k, v, mask, prefix_kv) -> jax.Array:
     first = einsum("bhmn,hnd->bhmd", jax.nn.softmax(ahead, axis=-1).astype(v.dtype), first_v)
     share = jax.nn.sigmoid(jax.nn.logsumexp(ahead, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
     out = out + share[..., None] * (first - out)
-  return out.reshape(batch, -1, tokens, groups, width).swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
+  return out.reshape(batch, -1, tokens, groups, v.shape[-1]).swapaxes(1, 2).reshape(*q.shape[:3], -1).astype(q.dtype)
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -349,4 +359,4 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arra
 
 def _merge(a: jax.Array) -> jax.Array:
   """[B, N, C, ...] -> [B * N, C, ...]."""
-  return a.reshape(-1, *a.shape[2:])
+  return jax.lax.collapse(a, 0, 2)

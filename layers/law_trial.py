@@ -33,6 +33,8 @@ SMALL = {
   "head_dim": 6,
   "key_dim": 6,
   "value_dim": 5,
+  "latent_dim": 7,
+  "shared_dim": 4,
   "state_dim": 3,
   "num_groups": 2,
   "slots": 3,

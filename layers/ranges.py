@@ -28,12 +28,14 @@ class Range(NamedTuple):
 _COUNT, _POSITIVE = Range(True, 1), Range(False, 0, excluded=True)
 RANGES: dict[str, Range] = {
   **dict.fromkeys(("num_heads", "num_key_heads", "head_dim", "key_dim", "value_dim", "channels", "hidden"), _COUNT),
+  **dict.fromkeys(("num_experts", "experts_per_token", "shared_hidden", "expert_groups", "groups_per_token"), _COUNT),
   **dict.fromkeys(("width", "depth", "vocab_size", "input_dim", "output_dim", "rope_dim", "length"), _COUNT),
+  **dict.fromkeys(("latent_dim", "shared_dim"), _COUNT),
   **dict.fromkeys(("conv_width", "chunk_size", "segment", "window", "max_length", "max_documents", "num_writes"), _COUNT),
   **dict.fromkeys(("gate_rank", "decay_rank", "step_rank", "rank_per_head", "blocks", "num_groups", "state_dim"), _COUNT),
   **dict.fromkeys(("slots", "note_dim", "read_heads", "cycles", "inner_cycles", "slow_ratio"), _COUNT),
   **dict.fromkeys(("persistent_tokens", "iterations", "reads_below"), Range(True, 0)),
-  **dict.fromkeys(("ratio", "expansion", "clip", "norm_epsilon", "ridge", "min_ridge"), _POSITIVE),
+  **dict.fromkeys(("ratio", "expansion", "clip", "norm_epsilon", "ridge", "min_ridge", "scale"), _POSITIVE),
   **dict.fromkeys(("factor", "low", "high", "magnitude"), _POSITIVE),
   **dict.fromkeys(("mlp_ratio", "max_step"), Range(False, 0)),
   "rope_base": Range(False, 1),

@@ -31,6 +31,10 @@ class SwiGLU(MemoryLayer, kw_only=True):
   hidden: int | None = None
   norm_after: bool = False
 
+  def hidden_width(self, width: int) -> int:
+    """The hidden width for inputs of this width."""
+    return self.hidden or -(-int(width * self.ratio) // 32) * 32
+
   def initial_state(self, batch_size: int) -> tuple[()]:
     """No state."""
     del batch_size
@@ -43,7 +47,7 @@ class SwiGLU(MemoryLayer, kw_only=True):
     """Maps x [B, T, D] to (y [B, T, D], ()); see `MemoryLayer`."""
     self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
-    hidden = self.hidden or -(-int(x.shape[-1] * self.ratio) // 32) * 32
+    hidden = self.hidden_width(x.shape[-1])
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     gate = dense(hidden, ("embed", "mlp"), name="gate", **types)(x)
     up = dense(hidden, ("embed", "mlp"), name="up", **types)(x)

@@ -52,6 +52,7 @@ KINDS = {
 KIND_OF = {
   "TitansMemory": "network",
   "DeltaNet": "variant",  # of GatedDeltaNet
+  "LatentAttention": "variant",  # of Attention
   "Parallax": "variant",  # of LocalLinearAttention
   "TTTLinear": "variant",
   "MemoryAsContext": "segmented",

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from memzoo.layers.attention import Attention, _write_by_selection, _write_slots, reference_attention, softmax_attention
+from memzoo.layers.latent_attention import LatentAttention
 from memzoo.layers.local_linear_attention import LocalLinearAttention, Parallax
+from memzoo.layers.rotary import rotate
 from tolerances import assert_close, assert_finite
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("attention")]
@@ -297,3 +299,25 @@ def test_a_write_by_selection_is_a_write_of_one_token():
   found = _write_by_selection(cache, slot, new)
   np.testing.assert_array_equal(found, _write_slots(cache, slot, new))
   assert int((found == -1).sum()) == 3 * 4
+
+
+@IN_FLOAT64
+@pytest.mark.parametrize("base", [None, 100.0])
+def test_latent_attention_equals_attention_with_the_keys_and_values_of_every_head(base):
+  """The equation as it is written: W_k c and W_v c of every token and head, and softmax attention to them."""
+  heads, own, shared, latent, value = 4, 6, 4, 7, 5
+  sizes = {"num_heads": heads, "head_dim": own, "shared_dim": shared, "latent_dim": latent, "value_dim": value}
+  module = LatentAttention(**sizes, window=WINDOW, rope_base=base, dtype=jnp.float64, param_dtype=jnp.float64)
+  x, weights = inputs(23), params(module)
+  p = {name: kernel.get("kernel") if isinstance(kernel, dict) else kernel for name, kernel in weights["params"].items()}
+
+  position, mask = positions_and_mask(module.core, np.ones((2, 23), np.int32))
+  c = x @ p["latent"]
+  c *= weights["params"]["latent_norm"]["scale"][None, None] * (jnp.mean(c**2, axis=-1, keepdims=True) + 1e-6) ** -0.5
+  parts = [(x @ p["shared_key"])[:, :, None], (x @ p["shared_query"]).reshape(2, 23, heads, shared)]
+  if base is not None:
+    parts = [rotate(part, jnp.asarray(position), base) for part in parts]
+  k = jnp.concatenate([jnp.einsum("btc,hcd->bthd", c, p["key"]), jnp.repeat(parts[0], heads, axis=2)], axis=-1)
+  q = jnp.concatenate([(x @ p["query"]).reshape(2, 23, heads, own), parts[1]], axis=-1)
+  out = reference_attention(q, k, jnp.einsum("btc,hcd->bthd", c, p["value"]), jnp.asarray(mask))
+  assert_close(run(module, weights, x)[0], out.reshape(2, 23, -1) @ p["output"])

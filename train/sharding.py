@@ -3,7 +3,7 @@
 * `data`: each device has a copy of the parameters and its share of the batch.
 * `fsdp`: the batch is split further, and so are the parameters, along their embedding axis (Rajbhandari et al. 2020,
   arXiv:1910.02054, stage 3).
-* `tensor`: heads, the MLP's inner axis and the vocabulary are split (Shoeybi et al. 2019, arXiv:1909.08053).
+* `tensor`: heads, the MLP's inner axis, experts and the vocabulary are split (Shoeybi et al. 2019, arXiv:1909.08053).
 
 Modules give the axes of their parameters logical names; `RULES` maps each name to a mesh axis. `split_operations` splits the
 operations over rows and heads. XLA's partitioner derives the rest, collectives included.
@@ -23,7 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..pallas_kernels.partition import split_over
 
 AXES = ("data", "fsdp", "tensor")
-RULES = (("vocab", "tensor"), ("embed", "fsdp"), ("heads", "tensor"), ("mlp", "tensor"), ("norm", None), ("layers", None))
+RULES = (
+  *[(name, "tensor") for name in ("vocab", "heads", "mlp", "experts")],
+  ("embed", "fsdp"),
+  *[(name, None) for name in ("norm", "layers")],
+)
 BATCH = PartitionSpec(("data", "fsdp"))
 
 

@@ -10,6 +10,7 @@ from ..layers import (
   GatedDeltaNet,
   HierarchicalMemory,
   KimiDeltaAttention,
+  LatentAttention,
   LinearAttention,
   LocalLinearAttention,
   Mamba,
@@ -20,6 +21,7 @@ from ..layers import (
   MemoryAsGate,
   MemoryAsLayer,
   MemoryLayer,
+  MixtureOfExperts,
   Moneta,
   Parallax,
   SwiGLU,
@@ -49,10 +51,11 @@ LAYERS: dict[str, type[MemoryLayer]] = {
   "Mamba2": Mamba2,
   "MemMamba": MemMamba,
   "Attention": Attention,
+  "LatentAttention": LatentAttention,
   "LocalLinearAttention": LocalLinearAttention,
   "Parallax": Parallax,
   "GatedConv": GatedConv,
 }
 
 # Sublayers without a memory, for the blocks of a model.
-SUBLAYERS: dict[str, type[MemoryLayer]] = {"SwiGLU": SwiGLU}
+SUBLAYERS: dict[str, type[MemoryLayer]] = {"SwiGLU": SwiGLU, "MixtureOfExperts": MixtureOfExperts}
