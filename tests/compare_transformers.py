@@ -34,6 +34,7 @@ from memzoo.zoo import hub
 from memzoo.zoo.hub.tensors import Tensors
 
 TOKENS, DECODED, FIRST = 48, 20, 21
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 BOUNDS = {"float32": 1e-5, "float64": 1e-10, "decoded": 1e-5, "packed": 1e-5, "round trip": 0}
 COMMON = {
   "vocab_size": 64,
@@ -57,6 +58,27 @@ LINEAR = {
   "linear_conv_kernel_dim": 4,
 }
 HYBRID = COMMON | LINEAR | {"layer_types": ["linear_attention", "full_attention"] * 2}
+EXPERTS = {
+  "num_experts": 6,
+  "num_experts_per_tok": 2,
+  "moe_intermediate_size": 24,
+  "shared_expert_intermediate_size": 40,
+}
+KIMI = COMMON | {
+  "linear_num_heads": 4,
+  "linear_head_dim": 8,
+  "num_local_experts": 8,
+  "num_experts_per_tok": 2,
+  "n_group": 2,
+  "topk_group": 1,
+  "moe_intermediate_size": 24,
+  "kv_lora_rank": 12,
+  "qk_nope_head_dim": 8,
+  "qk_rope_head_dim": 4,
+  "v_head_dim": 10,
+  "num_key_value_heads": 4,
+  "layer_types": ["linear_attention", "full_attention"] * 2,
+}
 SCAN = {name: COMMON[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id", "bos_token_id")}
 SCAN |= {"eos_token_id": None, "state_size": 8}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -67,6 +89,10 @@ CASES = {
   "qwen3": ("Qwen3", COMMON | {"rope_parameters": YARN}),
   "qwen3_next": ("Qwen3Next", HYBRID | {"num_experts": 0}),
   "qwen3_5": ("Qwen3_5", HYBRID),
+  "qwen3_next, experts": ("Qwen3Next", HYBRID | EXPERTS | {"mlp_only_layers": [1]}),
+  "qwen3_5, experts": ("Qwen3_5Moe", HYBRID | EXPERTS),
+  "qwen3_moe": ("Qwen3Moe", COMMON | EXPERTS),
+  "kimi_linear": ("KimiLinear", KIMI),
   "mamba": ("Mamba", SCAN),
   "mamba2": ("Mamba2", SCAN | {"num_heads": 4, "head_dim": 16, "n_groups": 2, "chunk_size": 16}),
   "olmo_hybrid": ("OlmoHybrid", HYBRID | {"linear_allow_neg_eigval": True}),
@@ -99,9 +125,9 @@ def make(case: str, small: bool = False) -> torch.nn.Module:
     settings = settings | {"linear_num_key_heads": settings["linear_num_value_heads"]}
   if name == "Mamba2":
     settings = settings | {"head_dim": settings["hidden_size"] // 2}
-  config = getattr(transformers, f"{name}TextConfig" if name == "Qwen3_5" else f"{name}Config")(**settings)
+  config = getattr(transformers, f"{name}TextConfig" if name.startswith("Qwen3_5") else f"{name}Config")(**settings)
   torch.manual_seed(0)
-  model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+  model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, **EAGER).eval()
   with torch.no_grad():
     for parameter in model.parameters():
       parameter += 0.05 * torch.randn_like(parameter)
@@ -118,7 +144,7 @@ def theirs(model: torch.nn.Module, tokens: np.ndarray, dtype: torch.dtype = torc
       mock.patch.object(torch, "float32", torch.float64),
       mock.patch.object(torch, "float", torch.float64),
     ):
-      model = type(model)._from_config(model.config, attn_implementation="eager").eval().double()
+      model = type(model)._from_config(model.config, **EAGER).eval().double()
       model.load_state_dict(theirs.state)
       return model(torch.from_numpy(tokens), use_cache=False).logits.numpy()
 

@@ -142,5 +142,7 @@ def test_forms_are_inverted_by_their_inverse():
 
 
 def test_a_pattern_is_as_short_as_it_can_be():
-  assert family.pattern(["a", "a", "b"] * 3 + ["a"]) == ["a", "a", "b"]
-  assert family.pattern(["a", "b", "b"]) == ["a", "b", "b"]
+  assert family.pattern(["a", "a", "b"] * 3 + ["a"]) == ([], ["a", "a", "b"])
+  assert family.pattern(["a", "b", "b"]) == (["a"], ["b"])
+  assert family.pattern(["x", "a", "b", "a", "b", "a"]) == (["x"], ["a", "b"])
+  assert family.pattern(["a", "b", "a", "c"]) == ([], ["a", "b", "a", "c"])

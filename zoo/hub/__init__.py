@@ -19,7 +19,7 @@ CONFIG = "config.json"
 
 
 def read_config(folder: Path) -> Config:
-  """The `config.json` of a folder.
+  """The `config.json` of a folder; of a model of several media, that of its language model.
 
   Raises:
     ValueError: if there is none, or it is damaged.
@@ -28,9 +28,20 @@ def read_config(folder: Path) -> Config:
   if not path.is_file():
     raise ValueError(f"{folder} has no {CONFIG}; expected the folder of a model that transformers has saved.")
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise ValueError(f"{path} cannot be read: {error}. Expected JSON.") from None
+  if not isinstance(config, dict):
+    raise ValueError(f"{path} is {type(config).__name__}; expected an object of settings.")
+  return _of_text(config)
+
+
+def _of_text(config: Config) -> Config:
+  """The settings of the language model in a model of several media; those of another model as they are."""
+  text = config.get("text_config") or {}
+  if config.get("model_type") in FAMILIES or text.get("model_type") not in FAMILIES:
+    return config
+  return {name: config[name] for name in ("tie_word_embeddings", "dtype") if name in config} | text
 
 
 def family_of(config: Config, where: Any = CONFIG) -> Family:
@@ -69,7 +80,7 @@ def read_params(folder: Path, config: Config, wanted: Any, shardings: Any = None
     ImportError: if safetensors is not installed.
   """
   family = family_of(config, folder)
-  return to_params(family.rules(config), Tensors(folder), wanted, family.ignored, shardings)
+  return to_params(family.rules(config), Tensors(folder, family.renamed), wanted, family.ignored, shardings)
 
 
 def save_pretrained(folder: str | Path, config: Config, params: Any) -> None:

@@ -35,7 +35,7 @@ def to_params(
     ValueError: if a tensor is missing, is left over, or has the wrong shape, or a parameter is not filled.
   """
   wanted = flatten_dict(wanted["params"], sep="/")
-  rules = [rule._replace(theirs=tuple(_present(name, tensors) for name in rule.theirs)) for rule in rules]
+  rules = [_present(rule, tensors) for rule in rules]
   _same("tensors", (name for rule in rules for name in rule.theirs), (name for name in tensors if not name.startswith(ignored)))
   _same("parameters", (path for rule in rules for path in rule.ours), wanted)
   params, places = {}, {} if shardings is None else flatten_dict(shardings["params"], sep="/")
@@ -71,10 +71,12 @@ def to_tensors(rules: Sequence[Rule], params: Any) -> Iterator[tuple[str, np.nda
     yield from zip(names, rule.form.theirs([np.asarray(found[path]) for path in rule.ours]), strict=True)
 
 
-def _present(name: str, tensors: Tensors) -> str:
-  """The one of a tensor's names that is there, or its first name."""
-  names = name.split("|")
-  return next((name for name in names if name in tensors), names[0])
+def _present(rule: Rule, tensors: Tensors) -> Rule:
+  """The rule that holds, with the names of its tensors that are there, or else their first names."""
+  choices = [name.split("|") for name in rule.theirs]
+  if rule.instead is not None and not any(name in tensors for names in choices for name in names):
+    return _present(rule.instead, tensors)
+  return rule._replace(theirs=tuple(next((name for name in names if name in tensors), names[0]) for names in choices))
 
 
 def _same(what: str, expected: Iterable[str], found: Iterable[str] | Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .forms import LINEAR, SAME, Rule, rule
+from .forms import LINEAR, MANY_LINEAR, SAME, Rule, beside, gathered, rule
 
 Config = Mapping[str, Any]
 
@@ -20,12 +20,14 @@ class Family(NamedTuple):
     settings: from a `config.json`, as a dictionary, to the settings of our classes. `Unsupported` if there are none.
     rules: from the same to the rules of its tensors.
     ignored: beginnings of names of tensors that are not read, such as those of an image encoder.
+    renamed: beginnings of names in some files, and what stands for them in the rules.
   """
 
   name: str
   settings: Callable[[Config], dict[str, dict[str, Any]]]
   rules: Callable[[Config], list[Rule]]
   ignored: tuple[str, ...] = ()
+  renamed: tuple[tuple[str, str], ...] = ()
 
 
 class Ref(str):
@@ -41,21 +43,27 @@ def as_gin(settings: Mapping[str, Mapping[str, Any]]) -> str:
   return "\n".join(map("".join, lines))
 
 
-def pattern(blocks: Sequence[Any]) -> list[Any]:
-  """The shortest beginning of `blocks` of which they are repeats."""
-  sizes = range(1, len(blocks) + 1)
-  size = next(n for n in sizes if all(blocks[i] == blocks[i % n] for i in range(len(blocks))))
-  return list(blocks[:size])
+def pattern(blocks: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+  """The fewest blocks at the beginning, and the shortest pattern after them, of which all the others are repeats."""
+
+  def repeats(first: int, size: int) -> bool:
+    return all(blocks[i] == blocks[i - size] for i in range(first + size, len(blocks)))
+
+  ends = ((end, first) for first in range(len(blocks)) for end in range(first + 1, len(blocks) + 1))
+  end, first = min((end, first) for end, first in ends if repeats(first, end - first))
+  return list(blocks[:first]), list(blocks[first:end])
 
 
 def language_model(config: Config, blocks: Sequence[Sequence[str]], **others: Any) -> dict[str, Any]:
   """The settings of `LanguageModel` for blocks of sublayers, each the name of a reference."""
   dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+  first, mixers = ([[Ref(f"@{name}") for name in block] for block in part] for part in pattern(blocks))
   return {
     "vocab_size": config["vocab_size"],
     "width": config["hidden_size"],
     "depth": len(blocks),
-    "mixers": [[Ref(f"@{name}") for name in block] for block in pattern(blocks)],
+    **({"first": first} if first else {}),
+    "mixers": mixers,
     "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
     "norm_epsilon": config["rms_norm_eps"],
     "dtype": dtype,
@@ -64,18 +72,36 @@ def language_model(config: Config, blocks: Sequence[Sequence[str]], **others: An
   }
 
 
-def model_rules(config: Config, prefix: str = "model.") -> list[Rule]:
+def model_rules(config: Config) -> list[Rule]:
   """The rules of embedding, final norm and head."""
   rules = [
-    rule(f"{prefix}embed_tokens.weight", "embedding", SAME),
-    rule(f"{prefix}norm.weight", "final_norm/scale", SAME),
+    rule("model.embed_tokens.weight", "embedding", SAME),
+    rule("model.norm.weight", "final_norm/scale", SAME),
   ]
   return rules if config.get("tie_word_embeddings") else [*rules, rule("lm_head.weight", "head/kernel")]
 
 
 def mlp_rules(theirs: str, ours: str) -> list[Rule]:
-  """The rules of a gated MLP."""
-  return [rule(f"{theirs}.{name}_proj.weight", f"{ours}/{name}/kernel") for name in ("gate", "up", "down")]
+  """The rules of a gated MLP, which may have had several names."""
+
+  def tensor(name: str) -> str:
+    return "|".join(f"{mlp}.{name}_proj.weight" for mlp in theirs.split("|"))
+
+  return [rule(tensor(name), f"{ours}/{name}/kernel") for name in ("gate", "up", "down")]
+
+
+_MLP = "gate_proj", "up_proj", "down_proj"
+
+
+def expert_rules(theirs: str, ours: str, count: int, hidden: int, names: Sequence[str] = _MLP) -> list[Rule]:
+  """The rules of the maps of `count` experts, each a tensor, or all in two tensors."""
+  gate, up, down = ([f"{theirs}.{i}.{name}.weight" for i in range(count)] for name in names)
+  into, out_of = [f"{ours}/gate", f"{ours}/up"], f"{ours}/down"
+  together = rule(f"{theirs}.gate_up_proj", into, beside(MANY_LINEAR, hidden, hidden))
+  return [
+    rule(gate + up, into, gathered(count), together),
+    rule(down, out_of, gathered(count), rule(f"{theirs}.down_proj", out_of, MANY_LINEAR)),
+  ]
 
 
 def linear_rules(theirs: str, ours: str, **names: str) -> list[Rule]:

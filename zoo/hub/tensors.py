@@ -1,7 +1,7 @@
 """Folders of safetensors files: `model.safetensors`, or several and `model.safetensors.index.json`."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,20 @@ class Tensors(Mapping[str, Any]):
 
   Args:
     folder: with one of the files `SINGLE` and `INDEX`.
+    renamed: beginnings of names in the files, and what stands for them here.
 
   Raises:
     ValueError: if there are no such files, or they are damaged.
     ImportError: if safetensors is not installed.
   """
 
-  def __init__(self, folder: str | Path):
+  def __init__(self, folder: str | Path, renamed: Sequence[tuple[str, str]] = ()):
     self.folder = Path(folder)
-    self._places: dict[str, Path] = {}
+    self._places: dict[str, tuple[Path, str]] = {}
     for path in (self.folder / name for name in self._names()):
       try:
         with _open(path) as file:
-          self._places |= dict.fromkeys(file.keys(), path)
+          self._places |= {_renamed(name, renamed): (path, name) for name in file.keys()}  # noqa: SIM118
       except Exception as error:  # safetensors has an exception of its own
         if isinstance(error, ImportError):
           raise
@@ -45,14 +46,20 @@ class Tensors(Mapping[str, Any]):
     raise ValueError(f"{self.folder} has no {SINGLE} and no {INDEX}; expected one of them.")
 
   def __getitem__(self, name: str) -> np.ndarray:
-    with _open(self._places[name]) as file:
-      return file.get_tensor(name)
+    path, own = self._places[name]
+    with _open(path) as file:
+      return file.get_tensor(own)
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._places)
 
   def __len__(self) -> int:
     return len(self._places)
+
+
+def _renamed(name: str, renamed: Sequence[tuple[str, str]]) -> str:
+  """A name after the first replacement of its beginning that fits."""
+  return next((new + name.removeprefix(old) for old, new in renamed if name.startswith(old)), name)
 
 
 def save(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:

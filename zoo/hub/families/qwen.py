@@ -1,15 +1,16 @@
-"""Qwen3-Next and Qwen3.5 without experts: Gated DeltaNet with, in every fourth block, attention with a gate.
+"""Qwen3-Next and Qwen3.5, with experts and without: Gated DeltaNet with, in every fourth block, attention with a gate.
 
 Their tensors differ in how the projections of Gated DeltaNet are joined: in Qwen3-Next rows of a key head stand together.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from ..family import (
   Config,
   Family,
-  Unsupported,
+  expert_rules,
   language_model,
   linear_rules,
   mlp_rules,
@@ -33,17 +34,52 @@ def _kinds(config: Config) -> list[str]:
 
 def _settings(config: Config) -> dict[str, dict[str, Any]]:
   refuse(config, attention_bias=False, hidden_act="silu")
-  if config.get("num_experts") and len(config.get("mlp_only_layers") or ()) < config["num_hidden_layers"]:
-    raise Unsupported(f"num_experts is {config['num_experts']} in its config.json; memzoo has no mixture of experts yet.")
   config = {"partial_rotary_factor": 0.25} | dict(config)
-  names = {"linear_attention": ("GatedDeltaNet", "SwiGLU"), "full_attention": ("Attention", "SwiGLU")}
+  names = {"linear_attention": "GatedDeltaNet", "full_attention": "Attention"}
+  blocks = [(names[kind], mlp(config, i)) for i, kind in enumerate(_kinds(config))]
   epsilon = config["rms_norm_eps"]
   return {
-    "LanguageModel": language_model(config, [names[kind] for kind in _kinds(config)], zero_centred_norms=True),
+    "LanguageModel": language_model(config, blocks, zero_centred_norms=True),
     "GatedDeltaNet": gated_delta_net(config) | {"norm_epsilon": epsilon},
     **attention(config, output_gate="sigmoid", qk_norm=True, zero_centred_norms=True, norm_epsilon=epsilon),
-    "SwiGLU": {"hidden": config["intermediate_size"]},
+    **mlps(config, blocks),
   }
+
+
+def mlp(config: Config, block: int) -> str:
+  """The MLP of a block."""
+  dense = block in (config.get("mlp_only_layers") or ()) or (block + 1) % config.get("decoder_sparse_step", 1)
+  return "SwiGLU" if dense or not config.get("num_experts") else "MixtureOfExperts"
+
+
+def mlps(config: Config, blocks: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
+  """The settings of the MLPs that `blocks` name."""
+  used = {name for block in blocks for name in block}
+  found = {"SwiGLU": {"hidden": config["intermediate_size"]}} if "SwiGLU" in used else {}
+  if "MixtureOfExperts" in used:
+    found["MixtureOfExperts"] = {
+      "num_experts": config["num_experts"],
+      "experts_per_token": config["num_experts_per_tok"],
+      "hidden": config["moe_intermediate_size"],
+      "normalised": config.get("norm_topk_prob", True),
+    }
+    if shared := config.get("shared_expert_intermediate_size"):
+      found["MixtureOfExperts"] |= {"shared_hidden": shared, "shared_gate": True}
+  return found
+
+
+def mixture_rules(config: Config, theirs: str, ours: str) -> list[Rule]:
+  """The rules of a block's `mlp`, whichever it is."""
+  count, hidden = config["num_experts"], config["moe_intermediate_size"]
+  rules = linear_rules(theirs, ours, gate="router") + expert_rules(f"{theirs}.experts", ours, count, hidden)
+  if config.get("shared_expert_intermediate_size"):
+    rules += mlp_rules(f"{theirs}.shared_expert", f"{ours}/shared")
+    rules += linear_rules(theirs, ours, shared_expert_gate="shared_gate")
+  return rules
+
+
+def any_mlp_rules(config: Config, block: int, theirs: str, ours: str) -> list[Rule]:
+  return (mlp_rules if mlp(config, block) == "SwiGLU" else partial(mixture_rules, config))(theirs, ours)
 
 
 def gated_delta_net(config: Config) -> dict[str, Any]:
@@ -87,10 +123,10 @@ def _apart(config: Config, theirs: str, ours: str) -> list[Rule]:
   return [rule(f"{theirs}.in_proj_qkv.weight", projected, joined), *linear_rules(theirs, ours, **names)]
 
 
-def _rules(projections: Any, prefix: str, config: Config) -> list[Rule]:
-  head_dim, rules = config.get("head_dim", 256), model_rules(config, prefix)
+def _rules(projections: Any, config: Config) -> list[Rule]:
+  head_dim, rules = config.get("head_dim", 256), model_rules(config)
   for i, kind in enumerate(_kinds(config)):
-    block, ours = f"{prefix}layers.{i}", f"blocks_{i}/mixer"
+    block, ours = f"model.layers.{i}", f"blocks_{i}/mixer"
     if kind == "linear_attention":
       theirs = f"{block}.linear_attn"
       rules += projections(config, theirs, ours)
@@ -103,9 +139,12 @@ def _rules(projections: Any, prefix: str, config: Config) -> list[Rule]:
       rules += linear_rules(theirs, ours, k_proj="key", v_proj="value", o_proj="output")
       own = [("q_norm.weight", "query_norm/scale"), ("k_norm.weight", "key_norm/scale")]
     rules += same_rules(theirs, ours, own) + norm_rules(block, f"blocks_{i}")
-    rules += mlp_rules(f"{block}.mlp", f"blocks_{i}/mlp")
+    rules += any_mlp_rules(config, i, f"{block}.mlp", f"blocks_{i}/mlp")
   return rules
 
 
-QWEN3_NEXT = Family("qwen3_next", _settings, partial(_rules, _of_key_heads, "model."), ("mtp.",))
-QWEN3_5 = Family("qwen3_5_text", _settings, partial(_rules, _apart, "model."), ("mtp.",))
+QWEN3_NEXT = Family("qwen3_next", _settings, partial(_rules, _of_key_heads), ("mtp.",))
+# In files with an encoder of images, names of the language model begin with another word.
+_OF_TEXT = {"ignored": ("mtp.", "model.visual."), "renamed": (("model.language_model.", "model."),)}
+QWEN3_5 = Family("qwen3_5_text", _settings, partial(_rules, _apart), **_OF_TEXT)
+QWEN3_5_MOE = Family("qwen3_5_moe_text", _settings, partial(_rules, _apart), **_OF_TEXT)
