@@ -46,7 +46,8 @@ KINDS = {
   "levels": Kind(120, 17, without=("nnx_values", "lengths")),
   # Its attention and its memory get the others, also together, as `MemoryAsGate`.
   "segmented": Kind(120, 17, without=("nnx_values", "lengths", "bfloat16", "plasticity")),
-  "variant": Kind(50, 7, costs=(TRACED, SHARED)),  # of a layer that gets all checks, by a choice or two
+  # Of a layer that gets all checks, by a choice or two.
+  "variant": Kind(40, 4, costs=(TRACED, SHARED), without=("fresh_state", "transformations")),
 }
 # Layers that are not "simple".
 KIND_OF = {

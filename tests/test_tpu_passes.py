@@ -10,7 +10,7 @@ from memzoo.zoo.language_model import LanguageModel
 from subjects import layer
 
 WITH_AN_INVERSE = "EraseThenDelta"
-MIXERS = WITH_AN_INVERSE, "TTTLinear", "Attention"
+MIXERS = WITH_AN_INVERSE, "TTTLinear"
 
 
 @needs_libtpu
