@@ -189,14 +189,15 @@ class Attention(MemoryLayer):
     locate = partitioned(partial(_locate, q.shape[1]), in_specs=_BY_ROW, out_specs=_BY_ROW)
     docs, position, length = locate(segment_ids, state.length)
     # A key head for all query heads is whole on each device.
-    by_head, first, cached = (_BY_HEAD, _PREFIX, P(ROWS, HEADS)) if k.shape[2] > 1 else (_BY_ROW, P(), _BY_ROW)
+    by_head, first, slots = (_BY_HEAD, _PREFIX, P(ROWS, HEADS)) if k.shape[2] > 1 else (_BY_ROW, P(), _BY_ROW)
+    cached = CacheState(slots, slots, _BY_ROW)
     write = partitioned(self._rotate_and_write, (by_head, by_head, cached, _BY_ROW), (by_head, cached))
     k, after = write(k, v, state, (docs, position, length))
     # One token lies in the cache, and sees nothing else: no second copy of the cache is made.
     by_cache = q.shape[1] == 1 and not fresh
-    specs = _BY_HEAD, by_head, by_head, cached, _BY_ROW, first, *[_BY_HEAD] * len(extras)
-    attend = partitioned(self._read_cache if by_cache else self._rotate_and_attend, specs, _BY_HEAD)
     seen = after if by_cache else None if fresh else state
+    specs = _BY_HEAD, by_head, by_head, None if seen is None else cached, _BY_ROW, first, *[_BY_HEAD] * len(extras)
+    attend = partitioned(self._read_cache if by_cache else self._rotate_and_attend, specs, _BY_HEAD)
     return attend(q, k, v, seen, (docs, position), prefix_kv, *extras), after
 
   def _rotate_and_write(self, k, v, state: CacheState, where) -> tuple[jax.Array, CacheState]:
