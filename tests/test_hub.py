@@ -1,6 +1,6 @@
-"""Models of transformers, read and written. `pretrained/` has tiny ones of random weights, and transformers' logits in float64.
+"""Models of other libraries, read and written. `pretrained/` has tiny ones of random weights, and the libraries' own logits.
 
-`compare_transformers.py` writes them, and compares more.
+`compare_transformers.py` and `compare_flash_linear.py` write them, and compare more.
 """
 
 import json
@@ -15,6 +15,7 @@ from memzoo.train.pretrained import from_pretrained
 from memzoo.train.sharding import MeshShape
 from memzoo.zoo import hub
 from memzoo.zoo.hub import family, forms
+from memzoo.zoo.hub.families import kimi_linear
 from memzoo.zoo.hub.tensors import INDEX, SINGLE, Tensors, save
 
 MODELS = Path(__file__).parent / "pretrained"
@@ -32,7 +33,7 @@ def relative_error(x, y):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "llama_tied"])
-def test_logits_are_those_of_transformers(name):
+def test_logits_are_those_of_the_library(name):
   assert relative_error(logits(from_pretrained(MODELS / name)), np.load(MODELS / name / "logits.npy")) < 1e-5
 
 
@@ -41,7 +42,7 @@ def test_a_model_that_was_read_and_written_is_equal_to_the_bit(name, tmp_path):
   read = from_pretrained(MODELS / name)
   hub.save_pretrained(tmp_path / "new", hub.read_config(MODELS / name), read.params)
   before, after = Tensors(MODELS / name), Tensors(tmp_path / "new")
-  if name == "olmo_hybrid":  # transformers cuts the convolution's weights in three, wherever that is; and another name
+  if name in ("olmo_hybrid", "kimi_linear"):  # transformers has other names, and cuts a convolution's weights in three anywhere
     before, after = (sorted(np.concatenate([x[name].ravel() for name in sorted(x)])) for x in (before, after))
     np.testing.assert_array_equal(before, after)
     return
@@ -122,10 +123,45 @@ def test_damaged_and_missing_files_are_refused_in_one_line(tmp_path):
       from_pretrained(tmp_path)
 
 
-def test_experts_are_refused_by_name():
-  config = json.loads((MODELS / "qwen3_next" / "config.json").read_text()) | {"num_experts": 8}
-  with pytest.raises(ValueError, match=r"num_experts is 8 in its config\.json; memzoo has no mixture of experts"):
-    hub.model_config(config)
+def test_the_language_model_in_a_model_of_images_is_read(tmp_path):
+  tensors, config = Tensors(MODELS / "qwen3_5"), json.loads((MODELS / "qwen3_5" / "config.json").read_text())
+  theirs = {name.replace("model.", "model.language_model.", 1): x for name, x in tensors.items()}
+  save(tmp_path, iter([*theirs.items(), ("model.visual.merger.weight", np.zeros(3, np.float32))]))
+  outer = {"model_type": "qwen3_5", "text_config": config, "vision_config": {}, "tie_word_embeddings": False}
+  (tmp_path / "config.json").write_text(json.dumps(outer))
+  read, expected = from_pretrained(tmp_path), from_pretrained(MODELS / "qwen3_5")
+  assert jax.tree.all(jax.tree.map(np.array_equal, read.params, expected.params))
+  hub.save_pretrained(tmp_path / "text", hub.read_config(tmp_path), read.params)
+  assert set(Tensors(tmp_path / "text")) == set(tensors)
+  assert hub.read_config(tmp_path / "text")["model_type"] == "qwen3_5_text"
+
+
+def test_experts_are_read_from_one_tensor_like_from_many(tmp_path):
+  folder = MODELS / "qwen3_next_experts"
+  tensors = dict(Tensors(folder))
+  for mlp in {name.split(".experts.")[0] for name in tensors if ".experts." in name}:
+    count = sum(name.startswith(f"{mlp}.experts.") for name in tensors) // 3
+    names = ([f"{mlp}.experts.{i}.{name}_proj.weight" for i in range(count)] for name in ("gate", "up", "down"))
+    gate, up, down = ([tensors.pop(name) for name in each] for each in names)
+    tensors[f"{mlp}.experts.gate_up_proj"] = np.concatenate([np.stack(gate), np.stack(up)], axis=1)
+    tensors[f"{mlp}.experts.down_proj"] = np.stack(down)
+  save(tmp_path, iter(tensors.items()))
+  shutil.copy(folder / "config.json", tmp_path)
+  assert jax.tree.all(jax.tree.map(np.array_equal, from_pretrained(tmp_path).params, from_pretrained(folder).params))
+
+
+def test_settings_of_kimi_linear_are_read_by_the_names_of_its_first_files():
+  config = hub.read_config(MODELS / "kimi_linear")
+  first = dict(config)
+  kinds = enumerate(first.pop("layer_types"), 1)
+  linear = {theirs: first.pop(name) for name, theirs in kimi_linear._LINEAR_NAMES.items()}
+  first["linear_attn_config"] = linear | {"full_attn_layers": [i for i, kind in kinds if kind == "full_attention"]}
+  first["first_k_dense_replace"] = first.pop("mlp_layer_types").count("dense")
+  assert hub.model_config(first) == hub.model_config(config)
+  names = {theirs: name for name, theirs in kimi_linear._NAMES.items()}
+  assert hub.model_config({names.get(name, name): value for name, value in config.items()}) == hub.model_config(config)
+  with pytest.raises(ValueError, match=r"q_lora_rank is 8 in its config\.json; memzoo has no model with anything but None"):
+    hub.model_config(config | {"q_lora_rank": 8})
 
 
 def test_forms_are_inverted_by_their_inverse():

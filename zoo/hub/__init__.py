@@ -41,7 +41,7 @@ def _of_text(config: Config) -> Config:
   text = config.get("text_config") or {}
   if config.get("model_type") in FAMILIES or text.get("model_type") not in FAMILIES:
     return config
-  return {name: config[name] for name in ("tie_word_embeddings", "dtype") if name in config} | text
+  return text | {name: config[name] for name in ("tie_word_embeddings", "dtype") if name in config}
 
 
 def family_of(config: Config, where: Any = CONFIG) -> Family:

@@ -1,4 +1,4 @@
-"""Llama and Qwen3: softmax attention with rotary positions, and a gated MLP."""
+"""Llama and Qwen3: softmax attention with rotary positions, and a gated MLP or a mixture of experts."""
 
 from functools import partial
 from typing import Any
@@ -8,7 +8,6 @@ from ..family import (
   Family,
   language_model,
   linear_rules,
-  mlp_rules,
   model_rules,
   norm_rules,
   refuse,
@@ -16,6 +15,7 @@ from ..family import (
   same_rules,
 )
 from ..forms import Rule
+from .mlps import any_mlp_rules, mlp, mlps
 
 
 def attention(config: Config, **others: Any) -> dict[str, dict[str, Any]]:
@@ -43,11 +43,11 @@ def attention_rules(theirs: str, ours: str, qk_norm: bool) -> list[Rule]:
 def _settings(qk_norm: bool, config: Config) -> dict[str, dict[str, Any]]:
   refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu", use_sliding_window=False)
   norm = {"qk_norm": True, "norm_epsilon": config["rms_norm_eps"]} if qk_norm else {}
-  blocks = [("Attention", "SwiGLU")] * config["num_hidden_layers"]
+  blocks = [("Attention", mlp(config, i)) for i in range(config["num_hidden_layers"])]
   return {
     "LanguageModel": language_model(config, blocks),
     **attention(config, **norm),
-    "SwiGLU": {"hidden": config["intermediate_size"]},
+    **mlps(config, blocks),
   }
 
 
@@ -56,9 +56,10 @@ def _rules(qk_norm: bool, config: Config) -> list[Rule]:
   for i in range(config["num_hidden_layers"]):
     theirs, ours = f"model.layers.{i}", f"blocks_{i}"
     rules += attention_rules(f"{theirs}.self_attn", f"{ours}/mixer", qk_norm)
-    rules += mlp_rules(f"{theirs}.mlp", f"{ours}/mlp") + norm_rules(theirs, ours)
+    rules += any_mlp_rules(config, i, f"{theirs}.mlp", f"{ours}/mlp") + norm_rules(theirs, ours)
   return rules
 
 
 LLAMA = Family("llama", partial(_settings, False), partial(_rules, False))
 QWEN3 = Family("qwen3", partial(_settings, True), partial(_rules, True))
+QWEN3_MOE = Family("qwen3_moe", *QWEN3[1:])

@@ -3,17 +3,14 @@
 Their tensors differ in how the projections of Gated DeltaNet are joined: in Qwen3-Next rows of a key head stand together.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from ..family import (
   Config,
   Family,
-  expert_rules,
   language_model,
   linear_rules,
-  mlp_rules,
   model_rules,
   norm_rules,
   refuse,
@@ -21,6 +18,7 @@ from ..family import (
 )
 from ..forms import CONVOLUTION, LINEAR, Rule, grouped, rule, stacked
 from .llama import attention
+from .mlps import any_mlp_rules, mlp, mlps
 
 _PROJECTED = "query/kernel", "key/kernel", "value/kernel"
 
@@ -44,42 +42,6 @@ def _settings(config: Config) -> dict[str, dict[str, Any]]:
     **attention(config, output_gate="sigmoid", qk_norm=True, zero_centred_norms=True, norm_epsilon=epsilon),
     **mlps(config, blocks),
   }
-
-
-def mlp(config: Config, block: int) -> str:
-  """The MLP of a block."""
-  dense = block in (config.get("mlp_only_layers") or ()) or (block + 1) % config.get("decoder_sparse_step", 1)
-  return "SwiGLU" if dense or not config.get("num_experts") else "MixtureOfExperts"
-
-
-def mlps(config: Config, blocks: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
-  """The settings of the MLPs that `blocks` name."""
-  used = {name for block in blocks for name in block}
-  found = {"SwiGLU": {"hidden": config["intermediate_size"]}} if "SwiGLU" in used else {}
-  if "MixtureOfExperts" in used:
-    found["MixtureOfExperts"] = {
-      "num_experts": config["num_experts"],
-      "experts_per_token": config["num_experts_per_tok"],
-      "hidden": config["moe_intermediate_size"],
-      "normalised": config.get("norm_topk_prob", True),
-    }
-    if shared := config.get("shared_expert_intermediate_size"):
-      found["MixtureOfExperts"] |= {"shared_hidden": shared, "shared_gate": True}
-  return found
-
-
-def mixture_rules(config: Config, theirs: str, ours: str) -> list[Rule]:
-  """The rules of a block's `mlp`, whichever it is."""
-  count, hidden = config["num_experts"], config["moe_intermediate_size"]
-  rules = linear_rules(theirs, ours, gate="router") + expert_rules(f"{theirs}.experts", ours, count, hidden)
-  if config.get("shared_expert_intermediate_size"):
-    rules += mlp_rules(f"{theirs}.shared_expert", f"{ours}/shared")
-    rules += linear_rules(theirs, ours, shared_expert_gate="shared_gate")
-  return rules
-
-
-def any_mlp_rules(config: Config, block: int, theirs: str, ours: str) -> list[Rule]:
-  return (mlp_rules if mlp(config, block) == "SwiGLU" else partial(mixture_rules, config))(theirs, ours)
 
 
 def gated_delta_net(config: Config) -> dict[str, Any]:
