@@ -5,7 +5,9 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from memzoo.zoo import hub
 from memzoo.zoo.hub import family, forms
 from memzoo.zoo.hub.families import kimi_linear
 from memzoo.zoo.hub.tensors import INDEX, SINGLE, Tensors, save
+from memzoo.zoo.stack import unroll_params
 
 MODELS = Path(__file__).parent / "pretrained"
 NAMES = sorted(path.name for path in MODELS.iterdir())
@@ -69,6 +72,38 @@ def test_parameters_are_split_over_a_mesh_and_have_the_dtype_that_is_asked_for()
   kernel = read.params["params"]["blocks_0"]["mlp"]["up"]["kernel"]
   assert kernel.dtype == jnp.bfloat16
   assert kernel.sharding.shard_shape(kernel.shape) == (kernel.shape[0] // 2, kernel.shape[1] // 2)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_scanned_model_has_the_parameters_of_the_unrolled_one(split):
+  mesh = MeshShape(data=1, fsdp=2, tensor=2).build() if split else None
+  read, expected = from_pretrained(MODELS / "llama", "LanguageModel.scan=True", mesh=mesh), from_pretrained(MODELS / "llama")
+  assert read.model.scan
+  model, params = unroll_params(read.model, read.params)
+  assert model == expected.model
+  assert jax.tree.all(jax.tree.map(np.array_equal, params, expected.params))
+  kernel = read.params["params"]["periods"]["blocks_0"]["mlp"]["up"]["kernel"]
+  layers, width, hidden = kernel.shape
+  assert kernel.sharding.shard_shape(kernel.shape) == (layers, width // 2, hidden // 2) if split else kernel.shape
+
+
+def test_a_repository_is_downloaded_if_huggingface_hub_is_installed(monkeypatch):
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+  with pytest.raises(ValueError, match=r"a/model is no folder here; expected one, or .* after `pip install memzoo\[hub\]`"):
+    from_pretrained("a/model")
+  asked = []
+
+  def snapshot_download(name, allow_patterns):
+    asked.append((name, allow_patterns))
+    if name != "a/model":
+      raise OSError("404 Client Error.\nMore about it.")
+    return str(MODELS / "llama")
+
+  monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
+  assert from_pretrained("a/model").model == from_pretrained(MODELS / "llama").model
+  assert asked == [("a/model", ["config.json", "*.safetensors", "*model.safetensors.index.json", "tokenizer.json"])]
+  with pytest.raises(ValueError, match=r"^b/model is no folder here, and cannot be downloaded: 404 Client Error\.$"):
+    from_pretrained("b/model")
 
 
 def damaged(tmp_path, change):

@@ -1,5 +1,6 @@
 """Runs that begin with a model of transformers: they evaluate, train and are written again."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,20 @@ def test_a_run_begins_with_the_model_goes_on_and_is_written(folder, tmp_path):
     export_run(run, tmp_path / "same")
 
 
-def test_what_was_not_imported_is_not_exported(tmp_path):
-  with pytest.raises(ValueError, match=r"has no imported_config\.json; expected a run that `memzoo import` began"):
-    export_run(tmp_path, tmp_path / "out")
+def test_a_run_that_was_not_imported_is_written_by_a_config_that_describes_it(folder, tmp_path):
+  run, config = tmp_path / "run", json.loads((MODEL / "config.json").read_text())
+  import_run(folder / "model", run, (f"TextData.sources={folder / 'text.txt'}", *SMALL, "LanguageModel.scan=True"), print)
+  (run / "imported_config.json").unlink()
+  with pytest.raises(ValueError, match=r"has no imported_config\.json; expected a run that `memzoo import` began, or a config"):
+    export_run(run, tmp_path / "out")
+  export_run(run, tmp_path / "out", config=MODEL / "config.json")
+  before, after = Tensors(folder / "model"), Tensors(tmp_path / "out")
+  assert all(np.array_equal(before[name], after[name]) for name in before)
+  for change, words in (
+    ({"intermediate_size": 32}, r"another model: its blocks_0/mlp/down/kernel is \[32, 16\], that of the run \[24, 16\]"),
+    ({"rope_parameters": {"rope_theta": 3.0}}, r"another model: with the run's parameters its logits are wrong by .* of the"),
+  ):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=words):
+      export_run(run, tmp_path / "another", config=other)

@@ -74,6 +74,42 @@ def generate(
   return rows
 
 
+def generate_until(
+  model: nn.Module,
+  params: Any,
+  prompts: Sequence[Sequence[int]],
+  decode: Callable[[list[int]], str],
+  until: Sequence[str],
+  **options: Any,
+) -> list[str]:
+  """Returns the text that follows each prompt, up to the first of the texts `until`, which are not part of it.
+
+  Args:
+    model, params, prompts: see `stream`.
+    decode: from tokens to their text.
+    until: texts that end a row.
+    **options: those of `stream`.
+  """
+  rows: list[list[int]] = [[] for _ in prompts]
+  running = set(range(len(rows)))
+  for tokens in stream(model, params, prompts, **options):
+    for i in sorted(running):
+      if int(tokens[i]) in (STOPPED, options.get("stop_token")):
+        running.discard(i)
+        continue
+      rows[i].append(int(tokens[i]))
+      if any(text in decode(rows[i][-_HELD:]) for text in until):
+        running.discard(i)
+    if not running:
+      break
+  return [_before(decode(row), until) for row in rows]
+
+
+def _before(text: str, until: Sequence[str]) -> str:
+  """`text` up to the first of the texts `until`."""
+  return text[: min((place for end in until if (place := text.find(end)) >= 0), default=len(text))]
+
+
 def stream(
   model: nn.Module,
   params: Any,

@@ -13,7 +13,7 @@ from .families import FAMILIES
 from .family import Config, Family, Unsupported, as_gin
 from .tensors import Tensors, save
 
-__all__ = ["FAMILIES", "family_of", "model_config", "read_config", "read_params", "save_pretrained"]
+__all__ = ["FAMILIES", "Config", "family_of", "model_config", "read_config", "read_params", "save_pretrained"]
 
 CONFIG = "config.json"
 
