@@ -81,10 +81,9 @@ def make_tasks(folder: Path) -> None:
     (folder / f"{name}.yaml").write_text(f"task: {name}\n{data}{text}")
 
 
-def likelihoods(results: dict) -> np.ndarray:
-  """The log-likelihoods of all requests of the task with choices."""
-  rows = sorted(results["samples"]["choices"], key=lambda row: row["doc_id"])
-  return np.array([float(pair[0]) for row in rows for pair in row["filtered_resps"]])
+def answers(results: dict, task: str) -> list:
+  """The answers to all requests of a task."""
+  return [answer for row in sorted(results["samples"][task], key=lambda row: row["doc_id"]) for answer in row["filtered_resps"]]
 
 
 def main() -> int:
@@ -108,9 +107,11 @@ def main() -> int:
         own = found[1]["results"][task][metric]
         same &= bool(np.isclose(value, own, rtol=1e-5))
         print(f"{task + ' ' + metric.removesuffix(',none'):28}{value:>14.6f}{own:>14.6f}")
-  a, b = map(likelihoods, found)
+  a, b = (np.array([float(pair[0]) for pair in answers(results, "choices")]) for results in found)
+  texts = list(zip(*(answers(results, "words") for results in found), strict=True))
+  print(f"equal continuations: {sum(x == y for x, y in texts)} of {len(texts)}, such as {texts[0][1]!r}")
   print(f"largest difference of {len(a)} log-likelihoods: {np.max(np.abs(a - b)):.1e}, of {np.max(np.abs(a)):.0f}")
-  return 0 if same and np.allclose(a, b, rtol=1e-5, atol=1e-4) else 1
+  return 0 if same and all(x == y for x, y in texts) and np.allclose(a, b, rtol=1e-5, atol=1e-4) else 1
 
 
 if __name__ == "__main__":

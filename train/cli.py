@@ -40,8 +40,8 @@ def main() -> None:
     app(sorted(sys.argv[1:], key=lambda argument: argument not in _ANYWHERE))
   except BrokenPipeError:  # `memzoo list | head`
     _silence(sys.stdout)
-  except (ValueError, OSError, ArithmeticError) as error:
-    if debug:
+  except (ValueError, OSError, ArithmeticError, ImportError) as error:
+    if debug or getattr(error, "name", None):  # a failed import names its module; an extra that is not installed has a message
       raise
     from .run_folder import DifferentRun
 
@@ -272,6 +272,7 @@ def harness(
   shots: Annotated[int | None, typer.Option(min=0, help="Number of examples before each question.")] = None,
   limit: Annotated[int | None, typer.Option(min=1, help="Number of questions of each task.", show_default="all")] = None,
   include: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
+  begin: Annotated[bool, typer.Option("--begin", help="Put the token that begins texts before every context.")] = False,
   batch_size: Annotated[int, typer.Option(min=1, help="Rows in a call.")] = 8,
   best: _Best = False,
 ) -> None:
@@ -285,7 +286,8 @@ def harness(
   from .files import write_text
   from .harness import as_json, evaluate_on_tasks, table
 
-  options = {"num_fewshot": shots, "limit": limit, "include": include, "batch_size": batch_size, "best": best}
+  options = {"num_fewshot": shots, "limit": limit, "include": include}
+  options |= {"batch_size": batch_size, "begin_all": begin, "best": best}
   results, step = evaluate_on_tasks(run, tasks.split(","), **options)
   print(table(results))
   path = run / "evaluation" / f"harness-{step}.json"

@@ -94,9 +94,9 @@ class TextData:
     """The tokens of `text`."""
     return self._tokenizer.encode(text)
 
-  def decode(self, tokens: Sequence[int]) -> str:
-    """The text of `tokens`."""
-    return self._tokenizer.decode(tokens)
+  def decode(self, tokens: Sequence[int], special: bool = True) -> str:
+    """The text of `tokens`, with or without that of special tokens."""
+    return self._tokenizer.decode(tokens, special)
 
   one_token: ClassVar[np.ndarray] = np.zeros((1, 1), np.int32)  # an input with which a model can be initialised
 

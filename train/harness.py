@@ -39,18 +39,28 @@ class RunModel(TemplateLM):
     begin: the token before a text that has no context; `None` for that with which the tokenizer encodes a new line.
     end: the token that ends a text; `None` for no such token.
     batch_size: rows in a call.
+    begin_all: whether `begin` stands before every context.
 
   Raises:
     ValueError: if it is not a model of text.
   """
 
-  def __init__(self, experiment: Experiment, params: Any, begin: int | None, end: int | None, batch_size: int = 8):
+  def __init__(
+    self,
+    experiment: Experiment,
+    params: Any,
+    begin: int | None = None,
+    end: int | None = None,
+    *,
+    batch_size: int = 8,
+    begin_all: bool = False,
+  ):
     super().__init__()
     if not isinstance(experiment.data, TextData):
       raise ValueError(f"{experiment.name} was trained on {type(experiment.data).__name__}; expected a model of text.")
     self.model, self.params, self.data, self.batch_size = experiment.model, params, experiment.data, batch_size
     self.begin = self.data.encode("\n")[0] if begin is None else begin
-    self.end = end
+    self.end, self.begin_all = end, begin_all
 
   @property
   def eot_token_id(self) -> int | None:
@@ -61,9 +71,12 @@ class RunModel(TemplateLM):
     return self.begin
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-    """The tokens of `string`, without special ones."""
-    del add_special_tokens
-    return self.data.encode(string)
+    """The tokens of `string`, without special ones but the first, if every context has it."""
+    begins = self.begin_all and add_special_tokens is not False
+    return [*([self.begin] if begins else []), *self.data.encode(string)]
+
+  def _decode(self, tokens: list[int]) -> str:
+    return self.data.decode(tokens, special=False)
 
   def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
     rows = [(context, continuation) for _, context, continuation in requests]
@@ -84,9 +97,9 @@ class RunModel(TemplateLM):
         rows.sort(key=lambda i: -len(requests[i].args[0]))
         for start in range(0, len(rows), self.batch_size):
           chosen = rows[start : start + self.batch_size]
-          prompts = [self.data.encode(requests[i].args[0]) or [self.begin] for i in chosen]
+          prompts = [self.tok_encode(requests[i].args[0]) or [self.begin] for i in chosen]
           how = {"max_new_tokens": most, "temperature": temperature, "stop_token": self.end}
-          found |= zip(chosen, generate_until(self.model, self.params, prompts, self.data.decode, until, **how), strict=True)
+          found |= zip(chosen, generate_until(self.model, self.params, prompts, self._decode, until, **how), strict=True)
           bar.update(len(chosen))
     return [found[i] for i in range(len(requests))]
 
@@ -108,6 +121,7 @@ def evaluate_on_tasks(
   *,
   best: bool = False,
   batch_size: int = 8,
+  begin_all: bool = False,
   include: Path | None = None,
   **options: Any,
 ) -> tuple[dict[str, Any], int]:
@@ -118,6 +132,7 @@ def evaluate_on_tasks(
     tasks: names of tasks.
     best: take the checkpoint with the lowest validation loss instead of the newest.
     batch_size: rows in a call.
+    begin_all: whether the token that begins texts stands before every context.
     include: a folder with tasks of your own, in files of that library.
     **options: of its `simple_evaluate`, such as `limit` and `num_fewshot`.
 
@@ -131,7 +146,7 @@ def evaluate_on_tasks(
   manager = TaskManager(include_path=None if include is None else str(include))
   if unknown := [task for task in tasks if not manager.match_tasks([task])]:
     raise ValueError(f"--tasks names {unknown[0]!r}; expected tasks of lm-evaluation-harness, or of the folder --include.")
-  model = RunModel(experiment, params, *special_tokens(run), batch_size=batch_size)
+  model = RunModel(experiment, params, *special_tokens(run), batch_size=batch_size, begin_all=begin_all)
   results = evaluator.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
   return results, step
 

@@ -36,7 +36,7 @@ class ByteTokenizer:
     """The tokens of `text`."""
     return list(text.encode())
 
-  def decode(self, tokens: Sequence[int]) -> str:
+  def decode(self, tokens: Sequence[int], special: bool = True) -> str:
     """The text of `tokens`. Bytes that are not valid UTF-8, and tokens that are not bytes, become U+FFFD."""
     return bytes(token if 0 <= token < 256 else 0xFF for token in map(int, tokens)).decode(errors="replace")
 
@@ -83,9 +83,9 @@ class FileTokenizer:
     """The tokens of `text`. Raises `ValueError` if the tokenizer cannot encode it."""
     return self._encode([text])[0].ids
 
-  def decode(self, tokens: Sequence[int]) -> str:
-    """The text of `tokens`."""
-    return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)
+  def decode(self, tokens: Sequence[int], special: bool = True) -> str:
+    """The text of `tokens`, with or without that of special tokens."""
+    return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=not special)
 
   def encode_with_places(self, text: str) -> Tokens:
     """The tokens of `text`, and the first and the end character of each."""
