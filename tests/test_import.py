@@ -16,26 +16,27 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("import")]
 
+TEXT = "abcdefghijklmnopqrstuvwxyz ."
 MODEL = Path(__file__).parent / "pretrained" / "qwen3"
-SMALL = "TextData.sequence_length=16", "TextData.batch_size=4", "Trainer.evaluation_batches=2", "Trainer.sample_tokens=0"
+SMALL = "TextData.sequence_length=28", "TextData.batch_size=4", "Trainer.evaluation_batches=2", "Trainer.sample_tokens=0"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """The model with a tokenizer of letters, and a text."""
+  """The model with a tokenizer of letters, and texts whose tokens are 0, 1, 2 and so on."""
   folder = tmp_path_factory.mktemp("model")
   shutil.copytree(MODEL, folder / "model")
-  letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz .")}
+  letters = {letter: i for i, letter in enumerate(TEXT)}
   tokenizer = Tokenizer(models.WordLevel(letters, unk_token="."))
   tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
   tokenizer.save(str(folder / "model" / "tokenizer.json"))
-  (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+  (folder / "text.jsonl").write_text(60 * (json.dumps({"text": TEXT}) + "\n"))
   return folder
 
 
 def test_a_run_begins_with_the_model_goes_on_and_is_written(folder, tmp_path):
   run, said = tmp_path / "run", []
-  import_run(folder / "model", run, (f"TextData.sources={folder / 'text.txt'}", *SMALL), said.append)
+  import_run(folder / "model", run, (f"TextData.sources={folder / 'text.jsonl'}", *SMALL), said.append)
   assert "qwen3, " in said[-1]
   experiment, params, step = load_run(run)
   read = from_pretrained(folder / "model")
@@ -49,6 +50,10 @@ def test_a_run_begins_with_the_model_goes_on_and_is_written(folder, tmp_path):
 
   result = train(build(run, ["Trainer.steps=3", "Trainer.evaluate_every=3"]), run, progress=False)
   assert result.step == 3
+  logits = np.load(MODEL / "logits.npy")[: len(TEXT) - 1].astype(np.float64)
+  expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), np.arange(1, len(TEXT))])
+  first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+  assert first["loss"] == pytest.approx(expected, rel=1e-6), "before the first update the loss is that of the model's logits"
   assert np.isfinite(result.validation_loss)
   export_run(run, tmp_path / "trained", say=said.append)
   trained = Tensors(tmp_path / "trained")
@@ -62,7 +67,7 @@ def test_a_run_begins_with_the_model_goes_on_and_is_written(folder, tmp_path):
 
 def test_a_run_that_was_not_imported_is_written_by_a_config_that_describes_it(folder, tmp_path):
   run, config = tmp_path / "run", json.loads((MODEL / "config.json").read_text())
-  import_run(folder / "model", run, (f"TextData.sources={folder / 'text.txt'}", *SMALL, "LanguageModel.scan=True"), print)
+  import_run(folder / "model", run, (f"TextData.sources={folder / 'text.jsonl'}", *SMALL, "LanguageModel.scan=True"), print)
   (run / "imported_config.json").unlink()
   with pytest.raises(ValueError, match=r"has no imported_config\.json; expected a run that `memzoo import` began, or a config"):
     export_run(run, tmp_path / "out")
