@@ -210,7 +210,7 @@ def test_the_layer_of_the_guide_trains_as_the_guide_says(my_layers, readme_block
 
 
 def test_the_laws_command_prints_the_report_or_the_mistake(my_layers, monkeypatch, capsys):
-  monkeypatch.setattr(cli, "_start", lambda cache=True: None)
+  monkeypatch.setattr("memzoo.train.cli_layers.start", lambda cache=True: None)
 
   def run(*arguments):
     monkeypatch.setattr(sys, "argv", ["memzoo", "laws", *arguments])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from damage import flip_bits, lose_the_facts, truncate
 from machine import needs_libtpu
-from memzoo.train import cli
+from memzoo.train import cli, cli_layers, cli_shared, cli_weights
 from memzoo.train.report import read_rows
 from tolerances import assert_close
 
@@ -39,7 +39,9 @@ def memzoo(monkeypatch, capsys):
 
 
 def call(monkeypatch, arguments) -> int:
-  monkeypatch.setattr(cli, "_start", lambda cache=True: None)
+  for module in (cli, cli_layers, cli_shared, cli_weights):
+    if hasattr(module, "start"):
+      monkeypatch.setattr(module, "start", lambda cache=True: None)
   monkeypatch.setattr(sys, "argv", ["memzoo", *arguments])
   try:
     cli.main()
@@ -397,7 +399,7 @@ def test_compiled_programs_are_kept_unless_that_is_turned_off(tmp_path, monkeypa
     for arguments, kept in (([], True), (["--no-compile-cache"], False)):
       jax.config.update("jax_compilation_cache_dir", None)
       monkeypatch.setattr(sys, "argv", ["memzoo", "list", *arguments])
-      cli._start()
+      cli.start()
       assert jax.config.jax_enable_compilation_cache is kept
       assert (jax.config.jax_compilation_cache_dir == str(tmp_path / "memzoo" / "compiled")) is kept
   finally:

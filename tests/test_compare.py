@@ -196,7 +196,7 @@ def test_tables_and_pictures_show_all_trials(done, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_writes_the_files_that_it_names(monkeypatch, capsys, tmp_path):
-  monkeypatch.setattr(cli, "_start", lambda cache=True: None)
+  monkeypatch.setattr("memzoo.train.cli_layers.start", lambda cache=True: None)
   settings = [f"--set={text}" for text in [*SMALL, *ONE_BLOCK]]
   command = ["memzoo", "compare", "mqar", "--layers", "LinearAttention", *settings]
   command += ["--steps", "2", "--seeds", "1", "--learning-rates", "0.01"]

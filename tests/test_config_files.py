@@ -150,7 +150,7 @@ def test_a_run_is_named_by_its_folder_or_its_config(run, monkeypatch, capsys):
   assert build(run) == build(run / "config.gin") == build_text((run / "config.gin").read_text(), "my_run")
   assert run_of(run) == run_of(run / "config.gin") == run
   assert run_of("quickstart") is None
-  monkeypatch.setattr(cli, "_start", lambda: None)
+  monkeypatch.setattr(cli, "start", lambda: None)
   monkeypatch.setattr(sys, "argv", ["memzoo", "describe", str(run)])
   with pytest.raises(SystemExit, match="0"):
     cli.main()
@@ -161,7 +161,7 @@ def test_a_run_is_named_by_its_folder_or_its_config(run, monkeypatch, capsys):
 
 def test_training_a_run_continues_it_in_its_folder(run, monkeypatch):
   called = []
-  monkeypatch.setattr(cli, "_start", lambda: None)
+  monkeypatch.setattr(cli, "start", lambda: None)
   monkeypatch.setattr("memzoo.train.loop.train", lambda experiment, folder: called.append(folder) or Result("", 1))
   monkeypatch.chdir(run.parent)
   for name in ("my_run", "my_run/config.gin", "quickstart"):
