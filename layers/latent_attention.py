@@ -111,14 +111,14 @@ class LatentAttention(MemoryLayer, kw_only=True):
     latent = dense(self.latent_dim, ("embed", None), name="latent", **types)(x)
     latent = RMSNorm(self.norm_epsilon, self.param_dtype, axis=None, name="latent_norm")(latent)
     k = jnp.concatenate([dense(self.shared_dim, ("embed", None), name="shared_key", **types)(x), latent], axis=-1)[:, :, None]
-    own = _through(heads("query", self.head_dim), of_latent("key", self.head_dim).swapaxes(1, 2))
+    own = _through(heads("query", self.head_dim), of_latent("latent_key", self.head_dim).swapaxes(1, 2))
     q = jnp.concatenate([heads("shared_query", self.shared_dim), own], axis=-1)
     # The attention divides by the root of the width of these queries, which is not that of a head's keys.
     q *= ((self.shared_dim + self.latent_dim) / (self.shared_dim + self.head_dim)) ** 0.5
     cached = state.tokens[:, None]
     state = CacheState(cached, cached[..., :0], state.length)
     out, cache = self.core.attend(q, k, k[..., :0], state, segment_ids, fresh=fresh)
-    out = _through(out, of_latent("value", self.value_dim or self.head_dim))
+    out = _through(out, of_latent("latent_value", self.value_dim or self.head_dim))
     y = dense(x.shape[-1], ("heads", "embed"), name="output", **types)(out.reshape(*x.shape[:2], -1))
     return silence_padding(y, segment_ids), LatentState(cache.keys[:, 0], cache.length)
 

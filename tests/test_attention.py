@@ -317,7 +317,7 @@ def test_latent_attention_equals_attention_with_the_keys_and_values_of_every_hea
   parts = [(x @ p["shared_key"])[:, :, None], (x @ p["shared_query"]).reshape(2, 23, heads, shared)]
   if base is not None:
     parts = [rotate(part, jnp.asarray(position), base) for part in parts]
-  k = jnp.concatenate([jnp.einsum("btc,hcd->bthd", c, p["key"]), jnp.repeat(parts[0], heads, axis=2)], axis=-1)
+  k = jnp.concatenate([jnp.einsum("btc,hcd->bthd", c, p["latent_key"]), jnp.repeat(parts[0], heads, axis=2)], axis=-1)
   q = jnp.concatenate([(x @ p["query"]).reshape(2, 23, heads, own), parts[1]], axis=-1)
-  out = reference_attention(q, k, jnp.einsum("btc,hcd->bthd", c, p["value"]), jnp.asarray(mask))
+  out = reference_attention(q, k, jnp.einsum("btc,hcd->bthd", c, p["latent_value"]), jnp.asarray(mask))
   assert_close(run(module, weights, x)[0], out.reshape(2, 23, -1) @ p["output"])

@@ -111,7 +111,7 @@ def _latent_rules(config: Config, theirs: str, ours: str) -> list[Rule]:
     rule(f"{theirs}.q_proj.weight", queries, grouped(LINEAR, heads, own, shared)),
     rule(f"{theirs}.kv_a_proj_with_mqa.weight", [f"{ours}/latent/kernel", f"{ours}/shared_key/kernel"], latent),
     rule(f"{theirs}.kv_a_layernorm.weight", f"{ours}/latent_norm/scale", SAME),
-    rule(f"{theirs}.kv_b_proj.weight", [f"{ours}/key", f"{ours}/value"], expanded),
+    rule(f"{theirs}.kv_b_proj.weight", [f"{ours}/latent_key", f"{ours}/latent_value"], expanded),
     *linear_rules(theirs, ours, o_proj="output"),
   ]
 
