@@ -18,7 +18,9 @@ MODULES = {name: layer(name, persistent_tokens=2) for name in LAYERS} | {
   "memory with all options": TitansMemory(
     num_heads=2, head_dim=4, network=Network(gated=True, norm=True), loss=Loss("huber"), persistent_tokens=2
   ),
-  "mixture of experts": MixtureOfExperts(num_experts=2, experts_per_token=1, shared_hidden=4, shared_gate=True, choice_bias=True),
+  "mixture of experts": MixtureOfExperts(
+    num_experts=2, experts_per_token=1, shared_hidden=4, shared_gate=True, choice_bias=True
+  ),
   "model": hybrid(8),
   "scanned model": hybrid(8).clone(scan=True),
 }
