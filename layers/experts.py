@@ -18,7 +18,6 @@ from ..pallas_kernels.grouped import blocks_of, grouped_matmul
 from ..pallas_kernels.numerics import einsum
 from ..pallas_kernels.partition import HEADS, ROWS, partitioned
 from .axes import named
-from .memory_layer import silence_padding
 from .projections import INIT, dense, gate_types
 from .swiglu import SwiGLU, gated
 
@@ -74,14 +73,8 @@ class MixtureOfExperts(SwiGLU, kw_only=True):
     if self.experts_per_token > most:
       raise ValueError(f"experts_per_token={self.experts_per_token}; expected at most {most}, those of a token's groups.")
 
-  @nn.compact
-  def __call__(
-    self, x: jax.Array, state: tuple[()] | None = None, segment_ids: jax.Array | None = None
-  ) -> tuple[jax.Array, tuple[()]]:
-    """Maps x [B, T, D] to (y [B, T, D], ()); see `MemoryLayer`."""
-    self.begin(x, state, segment_ids)
-    x = x.astype(self.activation_dtype(x))
-    hidden = self.hidden_width(x.shape[-1])
+  def mlp(self, x: jax.Array, hidden: int) -> jax.Array:
+    """See `SwiGLU`."""
     into, out_of = (self.num_experts, x.shape[-1], hidden), (self.num_experts, hidden, x.shape[-1])
     in_axes, out_axes = ("experts", "embed", None), ("experts", None, "embed")
     gate, up, down = (
@@ -90,7 +83,7 @@ class MixtureOfExperts(SwiGLU, kw_only=True):
     )
     mix = partitioned(_mix, (*[P(ROWS)] * 3, *[P(HEADS)] * 4), P(HEADS, ROWS))
     y = mix(x, *self._route(x), jnp.arange(self.num_experts, dtype=jnp.int32), gate, up, down).sum(axis=0, dtype=x.dtype)
-    return silence_padding(y + self._shared(x), segment_ids), ()
+    return y + self._shared(x)
 
   def _route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The chosen experts, int32 [B, T, C], and their weights."""
@@ -136,7 +129,7 @@ def _mix(x, chosen, weights, experts, gate, up, down) -> jax.Array:
   (here,) = experts.shape
   own = chosen.reshape(-1) - experts[0]
   blocks = blocks_of(jnp.where((own >= 0) & (own < here), own, here), here)
-  rows = blocks.gather(jnp.repeat(x.reshape(-1, x.shape[-1]), chosen.shape[-1], axis=0))
+  rows = blocks.gather(x.reshape(-1, x.shape[-1]), copies=chosen.shape[-1])
   hidden = gated(grouped_matmul(rows, gate, blocks.group), grouped_matmul(rows, up, blocks.group))
   out = blocks.scatter(grouped_matmul(hidden, down, blocks.group)).reshape(*chosen.shape, -1)
   return einsum("btc,btcd->btd", weights, out).astype(x.dtype)[None]

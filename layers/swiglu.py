@@ -47,9 +47,11 @@ class SwiGLU(MemoryLayer, kw_only=True):
     """Maps x [B, T, D] to (y [B, T, D], ()); see `MemoryLayer`."""
     self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
-    hidden = self.hidden_width(x.shape[-1])
+    return silence_padding(self.mlp(x, self.hidden_width(x.shape[-1])), segment_ids), ()
+
+  def mlp(self, x: jax.Array, hidden: int) -> jax.Array:
+    """The map of each token of x [B, T, D], by way of `hidden` channels. Subclasses override this."""
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     gate = dense(hidden, ("embed", "mlp"), name="gate", **types)(x)
     up = dense(hidden, ("embed", "mlp"), name="up", **types)(x)
-    y = dense(x.shape[-1], ("mlp", "embed"), name="down", **types)(gated(gate, up))
-    return silence_padding(y, segment_ids), ()
+    return dense(x.shape[-1], ("mlp", "embed"), name="down", **types)(gated(gate, up))

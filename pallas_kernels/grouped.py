@@ -31,9 +31,9 @@ class Blocks(NamedTuple):
   row: jax.Array
   place: jax.Array
 
-  def gather(self, x: jax.Array) -> jax.Array:
-    """Rows x [rows, D] in blocks [blocks, size, D], zeros where there is none."""
-    return x.at[self.row].get(mode="fill", fill_value=0)
+  def gather(self, x: jax.Array, copies: int = 1) -> jax.Array:
+    """Rows x [rows / copies, D], each standing for `copies` rows, in blocks [blocks, size, D], zeros where there is none."""
+    return x.at[self.row // copies].get(mode="fill", fill_value=0)
 
   def scatter(self, y: jax.Array) -> jax.Array:
     """The inverse: [blocks, size, D] to [rows, D], zeros in rows without a group."""

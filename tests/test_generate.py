@@ -151,8 +151,9 @@ def test_a_prompt_longer_than_a_piece_is_read_in_pieces(model, params, monkeypat
 
 
 def test_prompts_of_many_lengths_compile_few_programs():
-  assert {module._padded_length(n) for n in range(1, 1025)} == {16, 32, 64, 128, 256, 512, 1024}
-  assert [module._padded_length(n) for n in (1025, 2048, 5000)] == [2048, 2048, 5120]
+  pieces = module._SHORTEST_PIECE, module._LONGEST_PIECE
+  assert {module.padded_length(n, *pieces) for n in range(1, 1025)} == {16, 32, 64, 128, 256, 512, 1024}
+  assert [module.padded_length(n, *pieces) for n in (1025, 2048, 5000)] == [2048, 2048, 5120]
 
 
 def test_draws_obey_temperature_top_k_and_top_p():

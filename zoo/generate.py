@@ -173,7 +173,7 @@ def as_text(
 
 def prefill(model: nn.Module, params: Any, prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, Any]:
   """Reads the prompts; returns the logits [B, vocab_size] of the next token and the state."""
-  length = _padded_length(max(map(len, prompts)))
+  length = padded_length(max(map(len, prompts)), _SHORTEST_PIECE, _LONGEST_PIECE)
   tokens = np.zeros((len(prompts), length), np.int32)
   segment_ids = np.zeros_like(tokens)
   for i, prompt in enumerate(prompts):
@@ -258,7 +258,8 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
       raise ValueError(f"prompts[{i}] has tokens from {tokens.min()} to {tokens.max()}; expected 0 to {vocab_size - 1}.")
 
 
-def _padded_length(length: int) -> int:
-  if length > _LONGEST_PIECE:
-    return -(-length // _LONGEST_PIECE) * _LONGEST_PIECE
-  return max(_SHORTEST_PIECE, 1 << (length - 1).bit_length())
+def padded_length(length: int, shortest: int, longest: int) -> int:
+  """The least power of two from `shortest` to `longest`, or multiple of `longest`, that is at least `length`."""
+  if length > longest:
+    return -(-length // longest) * longest
+  return max(shortest, 1 << (length - 1).bit_length())

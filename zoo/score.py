@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from .generate import padded_length
+
 _SHORTEST, _PIECE = 16, 256  # lengths of the calls: powers of two from the one to the other, so few are compiled
 
 
@@ -66,7 +68,8 @@ def score(
 
 
 def _score_batch(model, params, rows, size: int) -> list[Score]:
-  length = _padded(max(len(context) + len(continuation) - 1 for context, continuation in rows))
+  longest = max(len(context) + len(continuation) - 1 for context, continuation in rows)
+  length = padded_length(longest, _SHORTEST, _PIECE)
   tokens, targets, ids, counts = (np.zeros((size, length), np.int32) for _ in range(4))
   for i, (context, continuation) in enumerate(rows):
     row = np.asarray([*context, *continuation], np.int32)
@@ -82,12 +85,6 @@ def _score_batch(model, params, rows, size: int) -> list[Score]:
     total += np.where(counted, np.asarray(log_p, np.float64), 0).sum(axis=1)
     right &= (np.asarray(is_likeliest) | ~counted).all(axis=1)
   return [Score(float(a), bool(b)) for a, b in zip(total, right, strict=True)]
-
-
-def _padded(length: int) -> int:
-  if length > _PIECE:
-    return -(-length // _PIECE) * _PIECE
-  return max(_SHORTEST, 1 << max(0, length - 1).bit_length())
 
 
 @partial(jax.jit, static_argnames="model")
