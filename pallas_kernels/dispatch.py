@@ -3,7 +3,7 @@
 No environment variable changes the choice, and there is no silent fallback.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from enum import Enum
 from functools import partial
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 
 from .partition import is_split_by_xla, varying_alike
 from .sizes import known
@@ -97,18 +99,14 @@ def objection_to_kernels(inputs: Any, specs: Any, chunk_size: int | None, own: C
 
 
 def choose_kernels(
-  operation: str, requested: str, others: Callable[..., Choice], objection: str | None, dtype: jnp.dtype
+  operation: str, requested: str, others: Callable[..., Choice], objection: str | None
 ) -> tuple[str, Kernels]:
   """What `others(operation, requested, pallas=objection)` picks where there are kernels for TPUs; and which programs use these.
-
-  Kernels for float32 activations have to be requested. JAX traces the forms for all platforms, in whatever program, and tracing
-  a kernel takes a second, which would slow down the first call of every float32 program on a CPU.
 
   Args:
     operation, requested: as for `choose`.
     others: a function with the other candidates, such as `choose_by_length` with a length.
     objection: to any use of kernels, or `None`.
-    dtype: of activations.
 
   Raises:
     ValueError: if kernels are requested in spite of an objection, or something unknown is requested.
@@ -117,8 +115,7 @@ def choose_kernels(
     raise ValueError(f"implementation='pallas' does not do for this call of {operation}: {objection}.")
 
   def on(platform):
-    unasked = f"with {dtype} activations kernels are used where they are requested" if dtype != jnp.bfloat16 else None
-    here = objection or unasked if platform == "tpu" else f"the kernels are for TPUs, and this is a program for a {platform}"
+    here = objection if platform == "tpu" else f"the kernels are for TPUs, and this is a program for a {platform}"
     return others(operation, requested, pallas=here)
 
   if (choices := _CHOICES.get()) is not None:
@@ -154,38 +151,116 @@ class Forms(NamedTuple):
     cpu: in programs that are compiled for a CPU.
     others: in all other programs.
     tpu: if given, in programs for a TPU in place of `others`.
+    gpu: the same, for a GPU.
   """
 
   cpu: Callable[..., Any]
   others: Callable[..., Any]
   tpu: Callable[..., Any] | None = None
+  gpu: Callable[..., Any] | None = None
+
+  def of(self, platform: str) -> Callable[..., Any]:
+    """The form for "cpu", "tpu", "cuda" or "rocm"."""
+    return {"cpu": self.cpu, "tpu": self.tpu, "cuda": self.gpu, "rocm": self.gpu}.get(platform) or self.others
+
+  def distinct(self) -> bool:
+    """Whether it matters what a program is compiled for."""
+    return any(form not in (None, self.others) for form in self)
+
+  def map(self, function: Callable[[Callable[..., Any]], Callable[..., Any]]) -> "Forms":
+    """`function` of each form that is given."""
+    return Forms(*(form and function(form) for form in self))
+
+
+_PLATFORMS = "cpu", "tpu", "cuda", "rocm"
 
 
 def by_platform(forms: Forms, *args: Any) -> Any:
   """The result of the form for the platform that the program is compiled for.
 
-  The platform is known when a program is lowered, which may be on another machine; `jax.default_backend()` does not tell. All
-  forms are traced; only one is compiled.
+  The platform is known when a program is lowered, which may be on another machine; `jax.default_backend()` does not tell. Only
+  two forms are traced: the CPU's, which tells the shapes of the results, and the one that is compiled.
   """
-  apart = {} if forms.cpu is forms.others else {"cpu": forms.cpu}
-  kernels = {} if forms.tpu is None else {"tpu": forms.tpu}
-  if not apart and not kernels:
+  if not forms.distinct():
     return forms.others(*args)
-  return jax.lax.platform_dependent(*args, **apart, **kernels, default=forms.others)
+  leaves, structure = jax.tree.flatten(args)
+  results = None
+
+  def flat(form, *leaves):
+    nonlocal results
+    found, results = jax.tree.flatten(form(*jax.tree.unflatten(structure, leaves)))
+    return found
+
+  found = _form_p.bind(*leaves, choice=_ByPlatform(forms.map(lambda form: partial(flat, form))))
+  return jax.tree.unflatten(results, found)
 
 
-def kept_by_platform(forms: Forms, inputs: Any) -> tuple[Any, Forms]:
+class _ByPlatform:
+  """Functions of arrays, which return lists of arrays, and what the call depends on that is known only where it is made."""
+
+  def __init__(self, forms: Forms):
+    self.forms, self._traced = forms, {}
+    self._mesh, self._x64 = jax.sharding.get_abstract_mesh(), jax.config.jax_enable_x64
+
+  def traced(self, platform: str, types: Sequence[Any]) -> ClosedJaxpr:
+    """The form of a platform, for arguments of such types."""
+    form = self.forms.of(platform)
+    key = form, *types
+    if key not in self._traced:
+      with jax.sharding.use_abstract_mesh(self._mesh), jax.enable_x64(self._x64):
+        self._traced[key] = jax.make_jaxpr(form)(*types)
+    return self._traced[key]
+
+
+def _run_form(*leaves: Any, choice: _ByPlatform) -> list[jax.Array]:
+  """A call that is not compiled: the form for the device of the arrays."""
+  place = next((x for x in leaves if isinstance(x, jax.Array)), None)
+  platform = jax.default_backend() if place is None else next(iter(place.devices())).platform
+  return choice.forms.of("cuda" if platform == "gpu" else platform)(*leaves)
+
+
+def _lower_form(platform: str, context: Any, *values: Any, choice: _ByPlatform) -> Any:
+  function = jaxpr_as_fun(choice.traced(platform, context.avals_in))
+  return mlir.lower_fun(function, multiple_results=True)(context, *values)
+
+
+def _map_form(leaves: Sequence[Any], axes: Sequence[int | None], *, choice: _ByPlatform) -> tuple[list[jax.Array], list[int]]:
+  mapped = choice.forms.map(lambda form: jax.vmap(form, in_axes=tuple(axes)))
+  results = _form_p.bind(*leaves, choice=_ByPlatform(mapped))
+  return results, [0] * len(results)
+
+
+def _differentiate_form(leaves: Sequence[Any], tangents: Sequence[Any], *, choice: _ByPlatform) -> Any:
+  """For operations that JAX differentiates, and for derivatives of gradients. All forms are traced."""
+  apart = {platform: choice.forms.of(platform) for platform in _PLATFORMS}
+  tangents = tuple(ad.instantiate_zeros(t) for t in tangents)
+  together = partial(jax.lax.platform_dependent, **apart, default=choice.forms.others)
+  return jax.jvp(together, tuple(leaves), tangents)
+
+
+_form_p = Primitive("form_for_platform")
+_form_p.multiple_results = True
+_form_p.def_impl(_run_form)
+_form_p.def_abstract_eval(lambda *types, choice: choice.traced("cpu", types).out_avals)
+mlir.register_lowering(_form_p, partial(_lower_form, ""))
+for _platform in _PLATFORMS:
+  mlir.register_lowering(_form_p, partial(_lower_form, _platform), platform=_platform)
+batching.primitive_batchers[_form_p] = _map_form
+ad.primitive_jvps[_form_p] = _differentiate_form
+
+
+def kept_by_platform(forms: Forms, kept_shapes: Forms, inputs: Any) -> tuple[Any, Forms]:
   """The results of `by_platform`, and what each form keeps for its gradient.
 
-  Each form maps inputs to (results, kept). What another platform's form would keep is zero. A program reads what its own
-  platform kept, so the zeros take no memory in it.
+  Each form maps inputs to (results, kept), and the function of the same platform in `kept_shapes` maps them to the shapes of
+  `kept`. What another platform's form would keep is zero. A program reads what its own platform kept, so the zeros take no
+  memory in it.
   """
-  shapes = Forms(*(form and jax.eval_shape(form, inputs)[1] for form in forms))
+  shapes = Forms(*(shapes_of and shapes_of(inputs) for shapes_of in kept_shapes))
 
   def on(platform, inputs):
     results, kept = getattr(forms, platform)(inputs)
     zeros = varying_alike(inputs, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
     return results, zeros._replace(**{platform: kept})
 
-  given = {name: partial(on, name) for name, form in forms._asdict().items() if form is not None}
-  return by_platform(Forms(**given), inputs)
+  return by_platform(Forms(*(form and partial(on, name) for name, form in forms._asdict().items())), inputs)

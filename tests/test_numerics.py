@@ -1,5 +1,7 @@
 """The precision of products, and the choice of code by platform."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,3 +62,32 @@ def test_the_platform_is_that_of_the_program_and_not_of_this_machine():
   assert "cosine" not in lowered["cpu"]
   assert "cosine" in lowered["tpu"]
   assert "sine" not in lowered["tpu"].replace("cosine", "")
+
+
+def test_a_program_traces_the_form_of_its_platform_and_that_of_the_cpu():
+  traced = []
+
+  def form(name):
+    def run(x):
+      traced.append(name)
+      return {"cpu": jnp.sin, "gpu": jnp.tan}.get(name, jnp.cos)(x)
+
+    return run
+
+  traceable = jax.jit(partial(by_platform, Forms(*map(form, ("cpu", "others", "tpu", "gpu"))))).trace(WIDE)
+  assert traced == ["cpu"]
+  text = traceable.lower(lowering_platforms=("cpu",)).as_text()
+  assert traced == ["cpu"]
+  text = traceable.lower(lowering_platforms=("cuda", "tpu")).as_text()
+  assert traced == ["cpu", "gpu", "tpu"]
+  assert "tan" in text
+  assert "cosine" in text
+
+
+def test_the_forms_of_platforms_are_mapped_differentiated_and_run_without_compilation():
+  f = partial(by_platform, Forms(lambda x, n: (jnp.sin(x) * n, x), lambda x, n: (jnp.cos(x) * n, x)))
+  x, n = jnp.linspace(0, 1, 5), jnp.asarray(3)
+  for got, expected in ((f(x, n)[0], 3 * jnp.sin(x)), (jax.vmap(f, in_axes=(0, None))(x, n)[0], 3 * jnp.sin(x))):
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+  gradient = jax.vmap(jax.grad(lambda x: f(x, n)[0]))(x)
+  np.testing.assert_allclose(gradient, 3 * jnp.cos(x), rtol=1e-6)

@@ -67,7 +67,7 @@ class Options(TypedDict, total=False):
     precision: `None`, by the operands: 16-bit queries and keys are multiplied in one pass, and what is computed from them in
       three passes of bfloat16 on GPUs and TPUs; float32 at full precision. "highest": everything at full precision.
     implementation: "auto" (default), "pallas" (kernels for TPUs), "xla" (chunk-parallel) or "recurrent" (the oracle). `explain`
-      says what "auto" chooses. A program for several platforms, as of `jax.export`, cannot have kernels: pass "xla".
+      says what "auto" chooses.
   """
 
   scale: float | None
@@ -235,7 +235,7 @@ def _run(
   scale = width**-0.5 if scale is None else float(scale)
   call = CallOptions(updates, specs or (TOKENS,) * len(operands), scale, dtype, precise, chunk_size, decay_bound)
   inputs = Inputs(segment_ids, operands, log_decay, initial_state.astype(dtype))
-  chosen, kernels = choose_kernels(name, implementation, partial(choose_by_length, tokens), objection(call, inputs), q.dtype)
+  chosen, kernels = choose_kernels(name, implementation, partial(choose_by_length, tokens), objection(call, inputs))
   return recurrence(call, inputs) if chosen == "recurrent" else run(call._replace(kernels=kernels), inputs)
 
 

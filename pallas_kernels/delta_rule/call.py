@@ -94,7 +94,11 @@ def _run(options, inputs):
 
 def _results(form, inputs):
   # What is kept for a gradient is not computed here: XLA sees that nobody reads it, and kernels are told.
-  return _forward(form, inputs, keep=form.module is not tpu)[0]
+  return _forward(form, inputs, form.module is not tpu)[0]
+
+
+def _results_and_kept(form, inputs):
+  return _forward(form, inputs, True)
 
 
 def _run_forward(options, inputs):
@@ -104,7 +108,8 @@ def _run_forward(options, inputs):
 
 
 def _run_and_keep(options, inputs):
-  return kept_by_platform(_forms(options, inputs, _forward), inputs)
+  forms, kept = (_forms(options, inputs, function) for function in (_results_and_kept, _kept_shapes))
+  return kept_by_platform(forms, kept, inputs)
 
 
 def _run_backward(options, residuals, cotangents):
@@ -154,10 +159,14 @@ class _Form(NamedTuple):
 
 
 # Compiled functions within a program are traced once for equal plans and shapes, so once for equal layers.
-@partial(jax.jit, static_argnums=0, static_argnames="keep")
-def _forward(form: _Form, inputs: Inputs, keep: bool = True):
+@partial(jax.jit, static_argnums=(0, 2))
+def _forward(form: _Form, inputs: Inputs, keep: bool):
   options = {} if keep else {"keep": False}
   return form.module.forward(form.plan, _documents(inputs), *inputs[1:], **options)
+
+
+def _kept_shapes(form: _Form, inputs: Inputs) -> Any:
+  return form.module.kept_shapes(form.plan, inputs.operands, inputs.state)
 
 
 @partial(jax.jit, static_argnums=0)

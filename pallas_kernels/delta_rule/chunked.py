@@ -114,6 +114,21 @@ def forward(
   return (out[:, : operands[0].shape[1]], state.reshape(initial_state.shape)), kept
 
 
+def kept_shapes(plan: Plan, operands: Any, initial_state: jax.Array) -> Kept:
+  """The shapes of what `forward` keeps."""
+  batch, heads, *_, width = initial_state.shape
+  _, updates = jax.eval_shape(plan.updates, *operands)
+  plan, blocks = _blocks(plan, operands[0].shape[1])
+  chunks, rows = blocks * plan.block, plan.chunk_size * len(updates)
+
+  def array(*shape):
+    return jax.ShapeDtypeStruct((chunks, batch, heads, *shape), plan.dtype)
+
+  erases = any(update.strength is not None for update in updates)
+  u = array(rows, width) if erases and not plan.whole_chunks else None
+  return Kept(array(*initial_state.shape[2:]), u, array(rows, rows) if erases else None)
+
+
 def _block_forward(
   plan: Plan, docs: Documents | None, entry: jax.Array | None, tokens: Tokens, state: jax.Array
 ) -> tuple[jax.Array, jax.Array, Kept]:
@@ -331,12 +346,16 @@ def _sum_rows(plan: Plan, x: jax.Array, tokens: Tokens) -> jax.Array:
 def _in_blocks(plan: Plan, tree: Any) -> tuple[Plan, int, Any]:
   """The plan with blocks of nearly equal size, their number, and arrays [B, T, ...] with padding that completes the last."""
   tokens = jax.tree.leaves(tree)[0].shape[1]
-  chunks = pieces(tokens, plan.chunk_size)
-  blocks = pieces(chunks, plan.block)
-  if known(chunks):
-    plan = plan._replace(block=pieces(chunks, blocks))
+  plan, blocks = _blocks(plan, tokens)
   missing = blocks * plan.block * plan.chunk_size - tokens
   return plan, blocks, jax.tree.map(partial(append_tokens, missing=missing), tree)
+
+
+def _blocks(plan: Plan, tokens: Size) -> tuple[Plan, Size]:
+  """The plan with blocks of nearly equal size, and their number."""
+  chunks = pieces(tokens, plan.chunk_size)
+  blocks = pieces(chunks, plan.block)
+  return plan._replace(block=pieces(chunks, blocks)) if known(chunks) else plan, blocks
 
 
 def append_tokens(x: jax.Array, missing: Size) -> jax.Array:

@@ -61,6 +61,13 @@ def forward(
   return (out.reshape(operands[2].shape), _apart(state, heads)), kept
 
 
+def kept_shapes(plan: Plan, operands: _Operands, initial_state: jax.Array) -> Kept:
+  """The shapes of what `forward` keeps."""
+  keys = operands[1].shape[2]
+  state = jax.eval_shape(partial(_side_by_side, keys=keys), initial_state)
+  return chunked.kept_shapes(plan._replace(heads=keys), operands, state)
+
+
 def backward(
   plan: Plan,
   docs: Documents | None,

@@ -54,6 +54,13 @@ def forward(
   return (_tokens(out, operands[0].shape[1], plan.heads), state), Kept(*states, None, None) if keep else None
 
 
+def kept_shapes(plan: Plan, operands: Any, initial_state: jax.Array) -> Kept:
+  """The shapes of what `forward` keeps."""
+  _, updates = jax.eval_shape(plan.updates, *operands)
+  chunks = pieces(operands[0].shape[1], CHUNK // len(updates))
+  return Kept(jax.ShapeDtypeStruct((chunks, *initial_state.shape), jnp.float32), None, None)
+
+
 def backward(
   plan: Plan,
   docs: Documents | None,

@@ -198,7 +198,7 @@ def _run(operation: str, requested: str, spec: Spec, q: jax.Array, *inputs: Any)
     all_pairs = "all pairs at once, memory O(T^2 d): the reference"
     return choose(operation, requested, {**kernels, "xla": None, "dense": all_pairs})
 
-  chosen, kernels = choose_kernels(operation, requested, others, objection(spec, q, *inputs), q.dtype)
+  chosen, kernels = choose_kernels(operation, requested, others, objection(spec, q, *inputs))
   return dense(spec, q, *inputs) if chosen == "dense" else by_blocks(replace(spec, kernels=kernels), q, *inputs)
 
 

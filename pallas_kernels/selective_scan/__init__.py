@@ -43,7 +43,7 @@ def selective_scan(
     segment_ids: int32 [B, T]; equal neighbours are one document, 0 is padding, which is skipped and yields zeros.
     chunk_size: tokens that are computed one after another before the next chunk. It affects speed only; `None` chooses it.
     implementation: "auto" (default), "pallas" (kernels for TPUs), "xla" (in blocks) or "recurrent" (the oracle). `explain`
-      says what "auto" chooses. A program for several platforms, as of `jax.export`, cannot have kernels: pass "xla".
+      says what "auto" chooses.
 
   Returns:
     y [B, T, D] in x's dtype and the final state [B, N, D]. Sums are float32, or float64 where an input is. Under
@@ -70,9 +70,8 @@ def selective_scan(
     raise ValueError(f"chunk_size={chunk_size}; expected at least 1, or None.")
   inputs = Inputs(segment_ids, x, step, a, b, c, initial_state.astype(dtype))
   options = Options(chunk_size)
-  chosen, kernels = choose_kernels(
-    "selective_scan", implementation, partial(choose_by_length, tokens), objection(options, inputs), x.dtype
-  )
+  others, against = partial(choose_by_length, tokens), objection(options, inputs)
+  chosen, kernels = choose_kernels("selective_scan", implementation, others, against)
   return recurrence(inputs) if chosen == "recurrent" else run(options._replace(kernels=kernels), inputs)
 
 

@@ -121,7 +121,8 @@ def _results(platform, plan, inputs):
 
 
 def _run_and_keep(options, inputs):
-  return kept_by_platform(_forms(options, inputs, _forward), inputs)
+  forms, kept = (_forms(options, inputs, function) for function in (_forward, _kept_shape))
+  return kept_by_platform(forms, kept, inputs)
 
 
 def _pull_back(options, inputs, kept, cotangents, parts):
@@ -134,6 +135,12 @@ def _forward(platform: str, plan: Plan | None, inputs: Inputs, keep: bool = True
   if plan is None:
     return tpu.forward(_documents(inputs), *inputs[1:], keep=keep)
   return forward(plan, _documents(inputs), *inputs[1:])
+
+
+def _kept_shape(platform: str, plan: Plan | None, inputs: Inputs) -> jax.ShapeDtypeStruct:
+  """What `_forward` keeps: the states before all blocks of tokens."""
+  block = tpu.CHUNK if plan is None else plan.chunk_size * plan.chunks
+  return jax.ShapeDtypeStruct((pieces(inputs.x.shape[1], block), *inputs.state.shape), inputs.state.dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
