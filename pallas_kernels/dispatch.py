@@ -212,6 +212,11 @@ class _ByPlatform:
     return self._traced[key]
 
 
+def _types_and_effects(*types: Any, choice: _ByPlatform) -> tuple[Any, Any]:
+  traced = choice.traced("cpu", types)
+  return traced.out_avals, traced.effects
+
+
 def _run_form(*leaves: Any, choice: _ByPlatform) -> list[jax.Array]:
   """A call that is not compiled: the form for the device of the arrays."""
   place = next((x for x in leaves if isinstance(x, jax.Array)), None)
@@ -241,7 +246,7 @@ def _differentiate_form(leaves: Sequence[Any], tangents: Sequence[Any], *, choic
 _form_p = Primitive("form_for_platform")
 _form_p.multiple_results = True
 _form_p.def_impl(_run_form)
-_form_p.def_abstract_eval(lambda *types, choice: choice.traced("cpu", types).out_avals)
+_form_p.def_effectful_abstract_eval(_types_and_effects)
 mlir.register_lowering(_form_p, partial(_lower_form, ""))
 for _platform in _PLATFORMS:
   mlir.register_lowering(_form_p, partial(_lower_form, _platform), platform=_platform)

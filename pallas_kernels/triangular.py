@@ -17,21 +17,29 @@ import numpy as np
 
 from .numerics import matmul
 
+# A part of the names of all instructions of an inverse.
+SCOPE = "triangular_inverse"
 _BASE = 8
 
 
+@jax.named_scope(SCOPE)
 def unit_lower_inverse(a: jax.Array) -> jax.Array:
   """(I + a)^-1 for strictly lower-triangular `a` [..., n, n]; entries on and above the diagonal must be zero."""
+  return _by_halves(a)
+
+
+def _by_halves(a):
   n = a.shape[-1]
   if n <= _BASE or n % 2:
     return _eliminate(a)
   h = n // 2
-  first, second = unit_lower_inverse(jnp.stack([a[..., :h, :h], a[..., h:, h:]]))
+  first, second = _by_halves(jnp.stack([a[..., :h, :h], a[..., h:, h:]]))
   below = -matmul(second, matmul(a[..., h:, :h], first))
   top = jnp.concatenate([first, jnp.zeros_like(below)], axis=-1)
   return jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)
 
 
+@jax.named_scope(SCOPE)
 def unit_lower_inverse_in_lanes(a: jax.Array, order: Sequence[int]) -> jax.Array:
   """(I + a)^-1 of many matrices a [N, n, n], for GPUs and TPUs.
 
