@@ -83,15 +83,16 @@ def values_and_gradients(variant: Variant, args, segment_ids=None, **options):
   return _values_and_gradients(variant, args, cotangents(args), segment_ids, **options)
 
 
-@partial(jax.jit, static_argnames=(*STATIC, "accelerator", "matrices"))
-def _values_and_gradients(variant, args, cotangents, segment_ids, accelerator=False, matrices=None, **options):
-  """With `accelerator` in the form for GPUs and TPUs, with blocks of at most so many `matrices`, if given."""
+@partial(jax.jit, static_argnames=(*STATIC, "platform", "matrices"))
+def _values_and_gradients(variant, args, cotangents, segment_ids, platform=None, matrices=None, **options):
+  """In the form for a `platform`, if given, with blocks of at most so many `matrices`, if given."""
   with contextlib.ExitStack() as stack:
-    if accelerator:
+    if platform:
       for module in (call, dispatch):
-        stack.enter_context(mock.patch.object(module, "by_platform", lambda forms, *args: forms.others(*args)))
+        stack.enter_context(mock.patch.object(module, "by_platform", lambda forms, *args: forms.of(platform)(*args)))
     if matrices:
-      stack.enter_context(mock.patch.multiple(call, _MATRICES=matrices, _MATRICES_BY_CHANNEL=matrices))
+      names = "_MATRICES", "_MATRICES_BY_CHANNEL", "_MATRICES_ON_GPU"
+      stack.enter_context(mock.patch.multiple(call, **dict.fromkeys(names, matrices)))
     out, pull_back = jax.vjp(lambda args: variant.function(**args, segment_ids=segment_ids, **options), args)
     return out, pull_back(cotangents)[0]
 

@@ -68,13 +68,13 @@ def relative_error(actual, expected):
   return float(np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2)))
 
 
-def errors(variant, case, kind="bfloat16"):
-  """The relative errors of the output and of the worst gradient."""
+def errors(variant, case, kind="bfloat16", platform="tpu"):
+  """The relative errors of the output and of the worst gradient, of the form in XLA for a platform."""
   args = inputs(variant, case, jnp.float32 if kind == "float32" else jnp.bfloat16)
   segments = jnp.asarray(SEGMENTS if case == "documents" else np.ones_like(SEGMENTS))
   options = {"decay_bound": CASES[case][3], "precision": "highest" if kind == "highest" else None, "implementation": "xla"}
   with passes.of_a_tpu():
-    (out, _), gradients = values_and_gradients(variant, args, segments, accelerator=True, **options)
+    (out, _), gradients = values_and_gradients(variant, args, segments, platform=platform, **options)
   wide, weights = (jax.tree.map(lambda x: x.astype(jnp.float64), x) for x in (args, cotangents(args)))
   (exact, _), exact_gradients = _exact(variant, wide, segments, weights)
   return relative_error(out, exact), max(relative_error(gradients[name], exact_gradients[name]) for name in gradients)

@@ -90,19 +90,31 @@ def test_chunks_of_any_size_are_the_recurrence(variant, chunk_size):
 @IN_FLOAT64
 @pytest.mark.slow
 @cases(
-  ("variant", "matrices"), (GATED, 8), (LINEAR, 8), (THREE, 256), (DELTA, 256), (KIMI, 8), (ERASE, 256), (SUMS, 8), (SUMS, 256)
+  ("variant", "platform", "matrices"),
+  (GATED, "tpu", 8),
+  (LINEAR, "tpu", 8),
+  (THREE, "tpu", 256),
+  (DELTA, "tpu", 256),
+  (KIMI, "tpu", 8),
+  (ERASE, "tpu", 256),
+  (SUMS, "tpu", 8),
+  (SUMS, "cuda", 256),
+  (LINEAR, "cuda", 8),
+  (GATED, "cuda", 256),
+  (KIMI, "cuda", 8),
+  (ERASE, "cuda", 256),
 )
-def test_blocks_of_chunks_are_the_recurrence(variant, matrices):
+def test_blocks_of_chunks_are_the_recurrence(variant, platform, matrices):
   """As on a GPU or TPU: several chunks are prepared at once. Blocks of 8 matrices leave a last block with padding."""
-  equals_oracle(variant, chunk_size=16, accelerator=True, matrices=matrices)
+  equals_oracle(variant, chunk_size=16, platform=platform, matrices=matrices)
 
 
 @IN_FLOAT64
 @pytest.mark.slow
-@cases(("variant", "accelerator"), (LINEAR, False), (ERASE, True))
-def test_a_bound_on_the_decays_changes_nothing(variant, accelerator):
+@cases(("variant", "platform"), (LINEAR, "cpu"), (ERASE, "tpu"))
+def test_a_bound_on_the_decays_changes_nothing(variant, platform):
   """For several updates per token, it lets an accelerator's rows be grouped by eight tokens."""
-  equals_oracle(variant, chunk_size=32, decay_bound=-5.0, accelerator=accelerator)
+  equals_oracle(variant, chunk_size=32, decay_bound=-5.0, platform=platform)
 
 
 @IN_FLOAT64
@@ -142,25 +154,25 @@ def test_value_heads_share_key_heads_in_groups(variant, implementation):
 @IN_FLOAT64
 @pytest.mark.slow
 @cases(
-  ("variant", "key_heads", "accelerator"),
+  ("variant", "key_heads", "platform"),
   *((SUMS, 1, False), (SUMS, 2, False), (SUMS, 1, True), (SUMS, 2, True), (SUMS, 6, True)),
   *((UNDECAYED, 2, False), (UNDECAYED, 1, True), (UNDECAYED, 6, True)),
 )
-def test_six_value_heads_share_products_of_their_keys(variant, key_heads, accelerator):
+def test_six_value_heads_share_products_of_their_keys(variant, key_heads, platform):
   """In blocks of two chunks as on a GPU or TPU, or chunk by chunk as on a CPU."""
   args = variant.inputs(TOKENS, key_heads=key_heads, heads=6)
-  options = {"accelerator": accelerator, "matrices": 24 if accelerator else None}
+  options = {"platform": platform, "matrices": 24}
   found = values_and_gradients(variant, args, jnp.asarray(SEGMENTS), implementation="xla", chunk_size=16, **options)
   out, gradients = oracle(variant, args, SEGMENTS)
   assert_close(found[0], out)
   assert_close(found[1], gradients, gradients=True)
 
 
-@pytest.mark.parametrize("accelerator", [False, True])
-def test_the_heads_of_a_key_share_its_products(accelerator):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_heads_of_a_key_share_its_products(platform):
   """No array holds a key for each of its value heads."""
   args = SUMS.inputs(32, dtype=jnp.float32, batch=1, heads=6, key_dim=7, value_dim=3)
-  run = functools.partial(values_and_gradients, SUMS, accelerator=accelerator, chunk_size=16)
+  run = functools.partial(values_and_gradients, SUMS, platform=platform, chunk_size=16)
   text = jax.jit(run).lower(args).as_text()
   assert "x1x16x7x" in text.replace("tensor<", "x") or "x16x7x" in text
   assert not re.search(r"6x16x7x|16x6x7x|32x6x7x", text)

@@ -20,7 +20,7 @@ from ..documents import documents
 from ..numerics import FULL, Precision
 from ..partition import HEADS, ROWS, aligned, partitioned, with_gradient
 from ..sizes import known, pieces, quotient
-from . import chunked, sums, tpu
+from . import affine, chunked, sums, tpu
 from .recurrent import recurrent
 from .terms import Plan, Update, first_span
 
@@ -30,6 +30,8 @@ _CPU_CHUNK, _CPU_CHUNK_OF_SUMS = 32, 64
 # arrays fit into a TPU's fast memory. Sums without decays need little: a whole sequence of so many matrices is one block.
 _ROWS, _ROWS_OF_SUMS, _GROUP, _UNROLL = 64, 128, 8, 4
 _MATRICES, _MATRICES_BY_CHANNEL, _MATRICES_OF_SUMS = 256, 128, 1024
+# GPUs: many matrices keep all of a GPU busy, and take about 0.7 MiB each, for keys and values of 128 channels.
+_MATRICES_ON_GPU = 2048
 
 # Names for `jax.checkpoint` policies: with both saved, the backward pass does not run the forward again.
 OUTPUT, KEPT = "delta_rule_output", "delta_rule_kept"
@@ -177,17 +179,17 @@ def _backward(form: _Form, inputs: Inputs, kept: Forms, cotangents) -> Inputs:
 
 def _forms(options: Options, inputs: Inputs, function: Callable[..., Any]) -> Forms:
   """`function` of the form of each platform, for one device's part."""
-  cpu, others = _plans(options, inputs)
-  forms = Forms(*(_Form(name, sums if plan.shares else chunked, plan) for name, plan in (("cpu", cpu), ("others", others))))
+  plans = _plans(options, inputs)
+  forms = {name: _Form(name, sums if plan.shares else chunked, plan) for name, plan in plans.items()}
   if options.kernels != Kernels.NEVER:
-    forms = forms._replace(tpu=_Form("tpu", tpu, others))
+    forms["tpu"] = _Form("tpu", tpu, plans["others"])
   if options.kernels == Kernels.ALWAYS:
-    forms = Forms(*(_Form(name, tpu, others) for name in ("cpu", "others")))
-  return Forms(*(form and partial(function, form) for form in forms))
+    forms = {name: _Form(name, tpu, plans["others"]) for name in ("cpu", "others")}
+  return Forms(**{name: partial(function, form) for name, form in forms.items()})
 
 
-def _plans(options: Options, inputs: Inputs) -> tuple[Plan, Plan]:
-  """The plan of the chunked form in programs for CPUs, and in programs for other platforms, for one device's part."""
+def _plans(options: Options, inputs: Inputs) -> dict[str, Plan]:
+  """The plans of the chunked form in programs for CPUs, GPUs and other platforms, for one device's part."""
   q, updates = jax.eval_shape(options.updates, *inputs.operands)
   (batch, tokens), heads = q.shape[:2], inputs.state.shape[1]
 
@@ -218,4 +220,5 @@ def _plans(options: Options, inputs: Inputs) -> tuple[Plan, Plan]:
     whole_chunks=True,
     shares=adds,
   )
-  return common, others
+  gpu = others._replace(block=quotient(_MATRICES_ON_GPU, batch * heads), walk=None if adds else affine.WALK)
+  return {"cpu": common, "others": others, "gpu": gpu}

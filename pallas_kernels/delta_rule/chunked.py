@@ -63,7 +63,7 @@ class Kept(NamedTuple):
   inverse: jax.Array | None
 
 
-class _Chunks(NamedTuple):
+class Chunks(NamedTuple):
   """The chunks of a block, arrays [n, B * H, ...]: their tokens, what these contribute, and (I + A)^-1."""
 
   tokens: Tokens
@@ -134,27 +134,34 @@ def _block_forward(
 ) -> tuple[jax.Array, jax.Array, Kept]:
   """A block: the state after it, its output [n, B * H, C, V], and what the gradient needs, arrays [n, B * H, ...]."""
   terms, _ = _prepare(plan, docs, entry, tokens)
-  chunks = _split(plan, _Chunks(tokens, terms, _inverse(plan, tokens, terms)))
-  state, (out, *kept) = jax.lax.scan(partial(_step, plan), state, chunks, unroll=min(plan.unroll, plan.block))
-  return state, out, Kept(*kept, chunks.inverse)
+  chunks = _split(plan, Chunks(tokens, terms, _inverse(plan, tokens, terms)))
+  forwards = walk if plan.walk is None else plan.walk.forward
+  state, out, states, u = forwards(plan, chunks, state)
+  return state, out, Kept(states, None if plan.whole_chunks else u, chunks.inverse)
 
 
-def _step(plan: Plan, state: jax.Array, chunk: _Chunks) -> tuple[jax.Array, tuple]:
+def walk(plan: Plan, chunks: Chunks, state: jax.Array) -> tuple[jax.Array, ...]:
+  """From the state before the chunks: the state after them, their outputs, the states before each, and U or `None`."""
+  state, (out, states, u) = jax.lax.scan(partial(_step, plan), state, chunks, unroll=min(plan.unroll, plan.block))
+  return state, out, states, u
+
+
+def _step(plan: Plan, state: jax.Array, chunk: Chunks) -> tuple[jax.Array, tuple]:
   """One chunk: from the state before it to (the state after it, (its output, the state before it, U))."""
   tokens, terms, inverse = chunk
-  u = _added(plan, state, chunk)
+  u = added(plan, state, chunk)
   scale = jnp.asarray(plan.scale, plan.dtype)
-  out = scale * _read(plan, tokens.q, terms.entering, state) + matmul(terms.scores, u, plan.precision)
-  after = terms.keep[..., None] * state + _write(plan, tokens.keys, _by_row(plan, terms.leaving, tokens), u)
+  out = scale * read(plan, tokens.q, terms.entering, state) + matmul(terms.scores, u, plan.precision)
+  after = terms.keep[..., None] * state + write(plan, tokens.keys, rows_of(plan, terms.leaving, tokens), u)
   return after, (out.astype(tokens.values.dtype), state, None if inverse is None or plan.whole_chunks else u)
 
 
-def _added(plan: Plan, state: jax.Array, chunk: _Chunks) -> jax.Array:
+def added(plan: Plan, state: jax.Array, chunk: Chunks) -> jax.Array:
   """U, the rows that the updates of a chunk add."""
   tokens, terms, inverse = chunk
   if inverse is None:
     return tokens.values
-  held = _read(plan, tokens.keys, _by_row(plan, terms.entering, tokens), state)
+  held = read(plan, tokens.keys, rows_of(plan, terms.entering, tokens), state)
   strength = tokens.strengths[..., None].astype(plan.dtype)
   return matmul(inverse, strength * (tokens.values.astype(plan.dtype) - held), plan.precision)
 
@@ -216,42 +223,55 @@ def _block_backward(
   terms, pull_back = _prepare(plan, docs, entry, tokens)
   q, keys, strengths, values, _ = tokens
   scale = jnp.asarray(plan.scale, plan.dtype)
-  entering, leaving = (_by_row(plan, x, tokens) for x in (terms.entering, terms.leaving))
+  entering, leaving = (rows_of(plan, x, tokens) for x in (terms.entering, terms.leaving))
   strength = None if strengths is None else strengths[..., None].astype(plan.dtype)
-
-  def step(d_state, xs):
-    q, keys, strength, scores, entering_q, entering, leaving, keep, inverse, d_out = xs
-    du = product(_transpose(scores), d_out) + _read(plan, keys, leaving, d_state)
-    before = keep[..., None] * d_state + _write(plan, q, scale * entering_q, d_out)
-    if inverse is None:
-      return before, (d_state, du)
-    dw = product(_transpose(inverse), du)
-    return before - _write(plan, keys, entering, strength * dw), (d_state, dw)
-
-  xs = q, keys, strength, terms.scores, terms.entering, entering, leaving, terms.keep
-  xs = *_split(plan, xs), kept.inverse, _split(plan, d_out)
-  d_entry, d_chunks = jax.lax.scan(step, d_state, xs, reverse=True, unroll=min(plan.unroll, plan.block))
+  backwards = walk_back if plan.walk is None else plan.walk.backward
+  chunks = Chunks(*_split(plan, (tokens, terms)), kept.inverse)
+  d_entry, *d_chunks = backwards(plan, chunks, _split(plan, d_out), d_state)
 
   # All that follows is parallel over chunks.
   d_after, dw, kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (*d_chunks, kept))
   states = kept.states
-  u = _added(plan, states, _Chunks(tokens, terms, kept.inverse)) if kept.rows is None else kept.rows
-  by_read, by_write = product(d_out, _transpose(states)), product(u, _transpose(d_after))
+  u = added(plan, states, Chunks(tokens, terms, kept.inverse)) if kept.rows is None else kept.rows
+  by_read, by_write = product(d_out, transpose(states)), product(u, transpose(d_after))
   d_q, d_keys = scale * terms.entering * by_read, leaving * by_write
   d_entering = scale * _like_decay(q, by_read, terms.entering)
   d_leaving = _sum_rows(plan, _like_decay(keys, by_write, terms.leaving), tokens)
   d_values, d_strengths, d_overlaps = dw, None, None
   if strengths is not None:
-    by_erase, d_a = product(dw, _transpose(states)), -product(dw, _transpose(u))
+    by_erase, d_a = product(dw, transpose(states)), -product(dw, transpose(u))
     d_keys -= strength * entering * by_erase
     d_entering -= _sum_rows(plan, strength * _like_decay(keys, by_erase, terms.entering), tokens)
     held = inner(entering * keys.astype(plan.dtype), by_erase)
     d_strengths = inner(values.astype(plan.dtype), dw) - held + inner(d_a, terms.overlaps)
     d_values, d_overlaps = strength * dw, strength * d_a
   d_keep = inner(states, d_after) if terms.keep.shape[-1] > 1 else einsum("lkv,lkv->l", states, d_after)[:, None]
-  d_terms = Terms(product(d_out, _transpose(u)), d_overlaps, d_entering, d_leaving, d_keep)
+  d_terms = Terms(product(d_out, transpose(u)), d_overlaps, d_entering, d_leaving, d_keep)
   by_q, by_keys, d_log_decay = pull_back(d_terms)
   return d_entry, Tokens(d_q + by_q, d_keys + by_keys, d_strengths, d_values, d_log_decay)
+
+
+def walk_back(plan: Plan, chunks: Chunks, d_out: jax.Array, d_state: jax.Array) -> tuple[jax.Array, ...]:
+  """From the cotangent of the state after the chunks: those of the state before them, the states after each, and their W.
+
+  For updates that only add, that of U in place of W.
+  """
+
+  def step(d_state, xs):
+    (tokens, terms, inverse), d_out = xs
+    du = matmul(transpose(terms.scores), d_out, plan.precision)
+    du = du + read(plan, tokens.keys, rows_of(plan, terms.leaving, tokens), d_state)
+    scale = jnp.asarray(plan.scale, plan.dtype)
+    before = terms.keep[..., None] * d_state + write(plan, tokens.q, scale * terms.entering, d_out)
+    if inverse is None:
+      return before, (d_state, du)
+    dw = matmul(transpose(inverse), du, plan.precision)
+    erased = tokens.strengths[..., None].astype(plan.dtype) * dw
+    return before - write(plan, tokens.keys, rows_of(plan, terms.entering, tokens), erased), (d_state, dw)
+
+  unroll = min(plan.unroll, plan.block)
+  d_entry, (d_after, dw) = jax.lax.scan(step, d_state, (chunks, d_out), reverse=True, unroll=unroll)
+  return d_entry, d_after, dw
 
 
 def _prepare(
@@ -300,18 +320,18 @@ def _arrange_back(plan: Plan, docs: Documents | None, inputs: Any, d_tokens: Tok
   return jax.tree.map(lambda d, x: d.astype(x.dtype), d_inputs, inputs)
 
 
-def _read(plan: Plan, x: jax.Array, decay: jax.Array, state: jax.Array) -> jax.Array:
+def read(plan: Plan, x: jax.Array, decay: jax.Array, state: jax.Array) -> jax.Array:
   """(x decay) S, for x [M, X, K], decay [M, X, K or 1] and S [M, K, V]."""
   if decay.shape[-1] == 1:
     return decay * matmul(x, state, plan.precision)
   return matmul(x.astype(plan.dtype) * decay, state, plan.precision)
 
 
-def _write(plan: Plan, x: jax.Array, decay: jax.Array, rows: jax.Array) -> jax.Array:
+def write(plan: Plan, x: jax.Array, decay: jax.Array, rows: jax.Array) -> jax.Array:
   """(x decay)^T U, for x [M, X, K], decay [M, X, K or 1] and U [M, X, V]."""
   if decay.shape[-1] == 1:
-    return matmul(_transpose(x), decay * rows.astype(plan.dtype), plan.precision)
-  return matmul(_transpose(x.astype(plan.dtype) * decay), rows, plan.precision)
+    return matmul(transpose(x), decay * rows.astype(plan.dtype), plan.precision)
+  return matmul(transpose(x.astype(plan.dtype) * decay), rows, plan.precision)
 
 
 def _like_decay(x: jax.Array, d_decayed: jax.Array, decay: jax.Array) -> jax.Array:
@@ -335,7 +355,7 @@ def _updates(plan: Plan, tokens: Tokens) -> int:
   return tokens.keys.shape[-2] // plan.chunk_size
 
 
-def _by_row(plan: Plan, x: jax.Array, tokens: Tokens) -> jax.Array:
+def rows_of(plan: Plan, x: jax.Array, tokens: Tokens) -> jax.Array:
   return by_row(plan, x, _updates(plan, tokens))
 
 
@@ -394,7 +414,7 @@ def _split(plan: Plan, tree: Any) -> Any:
   return jax.tree.map(lambda x: x.reshape(plan.block, -1, *x.shape[1:]), tree)
 
 
-def _transpose(x: jax.Array) -> jax.Array:
+def transpose(x: jax.Array) -> jax.Array:
   return jnp.swapaxes(x, -1, -2)
 
 

@@ -37,6 +37,13 @@ class Update(NamedTuple):
   value: jax.Array | None
 
 
+class Walk(NamedTuple):
+  """How the state goes through the chunks of a block; see `chunked.walk` and `chunked.walk_back`."""
+
+  forward: Callable[..., tuple[jax.Array, ...]]
+  backward: Callable[..., tuple[jax.Array, ...]]
+
+
 class Plan(NamedTuple):
   """The static arguments of the chunked form.
 
@@ -56,6 +63,7 @@ class Plan(NamedTuple):
       products with decays per channel.
     decay_bound: a lower bound of every log-decay, which makes per-channel decays cheaper; or `None`.
     shares: whether the form is `sums`, which shares products between the heads of a key, instead of `chunked`.
+    walk: how the state goes through the chunks; `None` for a scan over them.
   """
 
   updates: Callable[..., tuple[jax.Array, Sequence[Update]]]
@@ -71,6 +79,7 @@ class Plan(NamedTuple):
   whole_chunks: bool = False
   decay_bound: float | None = None
   shares: bool = False
+  walk: Walk | None = None
 
 
 class Tokens(NamedTuple):
