@@ -1,5 +1,6 @@
 """Differences between versions of JAX, in one place."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,3 +16,11 @@ def varying_shape(shape: tuple[int, ...], dtype: Any, like: Iterable[jax.Array])
   """The shape of a result that differs from device to device as the arrays `like` do; kernels must say so of their results."""
   varying = frozenset().union(*map(varying_axes, like))
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))
+
+
+def load_on_gpu(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+  """The array in `ref`, in registers in this layout; a kernel for GPUs."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # until JAX 0.11
+  return plgpu.load(ref, *index, layout=layout, optimized=optimized)

@@ -1,0 +1,72 @@
+"""Products of tiles on a Hopper GPU, in Pallas' Mosaic GPU dialect.
+
+A warp group of 128 threads keeps float32 tiles of 64 columns in its registers, spread over them as its matrix unit does. That
+unit reads bfloat16 operands from shared memory. A float32 tile becomes an operand as two parts, its rounding and the rest.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..compat import load_on_gpu
+from ..numerics import rounded
+
+COLUMNS = 64  # of a tile in registers; and the fewest rows of a product
+
+# The parts of a matrix in shared memory, bfloat16.
+Parts = Sequence[Any]
+
+
+def operand(*shape: int) -> Any:
+  """Shared memory for bfloat16 matrices [..., rows, columns] in the order that the matrix unit reads."""
+  return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def split(x: jax.Array) -> jax.Array:
+  """Outside of a kernel: the parts of float32 matrices [..., rows, columns], [..., 2, rows, columns]."""
+  high = rounded(x)
+  return jnp.stack([high, x - high], axis=-3).astype(jnp.bfloat16)
+
+
+def load(ref: Any, *, shared: bool = True) -> jax.Array:
+  """A tile, float32, from shared or global memory."""
+  return load_on_gpu(ref, plgpu.Layout.WGMMA, optimized=shared).astype(jnp.float32)
+
+
+def rows(ref: Any, tile: jax.Array) -> jax.Array:
+  """`tile` times a factor for each of its rows, the first elements of a vector in shared memory."""
+  factors = load_on_gpu(ref.at[pl.ds(0, tile.shape[0])], plgpu.Layout.WGMMA.reduce(1))
+  return lax.broadcast_in_dim(factors, tile.shape, [0]) * tile
+
+
+def put(refs: Parts, tile: jax.Array) -> None:
+  """Makes a tile an operand. No thread may be reading the last one: every thread waits before and after."""
+  high = tile.astype(jnp.bfloat16)
+  plgpu.commit_smem()
+  refs[0][...] = high
+  refs[1][...] = (tile - high.astype(jnp.float32)).astype(jnp.bfloat16)
+  plgpu.commit_smem()
+
+
+def transposed(parts: Parts) -> Parts:
+  """The parts of the transposed matrix."""
+  return [plgpu.transpose_ref(part, (1, 0)) for part in parts]
+
+
+def product(x: Parts, y: Parts) -> jax.Array:
+  """x y, a tile, without the product of two remainders."""
+  shape = x[0].shape[0], y[0].shape[1]
+
+  def run(total):
+    for i, one in enumerate(x):
+      for j, other in enumerate(y):
+        if i + j < 2:
+          plgpu.wgmma(total, one, other)
+    return total[...]
+
+  return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
