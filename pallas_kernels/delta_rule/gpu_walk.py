@@ -124,7 +124,7 @@ class _Queue:
     return self._slots.at[slot]
 
   def done(self, step: jax.Array) -> None:
-    """A consumer does not read any more what `get` returned."""
+    """A consumer does not read any more what `get` returned. What threads have loaded themselves, they must have committed."""
     plgpu.barrier_arrive(self._free.at[self._slot(step)])
 
 
@@ -136,7 +136,6 @@ def _forward(
   states_ref[at.chunk, at.matrix, :, at.columns] = state
   put(own.state, state)
   gates, keys, added = get("gates"), get("keys"), load(*get("values"))
-  done("values")
   if step.erases:
     held = product(keys, own.state)
     put(own.rows, rows(gates.at[_STRENGTH], added) - rows(gates.at[_ERASE], held))
@@ -145,6 +144,7 @@ def _forward(
   out = product(get("queries"), own.state)
   done("queries")
   put(own.rows, added)
+  done("values")
   out = rows(gates.at[_READ], out) + product(get("scores"), own.rows)
   done("scores")
   _write_out(at, own, out_ref, out)
@@ -152,6 +152,7 @@ def _forward(
     put(own.rows, rows(gates.at[_WRITE], added))
   written = get("written") if step.by_channel else keys
   state = rows(gates.at[_KEEP], state) + product(transposed(written), own.rows)
+  plgpu.commit_smem()
   for name in ("gates", "keys", *["written"] * step.by_channel):
     done(name)
   return state
@@ -195,6 +196,7 @@ def _backward(
     put(own.rows, rows(gates.at[_READ], load(*d_out)))
     d_out = own.rows
   state = state + product(transposed(get("queries")), d_out)
+  plgpu.commit_smem()
   for name in ("gates", "keys", "queries", "d_out"):
     done(name)
   return state
@@ -205,7 +207,7 @@ def _walk(plan: Plan, chunks: Chunks, state: jax.Array, *, interpret: Any = Fals
   (n, m, tokens, _), (key_dim, width) = chunks.tokens.q.shape, state.shape[1:]
   values = _Source(_whole_tiles(chunks.tokens.values, -1))
   sources = _sources(plan, chunks)
-  order = "keys", "gates", "values", "inverse", "queries", "scores", "written"
+  order = "keys", "gates", "inverse", "queries", "values", "scores", "written"
   columns = values.array.shape[-1]
   results = ((n, m, tokens, columns), jnp.bfloat16), ((n, *_whole_tiles(state, -1, -2).shape), jnp.float32)
   call = partial(_call, "delta_rule_walk", _forward, order, interpret=interpret)
