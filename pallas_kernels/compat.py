@@ -19,8 +19,15 @@ def varying_shape(shape: tuple[int, ...], dtype: Any, like: Iterable[jax.Array])
 
 
 def load_on_gpu(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
-  """The array in `ref`, in registers in this layout; a kernel for GPUs."""
-  from jax.experimental.pallas import mosaic_gpu as plgpu
+  """The array of a reference in a kernel for GPUs, in registers in this layout."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu  # takes an eighth of a second, and few need it
 
   index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # until JAX 0.11
   return plgpu.load(ref, *index, layout=layout, optimized=optimized)
+
+
+def transposed_on_gpu(ref: Any) -> Any:
+  """A reference to the transposed matrix in a kernel for GPUs."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  return plgpu.transpose_ref(ref, (1, 0)) if jax.__version_info__ < (0, 11) else ref.transpose((1, 0))

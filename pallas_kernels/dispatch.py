@@ -98,25 +98,38 @@ def objection_to_kernels(inputs: Any, specs: Any, chunk_size: int | None, own: C
   return None
 
 
+class Objections(NamedTuple):
+  """Why there are no kernels for a call in programs for a platform; `None` if there are."""
+
+  tpu: str | None
+  gpu: str | None = "there are no kernels for GPUs"
+
+  def on(self, platform: str) -> str | None:
+    """Why programs for "cpu", "gpu" or "tpu" do not use kernels where nobody asks for them."""
+    if platform == "gpu":
+      unmeasured = "the kernels for GPUs have not been measured; implementation='pallas' uses them, on Hopper GPUs"
+      return self.gpu or unmeasured
+    return self.tpu if platform == "tpu" else f"there are no kernels for a {platform}"
+
+
 def choose_kernels(
-  operation: str, requested: str, others: Callable[..., Choice], objection: str | None
+  operation: str, requested: str, others: Callable[..., Choice], objections: Objections
 ) -> tuple[str, Kernels]:
-  """What `others(operation, requested, pallas=objection)` picks where there are kernels for TPUs; and which programs use these.
+  """What `others(operation, requested, pallas=objection)` picks where there are kernels; and which programs use these.
 
   Args:
     operation, requested: as for `choose`.
     others: a function with the other candidates, such as `choose_by_length` with a length.
-    objection: to any use of kernels, or `None`.
+    objections: to kernels.
 
   Raises:
     ValueError: if kernels are requested in spite of an objection, or something unknown is requested.
   """
-  if requested == "pallas" and objection is not None:
-    raise ValueError(f"implementation='pallas' does not do for this call of {operation}: {objection}.")
+  if requested == "pallas" and objections.tpu is not None:
+    raise ValueError(f"implementation='pallas' does not do for this call of {operation}: {objections.tpu}.")
 
   def on(platform):
-    here = objection if platform == "tpu" else f"the kernels are for TPUs, and this is a program for a {platform}"
-    return others(operation, requested, pallas=here)
+    return others(operation, requested, pallas=objections.on(platform))
 
   if (choices := _CHOICES.get()) is not None:
     choices.append(on)

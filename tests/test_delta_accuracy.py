@@ -44,9 +44,9 @@ CASES = {
 }
 
 
-def inputs(variant, case, dtype, width=32):
+def inputs(variant, case, dtype, width=32, value_dim=None):
   cosine, strength, decay, _ = CASES[case]
-  args = variant.inputs(TOKENS, dtype=jnp.float32, batch=1, key_dim=width, value_dim=width, cosine=cosine)
+  args = variant.inputs(TOKENS, dtype=jnp.float32, batch=1, key_dim=width, value_dim=value_dim or width, cosine=cosine)
   rng, shape = np.random.default_rng(1), args["log_decay"].shape
   args = {name: np.asarray(x) for name, x in args.items()}
   args["log_decay"] = {

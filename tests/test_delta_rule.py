@@ -370,7 +370,8 @@ QUERY, STRENGTH = jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.bfloat16), jax.ShapeDt
 @pytest.mark.parametrize(
   ("function", "arguments", "options", "why"),
   [
-    (ops.delta_rule, [QUERY] * 3, {"platform": "cpu"}, "this is a program for a cpu"),
+    (ops.delta_rule, [QUERY] * 3, {"platform": "cpu"}, "there are no kernels for a cpu"),
+    (ops.delta_rule, [QUERY] * 3, {"platform": "gpu"}, "the kernels for GPUs have not been measured"),
     (ops.delta_rule, [QUERY.update(dtype=jnp.float16)] * 3, {}, "take bfloat16 or float32 and compute in float32, not float16"),
     (ops.delta_rule, [QUERY, QUERY, QUERY.update(dtype=jnp.float32)], {}, "take q, k and v in bfloat16, and not float32"),
     (ops.delta_rule, [QUERY.update(shape=(1, 64, 2, 512))] * 3, {}, "at most 256 channels, not 512"),

@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec
 from ..dispatch import choose_by_length, choose_kernels, explain
 from ..documents import check_segment_ids
 from ..numerics import accumulator, intermediate_precision
-from .call import KEPT, OUTPUT, TOKENS, UPDATES, Inputs, objection, recurrence, run
+from .call import KEPT, OUTPUT, TOKENS, UPDATES, Inputs, objections, recurrence, run
 from .call import Options as CallOptions
 from .terms import Update
 
@@ -66,8 +66,8 @@ class Options(TypedDict, total=False):
     chunk_size: tokens per chunk, a power of two. It affects speed only; `None` chooses it for the platform.
     precision: `None`, by the operands: 16-bit queries and keys are multiplied in one pass, and what is computed from them in
       three passes of bfloat16 on GPUs and TPUs; float32 at full precision. "highest": everything at full precision.
-    implementation: "auto" (default), "pallas" (kernels for TPUs), "xla" (chunk-parallel) or "recurrent" (the oracle). `explain`
-      says what "auto" chooses.
+    implementation: "auto" (default), "pallas" (kernels for TPUs and Hopper GPUs), "xla" (chunk-parallel) or "recurrent" (the
+      oracle). `explain` says what "auto" chooses.
   """
 
   scale: float | None
@@ -235,7 +235,7 @@ def _run(
   scale = width**-0.5 if scale is None else float(scale)
   call = CallOptions(updates, specs or (TOKENS,) * len(operands), scale, dtype, precise, chunk_size, decay_bound)
   inputs = Inputs(segment_ids, operands, log_decay, initial_state.astype(dtype))
-  chosen, kernels = choose_kernels(name, implementation, partial(choose_by_length, tokens), objection(call, inputs))
+  chosen, kernels = choose_kernels(name, implementation, partial(choose_by_length, tokens), objections(call, inputs))
   return recurrence(call, inputs) if chosen == "recurrent" else run(call._replace(kernels=kernels), inputs)
 
 

@@ -15,12 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from ..derivatives import reverse_only
-from ..dispatch import Forms, Kernels, by_platform, kept_by_platform, objection_to_kernels
+from ..dispatch import Forms, Kernels, Objections, by_platform, kept_by_platform, objection_to_kernels
 from ..documents import documents
 from ..numerics import FULL, Precision
 from ..partition import HEADS, ROWS, aligned, partitioned, with_gradient
 from ..sizes import known, pieces, quotient
-from . import affine, chunked, sums, tpu
+from . import affine, chunked, gpu, sums, tpu
 from .recurrent import recurrent
 from .terms import Plan, Update, first_span
 
@@ -127,10 +127,11 @@ def _pull_back(options, inputs, kept, cotangents):
 _rule = with_gradient(_values, _run_forward, _run_backward)
 
 
-def objection(options: Options, inputs: Inputs) -> str | None:
-  """Why there is no kernel for such a call, or `None`."""
-  own = partial(tpu.objection, options.updates, options.dtype, inputs.operands, inputs.state.shape)
-  return objection_to_kernels(inputs, _specs(options), options.chunk_size, own)
+def objections(options: Options, inputs: Inputs) -> Objections:
+  """Why there are no kernels for such a call, by platform."""
+  call = options.updates, options.dtype, inputs.operands, inputs.state.shape
+  own = (partial(module.objection, *call) for module in (tpu, gpu))
+  return Objections(*(objection_to_kernels(inputs, _specs(options), options.chunk_size, each) for each in own))
 
 
 def recurrence(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
@@ -184,7 +185,7 @@ def _forms(options: Options, inputs: Inputs, function: Callable[..., Any]) -> Fo
   if options.kernels != Kernels.NEVER:
     forms["tpu"] = _Form("tpu", tpu, plans["others"])
   if options.kernels == Kernels.ALWAYS:
-    forms = {name: _Form(name, tpu, plans["others"]) for name in ("cpu", "others")}
+    forms = {name: _Form(name, tpu, plans["others"]) for name in ("cpu", "others")} | {"gpu": _Form("gpu", gpu, plans["gpu"])}
   return Forms(**{name: partial(function, form) for name, form in forms.items()})
 
 

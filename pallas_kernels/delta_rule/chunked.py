@@ -345,6 +345,8 @@ def _inverse(plan: Plan, tokens: Tokens, terms: Terms) -> jax.Array | None:
   if tokens.strengths is None:
     return None
   a = tokens.strengths[..., None].astype(plan.dtype) * terms.overlaps
+  if plan.walk is not None and plan.walk.inverse is not None:
+    return plan.walk.inverse(a)
   if plan.whole_chunks:
     return unit_lower_inverse_in_lanes(a, row_order(plan, _updates(plan, tokens)))
   return unit_lower_inverse(a)

@@ -43,6 +43,6 @@ def _delta_rule_inverse(a_ref: Any, x_ref: Any, *operands: Any) -> None:
   for level in range(1, COLUMNS.bit_length() - 1):
     put(inverse, x)
     put(between, product(given, inverse))
-    joins = together(level + 1) & ~together(level)
-    x = x - jnp.where(joins, product(inverse, between), 0.0)
+    between_blocks = jnp.where(together(level), 0.0, product(inverse, between))
+    x = x - jnp.where(together(level + 1), between_blocks, 0.0)
   x_ref[matrix] = x

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..compat import load_on_gpu
+from ..compat import load_on_gpu, transposed_on_gpu
 from ..numerics import rounded
 
 COLUMNS = 64  # of a tile in registers; and the fewest rows of a product
@@ -55,7 +55,7 @@ def put(refs: Parts, tile: jax.Array) -> None:
 
 def transposed(parts: Parts) -> Parts:
   """The parts of the transposed matrix."""
-  return [plgpu.transpose_ref(part, (1, 0)) for part in parts]
+  return [transposed_on_gpu(part) for part in parts]
 
 
 def product(x: Parts, y: Parts) -> jax.Array:

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ..compat import varying_shape
 from .chunked import Chunks, rows_of
 from .gpu_tiles import COLUMNS, load, operand, product, put, rows, split, transposed
-from .terms import Plan, Walk
+from .terms import Plan
 
 _SHARED_MEMORY = 227 * 1024  # bytes of a block of threads
 _REGISTERS, _REGISTERS_TO_COPY = 232, 40  # of a thread, where there are three warp groups
@@ -202,7 +202,7 @@ def _backward(
   return state
 
 
-def _walk(plan: Plan, chunks: Chunks, state: jax.Array, *, interpret: Any = False) -> tuple[jax.Array, ...]:
+def walk(plan: Plan, chunks: Chunks, state: jax.Array, *, interpret: Any = False) -> tuple[jax.Array, ...]:
   """As `chunked.walk`."""
   (n, m, tokens, _), (key_dim, width) = chunks.tokens.q.shape, state.shape[1:]
   values = _Source(_whole_tiles(chunks.tokens.values, -1))
@@ -215,7 +215,7 @@ def _walk(plan: Plan, chunks: Chunks, state: jax.Array, *, interpret: Any = Fals
   return state, out[..., :width], states[..., :key_dim, :width], None
 
 
-def _walk_back(
+def walk_back(
   plan: Plan, chunks: Chunks, d_out: jax.Array, d_state: jax.Array, *, interpret: Any = False
 ) -> tuple[jax.Array, ...]:
   """As `chunked.walk_back`."""
@@ -230,9 +230,6 @@ def _walk_back(
   return d_state, d_after[..., :key_dim, :width], d_rows[..., :width]
 
 
-WALK = Walk(_walk, _walk_back)
-
-
 def _sources(plan: Plan, chunks: Chunks) -> dict[str, _Source]:
   """What both directions need, with channels and rows in multiples of 64."""
   tokens, terms, inverse = chunks
@@ -242,7 +239,8 @@ def _sources(plan: Plan, chunks: Chunks) -> dict[str, _Source]:
   entering, leaving = per_row(terms.entering), per_row(terms.leaving)
   strength = jnp.ones_like(entering[..., 0]) if inverse is None else tokens.strengths.astype(plan.dtype)
   if by_channel:
-    queries, keys, written = split(tokens.q * read), split(tokens.keys * entering), split(tokens.keys * leaving)
+    q, k = (x.astype(plan.dtype) for x in (tokens.q, tokens.keys))
+    queries, keys, written = split(q * read), split(k * entering), split(k * leaving)
     vectors = jnp.ones_like(read[..., 0]), strength, strength, strength
   else:
     queries, keys, written = tokens.q[:, :, None], tokens.keys[:, :, None], None

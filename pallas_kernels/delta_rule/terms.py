@@ -38,10 +38,16 @@ class Update(NamedTuple):
 
 
 class Walk(NamedTuple):
-  """How the state goes through the chunks of a block; see `chunked.walk` and `chunked.walk_back`."""
+  """How the state goes through the chunks of a block; see `chunked.walk` and `chunked.walk_back`.
+
+  Attributes:
+    forward, backward: called as these are.
+    inverse: called as `triangular.unit_lower_inverse`, in place of the usual one, or `None`.
+  """
 
   forward: Callable[..., tuple[jax.Array, ...]]
   backward: Callable[..., tuple[jax.Array, ...]]
+  inverse: Callable[[jax.Array], jax.Array] | None = None
 
 
 class Plan(NamedTuple):

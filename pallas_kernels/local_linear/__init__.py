@@ -23,7 +23,7 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
-from ..dispatch import Choice, choose, choose_kernels, explain
+from ..dispatch import Choice, Objections, choose, choose_kernels, explain
 from ..documents import check_segment_ids, documents, positions, undivided
 from ..numerics import accumulator, intermediate_precision
 from .blockwise import by_blocks, distances, objection
@@ -198,7 +198,7 @@ def _run(operation: str, requested: str, spec: Spec, q: jax.Array, *inputs: Any)
     all_pairs = "all pairs at once, memory O(T^2 d): the reference"
     return choose(operation, requested, {**kernels, "xla": None, "dense": all_pairs})
 
-  chosen, kernels = choose_kernels(operation, requested, others, objection(spec, q, *inputs))
+  chosen, kernels = choose_kernels(operation, requested, others, Objections(objection(spec, q, *inputs)))
   return dense(spec, q, *inputs) if chosen == "dense" else by_blocks(replace(spec, kernels=kernels), q, *inputs)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ..dispatch import choose_by_length, choose_kernels, explain
+from ..dispatch import Objections, choose_by_length, choose_kernels, explain
 from ..documents import check_segment_ids
 from ..numerics import accumulator
 from .call import KEPT, OUTPUT, Inputs, Options, objection, recurrence, run
@@ -70,7 +70,7 @@ def selective_scan(
     raise ValueError(f"chunk_size={chunk_size}; expected at least 1, or None.")
   inputs = Inputs(segment_ids, x, step, a, b, c, initial_state.astype(dtype))
   options = Options(chunk_size)
-  others, against = partial(choose_by_length, tokens), objection(options, inputs)
+  others, against = partial(choose_by_length, tokens), Objections(objection(options, inputs))
   chosen, kernels = choose_kernels("selective_scan", implementation, others, against)
   return recurrence(inputs) if chosen == "recurrent" else run(options._replace(kernels=kernels), inputs)
 
