@@ -69,4 +69,5 @@ def product(x: Parts, y: Parts) -> jax.Array:
           plgpu.wgmma(total, one, other)
     return total[...]
 
-  return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+  # Without the barrier what reads this result may be moved into a later product, which then cannot be asynchronous.
+  return lax.optimization_barrier(pl.run_scoped(run, plgpu.ACC(shape, jnp.float32)))
