@@ -47,20 +47,25 @@ CASES = {
 def inputs(variant, case, dtype, width=32, value_dim=None):
   cosine, strength, decay, _ = CASES[case]
   args = variant.inputs(TOKENS, dtype=jnp.float32, batch=1, key_dim=width, value_dim=value_dim or width, cosine=cosine)
-  rng, shape = np.random.default_rng(1), args["log_decay"].shape
   args = {name: np.asarray(x) for name, x in args.items()}
-  args["log_decay"] = {
+  if "log_decay" in args:
+    args["log_decay"] = _log_decays(decay, args["log_decay"].shape)
+  if strength is not None:
+    args["beta"] = np.full_like(args["beta"], strength)
+  narrow = ("q", "k", "v", "erase_key")
+  return {name: jnp.asarray(x, dtype if name in narrow else jnp.float32) for name, x in args.items()}
+
+
+def _log_decays(kind, shape):
+  rng = np.random.default_rng(1)
+  return {
     "none": np.full(shape, -1e-3),
     "weak": -0.1 * np.exp(0.4 * rng.normal(size=shape) - 1),
     "bounded": -rng.uniform(3, 5, shape),
     "strong": -rng.uniform(8, 16, shape),
     "burst": np.where((np.arange(TOKENS) == 70).reshape(1, -1, *[1] * (len(shape) - 2)), -150.0, np.full(shape, -1e-3)),
     "mixed": np.where(rng.uniform(size=shape) < 0.1, -rng.uniform(20, 60, shape), -1e-3),
-  }[decay]
-  if strength is not None:
-    args["beta"] = np.full_like(args["beta"], strength)
-  narrow = ("q", "k", "v", "erase_key")
-  return {name: jnp.asarray(x, dtype if name in narrow else jnp.float32) for name, x in args.items()}
+  }[kind]
 
 
 def relative_error(actual, expected):

@@ -96,7 +96,7 @@ def _run(options, inputs):
 
 def _results(form, inputs):
   # What is kept for a gradient is not computed here: XLA sees that nobody reads it, and kernels are told.
-  return _forward(form, inputs, form.module is not tpu)[0]
+  return _forward(form, inputs, form.module not in (tpu, gpu))[0]
 
 
 def _results_and_kept(form, inputs):

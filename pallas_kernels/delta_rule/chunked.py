@@ -91,7 +91,7 @@ def forward(
   """
   of_block = of_block or _block_forward
   batch, heads, _, width = initial_state.shape
-  plan, blocks, (docs, inputs) = _in_blocks(plan, (docs, (operands, log_decay)))
+  plan, blocks, (docs, inputs) = in_blocks(plan, (docs, (operands, log_decay)))
 
   tokens_of = _arranged(plan, blocks, docs, inputs)
 
@@ -182,7 +182,7 @@ def backward(
   """
   of_block = of_block or _block_backward
   length = operands[0].shape[1]
-  plan, blocks, (docs, inputs, d_out) = _in_blocks(plan, (docs, (operands, log_decay), d_out))
+  plan, blocks, (docs, inputs, d_out) = in_blocks(plan, (docs, (operands, log_decay), d_out))
   kept = jax.tree.map(lambda x: x.reshape(blocks, plan.block, -1, *x.shape[3:]), kept)
 
   tokens_of, d_out_of = _arranged(plan, blocks, docs, inputs), _arranged_out(plan, blocks, d_out)
@@ -365,7 +365,7 @@ def _sum_rows(plan: Plan, x: jax.Array, tokens: Tokens) -> jax.Array:
   return sum_rows(plan, x, _updates(plan, tokens))
 
 
-def _in_blocks(plan: Plan, tree: Any) -> tuple[Plan, int, Any]:
+def in_blocks(plan: Plan, tree: Any) -> tuple[Plan, int, Any]:
   """The plan with blocks of nearly equal size, their number, and arrays [B, T, ...] with padding that completes the last."""
   tokens = jax.tree.leaves(tree)[0].shape[1]
   plan, blocks = _blocks(plan, tokens)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..compat import varying_shape
-from .gpu_tiles import COLUMNS, load, operand, product, put
+from .gpu_tiles import COLUMNS, Parts, load, operand, product, put
 
 
 def unit_lower_inverse(a: jax.Array, *, interpret: Any = False) -> jax.Array:
@@ -29,9 +29,12 @@ def unit_lower_inverse(a: jax.Array, *, interpret: Any = False) -> jax.Array:
 
 
 def _delta_rule_inverse(a_ref: Any, x_ref: Any, *operands: Any) -> None:
-  given, inverse, between = ([ref.at[part] for part in range(2)] for ref in operands)
   matrix = lax.axis_index("matrix")
-  a = load(a_ref.at[matrix], shared=False)
+  x_ref[matrix] = inverse_of(load(a_ref.at[matrix], shared=False), *([ref.at[part] for part in range(2)] for ref in operands))
+
+
+def inverse_of(a: jax.Array, given: Parts, inverse: Parts, between: Parts) -> jax.Array:
+  """In a kernel: (I + a)^-1 of a tile; the parts are its working memory."""
   row, column = (plgpu.broadcasted_iota(jnp.int32, a.shape, axis, layout=plgpu.Layout.WGMMA) for axis in range(2))
 
   def together(level):
@@ -45,4 +48,4 @@ def _delta_rule_inverse(a_ref: Any, x_ref: Any, *operands: Any) -> None:
     put(between, product(given, inverse))
     between_blocks = jnp.where(together(level), 0.0, product(inverse, between))
     x = x - jnp.where(together(level + 1), between_blocks, 0.0)
-  x_ref[matrix] = x
+  return x

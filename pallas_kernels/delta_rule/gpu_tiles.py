@@ -40,8 +40,22 @@ def load(ref: Any, *, shared: bool = True) -> jax.Array:
 
 def rows(ref: Any, tile: jax.Array) -> jax.Array:
   """`tile` times a factor for each of its rows, the first elements of a vector in shared memory."""
-  factors = load_on_gpu(ref.at[pl.ds(0, tile.shape[0])], plgpu.Layout.WGMMA.reduce(1))
-  return lax.broadcast_in_dim(factors, tile.shape, [0]) * tile
+  return by_row(ref, tile.shape) * tile
+
+
+def by_column(ref: Any, shape: tuple[int, int]) -> jax.Array:
+  """A tile of this shape whose rows are the first elements of a vector in shared memory."""
+  return _spread(ref, shape, 1)
+
+
+def by_row(ref: Any, shape: tuple[int, int]) -> jax.Array:
+  """The same with columns in place of rows."""
+  return _spread(ref, shape, 0)
+
+
+def _spread(ref, shape, axis):
+  vector = load_on_gpu(ref.at[pl.ds(0, shape[axis])], plgpu.Layout.WGMMA.reduce(1 - axis))
+  return lax.broadcast_in_dim(vector, shape, [axis])
 
 
 def put(refs: Parts, tile: jax.Array) -> None:

@@ -36,21 +36,133 @@ _REGISTERS, _REGISTERS_TO_COPY = 232, 40  # of a thread, where there are three w
 _READ, _STRENGTH, _ERASE, _WRITE, _KEEP = range(5)
 
 
-class _Step(NamedTuple):
-  """What is known when a kernel is traced: n, the consumers, whether there is an (I + A)^-1, and decays are per channel."""
+class Size(NamedTuple):
+  """Of a call: n chunks of the states of B rows and H heads, which have K x V elements."""
 
   chunks: int
-  consumers: int
-  erases: bool
-  by_channel: bool
+  batch: int
+  heads: int
+  key_dim: int
+  value_dim: int
+
+  @property
+  def matrices(self) -> int:
+    return self.batch * self.heads
 
 
-class _Place(NamedTuple):
-  """Where a consumer is: the chunk, matrix and columns of the state that it computes."""
+class Place(NamedTuple):
+  """A chunk of a state in a kernel, and columns of the state."""
 
+  size: Size
   chunk: jax.Array
   matrix: jax.Array
-  columns: Any
+  columns: Any = None
+
+  @property
+  def index(self) -> jax.Array:
+    """In arrays [n * B * H, ...]."""
+    return self.chunk * self.size.matrices + self.matrix
+
+
+class Parts(NamedTuple):
+  """Matrices of every chunk in parts, bfloat16 [n * B * H, parts, rows, columns]."""
+
+  array: jax.Array
+  slots: int = 1
+
+  def copies(self, consumers: int) -> int:
+    return self.array.shape[1]  # a copy has at most five axes, of which tiles take four
+
+  def memory(self, consumers: int) -> Any:
+    return operand(self.slots, *self.array.shape[1:])
+
+  def given(self) -> jax.Array:
+    return self.array.reshape(-1, *self.array.shape[2:])
+
+  def piece(self, ref: Any, at: Place, i: int) -> Any:
+    return ref.at[at.index * self.array.shape[1] + i]
+
+  def view(self, slot: Any, consumer: jax.Array) -> list[Any]:
+    return [slot.at[part] for part in range(self.array.shape[1])]
+
+
+class Vectors(NamedTuple):
+  """Vectors of every chunk, float32 [n * B * H, vectors, width]."""
+
+  array: jax.Array
+  slots: int = 1
+
+  def copies(self, consumers: int) -> int:
+    return 1
+
+  def memory(self, consumers: int) -> Any:
+    return plgpu.SMEM((self.slots, 1, *self.array.shape[1:]), jnp.float32)
+
+  def given(self) -> jax.Array:
+    return self.array
+
+  def piece(self, ref: Any, at: Place, i: int) -> Any:
+    return ref.at[at.index]
+
+  def view(self, slot: Any, consumer: jax.Array) -> Any:
+    return slot.at[0]
+
+
+class Rows(NamedTuple):
+  """Rows of heads, bfloat16 [B, n * rows, heads * width], or arranged by chunk, [n * B * H * rows, width].
+
+  Attributes:
+    array: these.
+    rows: of a chunk.
+    width: of a head.
+    shared: how many heads of the state share one of these.
+    by_columns: whether consumers need only their columns.
+    slots: how many chunks of it shared memory holds.
+  """
+
+  array: jax.Array
+  rows: int
+  width: int
+  shared: int = 1
+  by_columns: bool = False
+  slots: int = 1
+
+  def copies(self, consumers: int) -> int:
+    return consumers if self.by_columns else 1
+
+  def memory(self, consumers: int) -> Any:
+    tile = max(self.rows, COLUMNS), COLUMNS if self.by_columns else self.width
+    return operand(self.slots, self.copies(consumers), *tile)
+
+  def given(self) -> jax.Array:
+    return self.array.reshape(-1, self.array.shape[-1])
+
+  def piece(self, ref: Any, at: Place, i: int) -> Any:
+    return self.place(ref, at, at.columns[i] if self.by_columns else pl.ds(0, self.width))
+
+  def place(self, ref: Any, at: Place, columns: Any) -> Any:
+    """A chunk's rows, of some columns of a head."""
+    if self.array.ndim == 2:
+      return ref.at[pl.ds(at.index * self.rows, self.rows), columns]
+    batch, head = lax.div(at.matrix, jnp.int32(at.size.heads)), lax.rem(at.matrix, jnp.int32(at.size.heads))
+    first = lax.div(head, jnp.int32(self.shared)) * self.width
+    rows = pl.ds((batch * at.size.chunks + at.chunk) * self.rows, self.rows)
+    return ref.at[rows, pl.ds(first + columns.start, columns.size)]
+
+  def view(self, slot: Any, consumer: jax.Array) -> list[Any]:
+    return [slot.at[consumer if self.by_columns else 0]]
+
+
+_Source = Parts | Vectors | Rows
+
+
+class _Step(NamedTuple):
+  """What is known when a kernel is traced: whether there is an (I + A)^-1, decays are per channel, and where outputs go."""
+
+  erases: bool
+  by_channel: bool
+  keep: bool = True
+  out: Rows | None = None
 
 
 class _Own(NamedTuple):
@@ -59,40 +171,6 @@ class _Own(NamedTuple):
   state: Any
   rows: Any
   out: Any
-
-
-class _Source(NamedTuple):
-  """An operand of every chunk.
-
-  Attributes:
-    array: of n chunks of M states, parts of a matrix, [n, M, parts, rows, columns]; of the columns of all consumers,
-      [n, M, rows, V]; or vectors, float32 [n, M, 5, width].
-    slots: how many chunks of it shared memory holds.
-  """
-
-  array: jax.Array
-  slots: int = 1
-
-  @property
-  def is_by_columns(self) -> bool:
-    return self.array.ndim == 4 and self.array.dtype == jnp.bfloat16
-
-  @property
-  def is_in_parts(self) -> bool:
-    return self.array.ndim == 5
-
-  def copies(self, consumers: int) -> int:
-    """How many copies fill a slot. Each has at most five axes, of which tiles take four."""
-    return self.array.shape[2] if self.is_in_parts else consumers if self.is_by_columns else 1
-
-  def shape(self, consumers: int) -> tuple[int, ...]:
-    """Of its shared memory."""
-    shape = self.array.shape[2:]
-    return (self.slots, consumers, shape[0], COLUMNS) if self.is_by_columns else (self.slots, *shape)
-
-  def memory(self, consumers: int) -> Any:
-    shape = self.shape(consumers)
-    return operand(*shape) if self.array.dtype == jnp.bfloat16 else plgpu.SMEM(shape, jnp.float32)
 
 
 class _Queue:
@@ -104,24 +182,21 @@ class _Queue:
   def _slot(self, step: jax.Array) -> jax.Array:
     return lax.rem(step, jnp.int32(self._source.slots))
 
-  def fill(self, step: jax.Array, index: jax.Array, columns: Sequence[Any]) -> None:
-    """The producer copies what a step needs, as soon as there is room; `columns` of each consumer."""
-    slot, copies = self._slot(step), self._source.copies(len(columns))
+  def fill(self, step: jax.Array, at: Place) -> None:
+    """The producer copies what a step needs, as soon as there is room. `at` has the columns of each consumer."""
+    slot = self._slot(step)
     pl.when(step >= self._source.slots)(lambda: plgpu.barrier_wait(self._free.at[slot]))
-    for i in range(copies):
-      place = (slot,) if self._source.array.dtype == jnp.float32 else (slot, i)
-      given = self._array.at[index, :, columns[i]] if self._source.is_by_columns else self._array.at[index * copies + i]
-      plgpu.copy_gmem_to_smem(given, self._slots.at[place], self._full.at[slot])
+    for i in range(self._source.copies(len(at.columns))):
+      place = self._slots.at[slot, i]
+      if isinstance(self._source, Rows) and self._source.rows < COLUMNS:
+        place = place.at[pl.ds(0, self._source.rows)]
+      plgpu.copy_gmem_to_smem(self._source.piece(self._array, at, i), place, self._full.at[slot])
 
   def get(self, step: jax.Array, consumer: jax.Array) -> Any:
     """What a step needs, once it is there: parts, or vectors."""
     slot = self._slot(step)
     plgpu.barrier_wait(self._full.at[slot])
-    if self._source.is_by_columns:
-      return [self._slots.at[slot, consumer]]
-    if self._source.is_in_parts:
-      return [self._slots.at[slot, part] for part in range(self._source.array.shape[2])]
-    return self._slots.at[slot]
+    return self._source.view(self._slots.at[slot], consumer)
 
   def done(self, step: jax.Array) -> None:
     """A consumer does not read any more what `get` returned. What threads have loaded themselves, they must have committed."""
@@ -129,11 +204,12 @@ class _Queue:
 
 
 def _forward(
-  step: _Step, at: _Place, get: Callable, done: Callable, own: _Own, results: Sequence[Any], state: jax.Array
+  step: _Step, at: Place, get: Callable, done: Callable, own: _Own, results: Sequence[Any], state: jax.Array
 ) -> jax.Array:
   """A chunk: from the state before it to the state after it."""
-  out_ref, states_ref = results
-  states_ref[at.chunk, at.matrix, :, at.columns] = state
+  out_ref, *states_ref = results
+  if step.keep:
+    states_ref[0][at.index, :, at.columns] = state
   put(own.state, state)
   gates, keys, added = get("gates"), get("keys"), load(*get("values"))
   if step.erases:
@@ -147,7 +223,7 @@ def _forward(
   done("values")
   out = rows(gates.at[_READ], out) + product(get("scores"), own.rows)
   done("scores")
-  _write_out(at, own, out_ref, out)
+  _write_out(step.out, at, own, out_ref, out)
   if not step.by_channel:
     put(own.rows, rows(gates.at[_WRITE], added))
   written = get("written") if step.by_channel else keys
@@ -158,21 +234,20 @@ def _forward(
   return state
 
 
-def _write_out(at: _Place, own: _Own, out_ref: Any, out: jax.Array) -> None:
+def _write_out(rows_of_out: Rows, at: Place, own: _Own, out_ref: Any, out: jax.Array) -> None:
   """Begins to copy an output, without the rows of padding."""
   plgpu.wait_smem_to_gmem(0)
   own.out[...] = out.astype(jnp.bfloat16)
   plgpu.commit_smem()
-  tokens = pl.ds(0, out_ref.shape[2])
-  plgpu.copy_smem_to_gmem(own.out.at[tokens], out_ref.at[at.chunk, at.matrix, :, at.columns])
+  plgpu.copy_smem_to_gmem(own.out.at[pl.ds(0, rows_of_out.rows)], rows_of_out.place(out_ref, at, at.columns))
 
 
 def _backward(
-  step: _Step, at: _Place, get: Callable, done: Callable, own: _Own, results: Sequence[Any], state: jax.Array
+  step: _Step, at: Place, get: Callable, done: Callable, own: _Own, results: Sequence[Any], state: jax.Array
 ) -> jax.Array:
   """A chunk: from the cotangent of the state after it to that of the state before it."""
   d_after_ref, d_rows_ref = results
-  d_after_ref[at.chunk, at.matrix, :, at.columns] = state
+  d_after_ref[at.index, :, at.columns] = state
   put(own.state, state)
   gates, keys = get("gates"), get("keys")
   d_rows = product(get("written") if step.by_channel else keys, own.state)
@@ -187,7 +262,7 @@ def _backward(
     put(own.rows, d_rows)
     d_rows = product(transposed(get("inverse")), own.rows)
     done("inverse")
-  d_rows_ref[at.chunk, at.matrix, :, at.columns] = d_rows
+  d_rows_ref[at.index, :, at.columns] = d_rows
   state = rows(gates.at[_KEEP], state)
   if step.erases:
     put(own.rows, rows(gates.at[_ERASE], d_rows))
@@ -205,14 +280,12 @@ def _backward(
 def walk(plan: Plan, chunks: Chunks, state: jax.Array, *, interpret: Any = False) -> tuple[jax.Array, ...]:
   """As `chunked.walk`."""
   (n, m, tokens, _), (key_dim, width) = chunks.tokens.q.shape, state.shape[1:]
-  values = _Source(_whole_tiles(chunks.tokens.values, -1))
-  sources = _sources(plan, chunks)
-  order = "keys", "gates", "inverse", "queries", "values", "scores", "written"
-  columns = values.array.shape[-1]
-  results = ((n, m, tokens, columns), jnp.bfloat16), ((n, *_whole_tiles(state, -1, -2).shape), jnp.float32)
-  call = partial(_call, "delta_rule_walk", _forward, order, interpret=interpret)
-  state, out, states = call(sources | {"values": values}, state, results)
-  return state, out[..., :width], states[..., :key_dim, :width], None
+  values = _by_columns(chunks.tokens.values)
+  out = Rows(jax.ShapeDtypeStruct((n * m * tokens, values.array.shape[1]), jnp.bfloat16), tokens, values.width)
+  sources = _sources(plan, chunks) | {"values": values}
+  state, out, states = forward(sources, _size(chunks, state), state, out, interpret=interpret)
+  shape = n, m, tokens, out.shape[-1]
+  return state, out.reshape(shape)[..., :width], states.reshape(n, m, *states.shape[1:])[..., :key_dim, :width], None
 
 
 def walk_back(
@@ -220,87 +293,120 @@ def walk_back(
 ) -> tuple[jax.Array, ...]:
   """As `chunked.walk_back`."""
   key_dim, width = d_state.shape[1:]
-  sources = _sources(plan, chunks)
-  d_out = _Source(_whole_tiles(d_out.astype(jnp.bfloat16), -1, -2))
-  (n, m, _, columns), updates = d_out.array.shape, chunks.tokens.keys.shape[2]
+  n, m, updates = chunks.tokens.keys.shape[:3]
+  sources = _sources(plan, chunks) | {"d_out": _by_columns(whole_tiles(d_out.astype(jnp.bfloat16), -2))}
   order = "written", "keys", "gates", "scores", "inverse", "queries", "d_out"
-  results = ((n, *_whole_tiles(d_state, -1, -2).shape), jnp.float32), ((n, m, updates, columns), jnp.float32)
-  call = partial(_call, "delta_rule_walk_back", _backward, order, interpret=interpret, backwards=True)
-  d_state, d_after, d_rows = call(sources | {"d_out": d_out}, d_state, results)
-  return d_state, d_after[..., :key_dim, :width], d_rows[..., :width]
+  wide = whole_tiles(d_state, -1, -2)
+  results = [(n * m, *wide.shape[1:]), jnp.float32], [(n * m, updates, wide.shape[2]), jnp.float32]
+  step = _Step(chunks.inverse is not None, "written" in sources)
+  call = partial(_call, "delta_rule_walk_back", partial(_backward, step), order, interpret=interpret, backwards=True)
+  d_state, d_after, d_rows = call(sources, _size(chunks, d_state), d_state, results)
+  d_after, d_rows = (x.reshape(n, m, *x.shape[1:])[..., :width] for x in (d_after, d_rows))
+  return d_state, d_after[..., :key_dim, :], d_rows
+
+
+def forward(
+  sources: dict[str, _Source], size: Size, state: jax.Array, out: Rows, *, keep: bool = True, interpret: Any = False
+) -> tuple[jax.Array, ...]:
+  """The state after all chunks, the output of whole tiles, and if `keep` the states before all chunks, [n * B * H, K, V].
+
+  Args:
+    sources: "queries", "keys", "values", "scores" and "gates", and "inverse" for updates that erase. With decays per channel
+      keys are those that read, and "written" are those that write.
+    size: of the call.
+    state: [B * H, K, V].
+    out: the shape of the output, and where chunks are in it.
+    keep: whether to return the states before all chunks.
+    interpret: as for `plgpu.kernel`.
+  """
+  order = "keys", "gates", "inverse", "queries", "values", "scores", "written"
+  wide = whole_tiles(state, -1, -2)
+  *others, columns = out.array.shape
+  results = [[(math.prod(others), columns), out.array.dtype], [(size.chunks * size.matrices, *wide.shape[1:]), jnp.float32]]
+  step = _Step("inverse" in sources, "written" in sources, keep, out)
+  call = partial(_call, "delta_rule_walk", partial(_forward, step), order, interpret=interpret)
+  return call(sources, size, state, results[: 1 + keep])
+
+
+def _size(chunks: Chunks, state: jax.Array) -> Size:
+  n, m = chunks.tokens.q.shape[:2]
+  return Size(n, 1, m, *state.shape[1:])
+
+
+def _by_columns(x: jax.Array) -> Rows:
+  """Values [n, M, rows, V] of chunks."""
+  x = whole_tiles(x, -1)
+  return Rows(x.reshape(-1, x.shape[-1]), x.shape[2], x.shape[-1], by_columns=True)
 
 
 def _sources(plan: Plan, chunks: Chunks) -> dict[str, _Source]:
   """What both directions need, with channels and rows in multiples of 64."""
-  tokens, terms, inverse = chunks
+  tokens, terms, inverse = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunks)
   by_channel = terms.keep.shape[-1] > 1
-  per_row = jax.vmap(lambda x: rows_of(plan, x, jax.tree.map(lambda y: y[0], tokens)))
+  entering, leaving = (rows_of(plan, x, tokens) for x in (terms.entering, terms.leaving))
   read = jnp.asarray(plan.scale, plan.dtype) * terms.entering
-  entering, leaving = per_row(terms.entering), per_row(terms.leaving)
   strength = jnp.ones_like(entering[..., 0]) if inverse is None else tokens.strengths.astype(plan.dtype)
+  found: dict[str, _Source] = {}
   if by_channel:
     q, k = (x.astype(plan.dtype) for x in (tokens.q, tokens.keys))
-    queries, keys, written = split(q * read), split(k * entering), split(k * leaving)
-    vectors = jnp.ones_like(read[..., 0]), strength, strength, strength
+    factors = jnp.ones_like(read[..., 0]), strength, strength, strength
+    found["queries"] = Parts(whole_tiles(split(q * read), -1, -2))
+    found |= {name: Parts(whole_tiles(split(k * x), -1)) for name, x in (("keys", entering), ("written", leaving))}
   else:
-    queries, keys, written = tokens.q[:, :, None], tokens.keys[:, :, None], None
-    vectors = read[..., 0], strength, strength * entering[..., 0], leaving[..., 0]
-  key_dim = tokens.q.shape[-1]
-  width = max(COLUMNS, _multiple(key_dim), tokens.keys.shape[2])
-  keep = jnp.broadcast_to(terms.keep, (*terms.keep.shape[:2], key_dim))
-  gates = jnp.stack([_padded(x, -1, width) for x in (*vectors, keep)], axis=2)
-  found = {
-    "queries": _Source(_whole_tiles(queries, -1, -2)),
-    "keys": _Source(_whole_tiles(keys, -1), slots=1 if by_channel else 2),
-    "written": written if written is None else _Source(_whole_tiles(written, -1)),
-    "scores": _Source(_whole_tiles(split(terms.scores), -2)),
-    "inverse": inverse if inverse is None else _Source(split(inverse)),
-    "gates": _Source(gates, slots=2),
-  }
-  return {name: source for name, source in found.items() if source is not None}
+    factors = read[..., 0], strength, strength * entering[..., 0], leaving[..., 0]
+    found["queries"] = Parts(whole_tiles(tokens.q, -1, -2)[:, None])
+    found["keys"] = Parts(whole_tiles(tokens.keys, -1)[:, None], slots=2)
+  if inverse is not None:
+    found["inverse"] = Parts(split(inverse))
+  found["scores"] = Parts(whole_tiles(split(terms.scores), -2))
+  return found | {"gates": gates(factors, terms.keep, tokens.q.shape[-1])}
+
+
+def gates(factors: Sequence[jax.Array], keep: jax.Array, key_dim: int) -> Vectors:
+  """Factors of rows, [N, rows] each: `_READ`, `_STRENGTH`, `_ERASE` and `_WRITE`; and `keep` [N, K or 1] for the state."""
+  keep = jnp.broadcast_to(keep, (keep.shape[0], key_dim))
+  width = max(_multiple(x.shape[1]) for x in (*factors, keep))
+  return Vectors(jnp.stack([_padded(x, -1, width) for x in (*factors, keep)], axis=1), slots=2)
 
 
 def _call(
   name: str,
-  step_of: Callable[..., jax.Array],
+  step: Callable[..., jax.Array],
   order: Sequence[str],
   sources: dict[str, _Source],
+  size: Size,
   state: jax.Array,
   results: Sequence[tuple[tuple[int, ...], Any]],
   *,
   interpret: Any,
   backwards: bool = False,
 ) -> tuple[jax.Array, ...]:
-  """The state [M, K, V] after all chunks, and other results of their steps, of whole tiles.
+  """The state [B * H, K, V] after all chunks, and other results of their steps, of whole tiles.
 
   Args:
     name: of the kernel.
-    step_of: what a consumer does at each chunk.
+    step: what a consumer does at each chunk.
     order: of the operands, as steps are done with them.
     sources: the operands.
+    size: of the call.
     state: before all steps.
     results: shapes and dtypes.
     interpret: as for `plgpu.kernel`.
     backwards: whether the last chunk comes first.
   """
   sources = {name: sources[name] for name in order if name in sources}
-  key_dim, width = state.shape[1:]
-  state = _whole_tiles(state, -1, -2)
-  chunks, matrices = sources["gates"].array.shape[:2]
-  updates = sources["keys"].array.shape[3]
-  tokens = sources["queries"].array.shape[3]
+  wide = whole_tiles(state, -1, -2)
 
   def memory(consumers):
     """Shared memory of a block of threads."""
-    own = [(consumers, 2, state.shape[1], COLUMNS), (consumers, 2, max(updates, tokens), COLUMNS), (consumers, tokens, COLUMNS)]
-    return [source.memory(consumers) for source in sources.values()], _Own(*(operand(*shape) for shape in own))
+    own = (2, wide.shape[1], COLUMNS), (2, COLUMNS, COLUMNS), (COLUMNS, COLUMNS)
+    return [each.memory(consumers) for each in sources.values()], _Own(*(operand(consumers, *shape) for shape in own))
 
   def fits(consumers):
     sizes = [math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(memory(consumers))]
-    return state.shape[2] % (consumers * COLUMNS) == 0 and sum(sizes) + 1024 <= _SHARED_MEMORY
+    return wide.shape[2] % (consumers * COLUMNS) == 0 and sum(sizes) + 1024 <= _SHARED_MEMORY
 
   consumers = 2 if fits(2) else 1
-  step = _Step(chunks, consumers, "inverse" in sources, "written" in sources)
 
   def kernel(*refs):
     given, (state_ref, final_ref, *refs) = refs[: len(sources)], refs[len(sources) :]
@@ -308,20 +414,20 @@ def _call(
     queues = dict(zip(sources, map(_Queue, sources.values(), given, slots, full, free), strict=True))
     matrix, consumer = lax.axis_index("matrix"), lax.axis_index("group")
     first = lax.axis_index("columns") * consumers
-    parts = [pl.ds((first + i) * COLUMNS, COLUMNS) for i in range(consumers)]
 
-    def chunk_of(i):
-      return chunks - 1 - i if backwards else i
+    def place(i, columns):
+      return Place(size, size.chunks - 1 - i if backwards else i, matrix, columns)
 
     @pl.when(consumer == consumers)
     def _copy():
       if consumers == 2:
         plgpu.set_max_registers(_REGISTERS_TO_COPY, action="decrease")
+      columns = [pl.ds((first + w) * COLUMNS, COLUMNS) for w in range(consumers)]
 
-      @pl.loop(0, chunks)
+      @pl.loop(0, size.chunks)
       def _(i):
         for queue in queues.values():
-          queue.fill(i, chunk_of(i) * matrices + matrix, parts)
+          queue.fill(i, place(i, columns))
 
     @pl.when(consumer < consumers)
     def _compute():
@@ -332,11 +438,10 @@ def _call(
       mine = _Own([mine.state.at[i] for i in range(2)], [mine.rows.at[i] for i in range(2)], mine.out)
 
       def one(i, state):
-        at = _Place(chunk_of(i), matrix, columns)
         get, done = (lambda name: queues[name].get(i, consumer)), (lambda name: queues[name].done(i))
-        return step_of(step, at, get, done, mine, outputs, state)
+        return step(place(i, columns), get, done, mine, outputs, state)
 
-      end = lax.fori_loop(0, chunks, one, load(state_ref.at[matrix, :, columns], shared=False))
+      end = lax.fori_loop(0, size.chunks, one, load(state_ref.at[matrix, :, columns], shared=False))
       plgpu.wait_smem_to_gmem(0)
       final_ref[matrix, :, columns] = end
 
@@ -345,19 +450,19 @@ def _call(
     [plgpu.Barrier(num_arrivals=arrivals(source), num_barriers=source.slots) for source in sources.values()]
     for arrivals in (lambda source: source.copies(consumers), lambda _: consumers)
   ]
-  arrays = [source.array.reshape(-1, *source.array.shape[-2:]) for source in sources.values()]
+  arrays = [source.given() for source in sources.values()]
   like = partial(varying_shape, like=[*arrays, state])
   final, *found = plgpu.kernel(
     kernel,
-    out_type=[like(state.shape, jnp.float32), *(like(*shape) for shape in results)],
+    out_type=[like(wide.shape, jnp.float32), *(like(*shape) for shape in results)],
     scratch_types=[memory(consumers), *barriers],
-    grid=(matrices, state.shape[2] // (consumers * COLUMNS)),
+    grid=(size.matrices, wide.shape[2] // (consumers * COLUMNS)),
     grid_names=("matrix", "columns"),
     num_threads=consumers + 1,
     thread_name="group",
     interpret=interpret,
-  )(*arrays, state)
-  return final[:, :key_dim, :width], *found
+  )(*arrays, wide)
+  return final[:, : state.shape[1], : state.shape[2]], *found
 
 
 def _multiple(size: int) -> int:
@@ -372,7 +477,7 @@ def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
   return jnp.pad(x, widths) if size > x.shape[axis] else x
 
 
-def _whole_tiles(x: jax.Array, *axes: int) -> jax.Array:
+def whole_tiles(x: jax.Array, *axes: int) -> jax.Array:
   """x with zeros at the end of axes, so that they are multiples of 64."""
   for axis in axes:
     x = _padded(x, axis, _multiple(x.shape[axis]))

@@ -215,6 +215,11 @@ def boundary_decays(plan: Plan, masks: Masks, log_decay: jax.Array, n: int) -> t
   return tuple(jnp.broadcast_to(x, (n, *x.shape[1:])) for x in (entering, leaving, keep))
 
 
+def cumulative(plan: Plan, log_decay: jax.Array) -> jax.Array:
+  """G, the sums of log_decay [N, C, D] up to and including each token."""
+  return _sum(plan, _up_to(plan.chunk_size), log_decay)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 2, 3))
 def by_row(plan: Plan, x: jax.Array, updates: int, axis: int = 1) -> jax.Array:
   """Repeats x [N, C, ...] for every update of a token: [N, R, ...]; or along another axis."""
