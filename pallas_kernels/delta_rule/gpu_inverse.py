@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..compat import varying_shape
-from .gpu_tiles import COLUMNS, Parts, load, operand, product, put
+from .gpu_tiles import BY_LANES, COLUMNS, Parts, load, operand, product, put
 
 
 def unit_lower_inverse(a: jax.Array, *, interpret: Any = False) -> jax.Array:
@@ -24,6 +24,7 @@ def unit_lower_inverse(a: jax.Array, *, interpret: Any = False) -> jax.Array:
     scratch_types=[parts, parts, parts],
     grid=a.shape[:1],
     grid_names=("matrix",),
+    compiler_params=BY_LANES,
     interpret=interpret,
   )(a)
 

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..compat import varying_shape
 from .gpu_inverse import inverse_of
-from .gpu_tiles import COLUMNS, by_column, by_row, operand, product, put, transposed
+from .gpu_tiles import BY_LANES, COLUMNS, by_column, by_row, operand, product, put, transposed
 from .gpu_tiles import rows as rows_times
 from .gpu_walk import Place, Rows, Size
 
@@ -89,6 +89,7 @@ def scores_and_inverse(
     ],
     grid=(size.matrices, size.chunks),
     grid_names=("matrix", "chunk"),
+    compiler_params=BY_LANES,
     interpret=interpret,
   )(*arrays)
   return [x.reshape(count, 2, *whole) for x in found]

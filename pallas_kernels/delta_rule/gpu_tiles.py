@@ -18,6 +18,9 @@ from ..numerics import rounded
 
 COLUMNS = 64  # of a tile in registers; and the fewest rows of a product
 
+# Layouts are stated by the code. From JAX 0.11 on, the default is to infer them, which takes minutes for some of these kernels.
+BY_LANES = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+
 # The parts of a matrix in shared memory, bfloat16.
 Parts = Sequence[Any]
 

@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..compat import varying_shape
 from .chunked import Chunks, rows_of
-from .gpu_tiles import COLUMNS, load, operand, product, put, rows, split, transposed
+from .gpu_tiles import BY_LANES, COLUMNS, load, operand, product, put, rows, split, transposed
 from .terms import Plan
 
 _SHARED_MEMORY = 227 * 1024  # bytes of a block of threads
@@ -460,6 +460,7 @@ def _call(
     grid_names=("matrix", "columns"),
     num_threads=consumers + 1,
     thread_name="group",
+    compiler_params=BY_LANES,
     interpret=interpret,
   )(*arrays, wide)
   return final[:, : state.shape[1], : state.shape[2]], *found
