@@ -2,8 +2,9 @@
 
     python -m memzoo.pallas_kernels.gpu_bench --minutes 8 --out gpu.json
 
-First the errors against the oracle, which runs in float64 on the CPU; then the times of the XLA forms and, where torch and
-flash-linear-attention are installed, of theirs. Every result is printed at once, and the file is written again after each.
+First the errors against the oracle, which runs in float64 on the CPU; then the times of the XLA forms, on a Hopper GPU of the
+kernels, and, where torch and flash-linear-attention are installed, of theirs. Every result is printed at once, and the file is
+written again after each.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .measure import seconds_in_flight
-from .workloads import ON_ACCELERATORS, Shape, case_inputs, cases, find, function, least_work, make_inputs
+from .workloads import ON_ACCELERATORS, Shape, case_inputs, cases, find, function, least_work, make_inputs, timed_inputs
 
 
 class Rates(NamedTuple):
@@ -44,6 +45,20 @@ def device_rates() -> Rates | None:
 
 
 _TINY = Shape(1, 48, 2, 16, 16)
+# Operations that have kernels for Hopper GPUs.
+_WITH_KERNELS = (
+  "linear_attention",
+  "delta_rule",
+  "gated_delta_rule",
+  "kimi_delta_rule",
+  "delta_product",
+  "erase_then_delta_rule",
+  "linear_attention_without_decay",
+  "linear_attention_shared_keys",
+  "gated_delta_rule_packed",
+  "kimi_delta_rule_unbounded",
+  "erase_then_delta_rule_unbounded",
+)
 # Most telling first: shapes of flash-linear-attention's own benchmark, and operations that it has too.
 SHAPES = (
   Shape(4, 2048, 16, 128, 128),
@@ -110,9 +125,20 @@ class Results:
     self.say(f"{task.kind:8}  {task.what:48}  " + "  ".join(f"{name} {_shown(value)}" for name, value in numbers.items()))
 
 
+def forms(name: str, dtype: str = "bfloat16") -> list[tuple[str, str]]:
+  """The implementations of an operation that are measured here, with what is added to its name."""
+  hopper = str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
+  kernels = name in _WITH_KERNELS and dtype == "bfloat16" and hopper
+  return [("xla", ""), *[("pallas", " (kernels)")] * kernels]
+
+
 def accuracy_tasks(names: Sequence[str], dtype: str, shape: Shape = _ACCURACY) -> list[Task]:
   """The errors of these operations on each of their `cases`."""
-  return [Task("accuracy", f"{name}, {dtype}", partial(accuracy, name, dtype, shape)) for name in names]
+  return [
+    Task("accuracy", f"{name}{note}, {dtype}", partial(accuracy, name, dtype, shape, form))
+    for name in names
+    for form, note in forms(name, dtype)
+  ]
 
 
 def time_tasks(names: Sequence[str], shape: Shape) -> list[Task]:
@@ -121,20 +147,21 @@ def time_tasks(names: Sequence[str], shape: Shape) -> list[Task]:
   size = " x ".join(map(str, (shape.batch, shape.length, shape.heads, shape.key_dim)))
   for name in names:
     for direction in ("forward", "both"):
-      found.append(Task("time", f"{name}, {direction}, {size}", partial(time_xla, name, direction, shape)))
+      for form, note in forms(name):
+        found.append(Task("time", f"{name}{note}, {direction}, {size}", partial(time_form, name, direction, shape, form)))
       if name in _FLA:
         found.append(Task("fla", f"{name}, {direction}, {size}", partial(time_fla, name, direction, shape)))
   return found
 
 
-def accuracy(name: str, dtype: str, shape: Shape = _ACCURACY) -> Iterator[dict[str, Any]]:
-  """Relative RMS errors of the XLA form in each case: of the output, of the final state, and the worst of all gradients."""
+def accuracy(name: str, dtype: str, shape: Shape = _ACCURACY, form: str = "xla") -> Iterator[dict[str, Any]]:
+  """Relative RMS errors of a form in each case: of the output, of the final state, and the worst of all gradients."""
   like = jax.eval_shape(lambda: make_inputs(name, shape, dtype=jnp.dtype(dtype)))
   state = _initial_state(name, like)
   for case in cases(name):
     inputs, segment_ids = case_inputs(name, case, shape)
     inputs = [jnp.asarray(x, a.dtype) for x, a in zip(inputs, like, strict=True)]
-    ours = jax.device_get(_pass(name, "xla")(inputs, state, segment_ids))
+    ours = jax.device_get(_pass(name, form)(inputs, state, segment_ids))
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
       wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (inputs, state))
       exact = jax.device_get(_pass(name, "recurrent")(*wide, segment_ids))
@@ -183,26 +210,18 @@ def _rms(x: np.ndarray) -> float:
   return float(np.sqrt(np.mean(np.square(x))))
 
 
-def time_xla(name: str, direction: str, shape: Shape) -> Iterator[dict[str, float]]:
-  """The time of the XLA form in bfloat16, per token-head, and its share of the roofline."""
-  inputs = _timed_inputs(name, direction, shape)
+def time_form(name: str, direction: str, shape: Shape, form: str = "xla") -> Iterator[dict[str, float]]:
+  """The time of a form in bfloat16, per token-head, and its share of the roofline."""
+  inputs = timed_inputs(name, direction, shape)
   start = time.perf_counter()
-  compiled = jax.jit(function(name, direction, "xla")).lower(*inputs).compile()
+  compiled = jax.jit(function(name, direction, form)).lower(*inputs).compile()
   compile_seconds = time.perf_counter() - start
   seconds = seconds_in_flight(lambda: compiled(*inputs))
   yield _per_token_head(name, direction, shape, seconds) | {"compile": compile_seconds}
 
 
-def _timed_inputs(name: str, direction: str, shape: Shape) -> tuple[jax.Array, ...]:
-  inputs = jax.jit(lambda: make_inputs(name, shape, dtype=jnp.bfloat16))()
-  if direction == "forward":
-    return inputs
-  output, _ = jax.eval_shape(find(name), *inputs)
-  return jax.random.normal(jax.random.key(1), output.shape, output.dtype), *inputs
-
-
 def _per_token_head(name: str, direction: str, shape: Shape, seconds: float) -> dict[str, float]:
-  arguments = jax.eval_shape(lambda: _timed_inputs(name, direction, shape))
+  arguments = jax.eval_shape(lambda: timed_inputs(name, direction, shape))
   numbers = {"ns": 1e9 * seconds / shape.token_heads}
   if rates := device_rates():
     numbers["roofline"] = least_work(name, direction, *arguments).seconds(*rates) / seconds
@@ -226,7 +245,7 @@ def time_fla(name: str, direction: str, shape: Shape) -> Iterator[dict[str, floa
   """
   module, attribute, names = _FLA[name]
   run, torch = getattr(import_module(module), attribute), import_module("torch")
-  inputs = _timed_inputs(name, "both", shape)
+  inputs = timed_inputs(name, "both", shape)
   cotangent, *leaves = (torch.from_dlpack(x).clone() for x in inputs)
   keywords = dict(zip(names, leaves, strict=True))
 

@@ -126,9 +126,9 @@ class Module:
     """The sum of the compiler's estimates. It gives none for asynchronous copies and for custom calls."""
     return self._cycles(self.entry)
 
-  def executions(self) -> Iterator[Execution]:
-    """Every executed instruction, also those inside fusions."""
-    return self._walk(self.entry, 1, fused=True)
+  def executions(self, *, fused: bool = True) -> Iterator[Execution]:
+    """Every executed instruction, if `fused` also those inside fusions."""
+    return self._walk(self.entry, 1, fused=fused)
 
   def trip_counts(self) -> list[int | None]:
     """How often each executed loop runs its body; `None` if unknown, and the body counts once."""
@@ -144,7 +144,7 @@ class Module:
     for execution in self.executions():
       instruction, kind = execution.instruction, execution.instruction.opcode.removesuffix("-start")
       if kind in _COLLECTIVES:
-        size = max(_received(instruction), sum(_bytes(operand.type) for operand in self._operands(execution)))
+        size = max(_received(instruction), sum(bytes_of(operand.type) for operand in self.operands(execution)))
         one = Collective(kind, execution.times, size, instruction.op_name, self._files(instruction))
         if "chain_id=" not in instruction.attributes:
           found.append(one)
@@ -158,7 +158,7 @@ class Module:
     found = []
     for execution in self._executed_products():
       instruction = execution.instruction
-      left, right = (operand.dtype for operand in self._operands(execution))
+      left, right = (operand.dtype for operand in self.operands(execution))
       stated = _search(r"operand_precision=\{(\w+)", instruction.attributes) or "default"
       passes = _PASSES[stated] if "f32" in (left, right) else 1
       found.append(Product(left, right, passes, execution.times, instruction.op_name, self._files(instruction)))
@@ -166,7 +166,7 @@ class Module:
 
   def flops(self) -> int:
     """FLOPs of the executed matrix products; a multiply-add counts as two."""
-    return sum(each.times * _flops(each.instruction, *self._operands(each)) for each in self._executed_products())
+    return sum(each.times * _flops(each.instruction, *self.operands(each)) for each in self._executed_products())
 
   def custom_calls(self) -> Counter[str]:
     """The number of executed custom calls of each target: kernels and library routines."""
@@ -213,9 +213,10 @@ class Module:
   def _files(self, instruction: Instruction) -> tuple[str, ...]:
     return self.files.get(_search(r"stack_frame_id=(\d+)", instruction.attributes), ())
 
-  def _operands(self, execution: Execution) -> list[Instruction]:
+  def operands(self, execution: Execution) -> list[Instruction]:
+    """The instructions that it reads; none for parameters and constants."""
     here = self._by_name[execution.computation]
-    return [here[name] for name in execution.instruction.operands]
+    return [here[name] for name in execution.instruction.operands if name in here]
 
   @cached_property
   def _by_name(self) -> dict[str, dict[str, Instruction]]:
@@ -319,9 +320,9 @@ def _shape(instruction: Instruction) -> list[int]:
 def _received(instruction: Instruction) -> int:
   """Bytes of a collective's result. Some asynchronous ones return (operands, results, ...) where they start."""
   if instruction.opcode not in ("all-gather-start", "collective-permute-start"):
-    return _bytes(instruction.type)
+    return bytes_of(instruction.type)
   _, others = _first(instruction.type[1:-1])
-  return _bytes(_first(others)[0])
+  return bytes_of(_first(others)[0])
 
 
 def _first(types: str) -> tuple[str, str]:
@@ -330,7 +331,7 @@ def _first(types: str) -> tuple[str, str]:
   return types[:cut], types[cut:].removeprefix(", ")
 
 
-def _bytes(shapes: str) -> int:
+def bytes_of(shapes: str) -> int:
   """Bytes of all arrays in a type."""
   sizes = (_bits(dtype) * math.prod(map(int, filter(None, axes.split(",")))) for dtype, axes in _ARRAY.findall(shapes))
   return sum(sizes) // 8

@@ -206,6 +206,15 @@ def flat(call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> tu
   return run, [jax.ShapeDtypeStruct(joined(x), x.dtype) for x in inputs]
 
 
+def timed_inputs(name: str, direction: str, shape: Shape) -> tuple[jax.Array, ...]:
+  """The arguments of `function(name, direction)`, "forward" or "both", in bfloat16."""
+  inputs = jax.jit(lambda: make_inputs(name, shape, dtype=jnp.bfloat16))()
+  if direction == "forward":
+    return inputs
+  output, _ = jax.eval_shape(find(name), *inputs)
+  return jax.random.normal(jax.random.key(1), output.shape, output.dtype), *inputs
+
+
 def function(name: str, direction: str, implementation: str = "auto") -> Callable[..., Any]:
   """The function that is measured.
 

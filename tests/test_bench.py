@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from memzoo.layers.tolerances import tolerance
 from memzoo.pallas_kernels import bench as module
+from memzoo.pallas_kernels import gpu_bench as gpu_bench_module
 from memzoo.pallas_kernels.bench import bench
 from memzoo.pallas_kernels.gpu_bench import Results, Task, gpu_bench
 from memzoo.pallas_kernels.measure import matmul_rate, peak_bytes, seconds_in_flight, seconds_per_call, whose_peak
@@ -143,6 +144,20 @@ def test_the_gpu_bench_runs_to_its_end_on_a_cpu(tmp_path):
   assert all(row["ns"] > 0 for row in by_kind["time"])
   assert by_kind["step"][0]["tokens/s"] > 0
   assert all("No module named" in row["error"] for row in by_kind["fla"]) or find_spec("fla")
+
+
+def test_on_a_hopper_gpu_kernels_are_measured_beside_xla(monkeypatch):
+  """Names are those of operations; anything else would be an error only there."""
+  monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H200")])
+  assert set(gpu_bench_module._WITH_KERNELS) <= set(ON_ACCELERATORS)
+  tasks = [*gpu_bench_module.accuracy_tasks(["delta_rule", "short_conv"], "bfloat16")]
+  tasks += gpu_bench_module.accuracy_tasks(["delta_rule"], "float32")
+  tasks += gpu_bench_module.time_tasks(["delta_rule"], gpu_bench_module.SHAPES[0])
+  assert [task.what for task in tasks if "kernels" in task.what] == [
+    "delta_rule (kernels), bfloat16",
+    "delta_rule (kernels), forward, 4 x 2048 x 16 x 128",
+    "delta_rule (kernels), both, 4 x 2048 x 16 x 128",
+  ]
 
 
 def test_results_survive_errors_and_the_end_of_time(tmp_path):
