@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from .partition import is_split_by_xla, varying_alike
@@ -204,8 +204,15 @@ def by_platform(forms: Forms, *args: Any) -> Any:
     found, results = jax.tree.flatten(form(*jax.tree.unflatten(structure, leaves)))
     return found
 
-  found = _form_p.bind(*leaves, choice=_ByPlatform(forms.map(lambda form: partial(flat, form))))
+  found = _bind(leaves, forms.map(lambda form: partial(flat, form)))
   return jax.tree.unflatten(results, found)
+
+
+def form_for(equation: JaxprEqn, platform: str) -> ClosedJaxpr | None:
+  """What a program for a platform runs at an equation that comes from `by_platform`; `None` of any other equation."""
+  if equation.primitive is not _form_p:
+    return None
+  return equation.params["choice"].traced(platform, [x.aval for x in equation.invars])
 
 
 class _ByPlatform:
@@ -224,31 +231,37 @@ class _ByPlatform:
         self._traced[key] = jax.make_jaxpr(form)(*types)
     return self._traced[key]
 
+  def __repr__(self) -> str:
+    """The same for all, so that equal programs are printed alike."""
+    return type(self).__name__
 
-def _types_and_effects(*types: Any, choice: _ByPlatform) -> tuple[Any, Any]:
-  traced = choice.traced("cpu", types)
-  return traced.out_avals, traced.effects
+
+def _bind(leaves: Sequence[Any], forms: Forms) -> list[jax.Array]:
+  """The CPU's form is part of the equation, for who reads programs."""
+  choice = _ByPlatform(forms)
+  return _form_p.bind(*leaves, cpu=choice.traced("cpu", [jax.typeof(x) for x in leaves]), choice=choice)
 
 
-def _run_form(*leaves: Any, choice: _ByPlatform) -> list[jax.Array]:
+def _run_form(*leaves: Any, choice: _ByPlatform, **_: Any) -> list[jax.Array]:
   """A call that is not compiled: the form for the device of the arrays."""
   place = next((x for x in leaves if isinstance(x, jax.Array)), None)
   platform = jax.default_backend() if place is None else next(iter(place.devices())).platform
   return choice.forms.of("cuda" if platform == "gpu" else platform)(*leaves)
 
 
-def _lower_form(platform: str, context: Any, *values: Any, choice: _ByPlatform) -> Any:
+def _lower_form(platform: str, context: Any, *values: Any, choice: _ByPlatform, **_: Any) -> Any:
   function = jaxpr_as_fun(choice.traced(platform, context.avals_in))
   return mlir.lower_fun(function, multiple_results=True)(context, *values)
 
 
-def _map_form(leaves: Sequence[Any], axes: Sequence[int | None], *, choice: _ByPlatform) -> tuple[list[jax.Array], list[int]]:
-  mapped = choice.forms.map(lambda form: jax.vmap(form, in_axes=tuple(axes)))
-  results = _form_p.bind(*leaves, choice=_ByPlatform(mapped))
+def _map_form(
+  leaves: Sequence[Any], axes: Sequence[int | None], *, choice: _ByPlatform, **_: Any
+) -> tuple[list[jax.Array], list[int]]:
+  results = _bind(leaves, choice.forms.map(lambda form: jax.vmap(form, in_axes=tuple(axes))))
   return results, [0] * len(results)
 
 
-def _differentiate_form(leaves: Sequence[Any], tangents: Sequence[Any], *, choice: _ByPlatform) -> Any:
+def _differentiate_form(leaves: Sequence[Any], tangents: Sequence[Any], *, choice: _ByPlatform, **_: Any) -> Any:
   """For operations that JAX differentiates, and for derivatives of gradients. All forms are traced."""
   apart = {platform: choice.forms.of(platform) for platform in _PLATFORMS}
   tangents = tuple(ad.instantiate_zeros(t) for t in tangents)
@@ -259,7 +272,7 @@ def _differentiate_form(leaves: Sequence[Any], tangents: Sequence[Any], *, choic
 _form_p = Primitive("form_for_platform")
 _form_p.multiple_results = True
 _form_p.def_impl(_run_form)
-_form_p.def_effectful_abstract_eval(_types_and_effects)
+_form_p.def_effectful_abstract_eval(lambda *types, cpu, choice: (cpu.out_avals, cpu.effects))
 mlir.register_lowering(_form_p, partial(_lower_form, ""))
 for _platform in _PLATFORMS:
   mlir.register_lowering(_form_p, partial(_lower_form, _platform), platform=_platform)

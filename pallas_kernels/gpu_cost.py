@@ -47,7 +47,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 _FLAGS = "--xla_gpu_autotune_level=0"  # which would run kernels
 # Instructions that launch nothing.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
-_SLICES = "dynamic-slice", "slice"
+_SLICES, _UPDATE = ("dynamic-slice", "slice"), "dynamic-update-slice"
 
 
 class Launch(NamedTuple):
@@ -87,7 +87,7 @@ def measure(function: Callable[..., Any], *arguments: Any) -> Cost:
   Raises:
     ImportError: if JAX's plugin for CUDA is not installed.
   """
-  if not find_spec("jax_plugins.xla_cuda12"):
+  if not find_spec("jax_cuda12_plugin"):
     raise ImportError("the compiler for GPUs is not installed; expected jax-cuda12-plugin and jax-cuda12-pjrt.")
   (device,) = topologies.get_topology_desc("H100", "cuda", topology="1x1x1", target_config=_TARGET).devices
   place = SingleDeviceSharding(device)
@@ -106,7 +106,7 @@ def launches(module: Module) -> list[Launch]:
     operands = module.operands(each)
     if instruction.opcode.removesuffix("-start") == "fusion":
       size = _of_fusion(module.computations[instruction.called("calls")[0]])
-    elif instruction.opcode == "dynamic-update-slice":
+    elif instruction.opcode == _UPDATE:
       size = 2 * bytes_of(operands[1].type)
     elif instruction.opcode in _SLICES:
       size = 2 * bytes_of(instruction.type)
@@ -133,14 +133,14 @@ def _of_fusion(body: Sequence[Instruction]) -> int:
 
   def read(parameter):
     given = list(uses(parameter))
-    if given and all(user.opcode in _SLICES for user, _ in given):
-      return sum(bytes_of(user.type) for user, _ in given)
-    updated = all(user.opcode == "dynamic-update-slice" and _source(by_name, first) is parameter for user, first in given)
-    return 0 if given and updated else bytes_of(parameter.type)
+    of_parts = all(user.opcode in (*_SLICES, _UPDATE) and _source(by_name, first) is parameter for user, first in given)
+    if not given or not of_parts:
+      return bytes_of(parameter.type)
+    return sum(bytes_of(user.type) for user, _ in given if user.opcode in _SLICES)
 
   def written(result):
     result = _source(by_name, result)
-    return bytes_of(by_name[result.operands[1]].type if result.opcode == "dynamic-update-slice" else result.type)
+    return bytes_of(by_name[result.operands[1]].type if result.opcode == _UPDATE else result.type)
 
   root = body[-1]
   results = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]

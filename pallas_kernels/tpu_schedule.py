@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from .dispatch import form_for
+
 
 class Schedule(NamedTuple):
   """The schedule of one kernel.
@@ -79,10 +81,12 @@ def grids(jaxpr: Any) -> Iterator[tuple[str, Grid]]:
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-  """All equations of a program, but for those inside of kernels."""
+  """All equations of a program for a TPU, but for those inside of kernels."""
   for equation in jaxpr.eqns:
     yield equation
-    if equation.primitive.name != "pallas_call":
+    if form := form_for(equation, "tpu"):
+      yield from _equations(form.jaxpr)
+    elif equation.primitive.name != "pallas_call":
       for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
         if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
           yield from _equations(getattr(inner, "jaxpr", inner))
