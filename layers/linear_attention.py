@@ -22,6 +22,7 @@ from ..pallas_kernels.states import exportable
 from .memory_layer import count_key_heads, silence_padding
 from .norms import l2_normalise
 from .projected_memory import ProjectedMemory
+from .projections import for_tokens
 
 FEATURES = {"silu": nn.silu, "elu": lambda x: nn.elu(x) + 1}
 
@@ -125,7 +126,7 @@ class LinearAttention(ProjectedMemory, kw_only=True):
       initial_state=state.memory,
       segment_ids=segment_ids,
       chunk_size=self.chunk_size,
-      implementation=self.implementation,
+      implementation=for_tokens(self.implementation, x),
       precision=self.precision,
     )
     y = self.read_out(x, out)

@@ -26,7 +26,7 @@ from .linear_attention import MatrixState
 from .memory_layer import MemoryLayer, silence_padding
 from .norms import RMSNorm, beside
 from .projected_memory import Stream
-from .projections import ShortConv, dense, gate_types, initial_log_rate, initial_step_bias
+from .projections import ShortConv, dense, for_tokens, gate_types, initial_log_rate, initial_step_bias
 
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-F^{-1/2}, F^{-1/2}) for F inputs
 
@@ -70,9 +70,9 @@ class _StateSpace(MemoryLayer, kw_only=True):
     return ShortConv(self.conv_width, self.param_dtype, nn.silu, self.implementation, bias=True, name=name)
 
   @nn.nowrap
-  def operation(self, state: Any, segment_ids: jax.Array | None) -> dict[str, Any]:
-    """Options of the operation."""
-    options = {"chunk_size": self.chunk_size, "implementation": self.implementation}
+  def operation(self, x: jax.Array, state: Any, segment_ids: jax.Array | None) -> dict[str, Any]:
+    """Options of the operation for the tokens of x [B, T, D]."""
+    options = {"chunk_size": self.chunk_size, "implementation": for_tokens(self.implementation, x)}
     return options | {"initial_state": state.memory, "segment_ids": segment_ids}
 
 
@@ -89,8 +89,8 @@ class Mamba(_StateSpace, kw_only=True):
     conv_width: number of tokens that the short convolution covers.
     chunk_size: option of the operation, which affects speed only; see `memzoo.pallas_kernels.selective_scan`.
     precision: of the steps: `None`, or "highest" to multiply bfloat16 activations as float32.
-    implementation: of the operation and of the convolution: "auto", "xla" or "recurrent" (the oracle: slow, but with
-      derivatives of every mode and order).
+    implementation: of the operation and of the convolution: "auto", "pallas" (kernels, which the convolution and a call of one
+      token do not have), "xla" or "recurrent" (the oracle: slow, but with derivatives of every mode and order).
   """
 
   channels: int
@@ -121,7 +121,7 @@ class Mamba(_StateSpace, kw_only=True):
     shape = self.state_dim, self.channels
     a_log = self.param("A_log", named(_log_of_counts, None, "heads", decays=False), shape, self.param_dtype)
     a = -jnp.exp(a_log.astype(accumulator(x)))
-    out, memory = selective_scan(x, self._step(low), a, b, c, **self.operation(state, segment_ids))
+    out, memory = selective_scan(x, self._step(low), a, b, c, **self.operation(x, state, segment_ids))
     skip = self.param("D", named(nn.initializers.ones, "heads"), (self.channels,), self.param_dtype)
     y = self.project("output", u.shape[-1], ("heads", "embed"))((out + _scaled(x, skip)) * gate)
     return silence_padding(y, segment_ids), ScanState(memory, tail)
@@ -148,8 +148,8 @@ class Mamba2(_StateSpace, kw_only=True):
     conv_width: number of tokens that the short convolutions cover.
     chunk_size: option of the operation, which affects speed only; see `memzoo.pallas_kernels.delta_rule`.
     precision: of the operation and the steps: `None`, or "highest" to multiply bfloat16 activations as float32.
-    implementation: of the operation and of the convolutions: "auto", "xla" or "recurrent" (the oracle: slow, but with
-      derivatives of every mode and order).
+    implementation: of the operation and of the convolutions: "auto", "pallas" (kernels, which the convolutions and a call of
+      one token do not have), "xla" or "recurrent" (the oracle: slow, but with derivatives of every mode and order).
   """
 
   num_heads: int
@@ -189,7 +189,7 @@ class Mamba2(_StateSpace, kw_only=True):
     x, input_tail = self._stream("input", own)(u, state.value_tail, segment_ids)
     step, log_decay = self._step(u)
     written = (step[..., None] * x.astype(step.dtype)).astype(x.dtype)
-    options = self.operation(state, segment_ids) | {"precision": self.precision, "scale": 1.0}
+    options = self.operation(x, state, segment_ids) | {"precision": self.precision, "scale": 1.0}
     out, memory = linear_attention(c, b, written, log_decay, **options)
     skip = self.param("D", named(nn.initializers.ones, "heads"), (self.num_heads,), self.param_dtype)
     out = (out + _scaled(x, skip[:, None])).reshape(gate.shape)

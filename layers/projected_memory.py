@@ -30,8 +30,9 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
     gate_rank: rank of W_g; `None` for full rank.
     gate_bias: whether W_g x has a bias; `None` for one where the rank is low.
     norm_epsilon: epsilon of the output norm over each head's channels.
-    implementation: of the memory's operation and of the convolutions: "auto", "xla" or "recurrent" (the oracle: slow, but with
-      derivatives of every mode and order).
+    implementation: of the memory's operation and of the convolutions: "auto", "pallas" (kernels, where the operation has some;
+      the convolutions and a call of one token have none), "xla" or "recurrent" (the oracle: slow, but with derivatives of every
+      mode and order).
   """
 
   num_heads: int

@@ -119,13 +119,23 @@ class LowRank(nn.Module):
     return dense(self.features, (None, self.axis), bias=self.bias, name="up", **types)(x)
 
 
+def without_kernels(implementation: str) -> str:
+  """An `implementation` for what has no kernels, where "pallas" is asked for."""
+  return "auto" if implementation == "pallas" else implementation
+
+
+def for_tokens(implementation: str, x: jax.Array) -> str:
+  """An `implementation` for x [B, T, ...]: a call of one token has no kernels."""
+  return without_kernels(implementation) if x.shape[1] == 1 else implementation
+
+
 class ShortConv(nn.Module):
   """A causal depthwise convolution (`memzoo.pallas_kernels.short_conv`) followed by an activation.
 
   Attributes:
     width: number of tokens that each output depends on, the current one included.
     activation: function applied to the output.
-    implementation: of the operation.
+    implementation: of the operation; "pallas" is "auto", because it has no kernels.
     bias: whether a bias is added before the activation.
   """
 
@@ -139,7 +149,7 @@ class ShortConv(nn.Module):
   def __call__(self, x: jax.Array, tail: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Maps x [B, T, D] and the inputs before it, `tail` [B, width - 1, D], to the output and the next tail."""
     weight = conv_weight(self, self.width, x.shape[-1])
-    options = {"segment_ids": segment_ids, "implementation": self.implementation}
+    options = {"segment_ids": segment_ids, "implementation": without_kernels(self.implementation)}
     y, tail = short_conv(x, weight, initial_state=tail, **options)
     if self.bias:
       bound = self.width**-0.5

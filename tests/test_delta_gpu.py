@@ -19,6 +19,7 @@ import pytest
 from delta_variants import Variant, cotangents, values_and_gradients
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not exported
 from machine import flags_for_one_device
+from memzoo.layers import GatedDeltaNet
 from memzoo.pallas_kernels import delta_rule as ops
 from memzoo.pallas_kernels.delta_rule import gpu
 from test_delta_accuracy import CASES, ERASE, GATED, KIMI, PRODUCT, SEGMENTS, inputs
@@ -54,6 +55,17 @@ def test_every_face_is_lowered_for_cuda(variant):
   """Two kernels walk through the chunks, one prepares them, where decays are per channel only if there are inverses."""
   text = lowered(variant, key_dim=64, value_dim=128)
   assert text.count("@mosaic_gpu_v2") == (2 if variant is CHANNELS else 3)
+
+
+def test_a_layer_that_asks_for_kernels_has_them_but_for_its_convolutions_and_single_tokens():
+  layer = GatedDeltaNet(num_heads=2, key_dim=64, value_dim=64, dtype=jnp.bfloat16, implementation="pallas")
+
+  def kernels(tokens):
+    x = jax.ShapeDtypeStruct((1, tokens, 32), jnp.bfloat16)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    return jax.jit(layer.apply).trace(params, x).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2")
+
+  assert [kernels(tokens) for tokens in (64, 1)] == [2, 0]
 
 
 def test_what_no_kernel_computes_is_refused_when_it_is_lowered_for_a_gpu():
