@@ -57,7 +57,8 @@ def _split(x: jax.Array) -> jax.Array:
 def _forward(plan, docs, operands, log_decay, initial_state, keep, interpret):
   """For decays that are one number per token: the kernels read queries, keys and values where they are."""
   from .gpu_prepare import scores_and_inverse
-  from .gpu_walk import Parts, Rows, Size, forward, gates, whole_tiles
+  from .gpu_sources import Parts, Rows, Size
+  from .gpu_walk import forward, gates, whole_tiles
 
   (batch, length), (heads, key_dim, width) = operands[0].shape[:2], initial_state.shape[1:]
   plan, blocks, (docs, (operands, log_decay)) = chunked.in_blocks(plan, (docs, (operands, log_decay)))

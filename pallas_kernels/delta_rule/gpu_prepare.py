@@ -13,9 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..compat import varying_shape
 from .gpu_inverse import inverse_of
+from .gpu_sources import Place, Rows, Size
 from .gpu_tiles import BY_LANES, COLUMNS, by_column, by_row, operand, product, put, transposed
 from .gpu_tiles import rows as rows_times
-from .gpu_walk import Place, Rows, Size
 
 # Vectors of a chunk: cumulative log-decays and documents, of tokens and of rows; strengths of rows.
 _DECAY, _DOCUMENT, _ROW_DECAY, _ROW_DOCUMENT, _STRENGTH = range(5)
