@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive, jaxpr_as_fun, jaxprs_in_params, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
 from .partition import is_split_by_xla, varying_alike
@@ -263,10 +263,57 @@ def _map_form(
 
 def _differentiate_form(leaves: Sequence[Any], tangents: Sequence[Any], *, choice: _ByPlatform, **_: Any) -> Any:
   """For operations that JAX differentiates, and for derivatives of gradients. All forms are traced."""
-  apart = {platform: choice.forms.of(platform) for platform in _PLATFORMS}
+  types = [jax.typeof(x) for x in leaves]
+
+  def differentiable(platform):
+    traced = choice.traced(platform, types)
+    if not _has_kernels(traced.jaxpr):
+      return choice.forms.of(platform)
+    return partial(_refusal_p.bind, types=tuple(traced.out_avals))
+
   tangents = tuple(ad.instantiate_zeros(t) for t in tangents)
+  apart = {platform: differentiable(platform) for platform in _PLATFORMS}
   together = partial(jax.lax.platform_dependent, **apart, default=choice.forms.others)
   return jax.jvp(together, tuple(leaves), tangents)
+
+
+def _has_kernels(jaxpr: Jaxpr) -> bool:
+  names = "pallas_call", "core_map", "mpmd_map"
+  return any(e.primitive.name in names or any(map(_has_kernels, jaxprs_in_params(e.params))) for e in jaxpr.eqns)
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+  raise TypeError(
+    "kernels have a hand-written gradient, and no derivatives of it; expected implementation='xla' or 'recurrent', an argument "
+    "of the operation and a field of the layers."
+  )
+
+
+def _refuse_tangents(arrays: Sequence[Any], tangents: Sequence[Any], *, types: tuple[Any, ...]) -> Any:
+  given = [t for t in tangents if not isinstance(t, ad.Zero)]
+  return _refusal_p.bind(*arrays, types=types), _refusal_p.bind(*given, types=types)
+
+
+def _refuse_cotangents(cotangents: Sequence[Any], *arrays: Any, types: tuple[Any, ...]) -> Any:
+  del types
+  given = [ad.instantiate_zeros(d) for d in cotangents]
+  return _refusal_p.bind(*given, types=tuple(x.aval for x in arrays))
+
+
+def _map_refusal(arrays: Sequence[Any], axes: Sequence[int | None], *, types: tuple[Any, ...]) -> tuple[Any, list[int]]:
+  size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+  mapped = tuple(unmapped_aval(size, 0, each) for each in types)
+  return _refusal_p.bind(*arrays, types=mapped), [0] * len(types)
+
+
+# Stands for kernels where they would have to be differentiated: programs that would run it are refused.
+_refusal_p = Primitive("kernels_without_derivatives")
+_refusal_p.multiple_results = True
+_refusal_p.def_abstract_eval(lambda *_, types: list(types))
+mlir.register_lowering(_refusal_p, _refuse)
+ad.primitive_jvps[_refusal_p] = _refuse_tangents
+ad.primitive_transposes[_refusal_p] = _refuse_cotangents
+batching.primitive_batchers[_refusal_p] = _map_refusal
 
 
 _form_p = Primitive("form_for_platform")

@@ -3,8 +3,8 @@
     python -m memzoo.pallas_kernels.gpu_bench --minutes 8 --out gpu.json
 
 First the errors against the oracle, which runs in float64 on the CPU; then the times of the XLA forms, on a Hopper GPU of the
-kernels, and, where torch and flash-linear-attention are installed, of theirs. Every result is printed at once, and the file is
-written again after each.
+kernels, and of other packages where they are installed: flash-linear-attention (with torch) and jax-linear-attention. Every
+result is printed at once, and the file is written again after each.
 """
 
 import argparse
@@ -149,8 +149,9 @@ def time_tasks(names: Sequence[str], shape: Shape) -> list[Task]:
     for direction in ("forward", "both"):
       for form, note in forms(name):
         found.append(Task("time", f"{name}{note}, {direction}, {size}", partial(time_form, name, direction, shape, form)))
-      if name in _FLA:
-        found.append(Task("fla", f"{name}, {direction}, {size}", partial(time_fla, name, direction, shape)))
+      for kind, others, time_other in (("fla", _FLA, time_fla), ("jla", _JLA, time_jla)):
+        if name in others:
+          found.append(Task(kind, f"{name}, {direction}, {size}", partial(time_other, name, direction, shape)))
   return found
 
 
@@ -212,12 +213,17 @@ def _rms(x: np.ndarray) -> float:
 
 def time_form(name: str, direction: str, shape: Shape, form: str = "xla") -> Iterator[dict[str, float]]:
   """The time of a form in bfloat16, per token-head, and its share of the roofline."""
+  yield _timed(name, direction, shape, function(name, direction, form))
+
+
+def _timed(name: str, direction: str, shape: Shape, call: Callable[..., Any]) -> dict[str, float]:
+  """The time of `call` in place of `function(name, direction)`."""
   inputs = timed_inputs(name, direction, shape)
   start = time.perf_counter()
-  compiled = jax.jit(function(name, direction, form)).lower(*inputs).compile()
+  compiled = jax.jit(call).lower(*inputs).compile()
   compile_seconds = time.perf_counter() - start
   seconds = seconds_in_flight(lambda: compiled(*inputs))
-  yield _per_token_head(name, direction, shape, seconds) | {"compile": compile_seconds}
+  return _per_token_head(name, direction, shape, seconds) | {"compile": compile_seconds}
 
 
 def _per_token_head(name: str, direction: str, shape: Shape, seconds: float) -> dict[str, float]:
@@ -263,6 +269,36 @@ def time_fla(name: str, direction: str, shape: Shape) -> Iterator[dict[str, floa
       leaf.requires_grad_()
   seconds = _cuda_seconds(torch, forward if direction == "forward" else both)
   yield _per_token_head(name, direction, shape, seconds) | {"difference": difference}
+
+
+# The same operations in jax-linear-attention: its kind, and its names for our inputs.
+_JLA = {
+  "linear_attention": ("simple_gla", ("q", "k", "v", "g")),
+  "delta_rule": ("deltanet", ("q", "k", "v", "beta")),
+  "gated_delta_rule": ("gated_deltanet", ("q", "k", "v", "beta", "g")),
+  "kimi_delta_rule": ("kda", ("q", "k", "v", "beta", "g")),
+}
+
+
+def time_jla(name: str, direction: str, shape: Shape) -> Iterator[dict[str, float]]:
+  """The time of jax-linear-attention's operation on the same inputs, and its output's difference from ours.
+
+  Raises:
+    ImportError: if it is not installed.
+  """
+  kind, names = _JLA[name]
+  run = import_module("jla.ops").linear_attention
+
+  def forward(*inputs):
+    return run(kind, **dict(zip(names, inputs, strict=True)))[0]
+
+  def both(cotangent, *inputs):
+    y, pull = jax.vjp(forward, *inputs)
+    return y, pull(cotangent)
+
+  inputs = timed_inputs(name, "forward", shape)
+  difference = _worst_error(jax.jit(forward)(*inputs), jax.jit(function(name, "forward", "xla"))(*inputs)[0])
+  yield _timed(name, direction, shape, forward if direction == "forward" else both) | {"difference": difference}
 
 
 def _cuda_seconds(torch: Any, call: Callable[[], Any], calls: int = 20) -> float:

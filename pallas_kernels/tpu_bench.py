@@ -140,23 +140,15 @@ def _inputs(name: str, shape: Shape, dtype: str) -> tuple[jax.ShapeDtypeStruct, 
 
 def _grids(name: str, shape: Shape, direction: str, dtype: str) -> dict[str, Grid]:
   """The kernels of the program for a TPU, and their grids."""
-  try:
-    program = jax.make_jaxpr(function(name, direction, _asked(KERNELS, dtype)))(*_inputs(name, shape, dtype))
-  except ValueError:  # there are none that can be requested
-    return {}
+  program = jax.make_jaxpr(function(name, direction, KERNELS))(*_inputs(name, shape, dtype))
   return dict(tpu_schedule.grids(program.jaxpr))
-
-
-def _asked(implementation: str, dtype: str) -> str:
-  """The argument of the operation. Kernels for float32 activations have to be requested."""
-  return "pallas" if implementation == KERNELS and dtype != "bfloat16" else implementation
 
 
 def _compile(
   name: str, direction: str, chip: str, shape: Shape, dtype: str, implementation: str = XLA
 ) -> dict[str, Any]:
   """What the compiler says of a program, by the names of `Estimate`; and cycles, without those of kernels."""
-  call, inputs = function(name, direction, _asked(implementation, dtype)), _inputs(name, shape, dtype)
+  call, inputs = function(name, direction, implementation), _inputs(name, shape, dtype)
   if implementation != XLA:
     call, inputs = flat(call, inputs)
   cost = measure(call, *inputs, chip=chip)

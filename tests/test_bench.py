@@ -133,9 +133,10 @@ def test_the_gpu_bench_runs_to_its_end_on_a_cpu(tmp_path):
   gpu_bench(Results(path, 60, lines.append), names, tiny=True, steps=step_tasks(CONFIGS[:1], tiny=True))
   rows = json.loads(path.read_text())["rows"]
   assert len(rows) == len(lines)
-  assert [row for row in rows if "error" in row and row["kind"] != "fla"] == []
-  by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("accuracy", "time", "fla", "step")}
-  assert {kind: len(found) for kind, found in by_kind.items()} == {"accuracy": 2 * (7 + 2), "time": 4, "fla": 2, "step": 1}
+  by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("accuracy", "time", "fla", "jla", "step")}
+  counts = {"accuracy": 2 * (7 + 2), "time": 4, "fla": 2, "jla": 2, "step": 1}
+  assert {kind: len(found) for kind, found in by_kind.items()} == counts
+  assert [row for row in rows if "error" in row and row["kind"] not in ("fla", "jla")] == []
   for row in by_kind["accuracy"]:
     dtype = row["what"].rpartition(" ")[2]
     assert max(row["output"], row["state"]) < tolerance(dtype), row
@@ -143,7 +144,8 @@ def test_the_gpu_bench_runs_to_its_end_on_a_cpu(tmp_path):
   assert max(row["output"] for row in by_kind["accuracy"]) > 1e-4, "outputs of bfloat16 calls are rounded"
   assert all(row["ns"] > 0 for row in by_kind["time"])
   assert by_kind["step"][0]["tokens/s"] > 0
-  assert all("No module named" in row["error"] for row in by_kind["fla"]) or find_spec("fla")
+  for package in ("fla", "jla"):
+    assert all("No module named" in row["error"] for row in by_kind[package]) or find_spec(package)
 
 
 def test_on_a_hopper_gpu_kernels_are_measured_beside_xla(monkeypatch):

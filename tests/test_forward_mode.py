@@ -127,6 +127,21 @@ def fast(x):
   return conv(x, implementation="auto")[0]
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_gradient_is_differentiated_where_the_program_has_no_kernels(dtype):
+  """As `memzoo.zoo.inspect` does. A program for a TPU has kernels for the gradient, which JAX cannot differentiate."""
+  q, beta = jnp.full((1, 64, 1, 8), 0.3, dtype), jnp.full((1, 64, 1), 0.5, jnp.float32)
+
+  def norm_of_gradient(v):
+    gradient = jax.grad(lambda v: jnp.sum(delta_rule.delta_rule(q, q, v, beta)[0].astype(jnp.float32) ** 2))(v)
+    return jnp.sum(gradient.astype(jnp.float32) ** 2)
+
+  traced = jax.jit(jax.grad(norm_of_gradient)).trace(q)
+  traced.lower(lowering_platforms=("cpu",))
+  with pytest.raises(TypeError, match="no derivatives of it; expected implementation='xla'"):
+    traced.lower(lowering_platforms=("tpu",))
+
+
 @pytest.mark.parametrize("operation", [_delta, _memory])
 def test_every_operation_names_the_form_that_has_forward_mode(operation):
   x = jax.ShapeDtypeStruct(X.shape, jnp.float64)
