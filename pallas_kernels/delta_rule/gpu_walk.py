@@ -2,7 +2,7 @@
 
 A block of threads takes 64 or 128 columns of the state of one head through all chunks. Its consumers, warp groups, keep 64 of
 these columns each in registers; its producer, another one, copies to shared memory what the chunks need: queries, keys, values,
-P and (I + A)^-1, which XLA has computed for all chunks at once. With the symbols of `chunked`, a chunk is
+P and (I + A)^-1, which are computed for all chunks at once, before. With the symbols of `chunked`, a chunk is
 
     U = (I + A)^-1 (s v - (s k e^G) S)      O = scale (q e^G) S + P U      S <- e^{G_C} S + (k e^{G_C - G})^T U
 
