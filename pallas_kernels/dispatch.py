@@ -216,7 +216,7 @@ def form_for(equation: JaxprEqn, platform: str) -> ClosedJaxpr | None:
 
 
 class _ByPlatform:
-  """Functions of arrays, which return lists of arrays, and what the call depends on that is known only where it is made."""
+  """The forms of a call, as functions of arrays that return lists of arrays, and the mesh and x64 mode of the call."""
 
   def __init__(self, forms: Forms):
     self.forms, self._traced = forms, {}
@@ -237,7 +237,7 @@ class _ByPlatform:
 
 
 def _bind(leaves: Sequence[Any], forms: Forms) -> list[jax.Array]:
-  """The CPU's form is part of the equation, for who reads programs."""
+  """Calls the primitive. The CPU's form is a parameter of its equation, so that code which walks through jaxprs sees it."""
   choice = _ByPlatform(forms)
   return _form_p.bind(*leaves, cpu=choice.traced("cpu", [jax.typeof(x) for x in leaves]), choice=choice)
 

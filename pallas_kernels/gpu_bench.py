@@ -24,7 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from .measure import seconds_in_flight
-from .workloads import ON_ACCELERATORS, Shape, case_inputs, cases, find, function, least_work, make_inputs, timed_inputs
+from .workloads import (
+  ON_ACCELERATORS,
+  Shape,
+  case_inputs,
+  cases,
+  find,
+  function,
+  least_work,
+  make_inputs,
+  timed_inputs,
+  with_pull_back,
+)
 
 
 class Rates(NamedTuple):
@@ -292,13 +303,10 @@ def time_jla(name: str, direction: str, shape: Shape) -> Iterator[dict[str, floa
   def forward(*inputs):
     return run(kind, **dict(zip(names, inputs, strict=True)))[0]
 
-  def both(cotangent, *inputs):
-    y, pull = jax.vjp(forward, *inputs)
-    return y, pull(cotangent)
-
+  call = forward if direction == "forward" else with_pull_back(forward)
   inputs = timed_inputs(name, "forward", shape)
   difference = _worst_error(jax.jit(forward)(*inputs), jax.jit(function(name, "forward", "xla"))(*inputs)[0])
-  yield _timed(name, direction, shape, forward if direction == "forward" else both) | {"difference": difference}
+  yield _timed(name, direction, shape, call) | {"difference": difference}
 
 
 def _cuda_seconds(torch: Any, call: Callable[[], Any], calls: int = 20) -> float:

@@ -234,11 +234,17 @@ def function(name: str, direction: str, implementation: str = "auto") -> Callabl
   def gradient(*inputs):
     return jax.grad(weighted_sum, argnums=tuple(range(len(inputs))))(*inputs)
 
+  return {"forward": run, "gradient": gradient, "both": with_pull_back(output)}[direction]
+
+
+def with_pull_back(output: Callable[..., Any]) -> Callable[..., Any]:
+  """Maps the output's cotangent and the inputs to the output and its pull-back."""
+
   def both(cotangent, *inputs):
     y, pull = jax.vjp(output, *inputs)
     return y, pull(cotangent)
 
-  return {"forward": run, "gradient": gradient, "both": both}[direction]
+  return both
 
 
 class Work(NamedTuple):

@@ -137,7 +137,7 @@ def _block_forward(
   chunks = _split(plan, Chunks(tokens, terms, _inverse(plan, tokens, terms)))
   forwards = walk if plan.walk is None else plan.walk.forward
   state, out, states, u = forwards(plan, chunks, state)
-  return state, out, Kept(states, None if plan.whole_chunks else u, chunks.inverse)
+  return state, out, Kept(states, u, chunks.inverse)
 
 
 def walk(plan: Plan, chunks: Chunks, state: jax.Array) -> tuple[jax.Array, ...]:

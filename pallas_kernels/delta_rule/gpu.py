@@ -63,12 +63,12 @@ def _forward(plan, docs, operands, log_decay, initial_state, keep, interpret):
   (batch, length), (heads, key_dim, width) = operands[0].shape[:2], initial_state.shape[1:]
   plan, blocks, (docs, (operands, log_decay)) = chunked.in_blocks(plan, (docs, (operands, log_decay)))
   if docs is not None:
-    operands = jax.tree.map(partial(zero_padding, docs.is_token), operands)
+    operands, log_decay = jax.tree.map(partial(zero_padding, docs.is_token), (operands, log_decay))
   q, updates = plan.updates(*operands)
   size = Size(blocks * plan.block, batch, heads, key_dim, width)
 
-  # Gates, arranged in chunks. Nothing else of `tokens` is used.
-  tokens = arrange_tokens(plan, docs, operands, log_decay)
+  # Gates, arranged in chunks. Nothing else of `tokens` is used, and padding is zero already.
+  tokens = arrange_tokens(plan, None, operands, log_decay)
   masks = make_masks(plan, docs, jnp.zeros((batch,), jnp.int32), len(updates))
   decay = bounded_log_decay(plan, q, tokens.log_decay)
   n = size.chunks * size.matrices

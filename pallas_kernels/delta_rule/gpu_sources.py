@@ -157,5 +157,5 @@ class Queue:
     return self._source.view(self._slots.at[slot], consumer)
 
   def done(self, step: jax.Array) -> None:
-    """A consumer does not read any more what `get` returned. What threads have loaded themselves, they must have committed."""
+    """A consumer gives the slot of a step back. A `commit_smem` must have followed its loads from the slot into registers."""
     plgpu.barrier_arrive(self._free.at[self._slot(step)])
