@@ -2,7 +2,7 @@
 
 from .attention import Attention
 from .context import Context, ContextLayer
-from .delta_net import DeltaNet, DeltaProduct, GatedDeltaNet, KimiDeltaAttention
+from .delta_net import Comba, DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention
 from .erase_then_delta import EraseThenDelta
 from .experts import MixtureOfExperts
 from .gated_conv import GatedConv
@@ -21,6 +21,7 @@ from .ttt import TTTMLP, TTTLinear
 __all__ = [
   "TTTMLP",
   "Attention",
+  "Comba",
   "Context",
   "ContextLayer",
   "DeltaNet",
@@ -28,6 +29,7 @@ __all__ = [
   "EraseThenDelta",
   "GatedConv",
   "GatedDeltaNet",
+  "GatedDeltaNet2",
   "Gating",
   "HierarchicalMemory",
   "KimiDeltaAttention",

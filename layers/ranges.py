@@ -41,7 +41,7 @@ RANGES: dict[str, Range] = {
   "rope_base": Range(False, 1),
   "decay_lower_bound": Range(False, below=0),
   **dict.fromkeys(("note_threshold", "read_threshold"), Range(False)),
-  **dict.fromkeys(("erase_bias", "step_bias", "forget_bias", "momentum_bias"), Range(False)),
+  **dict.fromkeys(("erase_bias", "step_bias", "forget_bias", "momentum_bias", "read_correction"), Range(False)),
 }
 
 

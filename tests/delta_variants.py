@@ -48,11 +48,16 @@ class Variant:
       return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
     args = {"q": unit(), "k": unit(*steps), "v": rng.normal(size=(batch, tokens, *steps, heads, value_dim))}
-    if self.function is not ops.linear_attention:
+    if self.function is ops.gated_delta_rule_2:
+      args["erase_gate"] = rng.uniform(0, 2, (batch, tokens, key_heads, key_dim))
+      args["write_gate"] = rng.uniform(0, 1, (batch, tokens, heads, value_dim))
+    elif self.function is not ops.linear_attention:
       args["beta"] = rng.uniform(0, 2, (batch, tokens, *steps, heads))
     if self.erases:
       args["erase_key"] = unit()
       args["erase_strength"] = rng.uniform(0, 1, (batch, tokens, heads))
+    if self.function is ops.comba_rule:
+      args["feedback_key"] = unit() * rng.uniform(0, 1, (key_heads, 1))
     if self.decay != "none":
       shape = (batch, tokens, heads) if self.decay == "scalar" else (batch, tokens, heads, key_dim)
       args["log_decay"] = -np.exp(rng.uniform(np.log(1e-3), np.log(5), shape))
@@ -98,11 +103,23 @@ def _values_and_gradients(variant, args, cotangents, segment_ids, platform=None,
 
 
 def by_hand(
-  q, k, v, beta=None, erase_key=None, erase_strength=None, log_decay=None, initial_state=None, segment_ids=None, scale=None
+  q,
+  k,
+  v,
+  beta=None,
+  erase_key=None,
+  erase_strength=None,
+  log_decay=None,
+  initial_state=None,
+  segment_ids=None,
+  scale=None,
+  **asymmetric,
 ):
   """The rule as products of matrices, in NumPy: S_t = (I - beta k k^T) (I - gamma e e^T) Diag(exp g) S_{t-1} + beta k v^T.
 
-  Padding is skipped, and the state is set to zero where the segment id changes.
+  Padding is skipped, and the state is set to zero where the segment id changes. With `erase_gate` b and `write_gate` w it is
+  S_t = (I - k (b k)^T) Diag(exp g) S_{t-1} + k (w v)^T; with `feedback_key` p it is
+  S_t = (exp(g) - beta k p^T) S_{t-1} + beta k v^T.
   """
   q, k, v, beta = (None if x is None else np.asarray(x) for x in (q, k, v, beta))
   erase_key, erase_strength, log_decay = (None if x is None else np.asarray(x) for x in (erase_key, erase_strength, log_decay))
@@ -121,6 +138,18 @@ def by_hand(
         continue
       state = state if document in (None, segment) else np.zeros_like(state)
       document = segment
+      if asymmetric:
+        key, value = np.asarray(k[b, t, 0, h // group]), np.asarray(v[b, t, 0, h])
+        decay = np.diag(np.exp(np.broadcast_to(0 if log_decay is None else log_decay[b, t, h], key_dim)))
+        if "feedback_key" in asymmetric:
+          strength = float(beta[b, t, 0, h])
+          state = (decay - strength * np.outer(key, asymmetric["feedback_key"][b, t, h // group])) @ state
+          state = state + strength * np.outer(key, value)
+        else:
+          erased, written = asymmetric["erase_gate"][b, t, h // group] * key, asymmetric["write_gate"][b, t, h] * value
+          state = (np.eye(key_dim) - np.outer(key, erased)) @ decay @ state + np.outer(key, written)
+        out[b, t, h] = scale * state.T @ q[b, t, h // group]
+        continue
       if log_decay is not None:
         state = np.diag(np.exp(np.broadcast_to(log_decay[b, t, h], key_dim))) @ state
       if erase_key is not None:
@@ -164,7 +193,7 @@ def empty(args):
 
 def only_token(args, t=0):
   """The same arguments, except that only token t decays, erases or writes."""
-  gates = [name for name in ("beta", "erase_strength", "log_decay") if name in args]
+  gates = [name for name in ("beta", "erase_strength", "erase_gate", "write_gate", "log_decay") if name in args]
   return args | {name: jnp.zeros_like(args[name]).at[:, t].set(args[name][:, t]) for name in gates}
 
 

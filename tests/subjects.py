@@ -53,6 +53,7 @@ KINDS = {
 KIND_OF = {
   "TitansMemory": "network",
   "DeltaNet": "variant",  # of GatedDeltaNet
+  "Comba": "variant",  # of GatedDeltaNet2
   "LatentAttention": "variant",  # of Attention
   "Parallax": "variant",  # of LocalLinearAttention
   "TTTLinear": "variant",

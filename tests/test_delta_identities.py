@@ -26,6 +26,7 @@ LINEAR, LINEAR_SCALAR, LINEAR_CHANNEL = (Variant(ops.linear_attention, decay) fo
 DELTA, GATED, KIMI = Variant(ops.delta_rule), Variant(ops.gated_delta_rule, "scalar"), Variant(ops.kimi_delta_rule, "channel")
 GATED_PRODUCT = Variant(ops.delta_product, "scalar", 2)
 ERASE_SCALAR, ERASE = (Variant(ops.erase_then_delta_rule, decay) for decay in ("scalar", "channel"))
+GATED_2, COMBA = Variant(ops.gated_delta_rule_2, "channel"), Variant(ops.comba_rule, "scalar")
 MANY = (LINEAR_SCALAR, GATED, KIMI, GATED_PRODUCT, ERASE)
 FORGETTING = (LINEAR_CHANNEL, *MANY)
 
@@ -41,7 +42,7 @@ def test_a_decay_of_50_starts_afresh(variant):
   assert_close((out[:, at:], state), (expected[:, at:], expected_state))
 
 
-@pytest.mark.parametrize("variant", MANY, ids=str)
+@pytest.mark.parametrize("variant", [*MANY, GATED_2, COMBA], ids=str)
 def test_outputs_are_linear_in_values_and_state(variant):
   args, other = inputs(variant), inputs(variant, seed=1)
   more = args | {name: other[name] for name in ("v", "initial_state")}
@@ -195,16 +196,28 @@ def test_gated_delta_rule_with_channel_decays_is_kimi_delta_rule():
   assert gated == kimi
 
 
-def test_constant_gates_of_gated_delta_net_2_are_the_kimi_rule():
-  """S_t = (I - k (b . k)^T) Diag(exp g) S_{t-1} + k (w . v)^T, with b = w = beta in every channel."""
-  args = inputs(KIMI)
-  k, v, g = (np.asarray(args[name][0, :, 0]) for name in ("k", "v", "log_decay"))
-  state = np.asarray(args["initial_state"][0, 0])
-  for t, beta in enumerate(np.asarray(args["beta"][0, :, 0])):
-    b, w = np.full(5, beta), np.full(5, beta)
-    state = np.exp(g[t])[:, None] * state
-    state = state - np.outer(k[t], state.T @ (b * k[t])) + np.outer(k[t], w * v[t])
-  assert_close(run(KIMI, args)[1][0, 0], state)
+def test_constant_gates_of_the_gated_delta_rule_2_are_the_kimi_rule():
+  """b = w = beta in every channel."""
+  args = inputs(GATED_2)
+  beta = jax.random.uniform(jax.random.key(3), args["k"].shape[:3], jnp.float64)
+  gates = {"erase_gate": beta[..., None] * jnp.ones_like(args["k"]), "write_gate": beta[..., None] * jnp.ones_like(args["v"])}
+  plain = without(args, "erase_gate", "write_gate") | {"beta": jnp.repeat(beta, args["v"].shape[2] // beta.shape[2], axis=2)}
+  assert_same(run_with_gradients(GATED_2, args | gates), run_with_gradients(KIMI, plain))
+
+
+def test_feedback_along_the_decayed_key_is_the_gated_delta_rule():
+  """alpha (I - beta k k^T) = alpha - beta k (alpha k)^T."""
+  args = inputs(GATED)
+  decay = jnp.exp(args["log_decay"][:, :, :1])  # of one head for all, as feedback belongs to key heads
+  args["log_decay"] = jnp.broadcast_to(args["log_decay"][:, :, :1], args["log_decay"].shape)
+  assert_close(run(COMBA, args | {"feedback_key": decay[..., None] * args["k"]}), run(GATED, args))
+
+
+def test_without_feedback_comba_only_decays_and_adds():
+  args = inputs(COMBA)
+  plain = without(args, "beta", "feedback_key") | {"v": args["beta"][..., None] * args["v"]}
+  nothing = args | {"feedback_key": jnp.zeros_like(args["k"])}
+  assert_close(run(COMBA, nothing), run(Variant(ops.linear_attention, "scalar"), plain))
 
 
 @pytest.mark.parametrize("variant", [KIMI, ERASE], ids=str)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from delta_variants import by_hand
 from flax import linen as nn
-from memzoo.layers import DeltaProduct, EraseThenDelta, KimiDeltaAttention, LinearAttention
+from memzoo.layers import Comba, DeltaProduct, EraseThenDelta, GatedDeltaNet2, KimiDeltaAttention, LinearAttention
 from memzoo.layers.projections import LogDecay
 from tolerances import assert_close
 
@@ -45,9 +45,9 @@ def stream(p, name, x, activation=silu):
   return activation(sum(weight[j] * before[:, j : j + x.shape[1]] for j in range(3)))
 
 
-def log_decay(p, x, channels=None, bound=None):
-  steps = np.log1p(np.exp(linear(p["step"], x) + p["dt_bias"])).reshape(*x.shape[:2], HEADS, *([channels] if channels else []))
-  decay = np.exp(p["A_log"]).reshape(HEADS, *[1] * (steps.ndim - 3)) * steps
+def log_decay(p, x, channels=None, bound=None, count=HEADS):
+  steps = np.log1p(np.exp(linear(p["step"], x) + p["dt_bias"])).reshape(*x.shape[:2], count, *([channels] if channels else []))
+  decay = np.exp(p["A_log"]).reshape(-1, *[1] * (steps.ndim - 3)) * steps
   return -decay if bound is None else -abs(bound) * (1 - np.exp(-decay / abs(bound)))
 
 
@@ -88,6 +88,25 @@ def erase_then_delta(p, x):
   return read_out(p, x, out, sigmoid)
 
 
+def gated_delta_net_2(p, x):
+  q, k = (unit(heads(stream(p, name, x), KEY_HEADS, KEY_DIM)) for name in ("query", "key"))
+  erase = 2 * sigmoid(heads(linear(p["erase_gate"], x), KEY_HEADS, KEY_DIM))
+  write = sigmoid(heads(linear(p["write_gate"], x), HEADS, VALUE_DIM))
+  decay = np.repeat(log_decay(p["decay"], x, KEY_DIM, count=KEY_HEADS), HEADS // KEY_HEADS, axis=2)
+  v = heads(stream(p, "value", x), HEADS, VALUE_DIM)
+  out, _ = by_hand(q, k, v, log_decay=decay, erase_gate=erase, write_gate=write)
+  return read_out(p, x, out, sigmoid)
+
+
+def comba(p, x):
+  q, k = (unit(heads(stream(p, name, x), KEY_HEADS, KEY_DIM)) for name in ("query", "key"))
+  feedback = sigmoid(p["feedback"])[:, None] * k
+  q = q - p["read_correction_scale"][:, None] * feedback
+  beta, v = sigmoid(linear(p["beta"], x)), heads(stream(p, "value", x), HEADS, VALUE_DIM)
+  out, _ = by_hand(q, k, v, beta, log_decay=log_decay(p["decay"], x), feedback_key=feedback)
+  return read_out(p, x, out, sigmoid)
+
+
 @pytest.mark.parametrize(
   ("layer", "equation"),
   [
@@ -95,8 +114,10 @@ def erase_then_delta(p, x):
     (KimiDeltaAttention(**SIZES, negative_eigenvalues=True), kimi_delta_attention),
     (DeltaProduct(**SIZES), delta_product),
     (EraseThenDelta(**SIZES, rank_per_head=2), erase_then_delta),
+    (GatedDeltaNet2(**SIZES, negative_eigenvalues=True), gated_delta_net_2),
+    (Comba(**SIZES), comba),
   ],
-  ids=["linear_attention", "kimi_delta_attention", "delta_product", "erase_then_delta"],
+  ids=["linear_attention", "kimi_delta_attention", "delta_product", "erase_then_delta", "gated_delta_net_2", "comba"],
 )
 def test_the_layer_is_its_papers_equation(layer, equation):
   rng = np.random.default_rng(0)

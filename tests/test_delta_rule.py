@@ -21,7 +21,9 @@ THREE = Variant(ops.delta_product, "scalar", 3)
 ERASE = Variant(ops.erase_then_delta_rule, "channel")
 SUMS = Variant(ops.linear_attention, "scalar")  # its heads share products
 UNDECAYED = Variant(ops.linear_attention)
-DISTINCT = LINEAR, DELTA, GATED, KIMI, THREE, ERASE, SUMS
+GATED_2 = Variant(ops.gated_delta_rule_2, "channel")  # reads along another vector than the key
+COMBA = Variant(ops.comba_rule, "scalar")  # and before the decay
+DISTINCT = LINEAR, DELTA, GATED, KIMI, THREE, ERASE, SUMS, GATED_2, COMBA
 
 
 def cases(names, *rows, marks=()):
@@ -103,6 +105,10 @@ def test_chunks_of_any_size_are_the_recurrence(variant, chunk_size):
   (GATED, "cuda", 256),
   (KIMI, "cuda", 8),
   (ERASE, "cuda", 256),
+  (GATED_2, "tpu", 8),
+  (GATED_2, "cuda", 256),
+  (COMBA, "tpu", 256),
+  (COMBA, "cuda", 8),
 )
 def test_blocks_of_chunks_are_the_recurrence(variant, platform, matrices):
   """As on a GPU or TPU: several chunks are prepared at once. Blocks of 8 matrices leave a last block with padding."""
@@ -420,6 +426,10 @@ MISTAKES = [
   ("kimi_delta_rule", {"log_decay": floats(2, 9, 2)}, r"log_decay has shape \[2, 9, 2\]; expected \[2, 9, 2, 5\]"),
   ("erase_then_delta_rule", {"erase_key": floats(2, 9, 2, 5)}, r"erase_key has shape .*; expected \[2, 9, 1, 5\]"),
   ("erase_then_delta_rule", {"erase_strength": floats(2, 9, 1)}, r"erase_strength has shape .*; expected \[2, 9, 2\]"),
+  ("gated_delta_rule_2", {"erase_gate": floats(2, 9, 2, 5)}, r"erase_gate has shape .*; expected \[2, 9, 1, 5\]"),
+  ("gated_delta_rule_2", {"write_gate": floats(2, 9, 2)}, r"write_gate has shape .*; expected \[2, 9, 2, 3\]"),
+  ("comba_rule", {"feedback_key": floats(2, 9, 5)}, r"feedback_key has shape .*; expected \[2, 9, 1, 5\]"),
+  ("comba_rule", {"log_decay": floats(2, 9, 2, 5)}, r"log_decay has shape \[2, 9, 2, 5\]; expected \[2, 9, 2\]"),
   ("delta_rule", {"initial_state": floats(2, 2, 3, 5)}, r"initial_state has shape \[2, 2, 3, 5\]; expected \[2, 2, 5, 3\]"),
   ("delta_rule", {"segment_ids": jnp.ones((2, 8), jnp.int32)}, r"segment_ids is int32\[2, 8\]; expected integers .*\[2, 9\]"),
   ("delta_rule", {"segment_ids": floats(2, 9)}, r"segment_ids is float32\[2, 9\]; expected integers"),
@@ -433,7 +443,7 @@ MISTAKES = [
 # Keyword arguments of each function that fit together.
 GOOD = {name: Variant(getattr(ops, name), *rest) for name, *rest in (
   ("linear_attention",), ("delta_rule",), ("gated_delta_rule",), ("kimi_delta_rule", "channel"),
-  ("delta_product", "none", 2), ("erase_then_delta_rule",),
+  ("delta_product", "none", 2), ("erase_then_delta_rule",), ("gated_delta_rule_2",), ("comba_rule", "scalar"),
 )}  # fmt: skip
 
 

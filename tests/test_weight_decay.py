@@ -14,6 +14,7 @@ DECAY = {"kernel", "weight", "embedding", "persistent", "memory_0", "memory_1", 
 DECAY |= {"token_key", "token_value", "latent_key", "latent_value", "gate", "up", "down"}
 STAY = {"scale", "bias", "A_log", "D", "dt_bias", "trigger_bias", "average", "memory_norm_scale", "ridge", "memory_norm_bias"}
 STAY |= {"fast_memory_0", "fast_memory_1", "slow_memory_0", "slow_memory_1", "feature_0_scale", "choice_bias"}
+STAY |= {"feedback", "read_correction_scale"}
 MODULES = {name: layer(name, persistent_tokens=2) for name in LAYERS} | {
   "memory with all options": TitansMemory(
     num_heads=2, head_dim=4, network=Network(gated=True, norm=True), loss=Loss("huber"), persistent_tokens=2

@@ -1,11 +1,12 @@
-"""The delta-rule family: one operation behind six public functions.
+"""The delta-rule family: one operation behind eight public functions.
 
     S <- Diag(exp g_t) S;   r times:  S <- S - k (a^T S) + k z^T;   o_t = S^T (scale q_t)
 
 Each token decays the state once (not at all, by one factor per head, or by one per channel) and then makes r rank-1 updates.
 An update removes what the state holds along the covector `a` and writes the value `z` along `k`. Sources: linear attention
 (Katharopoulos et al. 2020), DeltaNet (Yang et al. 2024, arXiv:2406.06484), Gated DeltaNet (arXiv:2412.06464), Kimi Delta
-Attention (arXiv:2510.26692), DeltaProduct (arXiv:2502.10297), Erase-then-Delta Attention (arXiv:2606.26560).
+Attention (arXiv:2510.26692), DeltaProduct (arXiv:2502.10297), Erase-then-Delta Attention (arXiv:2606.26560), Gated DeltaNet-2
+(arXiv:2605.22791), Comba (arXiv:2506.02475).
 
 Arguments of all functions, for B batch rows, T tokens, Hk key heads and Hv = G * Hk value heads (value head h uses key head
 h // G):
@@ -44,11 +45,13 @@ __all__ = [
   "KEPT",
   "OUTPUT",
   "Options",
+  "comba_rule",
   "delta_product",
   "delta_rule",
   "erase_then_delta_rule",
   "explain",
   "gated_delta_rule",
+  "gated_delta_rule_2",
   "kimi_delta_rule",
   "linear_attention",
 ]
@@ -174,6 +177,64 @@ def erase_then_delta_rule(
   return _run("erase_then_delta_rule", _erase_and_delta_updates, operands, log_decay, **options)
 
 
+def gated_delta_rule_2(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  erase_gate: jax.Array,
+  write_gate: jax.Array,
+  log_decay: jax.Array | None = None,
+  **options: Unpack[Options],
+) -> tuple[jax.Array, jax.Array]:
+  """S_t = (I - k (b * k)^T) Diag(exp g) S_{t-1} + k (w * v)^T: what is erased and what is written are gated by channel.
+
+  Source: Gated DeltaNet-2 (arXiv:2605.22791). With b = w = beta it is `kimi_delta_rule`. Unlike there, the state can grow where
+  nothing is written, because k and b * k differ. The products b * k and w * v are rounded to the dtypes of k and v.
+
+  Args:
+    q, k, v, log_decay, **options: see the module.
+    erase_gate: b, [B, T, Hk, K].
+    write_gate: w, [B, T, Hv, V].
+  """
+  _check_tokens(q, k, v)
+  _check("erase_gate", erase_gate, k.shape, "batch, tokens, key heads, key width")
+  _check("write_gate", write_gate, v.shape, "batch, tokens, value heads, value width")
+  operands = q, k, _gated(write_gate, v), _gated(erase_gate, k)
+  return _run("gated_delta_rule_2", _asymmetric_update, operands, log_decay, **options)
+
+
+def comba_rule(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  beta: jax.Array,
+  feedback_key: jax.Array,
+  log_decay: jax.Array | None = None,
+  **options: Unpack[Options],
+) -> tuple[jax.Array, jax.Array]:
+  """S_t = (exp(g) - beta k p^T) S_{t-1} + beta k v^T: the feedback p^T S reads the state before its decay.
+
+  Source: Comba (arXiv:2506.02475). The transition can flip signs where exp(g) is less than beta p^T k.
+
+  Args:
+    q, k, v, beta, **options: see the module.
+    feedback_key: p, [B, T, Hk, K], in the paper a part of k.
+    log_decay: `None` or [B, T, Hv].
+  """
+  _check_tokens(q, k, v)
+  _check("beta", beta, v.shape[:3], "batch, tokens, value heads")
+  _check("feedback_key", feedback_key, k.shape, "batch, tokens, key heads, key width")
+  if log_decay is not None:
+    _check("log_decay", log_decay, v.shape[:3], "batch, tokens, value heads")
+  return _run("comba_rule", _asymmetric_update, (q, k, v, feedback_key, beta), log_decay, undecayed=True, **options)
+
+
+def _gated(gate: jax.Array, x: jax.Array) -> jax.Array:
+  """gate * x, rounded once to the dtype of x."""
+  wide = accumulator(gate, x)
+  return (gate.astype(wide) * x.astype(wide)).astype(x.dtype)
+
+
 def _additive_update(q, k, v):
   return q, [Update(k, None, v)]
 
@@ -190,6 +251,10 @@ def _erase_and_delta_updates(q, k, v, beta, erase_key, erase_strength):
   return q, [Update(erase_key, erase_strength, None), Update(k, beta, v)]
 
 
+def _asymmetric_update(q, k, v, covector, beta=None):
+  return q, [Update(k, beta, v, covector)]
+
+
 def _run(
   name: str,
   updates: Callable[..., tuple[jax.Array, list[Update]]],
@@ -198,6 +263,7 @@ def _run(
   /,
   *,
   specs: Sequence[PartitionSpec] | None = None,
+  undecayed: bool = False,
   scale: float | None = None,
   initial_state: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
@@ -210,7 +276,7 @@ def _run(
   """The general operation, called by the public function `name`.
 
   `updates` maps the operands to q and the updates of each token. The first three operands are q [B, T, Hk, K], k and v. The
-  last two axes of k and v are heads and width.
+  last two axes of k and v are heads and width. With `undecayed`, a token's covector reads the state before its decay.
   """
   if unknown:
     expected = ", ".join(Options.__annotations__)
@@ -233,7 +299,8 @@ def _run(
   if log_decay is not None and log_decay.ndim == 3:
     log_decay = log_decay[..., None]
   scale = width**-0.5 if scale is None else float(scale)
-  call = CallOptions(updates, specs or (TOKENS,) * len(operands), scale, dtype, precise, chunk_size, decay_bound)
+  specs = specs or (TOKENS,) * len(operands)
+  call = CallOptions(updates, specs, scale, dtype, precise, chunk_size, decay_bound, undecayed)
   inputs = Inputs(segment_ids, operands, log_decay, initial_state.astype(dtype))
   chosen, kernels = choose_kernels(name, implementation, partial(choose_by_length, tokens), objections(call, inputs))
   return recurrence(call, inputs) if chosen == "recurrent" else run(call._replace(kernels=kernels), inputs)

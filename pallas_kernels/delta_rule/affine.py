@@ -1,7 +1,7 @@
 """A walk through the chunks of a block with one product per chunk, for GPUs, where every product in a loop is a launch.
 
 A chunk maps the state that it begins with to an affine function of it, whose two terms do not depend on the state. With the
-symbols of `chunked`, and U = W_v - W_k S where W_v = (I + A)^-1 (s v) and W_k = (I + A)^-1 (s k e^G),
+symbols of `chunked`, and U = W_v - W_k S where W_v = (I + A)^-1 (s v) and W_k = (I + A)^-1 (s e e^G),
 
     S <- M S + N      M = e^{G_C} - (k e^{G_C - G})^T W_k      N = (k e^{G_C - G})^T W_v
 
@@ -26,8 +26,7 @@ def _forward(plan: Plan, chunks: Chunks, state: jax.Array) -> tuple[jax.Array, .
   tokens, terms, inverse = flat
   values = tokens.values
   if inverse is not None:
-    strength = tokens.strengths[..., None].astype(plan.dtype)
-    values = matmul(inverse, strength * values.astype(plan.dtype), plan.precision)
+    values = matmul(inverse, tokens.times_strength(values.astype(plan.dtype)), plan.precision)
   written = write(plan, tokens.keys, rows_of(plan, terms.leaving, tokens), values)
   maps = _maps(plan, flat), _apart(plan, written)
   state, states = jax.lax.scan(lambda state, m: (_map(plan, m, state), state), state, maps)
@@ -73,11 +72,10 @@ def _maps(plan: Plan, flat: Chunks) -> jax.Array:
 
 
 def _erased(plan: Plan, flat: Chunks) -> jax.Array:
-  """W_k = (I + A)^-1 (s k e^G), [N, R, K]."""
+  """W_k = (I + A)^-1 (s e e^G), [N, R, K]."""
   tokens, terms, inverse = flat
-  strength = tokens.strengths[..., None].astype(plan.dtype)
-  keys = strength * rows_of(plan, terms.entering, tokens) * tokens.keys.astype(plan.dtype)
-  return matmul(inverse, keys, plan.precision)
+  along = tokens.times_strength(rows_of(plan, terms.erasing, tokens) * tokens.read_along.astype(plan.dtype))
+  return matmul(inverse, along, plan.precision)
 
 
 def _flat(tree):

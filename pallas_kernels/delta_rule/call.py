@@ -52,6 +52,7 @@ class Options(NamedTuple):
     precision: of products with intermediates.
     chunk_size: tokens per chunk, or `None`.
     decay_bound: a lower bound of every log-decay, or `None`.
+    undecayed: whether covectors read the state before the token's decay.
     kernels: whether programs for TPUs use kernels, and whether nothing else will do.
   """
 
@@ -62,6 +63,7 @@ class Options(NamedTuple):
   precision: Precision
   chunk_size: int | None
   decay_bound: float | None
+  undecayed: bool = False
   kernels: Kernels = Kernels.NEVER
 
 
@@ -139,7 +141,8 @@ def recurrence(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
 
   def local(inputs):
     q, updates = options.updates(*inputs.operands)
-    out, state = recurrent(q, updates, options.scale, inputs.log_decay, inputs.state, _documents(inputs))
+    given = inputs.log_decay, inputs.state, _documents(inputs)
+    out, state = recurrent(q, updates, options.scale, *given, options.undecayed)
     return out.astype(next(x.value.dtype for x in updates if x.value is not None)), state
 
   return partitioned(local, (_specs(options),), (TOKENS, STATE))(inputs)
@@ -200,13 +203,14 @@ def _plans(options: Options, inputs: Inputs) -> dict[str, Plan]:
     return min(chunk, 1 << (tokens - 1).bit_length()) if known(tokens) else chunk
 
   per_channel = inputs.log_decay is not None and inputs.log_decay.shape[-1] > 1
-  adds = not per_channel and all(update.strength is None for update in updates)
+  adds = not per_channel and not any(update.erases for update in updates)
   shares = adds and q.shape[2] < heads  # with a key for each head, `chunked` is as fast on a CPU, or faster
   rows = size(_CPU_CHUNK_OF_SUMS if shares else _CPU_CHUNK)
-  common = Plan(options.updates, heads, options.scale, options.dtype, rows, shares=shares, decay_bound=options.decay_bound)
+  bounds = {"decay_bound": options.decay_bound, "undecayed": options.undecayed}
+  common = Plan(options.updates, heads, options.scale, options.dtype, rows, shares=shares, **bounds)
   chunk = size(_ROWS_OF_SUMS if adds else _ROWS >> (len(updates) - 1).bit_length())
   in_groups = len(updates) > 1 and not (per_channel and first_span(chunk, options.decay_bound) < _GROUP)
-  raw = {x.dtype for x in (q, *(update.key for update in updates))}
+  raw = {x.dtype for x in (q, *(x for update in updates for x in (update.key, update.covector) if x is not None))}
   whole = pieces(tokens, chunk) * batch * heads
   matrices = _MATRICES_BY_CHANNEL if per_channel else _MATRICES
   if adds and inputs.log_decay is None and known(whole) and whole <= _MATRICES_OF_SUMS:

@@ -1,11 +1,14 @@
 """The delta rule in chunks of C tokens: matrix products instead of T dependent steps.
 
-Every token decays the state and makes r updates with key k, strength s and value v. With one row i = (t, m) per update, G the
-cumulative log-decay of the chunk, E_ij = exp(G_i - G_j) and products of rows k_i k_j E_ij = sum_d k_id k_jd E_ijd,
+Every token decays the state and makes r updates with key k, covector e (often the key), strength s and value v. With one row
+i = (t, m) per update, G the cumulative log-decay of the chunk, E_ij = exp(G_i - G_j) and products of rows
+e_i k_j E_ij = sum_d e_id k_jd E_ijd,
 
-    A_ij = s_i k_i k_j E_ij      for j < i                 P_tj = scale q_t k_j E_tj      for j up to t's own updates
-    (I + A) U = W,   W = s (v - (k e^G) S)        U: the rows that the updates of the chunk add; one solve gives all
+    A_ij = s_i e_i k_j E_ij      for j < i                 P_tj = scale q_t k_j E_tj      for j up to t's own updates
+    (I + A) U = W,   W = s (v - (e e^G) S)        U: the rows that the updates of the chunk add; one solve gives all
     O  = scale (q e^G) S + P U            S <- e^{G_C} S + (k e^{G_C - G})^T U
+
+Covectors that read the state before the decay of their own token have G - g in place of their G.
 
 Decays that are one number per token scale the rows of the products' results, so that the products see keys and queries as they
 came; decays per channel scale the keys and queries. The decay between two tokens is computed from the sum of the log-decays
@@ -17,8 +20,8 @@ The gradient is written by hand. It keeps the inputs, (I + A)^-1, the states at 
 the rest, and goes through the chunks in reverse. D marks the cotangent of the quantity that follows it:
 
     DU = P^T DO + (k e^{G_C - G}) DS      DW = (I + A)^-T DU      DP = DO U^T      DA = -DW U^T
-    D(q e^G) = scale DO S^T      D(k e^G) = -s DW S^T      D(k e^{G_C - G}) = U DS^T
-    DS <- e^{G_C} DS + scale (q e^G)^T DO - (k e^G)^T (s DW)
+    D(q e^G) = scale DO S^T      D(e e^G) = -s DW S^T      D(k e^{G_C - G}) = U DS^T
+    DS <- e^{G_C} DS + scale (q e^G)^T DO - (e e^G)^T (s DW)
 
 Chunks are grouped in blocks. Values that do not depend on the state are computed for all chunks of a block at once.
 """
@@ -124,7 +127,7 @@ def kept_shapes(plan: Plan, operands: Any, initial_state: jax.Array) -> Kept:
   def array(*shape):
     return jax.ShapeDtypeStruct((chunks, batch, heads, *shape), plan.dtype)
 
-  erases = any(update.strength is not None for update in updates)
+  erases = any(update.erases for update in updates)
   u = array(rows, width) if erases and not plan.whole_chunks else None
   return Kept(array(*initial_state.shape[2:]), u, array(rows, rows) if erases else None)
 
@@ -161,9 +164,8 @@ def added(plan: Plan, state: jax.Array, chunk: Chunks) -> jax.Array:
   tokens, terms, inverse = chunk
   if inverse is None:
     return tokens.values
-  held = read(plan, tokens.keys, rows_of(plan, terms.entering, tokens), state)
-  strength = tokens.strengths[..., None].astype(plan.dtype)
-  return matmul(inverse, strength * (tokens.values.astype(plan.dtype) - held), plan.precision)
+  held = read(plan, tokens.read_along, rows_of(plan, terms.erasing, tokens), state)
+  return matmul(inverse, tokens.times_strength(tokens.values.astype(plan.dtype) - held), plan.precision)
 
 
 def backward(
@@ -221,10 +223,9 @@ def _block_backward(
   """
   product = partial(matmul, precision=plan.precision)
   terms, pull_back = _prepare(plan, docs, entry, tokens)
-  q, keys, strengths, values, _ = tokens
+  q, keys, values = tokens.q, tokens.keys, tokens.values
   scale = jnp.asarray(plan.scale, plan.dtype)
-  entering, leaving = (rows_of(plan, x, tokens) for x in (terms.entering, terms.leaving))
-  strength = None if strengths is None else strengths[..., None].astype(plan.dtype)
+  erasing, leaving = (rows_of(plan, x, tokens) for x in (terms.erasing, terms.leaving))
   backwards = walk_back if plan.walk is None else plan.walk.backward
   chunks = Chunks(*_split(plan, (tokens, terms)), kept.inverse)
   d_entry, *d_chunks = backwards(plan, chunks, _split(plan, d_out), d_state)
@@ -237,18 +238,24 @@ def _block_backward(
   d_q, d_keys = scale * terms.entering * by_read, leaving * by_write
   d_entering = scale * _like_decay(q, by_read, terms.entering)
   d_leaving = _sum_rows(plan, _like_decay(keys, by_write, terms.leaving), tokens)
-  d_values, d_strengths, d_overlaps = dw, None, None
-  if strengths is not None:
-    by_erase, d_a = product(dw, transpose(states)), -product(dw, transpose(u))
-    d_keys -= strength * entering * by_erase
-    d_entering -= _sum_rows(plan, strength * _like_decay(keys, by_erase, terms.entering), tokens)
-    held = inner(entering * keys.astype(plan.dtype), by_erase)
-    d_strengths = inner(values.astype(plan.dtype), dw) - held + inner(d_a, terms.overlaps)
-    d_values, d_overlaps = strength * dw, strength * d_a
+  d_values, d_covectors, d_strengths, d_overlaps, d_undecayed = dw, None, None, None, None
+  if tokens.erases:
+    along, by_erase, d_a = tokens.read_along, product(dw, transpose(states)), -product(dw, transpose(u))
+    d_covectors = -tokens.times_strength(erasing * by_erase)
+    d_erasing = -_sum_rows(plan, tokens.times_strength(_like_decay(along, by_erase, terms.erasing)), tokens)
+    if tokens.strengths is not None:
+      held = inner(erasing * along.astype(plan.dtype), by_erase)
+      d_strengths = inner(values.astype(plan.dtype), dw) - held + inner(d_a, terms.overlaps)
+    d_values, d_overlaps = tokens.times_strength(dw), tokens.times_strength(d_a)
+    if tokens.covectors is None:
+      d_keys, d_covectors = d_keys + d_covectors, None
+    d_entering, d_undecayed = (d_entering, d_erasing) if plan.undecayed else (d_entering + d_erasing, None)
   d_keep = inner(states, d_after) if terms.keep.shape[-1] > 1 else einsum("lkv,lkv->l", states, d_after)[:, None]
-  d_terms = Terms(product(d_out, transpose(u)), d_overlaps, d_entering, d_leaving, d_keep)
-  by_q, by_keys, d_log_decay = pull_back(d_terms)
-  return d_entry, Tokens(d_q + by_q, d_keys + by_keys, d_strengths, d_values, d_log_decay)
+  d_terms = Terms(product(d_out, transpose(u)), d_overlaps, d_entering, d_leaving, d_keep, d_undecayed)
+  by_q, by_keys, by_covectors, d_log_decay = pull_back(d_terms)
+  if d_covectors is not None:
+    d_covectors += by_covectors
+  return d_entry, Tokens(d_q + by_q, d_keys + by_keys, d_covectors, d_strengths, d_values, d_log_decay)
 
 
 def walk_back(plan: Plan, chunks: Chunks, d_out: jax.Array, d_state: jax.Array) -> tuple[jax.Array, ...]:
@@ -266,8 +273,8 @@ def walk_back(plan: Plan, chunks: Chunks, d_out: jax.Array, d_state: jax.Array) 
     if inverse is None:
       return before, (d_state, du)
     dw = matmul(transpose(inverse), du, plan.precision)
-    erased = tokens.strengths[..., None].astype(plan.dtype) * dw
-    return before - write(plan, tokens.keys, rows_of(plan, terms.entering, tokens), erased), (d_state, dw)
+    erased = tokens.times_strength(dw)
+    return before - write(plan, tokens.read_along, rows_of(plan, terms.erasing, tokens), erased), (d_state, dw)
 
   unroll = min(plan.unroll, plan.block)
   d_entry, (d_after, dw) = jax.lax.scan(step, d_state, (chunks, d_out), reverse=True, unroll=unroll)
@@ -276,8 +283,8 @@ def walk_back(plan: Plan, chunks: Chunks, d_out: jax.Array, d_state: jax.Array) 
 
 def _prepare(
   plan: Plan, docs: Documents | None, entry: jax.Array | None, tokens: Tokens
-) -> tuple[Terms, Callable[[Terms], tuple[jax.Array, jax.Array, jax.Array | None]]]:
-  """The terms of all chunks of a block, and the function from their cotangents to those of q, keys and log_decay.
+) -> tuple[Terms, Callable[[Terms], tuple[jax.Array | None, ...]]]:
+  """The terms of all chunks of a block, and the function from their cotangents to those of q, keys, covectors and log_decay.
 
   Args:
     plan: static arguments.
@@ -286,8 +293,9 @@ def _prepare(
     tokens: of the block.
   """
   mask = make_masks(plan, docs, entry, _updates(plan, tokens))
-  wide = [None if x is None else x.astype(plan.dtype) for x in (tokens.q, tokens.keys, tokens.log_decay)]
-  return jax.vjp(partial(make_terms, plan, mask, erases=tokens.strengths is not None), *wide)
+  given = tokens.q, tokens.keys, tokens.covectors, tokens.log_decay
+  wide = [None if x is None else x.astype(plan.dtype) for x in given]
+  return jax.vjp(partial(make_terms, plan, mask, erases=tokens.erases), *wide)
 
 
 def _arranged(plan: Plan, blocks: int, docs: Documents | None, inputs: Any) -> Callable[[jax.Array], Tokens]:
@@ -342,9 +350,9 @@ def _like_decay(x: jax.Array, d_decayed: jax.Array, decay: jax.Array) -> jax.Arr
 
 def _inverse(plan: Plan, tokens: Tokens, terms: Terms) -> jax.Array | None:
   """(I + A)^-1 of every chunk."""
-  if tokens.strengths is None:
+  if not tokens.erases:
     return None
-  a = tokens.strengths[..., None].astype(plan.dtype) * terms.overlaps
+  a = tokens.times_strength(terms.overlaps)
   if plan.walk is not None and plan.walk.inverse is not None:
     return plan.walk.inverse(a)
   if plan.whole_chunks:

@@ -160,6 +160,8 @@ def objection(
     return f"the kernels for GPUs take queries, keys and values in bfloat16 and compute in float32, not {given}"
   if len(made) > _MOST_UPDATES:
     return f"the kernels make at most {_MOST_UPDATES} updates per token, not {len(made)}"
+  if any(update.covector is not None for update in made):
+    return "the kernels for GPUs read the state along the key of each update, and not along another vector"
   if max(state[2:]) > _WIDEST:
     return f"the kernels for GPUs have heads of at most {_WIDEST} channels, not {max(state[2:])}"
   return None

@@ -1,10 +1,11 @@
 """The delta rule as in the papers, token by token. This is the oracle: every other form must equal it.
 
     S <- Diag(exp g_t) S                                            (where a document starts: S <- 0)
-    for m = 1..r:   S <- S - s_{t,m} k_{t,m} (k_{t,m}^T S) + s_{t,m} k_{t,m} v_{t,m}^T
+    for m = 1..r:   S <- S - s_{t,m} k_{t,m} (e_{t,m}^T S) + s_{t,m} k_{t,m} v_{t,m}^T
     o_t = S^T (scale q_t)
 
-`S` [K, V] has key rows and value columns. Padding leaves `S` unchanged, and its reads are zero.
+The covector e is the key k unless an update has another. `S` [K, V] has key rows and value columns. Padding leaves `S`
+unchanged, and its reads are zero.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ def recurrent(
   log_decay: jax.Array | None,
   initial_state: jax.Array,
   docs: Documents | None,
+  undecayed: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs the recurrence.
 
@@ -34,6 +36,7 @@ def recurrent(
     log_decay: `None` or [B, T, H, K or 1]; applied once per token, before the first update.
     initial_state: [B, H, K, V]; its dtype is that of the arithmetic.
     docs: document boundaries and padding; `None` for one document without padding.
+    undecayed: whether the covector of a single update reads the state before the token's decay.
 
   Returns:
     Reads [B, T, H, V] in the state's dtype, and the final state [B, H, K, V].
@@ -48,14 +51,17 @@ def recurrent(
 
   def step(entering, token):
     q, updates, log_decay, starts, is_token = token
-    state = entering if starts is None else jnp.where(starts[:, None, None, None], 0, entering)
+    state = before = entering if starts is None else jnp.where(starts[:, None, None, None], 0, entering)
     if log_decay is not None:
       state = state * jnp.exp(log_decay.astype(dtype))[..., None]
-    for key, strength, value in updates:
-      k = wide(key)
-      written = jnp.zeros_like(state[:, :, 0]) if value is None else value.astype(dtype)
-      if strength is not None:
-        written = strength.astype(dtype)[..., None] * (written - einsum("bhkv,bhk->bhv", state, k))
+    for update in updates:
+      k = wide(update.key)
+      written = jnp.zeros_like(state[:, :, 0]) if update.value is None else update.value.astype(dtype)
+      if update.erases:
+        along = k if update.covector is None else wide(update.covector)
+        written = written - einsum("bhkv,bhk->bhv", before if undecayed else state, along)
+      if update.strength is not None:
+        written = update.strength.astype(dtype)[..., None] * written
       state = state + k[..., None] * written[..., None, :]
     read = einsum("bhkv,bhk->bhv", state, wide(q) * jnp.asarray(scale, dtype))
     if is_token is not None:

@@ -108,7 +108,7 @@ def _block_backward(
   terms, pull_back = _prepare(plan, docs, entry, tokens)
   product = partial(matmul, precision=plan.precision)
   by_rows = partial(einsum, "ncw,nkw->nck", precision=plan.precision)  # on a CPU, it does not copy to transpose
-  q, keys, _, values, _ = tokens
+  q, keys, values = tokens.q, tokens.keys, tokens.values
   heads, scale, states = terms.keep.shape[-1], jnp.asarray(plan.scale, plan.dtype), _flat(kept.states)
   d_read = _scaled(scale * terms.entering, d_out.astype(plan.dtype))
   d_before, d_after = _accumulate(plan, product(_transpose(q), d_read), terms.keep, d_after, reverse=True)
@@ -125,7 +125,7 @@ def _block_backward(
   by_q, by_keys, d_log_decay = pull_back(d_terms)
   d_q = by_q + by_rows(d_read, states)
   d_keys = by_keys + by_rows(_scaled(terms.leaving, values.astype(plan.dtype)), d_after)
-  return d_before, Tokens(d_q, d_keys, None, d_within + _scaled(terms.leaving, d_written), d_log_decay)
+  return d_before, Tokens(d_q, d_keys, None, None, d_within + _scaled(terms.leaving, d_written), d_log_decay)
 
 
 def _accumulate(

@@ -24,17 +24,23 @@ _MAX_EXPONENT = 40.0
 
 
 class Update(NamedTuple):
-  """One rank-1 update of every token, S <- S - (strength k)(k^T S) + k (strength v)^T.
+  """One rank-1 update of every token, S <- S - (strength k)(e^T S) + k (strength v)^T.
 
   Attributes:
     key: k, [B, T, Hk, K].
-    strength: [B, T, H]; `None` for an update that only adds, S <- S + k v^T.
+    strength: [B, T, H]; `None` for 1.
     value: v, [B, T, H, V]; `None` for zero.
+    covector: e, [B, T, Hk, K]; `None` for the key or, without a strength, for an update that only adds, S <- S + k v^T.
   """
 
   key: jax.Array
   strength: jax.Array | None
   value: jax.Array | None
+  covector: jax.Array | None = None
+
+  @property
+  def erases(self) -> bool:
+    return self.strength is not None or self.covector is not None
 
 
 class Walk(NamedTuple):
@@ -68,6 +74,7 @@ class Plan(NamedTuple):
     whole_chunks: whether to prefer whole chunks to slices of them, which suits GPUs and TPUs, in the inverse of (I + A) and in
       products with decays per channel.
     decay_bound: a lower bound of every log-decay, which makes per-channel decays cheaper; or `None`.
+    undecayed: whether covectors read the state before the token's decay: for one update and one decay per head.
     shares: whether the form is `sums`, which shares products between the heads of a key, instead of `chunked`.
     walk: how the state goes through the chunks; `None` for a scan over them.
   """
@@ -84,6 +91,7 @@ class Plan(NamedTuple):
   precision: Precision = FULL
   whole_chunks: bool = False
   decay_bound: float | None = None
+  undecayed: bool = False
   shares: bool = False
   walk: Walk | None = None
 
@@ -94,16 +102,31 @@ class Tokens(NamedTuple):
   Attributes:
     q: [N, C, K].
     keys: [N, R, K].
-    strengths: [N, R]; `None` for updates that only add.
+    covectors: [N, R, K]; `None` where they are the keys, and for updates that only add.
+    strengths: [N, R]; `None` for 1.
     values: [N, R, V].
     log_decay: [N, C, K or 1], or `None`.
   """
 
   q: jax.Array
   keys: jax.Array
+  covectors: jax.Array | None
   strengths: jax.Array | None
   values: jax.Array
   log_decay: jax.Array | None
+
+  @property
+  def erases(self) -> bool:
+    return self.strengths is not None or self.covectors is not None
+
+  @property
+  def read_along(self) -> jax.Array:
+    """What the updates read the state along, [N, R, K]."""
+    return self.keys if self.covectors is None else self.covectors
+
+  def times_strength(self, x: jax.Array) -> jax.Array:
+    """x [N, R, X] times the strengths, in the dtype of x."""
+    return x if self.strengths is None else self.strengths[..., None].astype(x.dtype) * x
 
 
 class Masks(NamedTuple):
@@ -133,6 +156,7 @@ class Terms(NamedTuple):
     entering: e^G, [N, C, K or 1]; 0 for tokens of later documents.
     leaving: e^{G_C - G}, [N, C, K or 1]; 0 for tokens of earlier documents.
     keep: e^{G_C}, [N, K or 1]; 0 if the document ends.
+    undecayed: e^{G - g}, like `entering` but without the token's own decay; `None` if covectors read the decayed state.
   """
 
   scores: jax.Array
@@ -140,6 +164,12 @@ class Terms(NamedTuple):
   entering: jax.Array
   leaving: jax.Array
   keep: jax.Array
+  undecayed: jax.Array | None = None
+
+  @property
+  def erasing(self) -> jax.Array:
+    """The decays of the state that the updates of each token read, [N, C, K or 1]."""
+    return self.entering if self.undecayed is None else self.undecayed
 
 
 def arrange_tokens(plan: Plan, docs: Documents | None, operands: Any, log_decay: jax.Array | None) -> Tokens:
@@ -157,7 +187,7 @@ def arrange_tokens(plan: Plan, docs: Documents | None, operands: Any, log_decay:
     zeros = [jnp.zeros_like(present[0]) if x is None else x for x in columns] if present else []
     return _stack_rows(plan, zeros) if present else None
 
-  return Tokens(chunks(q), rows("key"), rows("strength"), rows("value"), chunks(log_decay))
+  return Tokens(chunks(q), *map(rows, ("key", "covector", "strength", "value")), chunks(log_decay))
 
 
 def make_masks(plan: Plan, docs: Documents | None, entry: jax.Array | None, updates: int) -> Masks:
@@ -186,14 +216,31 @@ def make_masks(plan: Plan, docs: Documents | None, entry: jax.Array | None, upda
   )
 
 
-def make_terms(plan: Plan, masks: Masks, q: jax.Array, keys: jax.Array, log_decay: jax.Array | None, *, erases: bool) -> Terms:
-  """Computes `Terms` of N chunks in parallel. JAX differentiates it by q [N, C, K], keys [N, R, K] and log_decay."""
+def make_terms(
+  plan: Plan,
+  masks: Masks,
+  q: jax.Array,
+  keys: jax.Array,
+  covectors: jax.Array | None,
+  log_decay: jax.Array | None,
+  *,
+  erases: bool,
+) -> Terms:
+  """Computes `Terms` of N chunks in parallel.
+
+  JAX differentiates it by q [N, C, K], keys and covectors [N, R, K] (`None` for the keys), and log_decay.
+  """
   log_decay = bounded_log_decay(plan, q, log_decay)
   products = partial(_decayed_products, plan, keys, log_decay)
+  along = keys if covectors is None else covectors
+  entering, leaving, keep = boundary_decays(plan, masks, log_decay, q.shape[0])
   return Terms(
     jnp.where(masks.read, products(q), 0) * jnp.asarray(plan.scale, plan.dtype),
-    jnp.where(masks.update, products(keys), 0) if erases else None,
-    *boundary_decays(plan, masks, log_decay, q.shape[0]),
+    jnp.where(masks.update, products(along, undecayed=plan.undecayed), 0) if erases else None,
+    entering,
+    leaving,
+    keep,
+    _decays_before(plan, masks, log_decay, q.shape[0]) if plan.undecayed else None,
   )
 
 
@@ -213,6 +260,13 @@ def boundary_decays(plan: Plan, masks: Masks, log_decay: jax.Array, n: int) -> t
     leaving = jnp.where(masks.leaves[..., None], leaving, 0)
     keep = jnp.where(masks.keeps[:, None], keep, 0)
   return tuple(jnp.broadcast_to(x, (n, *x.shape[1:])) for x in (entering, leaving, keep))
+
+
+def _decays_before(plan: Plan, masks: Masks, log_decay: jax.Array, n: int) -> jax.Array:
+  """Decays from the ends of n chunks to the state before each token: `undecayed` of `Terms`."""
+  decays = jnp.exp(_sum(plan, _before(plan.chunk_size), log_decay))
+  decays = decays if masks.enters is None else jnp.where(masks.enters[..., None], decays, 0)
+  return jnp.broadcast_to(decays, (n, *decays.shape[1:]))
 
 
 def cumulative(plan: Plan, log_decay: jax.Array) -> jax.Array:
@@ -274,10 +328,11 @@ def _stack_rows(plan: Plan, updates: Sequence[jax.Array]) -> jax.Array:
   return stacked.reshape(n, c * len(updates), *rest)
 
 
-def _decayed_products(plan: Plan, keys: jax.Array, log_decay: jax.Array, x: jax.Array) -> jax.Array:
+def _decayed_products(plan: Plan, keys: jax.Array, log_decay: jax.Array, x: jax.Array, undecayed: bool = False) -> jax.Array:
   """Products x_i k_j [N, X, R] times the decay from the token of j to that of i; x [N, X, K] has some rows per token.
 
-  Entries where j is later than i are meaningless; the caller masks them.
+  Entries where j is later than i are meaningless; the caller masks them. With `undecayed`, for one decay per head, the decay of
+  the token of i is left out.
 
   Per-channel decays multiply the factors. A span of tokens is split at its middle: rows of x in the later half are decayed from
   the middle on, keys in the earlier half up to the middle, so no exponent is positive. Spans start at single tokens and double.
@@ -287,7 +342,7 @@ def _decayed_products(plan: Plan, keys: jax.Array, log_decay: jax.Array, x: jax.
   c, width = log_decay.shape[1:]
   x_rows, k_rows = (partial(by_row, plan, updates=y.shape[1] // c) for y in (x, keys))
   if width == 1:
-    between = decays_between(plan, log_decay)
+    between = decays_between(plan, log_decay, undecayed)
     return inner_products(x, keys, plan.raw, plan.precision) * k_rows(x_rows(between), axis=2)
   return (_by_masks if plan.whole_chunks else _by_halves)(plan, keys, log_decay, x, x_rows, k_rows)
 
@@ -354,6 +409,11 @@ def _up_to(c: int) -> np.ndarray:
   return np.tri(c)
 
 
+def _before(c: int) -> np.ndarray:
+  """Weights of sums over the tokens before each token."""
+  return np.tri(c, k=-1)
+
+
 def _after(c: int) -> np.ndarray:
   """Weights of sums over the tokens after each token."""
   return 1 - np.tri(c)
@@ -364,10 +424,14 @@ def _since_middle(c: int) -> np.ndarray:
   return np.tri(c) - np.tri(c)[c // 2]
 
 
-def decays_between(plan: Plan, log_decay: jax.Array) -> jax.Array:
-  """The decay from token j to token i, [N, C, C], of log-decays [N, C, 1]; 1 where j is not before i."""
+def decays_between(plan: Plan, log_decay: jax.Array, undecayed: bool = False) -> jax.Array:
+  """The decay from token j to token i, [N, C, C], of log-decays [N, C, 1]; 1 where j is not before i.
+
+  With `undecayed` it is that to the state before token i.
+  """
   c = log_decay.shape[1]
-  return jnp.exp(_sum(plan, _up_to(c), log_decay * jnp.asarray(_after(c).T, log_decay.dtype)[None]))
+  weights = _before(c) if undecayed else _up_to(c)
+  return jnp.exp(_sum(plan, weights, log_decay * jnp.asarray(_after(c).T, log_decay.dtype)[None]))
 
 
 def _sum(plan: Plan, weights: np.ndarray, x: jax.Array) -> jax.Array:
