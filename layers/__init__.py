@@ -1,6 +1,7 @@
 """Memory layers: pure functions of (params, x, state), each a thin Flax module over an operation with an oracle."""
 
 from .attention import Attention
+from .based import Based
 from .context import Context, ContextLayer
 from .delta_net import Comba, DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention
 from .erase_then_delta import EraseThenDelta
@@ -21,6 +22,7 @@ from .ttt import TTTMLP, TTTLinear
 __all__ = [
   "TTTMLP",
   "Attention",
+  "Based",
   "Comba",
   "Context",
   "ContextLayer",

@@ -34,6 +34,7 @@ SMALL = {
   "key_dim": 6,
   "value_dim": 5,
   "latent_dim": 7,
+  "feature_dim": 3,
   "shared_dim": 4,
   "state_dim": 3,
   "num_groups": 2,

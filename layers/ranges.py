@@ -30,7 +30,7 @@ RANGES: dict[str, Range] = {
   **dict.fromkeys(("num_heads", "num_key_heads", "head_dim", "key_dim", "value_dim", "channels", "hidden"), _COUNT),
   **dict.fromkeys(("num_experts", "experts_per_token", "shared_hidden", "expert_groups", "groups_per_token"), _COUNT),
   **dict.fromkeys(("width", "depth", "vocab_size", "input_dim", "output_dim", "rope_dim", "length"), _COUNT),
-  **dict.fromkeys(("latent_dim", "shared_dim"), _COUNT),
+  **dict.fromkeys(("latent_dim", "shared_dim", "feature_dim"), _COUNT),
   **dict.fromkeys(("conv_width", "chunk_size", "segment", "window", "max_length", "max_documents", "num_writes"), _COUNT),
   **dict.fromkeys(("gate_rank", "decay_rank", "step_rank", "rank_per_head", "blocks", "num_groups", "state_dim"), _COUNT),
   **dict.fromkeys(("slots", "note_dim", "read_heads", "cycles", "inner_cycles", "slow_ratio"), _COUNT),

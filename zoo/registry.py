@@ -3,6 +3,7 @@
 from ..layers import (
   TTTMLP,
   Attention,
+  Based,
   Comba,
   DeltaNet,
   DeltaProduct,
@@ -41,6 +42,7 @@ LAYERS: dict[str, type[MemoryLayer]] = {
   "EraseThenDelta": EraseThenDelta,
   "GatedDeltaNet2": GatedDeltaNet2,
   "Comba": Comba,
+  "Based": Based,
   "TitansMemory": TitansMemory,
   "MemoryAsContext": MemoryAsContext,
   "MemoryAsGate": MemoryAsGate,
