@@ -3,8 +3,7 @@
     phi(q) . phi(k) = 1 + s + s^2 / 2        s = q . k F^{-1/2}, for queries and keys of F channels
     S_t = S_{t-1} + phi(k_t) [v_t, 1]^T      [n_t, z_t] = S_t^T phi(q_t)        y_t = W_o n_t / z_t + window(x)_t
 
-The kernel is at least 1/2, so each read is an average of values with positive weights. Their sum z is read from the last column
-of S. phi has 1 + F + F (F + 1) / 2 channels: products of two different channels occur once, not twice.
+Each read is an average of values with positive weights; see `memzoo.pallas_kernels.taylor_attention`.
 
 Source: Arora et al. 2024 (arXiv:2402.18668). In the paper the window is a layer of its own, above this one. So it is here with
 `window=None`, and a layer of `Attention`; else one layer adds both, each with its own maps.
@@ -19,17 +18,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..pallas_kernels import delta_rule
 from ..pallas_kernels.numerics import accumulator
 from ..pallas_kernels.states import exportable
+from ..pallas_kernels.taylor_attention import count_features, taylor_attention
 from .attention import Attention, CacheState
 from .memory_layer import MemoryLayer, silence_padding
 from .projections import dense, for_tokens
 from .rotary import check_rotated
-
-_EPSILON = 1e-12
-# The backward pass computes the features again, and keeps no more than queries, keys and values.
-_KEPT = jax.checkpoint_policies.save_only_these_names(delta_rule.OUTPUT, delta_rule.KEPT)
 
 
 @exportable
@@ -93,14 +88,16 @@ class Based(MemoryLayer):
     state = self.begin(x, state, segment_ids)
     x = x.astype(self.activation_dtype(x))
     q, k, v = (self._heads(x, *of) for of in (("query", self.feature_dim), ("key", self.feature_dim), ("value", self.head_dim)))
-    options = {
-      "segment_ids": segment_ids,
-      "chunk_size": self.chunk_size,
-      "precision": self.precision,
-      "implementation": for_tokens(self.implementation, x),
-    }
-    read = jax.checkpoint(lambda q, k, v, memory: taylor_attention(q, k, v, memory, **options), policy=_KEPT)
-    out, memory = read(q, k, v, state.memory)
+    out, memory = taylor_attention(
+      q,
+      k,
+      v,
+      initial_state=state.memory,
+      segment_ids=segment_ids,
+      chunk_size=self.chunk_size,
+      precision=self.precision,
+      implementation=for_tokens(self.implementation, x),
+    )
     out = out.reshape(*out.shape[:2], -1)
     y = dense(x.shape[-1], ("heads", "embed"), name="output", dtype=self.dtype, param_dtype=self.param_dtype)(out)
     cache = None
@@ -118,39 +115,3 @@ class Based(MemoryLayer):
   def _attention(self, **where: Any) -> Attention:
     sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim, "window": self.window}
     return Attention(**sizes, dtype=self.dtype, param_dtype=self.param_dtype, **where)
-
-
-def taylor_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, memory: jax.Array, **options: Any
-) -> tuple[jax.Array, jax.Array]:
-  """Attention with weights 1 + s + s^2 / 2 in place of e^s, as linear attention over features.
-
-  Args:
-    q, k: [B, T, H, F].
-    v: [B, T, H, V].
-    memory: S before the first token, [B, H, features, V + 1].
-    **options: of `delta_rule.linear_attention`.
-
-  Returns:
-    The averages [B, T, H, V], and S after the last token.
-  """
-  values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-  total, memory = delta_rule.linear_attention(
-    taylor_features(q), taylor_features(k), values, scale=1.0, initial_state=memory, **options
-  )
-  wide = total.astype(memory.dtype)
-  return (wide[..., :-1] / (wide[..., -1:] + _EPSILON)).astype(v.dtype), memory
-
-
-def taylor_features(x: jax.Array) -> jax.Array:
-  """phi(x), [..., features] in the dtype of x [..., F], with phi(q) . phi(k) = 1 + s + s^2 / 2, for s = q . k F^{-1/2}."""
-  width = x.shape[-1]
-  wide = x.astype(accumulator(x)) * jnp.asarray(width**-0.25, accumulator(x))
-  # Products of channels that are so far apart. Those of different channels stand for two terms of the square.
-  apart = (wide[..., : width - n] * wide[..., n:] * jnp.asarray(1.0 if n else 0.5**0.5, wide.dtype) for n in range(width))
-  return jnp.concatenate([jnp.ones_like(wide[..., :1]), wide, *apart], axis=-1).astype(x.dtype)
-
-
-def count_features(width: int) -> int:
-  """The number of channels of phi(x), for x of `width` channels."""
-  return 1 + width + width * (width + 1) // 2

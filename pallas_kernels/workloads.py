@@ -14,11 +14,12 @@ import numpy as np
 from . import delta_rule, local_linear, selective_scan, short_conv
 from . import test_time_memory as ttm
 from .measure import count_flops
+from .taylor_attention import count_features, taylor_attention
 
 DIRECTIONS = ("forward", "gradient")
 HALF_AS_WIDE = "test_time_mlp"  # heads of half the width: on a CPU the gradient of its oracle stores weights for every token
 # Inputs in the dtype of activations; the others are float32.
-_ACTIVATIONS = frozenset({"q", "k", "v", "erase_key", "x", "b", "c"})
+_ACTIVATIONS = frozenset({"q", "k", "v", "erase_key", "feedback_key", "x", "b", "c"})
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ _MLP = partial(ttm.Memory, depth=2, residual=False)
 _TTT_MLP = partial(ttm.Memory, depth=2, expansion=4, norm=True, biases=True)
 _TTT_CHUNK = 16
 _STATES = 16  # of a selective scan
+_TAYLOR = 16  # channels of queries and keys, as in Based
 
 # Operations with per-channel decays get the bound that their layers pass.
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -94,6 +96,10 @@ VARIANTS: dict[str, Callable[..., Any]] = {
   "erase_then_delta_rule_unbounded": delta_rule.erase_then_delta_rule,
   "titans_mlp": partial(_titans, memory=_MLP),
   "ttt_mlp": _ttt_mlp,
+  "gated_delta_rule_2": delta_rule.gated_delta_rule_2,
+  "comba_rule": delta_rule.comba_rule,
+  "taylor_attention": taylor_attention,
+  "linear_attention_taylor_state": delta_rule.linear_attention,
   "selective_scan": selective_scan.selective_scan,
   "softmax_attention": partial(_local_linear, iterations=0),
   "local_linear_attention": partial(_local_linear, iterations=16),
@@ -140,6 +146,11 @@ def _named_inputs(name: str, shape: Shape, seed: int) -> dict[str, jax.Array]:
       return {"q": q, "k": unit(b, t, h, k), "v": values}
     case "linear_attention":
       return {"q": q, "k": unit(b, t, h, k), "v": values, "log_decay": decay(b, t, h)}
+    case "linear_attention_taylor_state":  # as large as that of Taylor attention
+      features = count_features(_TAYLOR)
+      return {"q": unit(b, t, h, features), "k": unit(b, t, h, features), "v": normal(b, t, h, v + 1)}
+    case "taylor_attention":
+      return {"q": normal(b, t, h, _TAYLOR), "k": normal(b, t, h, _TAYLOR), "v": values}
     case "linear_attention_shared_keys":
       return {"q": unit(b, t, 1, k), "k": unit(b, t, 1, k), "v": values, "log_decay": decay(b, t, h)}
     case "delta_rule":
@@ -148,6 +159,13 @@ def _named_inputs(name: str, shape: Shape, seed: int) -> dict[str, jax.Array]:
       return {"q": q, "k": unit(b, t, h, k), "v": values, "beta": strength(b, t, h), "log_decay": decay(b, t, h)}
     case "kimi_delta_rule":
       return {"q": q, "k": unit(b, t, h, k), "v": values, "beta": strength(b, t, h), "log_decay": decay(b, t, h, k)}
+    case "gated_delta_rule_2":
+      gates = {"erase_gate": strength(b, t, h, k), "write_gate": strength(b, t, h, v)}
+      return {"q": q, "k": unit(b, t, h, k), "v": values} | gates | {"log_decay": decay(b, t, h, k)}
+    case "comba_rule":
+      key = unit(b, t, h, k)
+      written = {"q": q, "k": key, "v": values, "beta": strength(b, t, h), "feedback_key": jnp.float32(0.7) * key}
+      return written | {"log_decay": decay(b, t, h)}
     case "delta_product":
       k, v, beta = unit(b, t, 2, h, k), normal(b, t, 2, h, v), strength(b, t, 2, h)
       return {"q": q, "k": k, "v": v, "beta": beta, "log_decay": decay(b, t, h)}
@@ -305,6 +323,7 @@ def case_inputs(name: str, case: str, shape: Shape) -> tuple[list[np.ndarray], n
   if case.startswith("cosine"):
     beta = float(case.rpartition(" ")[2])
     alike = {key: _alike(rng, x, 0.95) for key, x in inputs.items() if key in ("k", "erase_key")}
+    alike |= {"feedback_key": 0.7 * alike["k"]} if "feedback_key" in inputs else {}
     strengths = {key: np.full_like(x, beta) for key, x in inputs.items() if key in ("beta", "erase_strength")}
     faded = {key: 0.01 * x for key, x in inputs.items() if key == "log_decay"}
     inputs |= alike | strengths | faded

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from filled import filled
 from memzoo.layers import Based
-from memzoo.layers.based import count_features, taylor_attention, taylor_features
+from memzoo.pallas_kernels.taylor_attention import count_features, taylor_attention, taylor_features
 from tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -16,10 +16,8 @@ def normal(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
-def read(q, k, v, memory=None, **options):
-  if memory is None:
-    memory = jnp.zeros((len(v), v.shape[2], count_features(q.shape[-1]), v.shape[-1] + 1))
-  return jax.jit(taylor_attention, static_argnames=("implementation", "chunk_size"))(q, k, v, memory, **options)
+def read(q, k, v, **options):
+  return jax.jit(taylor_attention, static_argnames=("implementation",))(q, k, v, **options)
 
 
 @pytest.mark.parametrize("width", [1, 4, 16])

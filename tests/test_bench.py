@@ -200,6 +200,8 @@ _ANY_DECAY = (
   "gated_delta_rule_packed",
   "delta_product",
   "kimi_delta_rule_unbounded",
+  "gated_delta_rule_2",
+  "comba_rule",
   "erase_then_delta_rule_unbounded",
 )
 
