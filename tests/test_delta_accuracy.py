@@ -21,7 +21,9 @@ GATED = Variant(ops.gated_delta_rule, "scalar")
 KIMI = Variant(ops.kimi_delta_rule, "channel")
 PRODUCT = Variant(ops.delta_product, "scalar", 2)
 ERASE = Variant(ops.erase_then_delta_rule, "channel")
-VARIANTS = GATED, KIMI, PRODUCT, ERASE
+GATED_2 = Variant(ops.gated_delta_rule_2, "channel")
+COMBA = Variant(ops.comba_rule, "scalar")
+VARIANTS = GATED, KIMI, PRODUCT, ERASE, GATED_2, COMBA
 SUMS = Variant(ops.linear_attention, "scalar")
 # Largest relative errors of output and gradient, by root mean square.
 LIMITS = {"bfloat16": (2.5e-3, 5e-3), "highest": (1.75e-3, 2.4e-3), "float32": (1e-5, 5e-5)}
@@ -51,8 +53,8 @@ def inputs(variant, case, dtype, width=32, value_dim=None):
   if "log_decay" in args:
     args["log_decay"] = _log_decays(decay, args["log_decay"].shape)
   if strength is not None:
-    args["beta"] = np.full_like(args["beta"], strength)
-  narrow = ("q", "k", "v", "erase_key")
+    args |= {name: np.full_like(args[name], strength) for name in ("beta", "erase_gate") if name in args}
+  narrow = ("q", "k", "v", "erase_key", "feedback_key")
   return {name: jnp.asarray(x, dtype if name in narrow else jnp.float32) for name, x in args.items()}
 
 
@@ -103,6 +105,8 @@ def _exact(variant, args, segments, weights):
     (SUMS, "documents", "float32"),
     (ERASE, "cosine 0.95, strength 1.9", "bfloat16"),
     (ERASE, "decays -3 to -5", "bfloat16"),
+    (GATED_2, "cosine 0.95, strength 1.9", "bfloat16"),
+    (COMBA, "decays -8 to -16", "bfloat16"),
     (GATED, "cosine 0.95, strength 1.9", "highest"),
     (ERASE, "cosine 0.95, strength 1.9", "float32"),
   ],

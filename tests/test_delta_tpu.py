@@ -41,7 +41,7 @@ def kernels(variant, args, segment_ids, weights, interpret=True, decay_bound=Non
   """Output, final state and the gradients by argument."""
   heads, key_dim = args["initial_state"].shape[1:3]
   updates = UPDATES.get(variant.function, ops._delta_update)
-  plan = Plan(updates, heads, key_dim**-0.5, jnp.float32, CHUNK, decay_bound=decay_bound)
+  plan = Plan(updates, heads, key_dim**-0.5, jnp.float32, args["v"].dtype, CHUNK, decay_bound=decay_bound)
   docs = None if segment_ids is None else documents(segment_ids)
   names = [name for name in OPERANDS if name in args]
   operands = tuple(args[name] for name in names)

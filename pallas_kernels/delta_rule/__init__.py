@@ -189,7 +189,7 @@ def gated_delta_rule_2(
   """S_t = (I - k (b * k)^T) Diag(exp g) S_{t-1} + k (w * v)^T: what is erased and what is written are gated by channel.
 
   Source: Gated DeltaNet-2 (arXiv:2605.22791). With b = w = beta it is `kimi_delta_rule`. Unlike there, the state can grow where
-  nothing is written, because k and b * k differ. The products b * k and w * v are rounded to the dtypes of k and v.
+  nothing is written, because k and b * k differ.
 
   Args:
     q, k, v, log_decay, **options: see the module.
@@ -199,8 +199,7 @@ def gated_delta_rule_2(
   _check_tokens(q, k, v)
   _check("erase_gate", erase_gate, k.shape, "batch, tokens, key heads, key width")
   _check("write_gate", write_gate, v.shape, "batch, tokens, value heads, value width")
-  operands = q, k, _gated(write_gate, v), _gated(erase_gate, k)
-  return _run("gated_delta_rule_2", _asymmetric_update, operands, log_decay, **options)
+  return _run("gated_delta_rule_2", _gated_update, (q, k, v, erase_gate, write_gate), log_decay, **options)
 
 
 def comba_rule(
@@ -226,13 +225,7 @@ def comba_rule(
   _check("feedback_key", feedback_key, k.shape, "batch, tokens, key heads, key width")
   if log_decay is not None:
     _check("log_decay", log_decay, v.shape[:3], "batch, tokens, value heads")
-  return _run("comba_rule", _asymmetric_update, (q, k, v, feedback_key, beta), log_decay, undecayed=True, **options)
-
-
-def _gated(gate: jax.Array, x: jax.Array) -> jax.Array:
-  """gate * x, rounded once to the dtype of x."""
-  wide = accumulator(gate, x)
-  return (gate.astype(wide) * x.astype(wide)).astype(x.dtype)
+  return _run("comba_rule", _feedback_update, (q, k, v, beta, feedback_key), log_decay, undecayed=True, **options)
 
 
 def _additive_update(q, k, v):
@@ -251,8 +244,14 @@ def _erase_and_delta_updates(q, k, v, beta, erase_key, erase_strength):
   return q, [Update(erase_key, erase_strength, None), Update(k, beta, v)]
 
 
-def _asymmetric_update(q, k, v, covector, beta=None):
-  return q, [Update(k, beta, v, covector)]
+def _gated_update(q, k, v, erase_gate, write_gate):
+  dtype = accumulator(q, erase_gate)  # rounded to 16 bits, b * k and w * v would double the error of the output
+  erased, written = (gate.astype(dtype) * x.astype(dtype) for gate, x in ((erase_gate, k), (write_gate, v)))
+  return q, [Update(k, None, written, erased)]
+
+
+def _feedback_update(q, k, v, beta, feedback_key):
+  return q, [Update(k, beta, v, feedback_key)]
 
 
 def _run(

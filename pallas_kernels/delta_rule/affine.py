@@ -33,7 +33,7 @@ def _forward(plan: Plan, chunks: Chunks, state: jax.Array) -> tuple[jax.Array, .
   before = states.reshape(-1, *states.shape[2:])
   out = jnp.asarray(plan.scale, plan.dtype) * read(plan, tokens.q, terms.entering, before)
   out = out + matmul(terms.scores, added(plan, before, flat), plan.precision)
-  return state, _apart(plan, out.astype(tokens.values.dtype)), states, None
+  return state, _apart(plan, out.astype(plan.out_dtype)), states, None
 
 
 def _backward(plan: Plan, chunks: Chunks, d_out: jax.Array, d_state: jax.Array) -> tuple[jax.Array, ...]:

@@ -45,7 +45,8 @@ class Options(NamedTuple):
   """What a call of the operation asks for.
 
   Attributes:
-    updates: maps the operands [B, T, ...] to q and the updates of every token; linear in the operands.
+    updates: maps the operands [B, T, ...], of which the third has the dtype of the output, to q and the updates of every token;
+      see `Plan`.
     specs: which axes of each operand are `ROWS` and `HEADS`.
     scale: factor of the read.
     dtype: of the arithmetic, and of the state.
@@ -143,7 +144,7 @@ def recurrence(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     q, updates = options.updates(*inputs.operands)
     given = inputs.log_decay, inputs.state, _documents(inputs)
     out, state = recurrent(q, updates, options.scale, *given, options.undecayed)
-    return out.astype(next(x.value.dtype for x in updates if x.value is not None)), state
+    return out.astype(inputs.operands[2].dtype), state
 
   return partitioned(local, (_specs(options),), (TOKENS, STATE))(inputs)
 
@@ -207,7 +208,8 @@ def _plans(options: Options, inputs: Inputs) -> dict[str, Plan]:
   shares = adds and q.shape[2] < heads  # with a key for each head, `chunked` is as fast on a CPU, or faster
   rows = size(_CPU_CHUNK_OF_SUMS if shares else _CPU_CHUNK)
   bounds = {"decay_bound": options.decay_bound, "undecayed": options.undecayed}
-  common = Plan(options.updates, heads, options.scale, options.dtype, rows, shares=shares, **bounds)
+  dtypes = options.dtype, inputs.operands[2].dtype
+  common = Plan(options.updates, heads, options.scale, *dtypes, rows, shares=shares, **bounds)
   chunk = size(_ROWS_OF_SUMS if adds else _ROWS >> (len(updates) - 1).bit_length())
   in_groups = len(updates) > 1 and not (per_channel and first_span(chunk, options.decay_bound) < _GROUP)
   raw = {x.dtype for x in (q, *(x for update in updates for x in (update.key, update.covector) if x is not None))}

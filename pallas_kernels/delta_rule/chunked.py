@@ -108,7 +108,7 @@ def forward(
   out = None
   if not plan.whole_chunks:
     shape = batch, blocks * plan.block * plan.chunk_size, heads, width
-    out = varying_alike(initial_state, jnp.empty(shape, _value_dtype(plan, operands)))
+    out = varying_alike(initial_state, jnp.empty(shape, plan.out_dtype))
   carry = initial_state.reshape(-1, *initial_state.shape[2:]), out
   (state, out), (outs, kept) = jax.lax.scan(block, carry, jnp.arange(blocks, dtype=jnp.int32))
   if plan.whole_chunks:
@@ -156,7 +156,7 @@ def _step(plan: Plan, state: jax.Array, chunk: Chunks) -> tuple[jax.Array, tuple
   scale = jnp.asarray(plan.scale, plan.dtype)
   out = scale * read(plan, tokens.q, terms.entering, state) + matmul(terms.scores, u, plan.precision)
   after = terms.keep[..., None] * state + write(plan, tokens.keys, rows_of(plan, terms.leaving, tokens), u)
-  return after, (out.astype(tokens.values.dtype), state, None if inverse is None or plan.whole_chunks else u)
+  return after, (out.astype(plan.out_dtype), state, None if inverse is None or plan.whole_chunks else u)
 
 
 def added(plan: Plan, state: jax.Array, chunk: Chunks) -> jax.Array:
@@ -324,7 +324,7 @@ def _arrange_back(plan: Plan, docs: Documents | None, inputs: Any, d_tokens: Tok
   like = jax.tree.map(lambda x: x.astype(plan.dtype), inputs) if shared else inputs
   arrange = partial(arrange_tokens, plan, docs)
   d_tokens = jax.tree.map(lambda d, x: d.astype(x.dtype), d_tokens, jax.eval_shape(arrange, *like))
-  d_inputs = jax.linear_transpose(arrange, *like)(d_tokens)
+  d_inputs = jax.vjp(arrange, *like)[1](d_tokens)
   return jax.tree.map(lambda d, x: d.astype(x.dtype), d_inputs, inputs)
 
 
@@ -413,10 +413,6 @@ def _slice(plan: Plan, x: jax.Array, i: jax.Array) -> jax.Array:
 def _set_block(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
   """x [B, T, ...] with its block i [B, L, ...] replaced."""
   return jax.lax.dynamic_update_slice_in_dim(x, block, i * block.shape[1], axis=1)
-
-
-def _value_dtype(plan: Plan, operands: Any) -> jnp.dtype:
-  return next(x.value.dtype for x in jax.eval_shape(plan.updates, *operands)[1] if x.value is not None)
 
 
 def _split(plan: Plan, tree: Any) -> Any:

@@ -98,7 +98,7 @@ def _block(
   after, states = _accumulate(plan, written, terms.keep, state)
   within = _joined(product(_flat(terms.scores), _per_head(tokens.values, heads)), heads)
   out = within + _scaled(scale * terms.entering, product(tokens.q, _flat(states)))
-  return after, _chunks(plan, out.astype(tokens.values.dtype)), Kept(states, None, None)
+  return after, _chunks(plan, out.astype(plan.out_dtype)), Kept(states, None, None)
 
 
 def _block_backward(

@@ -60,10 +60,12 @@ class Plan(NamedTuple):
   """The static arguments of the chunked form.
 
   Attributes:
-    updates: maps the operands [B, T, ...] of a variant to q [B, T, Hk, K] and its updates; linear in the operands.
+    updates: maps the operands [B, T, ...] of a variant to q [B, T, Hk, K] and its updates, which have no effect where all
+      operands are zero.
     heads: number of value heads, H.
     scale: factor of the read.
     dtype: of the arithmetic, and of the state.
+    out_dtype: of the output.
     chunk_size: C, a power of two.
     block: chunks in a block.
     group: tokens in a group, a power of two up to C. Rows are ordered by group, update and token within the group. One token
@@ -83,6 +85,7 @@ class Plan(NamedTuple):
   heads: int
   scale: float
   dtype: jnp.dtype
+  out_dtype: jnp.dtype
   chunk_size: int
   block: int = 1
   group: int = 1
@@ -97,7 +100,7 @@ class Plan(NamedTuple):
 
 
 class Tokens(NamedTuple):
-  """The tokens of N chunks, in the dtypes that they came in.
+  """The tokens of N chunks, in the dtypes of the updates.
 
   Attributes:
     q: [N, C, K].
@@ -173,7 +176,7 @@ class Terms(NamedTuple):
 
 
 def arrange_tokens(plan: Plan, docs: Documents | None, operands: Any, log_decay: jax.Array | None) -> Tokens:
-  """Arranges a block's operands [B, L, ...] in chunks. It is linear in them."""
+  """Arranges a block's operands [B, L, ...] in chunks."""
   if docs is not None:  # the inputs at padding may hold anything
     operands, log_decay = jax.tree.map(partial(zero_padding, docs.is_token), (operands, log_decay))
   q, updates = plan.updates(*operands)
