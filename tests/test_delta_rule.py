@@ -384,6 +384,7 @@ QUERY, STRENGTH = jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.bfloat16), jax.ShapeDt
     (ops.delta_rule, [QUERY] * 3, {"chunk_size": 32}, "chunk_size=32 was asked for"),
     (ops.delta_product, [QUERY, *[QUERY.update(shape=(1, 64, 3, 2, 8))] * 2], {}, "at most 2 updates per token, not 3"),
     (ops.delta_rule, [QUERY.update(shape=(1, 1, 2, 8))] * 3, {}, "a single token"),
+    (ops.comba_rule, [QUERY] * 3, {"feedback_key": QUERY}, "read the state along the key of each update"),
   ],
 )
 def test_explain_says_why_there_is_no_kernel(function, arguments, options, why):

@@ -154,14 +154,14 @@ def objection(
 ) -> str | None:
   """Why the kernels do not compute this, or `None`; arguments as for `tpu.objection`."""
   q, made = jax.eval_shape(updates, *operands)
+  if any(update.covector is not None for update in made):
+    return "the kernels for GPUs read the state along the key of each update, and not along another vector"
   dtypes = {x.dtype for x in [q, *(x for update in made for x in (update.key, update.value) if x is not None)]}
   if dtype != jnp.float32 or dtypes != {jnp.dtype(jnp.bfloat16)}:
     given = ", ".join(sorted({str(x) for x in (*dtypes, jnp.dtype(dtype))} - {"bfloat16"}))
     return f"the kernels for GPUs take queries, keys and values in bfloat16 and compute in float32, not {given}"
   if len(made) > _MOST_UPDATES:
     return f"the kernels make at most {_MOST_UPDATES} updates per token, not {len(made)}"
-  if any(update.covector is not None for update in made):
-    return "the kernels for GPUs read the state along the key of each update, and not along another vector"
   if max(state[2:]) > _WIDEST:
     return f"the kernels for GPUs have heads of at most {_WIDEST} channels, not {max(state[2:])}"
   return None

@@ -116,10 +116,10 @@ def objection(
   q, made = jax.eval_shape(updates, *operands)
   if len(made) > _MOST_UPDATES:
     return f"the kernels make at most {_MOST_UPDATES} updates per token, not {len(made)}"
-  if other := {x.dtype for update in made for x in (update.key, update.value) if x is not None} - {q.dtype}:
-    return f"the kernels take q, k and v in {q.dtype}, and not {', '.join(map(str, other))}"
   if any(update.covector is not None for update in made):
     return "the kernels read the state along the key of each update, and not along another vector"
+  if other := {x.dtype for update in made for x in (update.key, update.value) if x is not None} - {q.dtype}:
+    return f"the kernels take q, k and v in {q.dtype}, and not {', '.join(map(str, other))}"
   if max(state[2:]) > _WIDEST:
     return f"the kernels have heads of at most {_WIDEST} channels, not {max(state[2:])}"
   return None
