@@ -156,11 +156,10 @@ class GatedDeltaNet2(KimiDeltaAttention):
 
   def update(self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
     maximum = 2.0 if self.negative_eigenvalues else 1.0
-    erase = Strength(self.key_heads * self.key_dim, maximum, name="erase_gate", **self.gate_types)(x)
-    write = Strength(self.num_heads * self.value_dim, name="write_gate", **self.gate_types)(x)
-    gates = erase.reshape(k.shape), write.reshape(v.shape)
+    erase = Strength(self.key_heads, maximum, channels=self.key_dim, name="erase_gate", **self.gate_types)(x)
+    write = Strength(self.num_heads, channels=self.value_dim, name="write_gate", **self.gate_types)(x)
     log_decay = _for_value_heads(self.log_decay(x, self.key_heads), self.num_heads)
-    return delta_rule.gated_delta_rule_2(q, k, v, *gates, log_decay, decay_bound=self.decay_lower_bound, **options)
+    return delta_rule.gated_delta_rule_2(q, k, v, erase, write, log_decay, decay_bound=self.decay_lower_bound, **options)
 
 
 class Comba(GatedDeltaNet):

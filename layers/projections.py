@@ -164,18 +164,20 @@ def gate_types(x: jax.Array, param_dtype: Any, precision: str | None) -> dict[st
 
 
 class Strength(nn.Module):
-  """A write or erase strength per head: maximum * sigmoid(W x + b), in float32.
+  """A write or erase strength per head or per channel: maximum * sigmoid(W x + b), in float32.
 
   Attributes:
-    num_heads: number of heads.
+    num_heads: number of heads, H. The output is [B, T, H] or, with `channels`, [B, T, H, channels].
     maximum: upper bound of the gate. With 2, an update of the delta rule can be a reflection (negative eigenvalues).
     bias: initial b; `None` for no bias.
+    channels: number of strengths per head; `None` for one strength per head.
     precision: `None`, or "highest" for full precision whatever the dtype of x.
   """
 
   num_heads: int
   maximum: float = 1.0
   bias: float | None = None
+  channels: int | None = None
   param_dtype: Any = jnp.float32
   precision: str | None = None
 
@@ -183,7 +185,9 @@ class Strength(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     bias = None if self.bias is None else nn.initializers.constant(self.bias)
     types = gate_types(x, self.param_dtype, self.precision)
-    return self.maximum * nn.sigmoid(dense(self.num_heads, ("embed", "heads"), bias=bias, name="logits", **types)(x))
+    features = self.num_heads * (self.channels or 1)
+    strength = self.maximum * nn.sigmoid(dense(features, ("embed", "heads"), bias=bias, name="logits", **types)(x))
+    return strength if self.channels is None else strength.reshape(*x.shape[:2], self.num_heads, self.channels)
 
 
 class LogShare(nn.Module):
