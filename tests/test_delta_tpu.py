@@ -22,17 +22,18 @@ from memzoo.pallas_kernels.delta_rule.terms import Plan
 from memzoo.pallas_kernels.delta_rule.tpu_tiles import CHUNK
 from memzoo.pallas_kernels.documents import documents
 from memzoo.pallas_kernels.partition import split_over
-from test_delta_accuracy import CASES, ERASE, GATED, KIMI, PRODUCT, SEGMENTS, inputs, relative_error
+from test_delta_accuracy import CASES, ERASE, GATED, GATED_2, KIMI, PRODUCT, SEGMENTS, inputs, relative_error
 
 # The rounding of a bfloat16 array alone is 1.7e-3.
 LIMITS = {jnp.dtype(jnp.bfloat16): 2e-3, jnp.dtype(jnp.float32): 5e-4}
 
 NARROW = "q", "k", "v", "erase_key"
-OPERANDS = "q", "k", "v", "beta", "erase_key", "erase_strength"
+OPERANDS = "q", "k", "v", "beta", "erase_key", "erase_strength", "erase_gate", "write_gate"
 UPDATES = {
   ops.linear_attention: ops._additive_update,
   ops.delta_product: ops._delta_updates,
   ops.erase_then_delta_rule: ops._erase_and_delta_updates,
+  ops.gated_delta_rule_2: ops._gated_update,
 }
 
 
@@ -121,6 +122,8 @@ def test_errors_are_those_of_rounding_the_output(case):
     (KIMI, "decays -8 to -16", BOUND),  # all are at the bound
     (ERASE, "equal keys, strength 1.9", BOUND),
     (ERASE, "decays -8 to -16", None),
+    (GATED_2, "cosine 0.99, strength 1.9", None),
+    (GATED_2, "documents", BOUND),
     (PRODUCT, "cosine 0.99, strength 1.9", None),
     (PRODUCT, "decays -8 to -16", None),
   ],

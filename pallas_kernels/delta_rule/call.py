@@ -132,7 +132,7 @@ _rule = with_gradient(_values, _run_forward, _run_backward)
 
 def objections(options: Options, inputs: Inputs) -> Objections:
   """Why there are no kernels for such a call, by platform."""
-  call = options.updates, options.dtype, inputs.operands, inputs.state.shape
+  call = options.updates, options.dtype, inputs.operands, inputs.log_decay, inputs.state.shape
   own = (partial(module.objection, *call) for module in (tpu, gpu))
   return Objections(*(objection_to_kernels(inputs, _specs(options), options.chunk_size, each) for each in own))
 

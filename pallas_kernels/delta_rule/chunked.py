@@ -320,8 +320,9 @@ def _indexed(blocks: int, tree: Any) -> Callable[[jax.Array], Any]:
 
 def _arrange_back(plan: Plan, docs: Documents | None, inputs: Any, d_tokens: Tokens) -> Any:
   """The cotangents of inputs [B, L, ...] from those of their tokens."""
-  shared = inputs[0][0].shape[2] < plan.heads  # then cotangents of several value heads are added
-  like = jax.tree.map(lambda x: x.astype(plan.dtype), inputs) if shared else inputs
+  # Cotangents of several value heads, and those of a key by its two parts, are added before they are rounded.
+  adds = inputs[0][0].shape[2] < plan.heads or d_tokens.covectors is not None
+  like = jax.tree.map(lambda x: x.astype(plan.dtype), inputs) if adds else inputs
   arrange = partial(arrange_tokens, plan, docs)
   d_tokens = jax.tree.map(lambda d, x: d.astype(x.dtype), d_tokens, jax.eval_shape(arrange, *like))
   d_inputs = jax.vjp(arrange, *like)[1](d_tokens)

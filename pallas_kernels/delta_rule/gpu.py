@@ -150,9 +150,14 @@ def _with_kernels(plan: Plan, operands: Any, interpret: Any = False) -> Plan:
 
 
 def objection(
-  updates: Callable[..., Any], dtype: jnp.dtype, operands: tuple[jax.Array, ...], state: tuple[int, ...]
+  updates: Callable[..., Any],
+  dtype: jnp.dtype,
+  operands: tuple[jax.Array, ...],
+  log_decay: jax.Array | None,
+  state: tuple[int, ...],
 ) -> str | None:
   """Why the kernels do not compute this, or `None`; arguments as for `tpu.objection`."""
+  del log_decay
   q, made = jax.eval_shape(updates, *operands)
   if any(update.covector is not None for update in made):
     return "the kernels for GPUs read the state along the key of each update, and not along another vector"

@@ -38,19 +38,19 @@ def forward(
   Args:
     plan: static arguments; those of the arithmetic are not used.
     docs: document boundaries and padding; `None` for one document without padding.
-    operands: of the variant, bfloat16 or float32 arrays [B, T, ...], and strengths if updates have any.
+    operands: of the variant, bfloat16 or float32 arrays [B, T, ...], and strengths or gates if updates have any.
     log_decay: `None` or [B, T, H, K or 1].
     initial_state: float32 [B, H, K, V].
     keep: whether to return what the gradient needs.
     interpret: as for `pallas_call`.
   """
-  *tokens, strengths = _arrange(plan, docs, operands)
+  *tokens, covectors, strengths = _arrange(plan, docs, operands)
   step, gates = _prepare(plan, docs, operands, strengths, log_decay, initial_state.shape)
-  by_channel = {}
+  options = {"out_dtype": plan.out_dtype, "keep": keep, "interpret": interpret}
   if step.by_channel:
-    tokens.append(_decays(docs, step, log_decay))
-    by_channel = {"kernel": tpu_channels.kernel, "name": "delta_rule_by_channel_forward"}
-  out, state, *states = tpu_forward.call(step, tokens, *gates, initial_state, keep=keep, interpret=interpret, **by_channel)
+    tokens += [_decays(docs, step, log_decay), covectors]
+    options |= {"kernel": tpu_channels.kernel, "name": "delta_rule_by_channel_forward"}
+  out, state, *states = tpu_forward.call(step, tokens, *gates, initial_state, **options)
   return (_tokens(out, operands[0].shape[1], plan.heads), state), Kept(*states, None, None) if keep else None
 
 
@@ -74,22 +74,26 @@ def backward(
 ) -> tuple[Any, jax.Array | None, jax.Array]:
   """The cotangents of `operands`, `log_decay` and the initial state, from those of the output and the final state."""
   arrange = partial(_arrange, plan, docs)
-  *tokens, strengths = arrange(operands)
+  *tokens, covectors, strengths = arrange(operands)
+  # Cotangents of a key by its two parts are added before they are rounded.
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), operands) if covectors else operands
+  pull_back = jax.vjp(arrange, wide)[1]
   step, gates = _prepare(plan, docs, operands, strengths, log_decay, d_final.shape, backwards=True)
-  d_out = _joined(_whole_chunks(step.updates, d_out.astype(tokens[-1][-1].dtype)))
-  by_channel = {}
+  d_out = _joined(_whole_chunks(step.updates, d_out.astype(plan.out_dtype)))
+  by_channel, d_covectors = {}, []
   if step.by_channel:
-    tokens.append(_decays(docs, step, log_decay))
+    tokens += [_decays(docs, step, log_decay), covectors]
     by_channel = {"kernel": tpu_channels_backward.kernel, "name": "delta_rule_by_channel_backward"}
   found = tpu_backward.call(step, tokens, d_out, *gates, kept.states, d_final, interpret=interpret, **by_channel)
   if step.by_channel:
-    *d_tokens, d_log_decay, d_initial = found[:5]
-    d_strengths = tpu_step.strength_gradients(step, *found[5:]) if step.erases else []
+    *d_tokens, d_log_decay, d_covectors, d_initial = found[:6]
+    d_strengths = tpu_step.strength_gradients(step, *found[6:]) if step.erases else []
   else:
     *d_tokens, d_initial = found[:4]
     d_strengths, d_log_decay = tpu_step.gate_gradients(step, *found[4:])
-  d_strengths = [d.astype(x.dtype) for d, x in zip(d_strengths, strengths, strict=True)]
-  (d_operands,) = jax.linear_transpose(arrange, operands)((*d_tokens, d_strengths))
+  d_strengths = [d.astype(x.dtype) for d, x in zip(d_strengths, strengths, strict=False)]  # strengths of 1 have none
+  (d_operands,) = pull_back((*d_tokens, d_covectors, d_strengths))
+  d_operands = jax.tree.map(lambda d, x: d.astype(x.dtype), d_operands, operands)
   if log_decay is None:
     return d_operands, None, d_initial
   d_log_decay = d_log_decay[:, : log_decay.shape[1]].reshape(log_decay.shape).astype(log_decay.dtype)
@@ -101,6 +105,7 @@ def objection(
   updates: Callable[..., Any],
   dtype: jnp.dtype,
   operands: tuple[jax.Array, ...],
+  log_decay: jax.Array | None,
   state: tuple[int, ...],
 ) -> str | None:
   """Why the kernels do not compute this, or `None`.
@@ -109,6 +114,7 @@ def objection(
     updates: maps the operands to q and the updates of every token.
     dtype: of the arithmetic and of the state.
     operands: of the variant.
+    log_decay: `None` or [B, T, H, K or 1].
     state: shape of the state, (B, H, K, V).
   """
   if operands[0].dtype not in (jnp.bfloat16, jnp.float32) or dtype != jnp.float32:
@@ -116,25 +122,28 @@ def objection(
   q, made = jax.eval_shape(updates, *operands)
   if len(made) > _MOST_UPDATES:
     return f"the kernels make at most {_MOST_UPDATES} updates per token, not {len(made)}"
-  if any(update.covector is not None for update in made):
-    return "the kernels read the state along the key of each update, and not along another vector"
-  if other := {x.dtype for update in made for x in (update.key, update.value) if x is not None} - {q.dtype}:
+  covectors = any(update.covector is not None for update in made)
+  if covectors and (log_decay is None or log_decay.shape[-1] == 1):
+    return "without a decay for every channel, the kernels read the state along the key of each update, not another vector"
+  raw = (x for update in made for x in (update.key, None if covectors else update.value) if x is not None)
+  if other := {x.dtype for x in raw} - {q.dtype}:
     return f"the kernels take q, k and v in {q.dtype}, and not {', '.join(map(str, other))}"
   if max(state[2:]) > _WIDEST:
     return f"the kernels have heads of at most {_WIDEST} channels, not {max(state[2:])}"
   return None
 
 
-def _arrange(plan: Plan, docs: Documents | None, operands: Any) -> tuple[jax.Array, list, list, list]:
-  """Queries, keys of every update and values of the last ones, [B, T, heads * width] of whole chunks; and strengths.
+def _arrange(plan: Plan, docs: Documents | None, operands: Any) -> tuple[jax.Array, list, list, list, list]:
+  """Queries, keys of every update, values of the last ones and covectors, [B, T, heads * width] of whole chunks; and strengths.
 
-  Strengths of every update are [B, T, H], or there are none. It is linear in the operands.
+  There are covectors of every update, or none, and so with strengths, [B, T, H].
   """
   q, updates = plan.updates(*(_Parts(x) if x.ndim == 5 else x for x in operands))
   first = next(i for i, update in enumerate(updates) if update.value is not None)  # earlier ones only erase
   values = [jnp.zeros_like(updates[first].value) if x.value is None else x.value for x in updates[first:]]
+  covectors = [update.covector for update in updates if update.covector is not None]
   strengths = [update.strength for update in updates if update.strength is not None]
-  tokens = q, [update.key for update in updates], values, strengths
+  tokens = q, [update.key for update in updates], values, covectors, strengths
   *tokens, strengths = jax.tree.map(partial(_tokens_only, docs, len(updates)), tokens)
   return *jax.tree.map(_joined, tokens), strengths
 
@@ -157,14 +166,16 @@ def _prepare(plan, docs, operands, strengths, log_decay, state, backwards=False)
   """The step, and the gates that the kernels need."""
   q, updates = jax.eval_shape(plan.updates, *operands)
   by_channel = log_decay is not None and log_decay.shape[-1] > 1
-  full = q.dtype == jnp.float32
-  states = (tpu_step.STATES_BACKWARDS if backwards else tpu_step.STATES) // (1 + full)
+  full, covectors = q.dtype == jnp.float32, any(update.covector is not None for update in updates)
+  states = (tpu_step.STATES_BACKWARDS if backwards else tpu_step.STATES) // (2 if full or covectors else 1)
   span = tpu_step.longest_span(plan.decay_bound)
-  others = plan.scale, docs is not None, bool(strengths), by_channel, span, len(updates), full
+  others = plan.scale, docs is not None, bool(strengths) or covectors, by_channel, span, len(updates), full
   step = tpu_step.largest(states, q.shape[0], q.shape[2], state, *others)
   decay = None if log_decay is None or by_channel else _tokens_only(docs, step.updates, log_decay[..., 0])
   shape = q.shape[0], pieces(q.shape[1], step.tokens) * step.tokens, state[1]
   docs = jax.tree.map(partial(_whole_chunks, step.updates), docs)
+  if step.erases and not strengths:
+    strengths = [jnp.ones(shape, jnp.float32)]
   return step, tpu_step.prepare(step, shape, docs, strengths, decay)
 
 

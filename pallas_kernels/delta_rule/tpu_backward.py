@@ -71,37 +71,48 @@ def call(
     The parts of gates' cotangents, in the last two arrays, are for `tpu_step.gate_gradients`, or with decays by channel for
     `tpu_step.strength_gradients`, and there only with strengths.
   """
-  q, ks, vs, *decays = tokens
+  q, ks, vs, *by_channel = tokens
+  covectors = by_channel[1] if by_channel else []
   constants, count, pairs = masks(step.updates), len(step.states), len(step.pairs)
-  operands = q, ks, vs, *decays, d_out, columns, rows, *constants, states, d_final
+  operands = *tokens, d_out, columns, rows, *constants, states, d_final
   blocks = Blocks(step, d_out.shape[1] // step.tokens, d_final.shape, backwards=True)
   like = partial(varying_shape, like=jax.tree.leaves(operands))
-  of_keys = like((step.shared, *q.shape), q.dtype if step.shared == 1 else jnp.float32)
-  by_column, by_row = (1 + step.erases + 1, (1 + step.erases) * pairs + 1) if not decays else (1, pairs)
+  dtype = jnp.float32 if covectors else q.dtype
+  of_keys = like((step.shared, *q.shape), dtype if step.shared == 1 else jnp.float32)
+  by_column, by_row = (1 + step.erases + 1, (1 + step.erases) * pairs + 1) if not by_channel else (1, pairs)
   d_gates = [like((*columns.shape[:4], by_column * count), jnp.float32), like((*rows.shape[:3], by_row, LANES), jnp.float32)]
-  d_gates = d_gates if step.erases or not decays else []
+  d_gates = d_gates if step.erases or not by_channel else []
   key_places, value_places = [blocks.keys] * len(ks), [blocks.values] * len(vs)
-  d_q, d_ks, *others = pl.pallas_call(
+  channel_places = [blocks.decays, [blocks.keys] * len(covectors)] if by_channel else []
+  d_channels = [blocks.decays, [blocks.key_gradients] * len(covectors)] if by_channel else []
+  of_channels = [like(by_channel[0].shape, by_channel[0].dtype)] if by_channel else []
+  of_channels += [[of_keys] * len(covectors)] if by_channel else []
+  d_q, d_ks, d_vs, *others = pl.pallas_call(
     step.kernel(kernel or _kernel),
     grid=blocks.grid,
     in_specs=[
-      *(blocks.keys, key_places, value_places, *[blocks.decays] * len(decays), blocks.values),
+      *(blocks.keys, key_places, value_places, *channel_places, blocks.values),
       *(*map(blocks.gates, (columns, rows)), *map(whole, constants), blocks.states, blocks.state),
     ],
     out_specs=[
-      *(blocks.key_gradients, [blocks.key_gradients] * len(ks), value_places, *[blocks.decays] * len(decays)),
+      *(blocks.key_gradients, [blocks.key_gradients] * len(ks), value_places, *d_channels),
       *(blocks.state, *map(blocks.gates, d_gates)),
     ],
     out_shape=[
-      *(of_keys, [of_keys] * len(ks), [like(v.shape, v.dtype) for v in vs], *(like(x.shape, x.dtype) for x in decays)),
+      *(of_keys, [of_keys] * len(ks), [like(v.shape, v.dtype) for v in vs], *of_channels),
       *(like(d_final.shape, jnp.float32), *d_gates),
     ],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     interpret=interpret,
     name=name,
   )(*operands)
-  of_steps = jax.tree.map(lambda d: jnp.sum(d, axis=0).astype(q.dtype) if step.shared > 1 else d[0], (d_q, d_ks))
-  return *of_steps, *others
+
+  def of_steps(ds):
+    return jax.tree.map(lambda d: jnp.sum(d, axis=0).astype(dtype) if step.shared > 1 else d[0], ds)
+
+  if by_channel:
+    others[1] = of_steps(others[1])
+  return *of_steps((d_q, d_ks)), d_vs, *others
 
 
 def _kernel(

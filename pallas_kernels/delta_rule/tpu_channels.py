@@ -19,6 +19,7 @@ def kernel(
   k_refs: list[Any],
   v_refs: list[Any],
   decay_ref: Any,
+  covector_refs: list[Any],
   columns_ref: Any,
   rows_ref: Any,
   mask_ref: Any,
@@ -31,7 +32,7 @@ def kernel(
   """One chunk of all states of a step."""
   start(step, initial_ref, state_ref, states_ref)
   chunk = Chunk(step, q_ref, k_refs, columns_ref, rows_ref, mask_ref)
-  scaled = Scaled(chunk, decay_ref)
+  scaled = Scaled(chunk, decay_ref, covector_refs)
   states, everyone, above = step.states, range(len(step.states)), CHUNK if step.erases else 0
   products = scaled.products()
   scores = [two(scaled.seen(x[above:], p, False)) for p, x in enumerate(products)]

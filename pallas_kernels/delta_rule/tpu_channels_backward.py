@@ -28,6 +28,7 @@ def kernel(
   k_refs: list[Any],
   v_refs: list[Any],
   decay_ref: Any,
+  covector_refs: list[Any],
   d_out_ref: Any,
   columns_ref: Any,
   rows_ref: Any,
@@ -39,13 +40,14 @@ def kernel(
   d_k_refs: list[Any],
   d_v_refs: list[Any],
   d_decay_ref: Any,
+  d_covector_refs: list[Any],
   d_state_ref: Any,
   *d_gate_refs: Any,
 ) -> None:
   """One chunk of all states of a step. The cotangent of the state stays in the block of that of the initial state."""
   start(step, d_final_ref, d_state_ref)
   chunk = Chunk(step, q_ref, k_refs, columns_ref, rows_ref, mask_ref)
-  scaled = Scaled(chunk, decay_ref)
+  scaled = Scaled(chunk, decay_ref, covector_refs)
   states, everyone, pairs = step.states, range(len(step.states)), range(len(step.pairs))
   wide, above = step.value_dim, CHUNK if step.erases else 0
   keys, queries = scaled.keys, scaled.queries
@@ -102,8 +104,8 @@ def kernel(
     grows, d_key = queries[i] * d_query, by_columns + write
     by_read = step.scale * d_outs[i].astype(jnp.float32)
     if step.erases:
-      by_row = by_rows[0] - entering * erase
-      grows, d_key = grows + keys[i] * by_row, d_key + by_row
+      d_covector = by_rows[0] - entering * erase
+      grows = grows + scaled.covectors[i] * d_covector
       by_read = jnp.concatenate([-d_rest[i], by_read])
     # A token writes after its own decay. Sums without it, not less it, which would cancel if decays are strong.
     writes = keys[i] * write
@@ -113,7 +115,11 @@ def kernel(
     yield
     d_decay_ref[b, :, h * step.key_dim : (h + 1) * step.key_dim] = later + earlier + end
     diagonal = step.scale * row_sums(d_outs[i].astype(jnp.float32) * written[i])
-    of_key = d_query + diagonal * keys[i], d_key + diagonal * queries[i]
+    of_key = [d_query + diagonal * keys[i], d_key + diagonal * queries[i]]
+    if d_covector_refs:
+      of_key.append(d_covector)
+    elif step.erases:
+      of_key[1] += d_covector
     key = step.keys[i]
     sums[key] = [x + y for x, y in zip(sums[key], of_key, strict=True)] if key in sums else of_key
     if step.documents:
@@ -123,7 +129,8 @@ def kernel(
     yield
     d_state_ref[b, h] = keep * d_after(i) + change
     if key not in step.keys[i + 1 :]:
-      for refs, total in zip(([d_q_ref], d_k_refs), sums[key], strict=True):
+      given = [[d_q_ref], d_k_refs, *[d_covector_refs] * bool(d_covector_refs)]
+      for refs, total in zip(given, sums[key], strict=True):
         put(step, [ref.at[0] for ref in refs], *key, total)
 
   for _ in itertools.zip_longest(*map(finish, everyone)):

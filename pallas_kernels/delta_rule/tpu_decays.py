@@ -1,6 +1,7 @@
 """Products of a chunk with a decay for every channel, in the kernels for TPUs.
 
-A product with the decay between two updates j <= i is split at a vector M between their sums G of log-decays,
+Rows of C are covectors, along which updates read the state; mostly they are the keys K. A product with the decay between two
+updates j <= i is split at a vector M between their sums G of log-decays,
 
     sum_k x_ik y_jk e^{G_ik - G_jk} = (x e^{G - M}) (y e^{M - G})^T
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ..tpu_products import BY_ROWS, BY_TOKENS, LANES, Parts, dot, parts
-from .tpu_step import Chunk
+from .tpu_step import Chunk, head
 from .tpu_tiles import CHUNK, GROUP, HALF, grams, in_one_pass, is_left, lane, sums_of_tokens, swapped, three, transposed, two
 
 # By rows, [64, K] of each of them, and by columns, [64, K].
@@ -23,17 +24,17 @@ Pulled = Generator[None, None, tuple[list[jax.Array], jax.Array]]
 
 
 class Scaled:
-  """The keys and queries of a chunk, times decays, by state.
+  """The keys, covectors and queries of a chunk, times decays, by state.
 
   Spans of so many tokens that no factor leaves the range of floats have an M in their middle. Pairs of longer and longer spans
   have one between them; there no exponent is positive.
 
   Attributes:
-    keys, queries: [64, K], float32.
+    keys, covectors, queries: [64, K], float32.
     totals: G, [64, K].
   """
 
-  def __init__(self, chunk: Chunk, decay_ref: Any):
+  def __init__(self, chunk: Chunk, decay_ref: Any, covector_refs: list[Any]):
     self.chunk, self.step = chunk, chunk.step
     wide = self.step.key_dim
     decays = [decay_ref[b, :, h * wide : (h + 1) * wide] for b, h in self.step.states]
@@ -42,7 +43,11 @@ class Scaled:
     ends = jnp.exp(jnp.concatenate(self._ends)).T
     self._keep = [ends[:, i : i + 1] for i in range(len(decays))]
     self.keys, self.queries = ([x.astype(jnp.float32) for x in xs] for xs in (chunk.keys, chunk.queries))
-    self._both = [[k, q] if self.step.erases else [q] for k, q in zip(self.keys, self.queries, strict=True)]
+    self.covectors = self.keys
+    if covector_refs:
+      given = {at: head(self.step, covector_refs, wide, *at) for at in self.step.keys}
+      self.covectors = [given[at] for at in self.step.keys]
+    self._both = [[c, q] if self.step.erases else [q] for c, q in zip(self.covectors, self.queries, strict=True)]
     self._span = min(self.step.span * self.step.updates, HALF)
     self._longer = [w for w in (GROUP, 2 * GROUP, HALF) if w >= self._span]
     since = [_since_middle(g, self._span) for g in self.totals]
@@ -50,7 +55,7 @@ class Scaled:
     self._columns = [k * e for k, e in zip(self.keys, self._early, strict=True)]
 
   def products(self) -> list[jax.Array]:
-    """[K; Q] D K^T of pairs, side by side, [n, 128]. Above the diagonal it is anything."""
+    """[C; Q] D K^T of pairs, side by side, [n, 128]. Above the diagonal it is anything."""
     found = []
     for pair in self.step.pairs:
       rows = [parts(jnp.concatenate([x * self._late[i] for x in self._both[i]])) for i in pair]
@@ -63,7 +68,7 @@ class Scaled:
     return found
 
   def pull_back(self, i: int, x: jax.Array) -> Pulled:
-    """For state i and the cotangent x of its pair's product: the cotangents of [K; Q] by rows, and that of K by columns.
+    """For state i and the cotangent x of its pair's product: the cotangents of [C; Q] by rows, and that of K by columns.
 
     It yields where it waits for products of matrices, so that several states can go in step.
     """
@@ -103,18 +108,19 @@ class Scaled:
     return by_rows, columns
 
   def _of_spans(self, i: int, w: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For pairs of spans of w updates: e^{-|G - M|} and its product with K, [64, K], and [K; Q] e^{G - M} of later spans."""
+    """For pairs of spans of w updates: e^{-|G - M|} and its product with K, [64, K], and [C; Q] e^{G - M} of later spans."""
     factor = jnp.exp(_beyond_middle(self.totals[i], w))
     ys = self.keys[i] * factor
-    rows = [_later(ys, w)] * self.step.erases + [_later(self.queries[i], w) * _later(factor, w)]
+    along = ys if self.covectors is self.keys else self.covectors[i] * factor
+    rows = [_later(along, w)] * self.step.erases + [_later(self.queries[i], w) * _later(factor, w)]
     return factor, ys, jnp.concatenate(rows)
 
   def read(self, i: int, state: jax.Array, only_keys: bool = False) -> jax.Array:
-    """[K; Q] e^G S, or only K e^G S."""
+    """[C; Q] e^G S, or only C e^G S."""
     return three(self._of_read(i, only_keys), parts(state))
 
   def write_back(self, i: int, d_read: jax.Array) -> jax.Array:
-    """The cotangent of S for that of its read, ([K; Q] e^G)^T d_read."""
+    """The cotangent of S for that of its read, ([C; Q] e^G)^T d_read."""
     return three(self._of_read(i), parts(d_read), BY_TOKENS)
 
   def _of_read(self, i: int, only_keys: bool = False) -> Parts:

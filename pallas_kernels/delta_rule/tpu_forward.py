@@ -33,6 +33,7 @@ def call(
   rows: jax.Array,
   initial_state: jax.Array,
   *,
+  out_dtype: jnp.dtype,
   keep: bool,
   interpret: Any = False,
   kernel: Callable[..., None] | None = None,
@@ -43,27 +44,30 @@ def call(
   Args:
     step: static arguments.
     tokens: of whole chunks, q [B, T, Hk * K], for every update k [B, T, Hk * K], for the last updates v [B, T, H * V], the
-      others being zero, and for another kernel log-decays [B, T, H * K].
+      others being zero, and for another kernel log-decays [B, T, H * K], and covectors [B, T, Hk * K] of every update or none.
     columns, rows: of `tpu_step.prepare`.
     initial_state: [B, H, K, V].
+    out_dtype: of the output.
     keep: whether to return the states before all chunks.
     interpret: as for `pallas_call`.
     kernel: another kernel, of decays by channel.
     name: of the kernel.
   """
-  _, ks, vs, *_ = tokens
+  _, ks, vs, *by_channel = tokens
   v, constants, shape = vs[-1], masks(step.updates), initial_state.shape
   chunks = v.shape[1] // step.tokens
   operands = *tokens, columns, rows, *constants, initial_state
   blocks, like = Blocks(step, chunks, shape), partial(varying_shape, like=jax.tree.leaves(operands))
-  out = [like(v.shape, v.dtype), like(shape, jnp.float32)]
+  out = [like(v.shape, out_dtype), like(shape, jnp.float32)]
   kept = [like((chunks, *shape), jnp.float32)] if keep else []
-  places = blocks.keys, [blocks.keys] * len(ks), [blocks.values] * len(vs), blocks.decays
+  places = [blocks.keys, [blocks.keys] * len(ks), [blocks.values] * len(vs)]
+  if by_channel:
+    places += [blocks.decays, [blocks.keys] * len(by_channel[1])]
   gates = map(blocks.gates, (columns, rows))
   return pl.pallas_call(
     step.kernel(kernel or _kernel),
     grid=blocks.grid,
-    in_specs=[*places[: len(tokens)], *gates, *map(whole, constants), blocks.state],
+    in_specs=[*places, *gates, *map(whole, constants), blocks.state],
     out_specs=[blocks.values, blocks.state, blocks.states][: 2 + len(kept)],
     out_shape=[*out, *kept],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
