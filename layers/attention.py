@@ -9,7 +9,7 @@ query heads may share a key head (Ainslie et al. 2023, arXiv:2305.13245). Inputs
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,12 +136,16 @@ class Attention(MemoryLayer):
     prefix_kv = None if prefix is None else tuple(project(prefix[None].astype(x.dtype)) for project in (keys, values))
 
     out, state = self.attend(q, k, v, state, segment_ids, prefix_kv, *self._extras(x), fresh=fresh)
+    return self._output(x, out, segment_ids), state
+
+  def _output(self, x: jax.Array, out: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """y [B, T, D] of what the heads read, out [B, T, H, d]."""
     out = out.reshape(*out.shape[:2], -1)
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     if activation := GATES[self.output_gate]:
       out *= activation(dense(out.shape[-1], ("embed", "heads"), name="gate", **types)(x))
     y = dense(x.shape[-1], ("heads", "embed"), name="output", **types)(out)
-    return silence_padding(y, segment_ids), state
+    return silence_padding(y, segment_ids)
 
   def _rotate(self, x: jax.Array, position: jax.Array) -> jax.Array:
     return rotate(x, position, self.rope_base, self.rope_dim, self.rope_scaling)
@@ -186,8 +190,7 @@ class Attention(MemoryLayer):
       *extras: see `_extras`.
       fresh: whether `state` is known to be empty.
     """
-    locate = partitioned(partial(_locate, q.shape[1]), in_specs=_BY_ROW, out_specs=_BY_ROW)
-    docs, position, length = locate(segment_ids, state.length)
+    docs, position, length = locate(q.shape[1], segment_ids, state.length)
     # A key head for all query heads is whole on each device.
     by_head, first, slots = (_BY_HEAD, _PREFIX, P(ROWS, HEADS)) if k.shape[2] > 1 else (_BY_ROW, P(), _BY_ROW)
     cached = CacheState(slots, slots, _BY_ROW)
@@ -204,7 +207,7 @@ class Attention(MemoryLayer):
     """The keys with their positions, and the cache after these tokens."""
     docs, position, length = where
     k = self._positioned(k, position)
-    keys, values = (self._write(a, new, docs, position, length) for a, new in ((state.keys, k), (state.values, v)))
+    keys, values = (_write(a, new, docs, position, length) for a, new in ((state.keys, k), (state.values, v)))
     return k, CacheState(keys, values, length)
 
   def _read_cache(self, q, k, v, state: CacheState, where, prefix_kv, *extras) -> jax.Array:
@@ -212,7 +215,7 @@ class Attention(MemoryLayer):
     docs, position = where
     token = _Tokens(jnp.where(docs.is_token, jnp.int32(0), -1), position)
     cached = (a.swapaxes(1, 2) for a in (state.keys, state.values))
-    return self._over(self._positioned(q, position), *cached, token, self._cached(state.length), prefix_kv, *extras)
+    return self._over(self._positioned(q, position), *cached, token, _cached(state.keys, state.length), prefix_kv, *extras)
 
   def _rotate_and_attend(self, q, k, v, state: CacheState | None, where, prefix_kv, *extras) -> jax.Array:
     """The output [B, T, H, d] of new tokens, to which those of the cache `state` come before."""
@@ -226,10 +229,8 @@ class Attention(MemoryLayer):
     """Attention [B, T, H, d] of the new tokens to themselves, to `prefix_kv` and, unless `state` is `None`, to the cache."""
     tokens = q.shape[1]
     if not at_most(tokens, self.slots):  # move padding to the end: blocks count columns, the window counts tokens
-      order = jnp.argsort(~docs.is_token, axis=1, stable=True)
-      back = jnp.argsort(order, axis=1)
-      q, k, v = (jnp.take_along_axis(a, order[..., None, None], axis=1) for a in (q, k, v))
-      docs, position = jax.tree.map(lambda a: jnp.take_along_axis(a, order, axis=1), (docs, position))
+      order, back = padding_last(docs)
+      q, k, v, docs, position = take_tokens((q, k, v, docs, position), order)
 
     query_tokens = _Tokens(docs.index, position)
     k, v, key_tokens = self._after_cache(k, v, state, docs, position)
@@ -239,7 +240,7 @@ class Attention(MemoryLayer):
       before = [(0, 0), (self.slots, 0)]
       k, v = (jnp.pad(a, [*before, (0, 0), (0, 0)]) for a in (k, v))
       key_tokens = jax.tree.map(lambda a: jnp.pad(a, before, constant_values=-1), key_tokens)
-    return jnp.take_along_axis(self._blocked(q, k, v, query_tokens, key_tokens, prefix_kv), back[..., None, None], axis=1)
+    return take_tokens(self._blocked(q, k, v, query_tokens, key_tokens, prefix_kv), back)
 
   def _over(self, q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, prefix_kv) -> jax.Array:
     """Attention [B, T, H, d] of any queries to any keys, those of `prefix_kv` included. Layers with extras override it."""
@@ -251,7 +252,7 @@ class Attention(MemoryLayer):
     if state is None:
       return k, v, tokens
     k, v = (jnp.concatenate([cache.swapaxes(1, 2), new], axis=1) for cache, new in ((state.keys, k), (state.values, v)))
-    return k, v, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self._cached(state.length), tokens)
+    return k, v, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), _cached(state.keys, state.length), tokens)
 
   def _blocked(self, q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, prefix_kv) -> jax.Array:
     """`_over` for T queries and slots + T keys, in blocks of `slots` queries, each against two blocks of keys."""
@@ -271,22 +272,36 @@ class Attention(MemoryLayer):
     out = self._over(_merge(blocks(q)), pairs(k), pairs(v), query_tokens, key_tokens, prefix_kv)
     return out.reshape(batch, -1, *out.shape[2:])[:, :tokens]
 
-  def _cached(self, length: jax.Array) -> _Tokens:
-    """The tokens in the slots of the cache: slot s holds the last position p < `length` with p % slots = s, of document 0."""
-    slot = jnp.arange(self.slots, dtype=jnp.int32)[None]
-    last = length[:, None] - 1
-    position = last - (last - slot) % self.slots
-    return _Tokens(jnp.where(position >= 0, jnp.int32(0), -1), position)
 
-  def _write(self, cache: jax.Array, new: jax.Array, docs: Documents, position, length) -> jax.Array:
-    """Returns a cache after the tokens `new`: the last `slots` tokens of the last document, whose length is `length`."""
-    kept = _in_last_document(docs) & (position >= length[:, None] - self.slots)
-    slot = jnp.where(kept, position % self.slots, self.slots)  # out of bounds, and therefore dropped
-    given = cache, slot, new.swapaxes(1, 2).astype(cache.dtype)
-    if new.shape[1] != 1:
-      return _write_slots(*given)
-    # XLA for a TPU writes a token where a cache lies in an order of axes that suits nothing else, and copies it there and back.
-    return by_platform(Forms(_write_slots, _write_slots, tpu=_write_by_selection), *given)
+def padding_last(docs: Documents) -> tuple[jax.Array, jax.Array]:
+  """The order [B, T] in which padding comes after all tokens of its row, and the one that undoes it; see `take_tokens`."""
+  order = jnp.argsort(~docs.is_token, axis=1, stable=True)
+  return order, jnp.argsort(order, axis=1)
+
+
+def take_tokens(tree: Any, index: jax.Array) -> Any:
+  """The tokens at `index` [B, S] of arrays [B, T, ...]."""
+  return jax.tree.map(lambda a: jnp.take_along_axis(a, jnp.expand_dims(index, range(2, a.ndim)), axis=1), tree)
+
+
+def _cached(ring: jax.Array, length: jax.Array) -> _Tokens:
+  """The tokens in the slots of `ring` [B, H, slots, d]: slot s holds the last position p < `length` with p % slots = s."""
+  slot = jnp.arange(ring.shape[2], dtype=jnp.int32)[None]
+  last = length[:, None] - 1
+  position = last - (last - slot) % ring.shape[2]
+  return _Tokens(jnp.where(position >= 0, jnp.int32(0), -1), position)
+
+
+def _write(cache: jax.Array, new: jax.Array, docs: Documents, position: jax.Array, length: jax.Array) -> jax.Array:
+  """A ring [B, H, slots, d] after new [B, T, H, d]: the last `slots` tokens of the last document, whose length is `length`."""
+  slots = cache.shape[2]
+  kept = _in_last_document(docs) & (position >= length[:, None] - slots)
+  slot = jnp.where(kept, position % slots, slots)  # out of bounds, and therefore dropped
+  given = cache, slot, new.swapaxes(1, 2).astype(cache.dtype)
+  if new.shape[1] != 1:
+    return _write_slots(*given)
+  # XLA for a TPU writes a token where a cache lies in an order of axes that suits nothing else, and copies it there and back.
+  return by_platform(Forms(_write_slots, _write_slots, tpu=_write_by_selection), *given)
 
 
 def _write_slots(cache: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
@@ -302,8 +317,12 @@ def _write_by_selection(cache: jax.Array, slot: jax.Array, new: jax.Array) -> ja
   return jnp.where(here[:, None, :, None], new, cache)
 
 
+def locate(tokens: int, segment_ids: jax.Array | None, length: jax.Array) -> tuple[Documents, jax.Array, jax.Array]:
+  """The documents of `tokens` tokens, the tokens' positions in them, and the length of the last one; `length` as in a cache."""
+  return partitioned(partial(_locate, tokens), in_specs=_BY_ROW, out_specs=_BY_ROW)(segment_ids, length)
+
+
 def _locate(tokens: int, segment_ids: jax.Array | None, length: jax.Array) -> tuple[Documents, jax.Array, jax.Array]:
-  """The documents of `tokens` tokens, the tokens' positions in them, and the length of the last one."""
   docs = undivided(length.shape[0], tokens) if segment_ids is None else documents(segment_ids)
   carried = jnp.where(docs.index[:, -1] == 0, length, 0)
   return docs, positions(docs, length), carried + jnp.sum(_in_last_document(docs), axis=1, dtype=jnp.int32)
