@@ -2,6 +2,7 @@
 
 from .attention import Attention
 from .based import Based
+from .bmojo import BMojo
 from .context import Context, ContextLayer
 from .delta_net import Comba, DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention
 from .erase_then_delta import EraseThenDelta
@@ -22,6 +23,7 @@ from .ttt import TTTMLP, TTTLinear
 __all__ = [
   "TTTMLP",
   "Attention",
+  "BMojo",
   "Based",
   "Comba",
   "Context",

@@ -7,9 +7,10 @@ query heads may share a key head (Ainslie et al. 2023, arXiv:2305.13245). Inputs
 `window` tokens; each block attends to itself and to the block before, so the cost is O(T window).
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from ..pallas_kernels.numerics import einsum
 from ..pallas_kernels.partition import HEADS, ROWS, partitioned
 from ..pallas_kernels.sizes import at_most, pad_end, pieces
 from ..pallas_kernels.states import exportable
+from .columns import padding_last, take_tokens
 from .memory_layer import MemoryLayer, count_key_heads, silence_padding
 from .norms import RMSNorm
 from .projected_memory import GATES
@@ -48,7 +50,7 @@ class CacheState(NamedTuple):
   length: jax.Array
 
 
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
   """Document of each token and position in it, int32 [B, T]. The document of padding and of empty slots is -1."""
 
   document: jax.Array
@@ -207,15 +209,15 @@ class Attention(MemoryLayer):
     """The keys with their positions, and the cache after these tokens."""
     docs, position, length = where
     k = self._positioned(k, position)
-    keys, values = (_write(a, new, docs, position, length) for a, new in ((state.keys, k), (state.values, v)))
+    keys, values = (write_ring(a, new, docs, position, length) for a, new in ((state.keys, k), (state.values, v)))
     return k, CacheState(keys, values, length)
 
   def _read_cache(self, q, k, v, state: CacheState, where, prefix_kv, *extras) -> jax.Array:
     """The output [B, 1, H, d] of one token, which is in the cache."""
     docs, position = where
-    token = _Tokens(jnp.where(docs.is_token, jnp.int32(0), -1), position)
+    token = Tokens(jnp.where(docs.is_token, jnp.int32(0), -1), position)
     cached = (a.swapaxes(1, 2) for a in (state.keys, state.values))
-    return self._over(self._positioned(q, position), *cached, token, _cached(state.keys, state.length), prefix_kv, *extras)
+    return self._over(self._positioned(q, position), *cached, token, in_ring(state.keys, state.length), prefix_kv, *extras)
 
   def _rotate_and_attend(self, q, k, v, state: CacheState | None, where, prefix_kv, *extras) -> jax.Array:
     """The output [B, T, H, d] of new tokens, to which those of the cache `state` come before."""
@@ -232,7 +234,7 @@ class Attention(MemoryLayer):
       order, back = padding_last(docs)
       q, k, v, docs, position = take_tokens((q, k, v, docs, position), order)
 
-    query_tokens = _Tokens(docs.index, position)
+    query_tokens = Tokens(docs.index, position)
     k, v, key_tokens = self._after_cache(k, v, state, docs, position)
     if at_most(tokens, self.slots):
       return self._over(q, k, v, query_tokens, key_tokens, prefix_kv)
@@ -242,19 +244,19 @@ class Attention(MemoryLayer):
       key_tokens = jax.tree.map(lambda a: jnp.pad(a, before, constant_values=-1), key_tokens)
     return take_tokens(self._blocked(q, k, v, query_tokens, key_tokens, prefix_kv), back)
 
-  def _over(self, q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, prefix_kv) -> jax.Array:
+  def _over(self, q, k, v, query_tokens: Tokens, key_tokens: Tokens, prefix_kv) -> jax.Array:
     """Attention [B, T, H, d] of any queries to any keys, those of `prefix_kv` included. Layers with extras override it."""
     return _windowed(q, k, v, query_tokens, key_tokens, self.slots, prefix_kv)
 
-  def _after_cache(self, k, v, state: CacheState | None, docs: Documents, position) -> tuple[jax.Array, jax.Array, _Tokens]:
+  def _after_cache(self, k, v, state: CacheState | None, docs: Documents, position) -> tuple[jax.Array, jax.Array, Tokens]:
     """Keys and values of the cache, unless it is `None`, and of the new tokens; and what they are."""
-    tokens = _Tokens(jnp.where(docs.is_token, docs.index, -1), position)
+    tokens = Tokens(jnp.where(docs.is_token, docs.index, -1), position)
     if state is None:
       return k, v, tokens
     k, v = (jnp.concatenate([cache.swapaxes(1, 2), new], axis=1) for cache, new in ((state.keys, k), (state.values, v)))
-    return k, v, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), _cached(state.keys, state.length), tokens)
+    return k, v, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), in_ring(state.keys, state.length), tokens)
 
-  def _blocked(self, q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, prefix_kv) -> jax.Array:
+  def _blocked(self, q, k, v, query_tokens: Tokens, key_tokens: Tokens, prefix_kv) -> jax.Array:
     """`_over` for T queries and slots + T keys, in blocks of `slots` queries, each against two blocks of keys."""
     batch, tokens = q.shape[:2]
     size = self.slots
@@ -273,26 +275,15 @@ class Attention(MemoryLayer):
     return out.reshape(batch, -1, *out.shape[2:])[:, :tokens]
 
 
-def padding_last(docs: Documents) -> tuple[jax.Array, jax.Array]:
-  """The order [B, T] in which padding comes after all tokens of its row, and the one that undoes it; see `take_tokens`."""
-  order = jnp.argsort(~docs.is_token, axis=1, stable=True)
-  return order, jnp.argsort(order, axis=1)
-
-
-def take_tokens(tree: Any, index: jax.Array) -> Any:
-  """The tokens at `index` [B, S] of arrays [B, T, ...]."""
-  return jax.tree.map(lambda a: jnp.take_along_axis(a, jnp.expand_dims(index, range(2, a.ndim)), axis=1), tree)
-
-
-def _cached(ring: jax.Array, length: jax.Array) -> _Tokens:
+def in_ring(ring: jax.Array, length: jax.Array) -> Tokens:
   """The tokens in the slots of `ring` [B, H, slots, d]: slot s holds the last position p < `length` with p % slots = s."""
   slot = jnp.arange(ring.shape[2], dtype=jnp.int32)[None]
   last = length[:, None] - 1
   position = last - (last - slot) % ring.shape[2]
-  return _Tokens(jnp.where(position >= 0, jnp.int32(0), -1), position)
+  return Tokens(jnp.where(position >= 0, jnp.int32(0), -1), position)
 
 
-def _write(cache: jax.Array, new: jax.Array, docs: Documents, position: jax.Array, length: jax.Array) -> jax.Array:
+def write_ring(cache: jax.Array, new: jax.Array, docs: Documents, position: jax.Array, length: jax.Array) -> jax.Array:
   """A ring [B, H, slots, d] after new [B, T, H, d]: the last `slots` tokens of the last document, whose length is `length`."""
   slots = cache.shape[2]
   kept = _in_last_document(docs) & (position >= length[:, None] - slots)
@@ -333,7 +324,7 @@ def _in_last_document(docs: Documents) -> jax.Array:
   return docs.is_token & (docs.index == docs.index[:, -1:])
 
 
-def _windowed(q, k, v, query_tokens: _Tokens, key_tokens: _Tokens, window: int, prefix_kv) -> jax.Array:
+def _windowed(q, k, v, query_tokens: Tokens, key_tokens: Tokens, window: int, prefix_kv) -> jax.Array:
   """Attention of q [B, T, H, d] to k, v [B, S, Hk, d], masked to the same document and the last `window` positions."""
   distance = query_tokens.position[:, :, None] - key_tokens.position[:, None, :]
   mask = (query_tokens.document[:, :, None] == key_tokens.document[:, None, :]) & (distance >= 0) & (distance < window)
@@ -352,21 +343,63 @@ def softmax_attention(
 
 
 def _softmax_attention(q, k, v, mask, prefix_kv) -> jax.Array:
-  # The queries of a group are rows of one product. With an axis of their own, XLA on a CPU takes a third longer.
-  batch, tokens, heads, width = q.shape
-  groups = heads // k.shape[2]
-  rows = q.reshape(batch, tokens, -1, groups, width).swapaxes(1, 2).reshape(batch, -1, tokens * groups, width)
-  mask = jnp.repeat(mask, groups, axis=1)[:, None] if groups > 1 else mask[:, None]
-  logits = einsum("bhmd,bhsd->bhms", rows, k.swapaxes(1, 2)) * width**-0.5
-  logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-  out = einsum("bhms,bhsd->bhmd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v.swapaxes(1, 2))
+  rows = _rows(q, k)
+  logits = _logits(rows, k, mask)
+  out = _mixed(jax.nn.softmax(logits, axis=-1), v)
   if prefix_kv is not None:  # a softmax of its own, and its share of the whole: joined with the keys, a cache would be copied
     first_k, first_v = (first[0].swapaxes(0, 1).astype(a.dtype) for first, a in zip(prefix_kv, (k, v), strict=True))
-    ahead = einsum("bhmd,hnd->bhmn", rows, first_k) * width**-0.5
+    ahead = einsum("bhmd,hnd->bhmn", rows, first_k) * q.shape[-1] ** -0.5
     first = einsum("bhmn,hnd->bhmd", jax.nn.softmax(ahead, axis=-1).astype(v.dtype), first_v)
     share = jax.nn.sigmoid(jax.nn.logsumexp(ahead, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
     out = out + share[..., None] * (first - out)
-  return out.reshape(batch, -1, tokens, groups, v.shape[-1]).swapaxes(1, 2).reshape(*q.shape[:3], -1).astype(q.dtype)
+  return _by_token(out, q)
+
+
+def _rows(q: jax.Array, k: jax.Array) -> jax.Array:
+  """q [B, T, H, d] as [B, Hk, T * H / Hk, d], for keys k [B, S, Hk, d]."""
+  # The queries of a group are rows of one product. With an axis of their own, XLA on a CPU takes a third longer.
+  batch, tokens, heads, width = q.shape
+  groups = heads // k.shape[2]
+  return q.reshape(batch, tokens, -1, groups, width).swapaxes(1, 2).reshape(batch, -1, tokens * groups, width)
+
+
+def _logits(rows: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+  """Scaled products of `_rows` with the keys that mask [B, T, S] allows, and the lowest number elsewhere."""
+  groups = rows.shape[2] // mask.shape[1]
+  mask = jnp.repeat(mask, groups, axis=1)[:, None] if groups > 1 else mask[:, None]
+  logits = einsum("bhmd,bhsd->bhms", rows, k.swapaxes(1, 2)) * rows.shape[-1] ** -0.5
+  return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+
+
+def _mixed(weights: jax.Array, v: jax.Array) -> jax.Array:
+  return einsum("bhms,bhsd->bhmd", weights.astype(v.dtype), v.swapaxes(1, 2))
+
+
+def _by_token(out: jax.Array, q: jax.Array) -> jax.Array:
+  """What was mixed for the rows of q [B, T, H, d], as [B, T, H, e] in q's dtype."""
+  batch, tokens, heads, _ = q.shape
+  groups = heads // out.shape[1]
+  return out.reshape(batch, -1, tokens, groups, out.shape[-1]).swapaxes(1, 2).reshape(batch, tokens, heads, -1).astype(q.dtype)
+
+
+class Source(NamedTuple):
+  """Keys, and what reads them: q [B, T, H, d], k [B, S, Hk, d], v [B, S, Hk, e] and mask [B, T, S]."""
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  mask: jax.Array
+
+
+def joint_attention(sources: Sequence[Source]) -> jax.Array:
+  """`softmax_attention` with one softmax over the keys of all sources. No keys and no logits are joined."""
+  logits = [_logits(_rows(s.q, s.k), s.k, s.mask) for s in sources]
+  largest = [jnp.max(part, axis=-1, keepdims=True) for part in logits]
+  largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, largest))  # any number in its place gives the same output
+  powers = [jnp.exp(part - largest) for part in logits]
+  total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in powers)
+  out = sum(_mixed(part, s.v) for part, s in zip(powers, sources, strict=True)) / total
+  return _by_token(out, sources[0].q)
 
 
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -39,6 +39,7 @@ SMALL = {
   "state_dim": 3,
   "num_groups": 2,
   "slots": 3,
+  "eidetic_slots": 3,
   "note_dim": 4,
   "read_heads": 2,
   "window": 5,

@@ -105,6 +105,18 @@ class MemoryLayer(nn.Module, kw_only=True):
     return jax.tree.map(jnp.asarray, state)
 
 
+def from_template(template: nn.Module, dtype: Dtype, param_dtype: Dtype, width: int | None = None) -> nn.Module:
+  """`template`, not bound to parameters, with these for what it does not set: its dtypes, and its `width` if that is `None`."""
+  field = type(template).__dataclass_fields__.get("param_dtype")
+  own = getattr(template, "param_dtype", None)
+  types = {"dtype": getattr(template, "dtype", None) or dtype, "param_dtype": own}
+  if field is None or own == field.default:
+    types["param_dtype"] = param_dtype
+  if getattr(template, "width", template) is None:
+    types["width"] = width
+  return template.clone(parent=None, name=None, **{name: value for name, value in types.items() if hasattr(template, name)})
+
+
 def silence_padding(y: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """`y` [B, T, D] with zeros at padding, where `segment_ids` [B, T] are 0."""
   return y if segment_ids is None else jnp.where(segment_ids[..., None] != 0, y, 0)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from context_layers import Feeder, NoteReader
 from flax import linen as nn
+from memzoo.layers import Mamba2
 from memzoo.layers.law_trial import Trial, small
 from memzoo.layers.laws import CHECKS, COMPILED, SHARED, TRACED, Check
 from memzoo.layers.titans import Network
@@ -59,6 +60,7 @@ KIND_OF = {
   "TTTLinear": "variant",
   "MemoryAsContext": "segmented",
   "MemoryAsGate": "composite",
+  "BMojo": "composite",
   "MemoryAsLayer": "variant",
   "LanguageModel": "composite",
   "PoolModel": "selecting",
@@ -77,6 +79,7 @@ QUICK = "EraseThenDelta"
 # What these add to a memory does not depend on it, so theirs has one matrix; that of `TitansMemory` has two.
 _ONE_MATRIX = {"network": Network(depth=1)}
 FIELDS = dict.fromkeys(("MemoryAsContext", "MemoryAsGate", "MemoryAsLayer"), _ONE_MATRIX)
+FIELDS["BMojo"] = {"memory": small(Mamba2)}
 
 
 def layer(name: str, **fields: Any) -> nn.Module:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..layers.context import Context, ContextLayer
+from ..layers.memory_layer import from_template
 from ..layers.norms import RMSNorm
 from ..layers.ranges import check_ranges
 from ..layers.swiglu import SwiGLU
@@ -135,7 +136,8 @@ class Stack(nn.Module, kw_only=True):
     entry = self.first[index] if index < before else self.mixers[(index - before) % len(self.mixers)]
     if isinstance(entry, nn.Module):
       entry = (entry, SwiGLU(ratio=self.mlp_ratio, parent=None)) if self.mlp_ratio else (entry,)
-    return tuple(self._with_types(template) for template in entry)
+    width = getattr(self, "width", None)
+    return tuple(from_template(template, self.dtype, self.param_dtype, width) for template in entry)
 
   def sublayers(self) -> list[nn.Module]:
     """All sublayers, bottom to top, not bound to parameters."""
@@ -144,15 +146,6 @@ class Stack(nn.Module, kw_only=True):
   def mixer(self, index: int) -> nn.Module:
     """The first sublayer of block `index`, not bound to parameters."""
     return self.block(index)[0]
-
-  def _with_types(self, template: nn.Module) -> nn.Module:
-    field = type(template).__dataclass_fields__.get("param_dtype")
-    own = getattr(template, "param_dtype", None)
-    param_dtype = self.param_dtype if field is None or own == field.default else own
-    types = {"dtype": getattr(template, "dtype", None) or self.dtype, "param_dtype": param_dtype}
-    if getattr(template, "width", self) is None:
-      types["width"] = getattr(self, "width", None)
-    return template.clone(parent=None, name=None, **{name: value for name, value in types.items() if hasattr(template, name)})
 
   @property
   def repeats(self) -> int:
