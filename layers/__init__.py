@@ -15,6 +15,7 @@ from .local_linear_attention import LocalLinearAttention, Parallax
 from .mamba import Mamba, Mamba2
 from .mem_mamba import MemMamba
 from .memory_layer import MemoryLayer
+from .mixture_of_memories import MixtureOfMemories
 from .swiglu import SwiGLU
 from .titans import Gating, Loss, Memora, Moneta, Network, Retention, TitansMemory, Update, Yaad
 from .titans_wirings import MemoryAsContext, MemoryAsGate, MemoryAsLayer
@@ -50,6 +51,7 @@ __all__ = [
   "MemoryAsLayer",
   "MemoryLayer",
   "MixtureOfExperts",
+  "MixtureOfMemories",
   "Moneta",
   "Network",
   "Parallax",

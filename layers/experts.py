@@ -7,7 +7,7 @@ Sources: Shazeer et al. 2017, arXiv:1701.06538; shared experts, Dai et al. 2024,
 chooses, Wang et al. 2024, arXiv:2408.15664. Tokens are sorted by expert (`memzoo.pallas_kernels.grouped`), so none is dropped.
 """
 
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +15,24 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from ..pallas_kernels.grouped import blocks_of, grouped_matmul
-from ..pallas_kernels.numerics import einsum
+from ..pallas_kernels.numerics import accumulator, einsum
 from ..pallas_kernels.partition import HEADS, ROWS, partitioned
 from .axes import named
+from .context import Context, ContextLayer
+from .memory_layer import silence_padding
 from .projections import INIT, dense, gate_types
+from .routing import choose, publish_routing, publishes_routing
 from .swiglu import SwiGLU, gated
 
 SCORES = {"softmax": nn.softmax, "sigmoid": nn.sigmoid}
 
 
-class MixtureOfExperts(SwiGLU, kw_only=True):
+class MixtureOfExperts(ContextLayer, SwiGLU, kw_only=True):
   """A mixture of gated MLPs, token by token: a layer without memory, whose state is empty.
 
       y = scale sum_{e in C} w_e MLP_e(x) + g MLP_shared(x)
 
-  The router is float32. Nothing balances the experts in training: there is no loss for it, and `choice_bias` has no gradient.
+  The router is float32. `choice_bias` has no gradient.
 
   Attributes:
     num_experts: number of experts. Meshes split them over the axis that splits heads.
@@ -44,6 +47,7 @@ class MixtureOfExperts(SwiGLU, kw_only=True):
     expert_groups: number of groups of equal size. Experts are chosen from some of the groups only, those in which the sum of
       the two largest s_e + b_e is largest.
     groups_per_token: number of these groups.
+    balance: coefficient of the loss that balances the experts in training, L of `routing.py`; 0 for none.
   """
 
   num_experts: int
@@ -56,6 +60,7 @@ class MixtureOfExperts(SwiGLU, kw_only=True):
   scale: float = 1.0
   expert_groups: int = 1
   groups_per_token: int = 1
+  balance: float = 0.0
 
   @nn.nowrap
   def check_settings(self) -> None:
@@ -73,8 +78,26 @@ class MixtureOfExperts(SwiGLU, kw_only=True):
     if self.experts_per_token > most:
       raise ValueError(f"experts_per_token={self.experts_per_token}; expected at most {most}, those of a token's groups.")
 
-  def mlp(self, x: jax.Array, hidden: int) -> jax.Array:
-    """See `SwiGLU`."""
+  def publishes(self, x: jax.ShapeDtypeStruct) -> dict[str, Any]:
+    """Its routing, if `balance` is not 0."""
+    return publishes_routing(x.shape[0], self.num_experts, accumulator(x)) if self.balance else {}
+
+  @nn.compact
+  def in_stack(
+    self, x: jax.Array, state: tuple[()] | None, segment_ids: jax.Array | None, context: Context
+  ) -> tuple[jax.Array, tuple[()], Context]:
+    """See `ContextLayer`."""
+    self.begin(x, state, segment_ids)
+    x = x.astype(self.activation_dtype(x))
+    scores = self._scores(x)
+    chosen, weights = self.route(scores)
+    if self.balance:
+      context = publish_routing(context, self.balance, chosen, scores, segment_ids)
+    y = self._experts(x, chosen, weights, self.hidden_width(x.shape[-1])) + self._shared(x)
+    return silence_padding(y, segment_ids), (), context
+
+  def _experts(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, hidden: int) -> jax.Array:
+    """What the chosen experts add, [B, T, D]."""
     into, out_of = (self.num_experts, x.shape[-1], hidden), (self.num_experts, hidden, x.shape[-1])
     in_axes, out_axes = ("experts", "embed", None), ("experts", None, "embed")
     gate, up, down = (
@@ -82,18 +105,20 @@ class MixtureOfExperts(SwiGLU, kw_only=True):
       for name, axes, shape in (("gate", in_axes, into), ("up", in_axes, into), ("down", out_axes, out_of))
     )
     mix = partitioned(_mix, (*[P(ROWS)] * 3, *[P(HEADS)] * 4), P(HEADS, ROWS))
-    y = mix(x, *self._route(x), jnp.arange(self.num_experts, dtype=jnp.int32), gate, up, down).sum(axis=0, dtype=x.dtype)
-    return y + self._shared(x)
+    experts = jnp.arange(self.num_experts, dtype=jnp.int32)
+    return mix(x, chosen, weights, experts, gate, up, down).sum(axis=0, dtype=x.dtype)
 
-  def _route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The chosen experts, int32 [B, T, C], and their weights."""
+  def _scores(self, x: jax.Array) -> jax.Array:
+    """The router's scores, [B, T, E]."""
     types = gate_types(x, self.param_dtype, None)
-    scores = SCORES[self.scores](dense(self.num_experts, ("embed", None), name="router", **types)(x))
-    bias, zeros = jnp.zeros((self.num_experts,), scores.dtype), named(nn.initializers.zeros, None, decays=False)
+    return SCORES[self.scores](dense(self.num_experts, ("embed", None), name="router", **types)(x))
+
+  def route(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The chosen experts, int32 [B, T, C], and their weights."""
+    bias, zeros = None, named(nn.initializers.zeros, None, decays=False)
     if self.choice_bias:
-      bias = self.param("choice_bias", zeros, bias.shape, self.param_dtype).astype(bias.dtype)
-    choose = partial(_choose, self.experts_per_token, self.expert_groups, self.groups_per_token)
-    chosen, weights = partitioned(choose, (P(ROWS), P()), P(ROWS))(scores, bias)
+      bias = self.param("choice_bias", zeros, (self.num_experts,), self.param_dtype).astype(scores.dtype)
+    chosen, weights = choose(scores, self.experts_per_token, bias, self.expert_groups, self.groups_per_token)
     if self.normalised:
       weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
     return chosen, self.scale * weights
@@ -105,18 +130,6 @@ class MixtureOfExperts(SwiGLU, kw_only=True):
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     y, _ = SwiGLU(hidden=self.shared_hidden, name="shared", **types)(x)
     return y * nn.sigmoid(dense(1, ("embed", None), name="shared_gate", **types)(x)) if self.shared_gate else y
-
-
-def _choose(count: int, groups: int, kept_groups: int, scores: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The `count` experts with the largest scores [B, T, E] + bias [E], from the best groups, and their scores."""
-  choice = jax.lax.stop_gradient(scores + bias[None, None])
-  if kept_groups < groups:
-    apart = choice.reshape(*choice.shape[:-1], groups, -1)
-    of_groups = jax.lax.top_k(apart, 2)[0].sum(axis=-1)
-    kept = jax.nn.one_hot(jax.lax.top_k(of_groups, kept_groups)[1], groups, dtype=bool).any(axis=-2)
-    choice = jnp.where(kept[..., None], apart, -jnp.inf).reshape(choice.shape)
-  chosen = jax.lax.top_k(choice, count)[1]
-  return chosen, jnp.take_along_axis(scores, chosen, axis=-1)
 
 
 def _mix(x, chosen, weights, experts, gate, up, down) -> jax.Array:

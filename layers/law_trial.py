@@ -38,6 +38,7 @@ SMALL = {
   "shared_dim": 4,
   "state_dim": 3,
   "num_groups": 2,
+  "num_memories": 3,
   "slots": 3,
   "eidetic_slots": 3,
   "note_dim": 4,

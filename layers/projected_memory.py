@@ -66,10 +66,13 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
 
   def stream(self, name: str, features: int, activation: Callable[[jax.Array], jax.Array] = nn.silu) -> Stream:
     """Returns a function from (x [B, T, D], tail, segment_ids) to (activation(conv(W x)) [B, T, features], the next tail)."""
-    project = dense(features, ("embed", "heads"), name=name, **self.types)
-    options = {"bias": self.conv_bias, "name": f"{name}_conv"}
-    convolve = ShortConv(self.conv_width, self.param_dtype, activation, self.implementation, **options)
+    project, convolve = dense(features, ("embed", "heads"), name=name, **self.types), self.convolution(name, activation)
     return lambda x, tail, segment_ids: convolve(project(x), tail, segment_ids)
+
+  def convolution(self, name: str, activation: Callable[[jax.Array], jax.Array] = nn.silu) -> ShortConv:
+    """The short convolution of the stream `name`."""
+    options = {"bias": self.conv_bias, "name": f"{name}_conv"}
+    return ShortConv(self.conv_width, self.param_dtype, activation, self.implementation, **options)
 
   def read_out(self, x: jax.Array, out: jax.Array) -> jax.Array:
     """Maps the memory's output, [B, T, H, V], to y [B, T, D]; the gate is computed from x."""

@@ -145,17 +145,25 @@ class ShortConv(nn.Module):
   implementation: str = "auto"
   bias: bool = False
 
-  @nn.compact
   def __call__(self, x: jax.Array, tail: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Maps x [B, T, D] and the inputs before it, `tail` [B, width - 1, D], to the output and the next tail."""
-    weight = conv_weight(self, self.width, x.shape[-1])
+    return self.convolve(*self.weights(x.shape[-1]), x, tail, segment_ids)
+
+  @nn.compact
+  def weights(self, channels: int) -> tuple[jax.Array, jax.Array | None]:
+    """The parameters: the weight [width, channels], and the bias [channels] or `None`."""
+    weight, bound = conv_weight(self, self.width, channels), self.width**-0.5
+    init = named(_uniform(-bound, bound), "heads")
+    return weight, self.param("bias", init, (channels,), self.param_dtype) if self.bias else None
+
+  @nn.nowrap
+  def convolve(
+    self, weight: jax.Array, bias: jax.Array | None, x: jax.Array, tail: jax.Array, segment_ids: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array]:
+    """`__call__` with the parameters as arguments."""
     options = {"segment_ids": segment_ids, "implementation": without_kernels(self.implementation)}
     y, tail = short_conv(x, weight, initial_state=tail, **options)
-    if self.bias:
-      bound = self.width**-0.5
-      bias = self.param("bias", named(_uniform(-bound, bound), "heads"), x.shape[-1:], self.param_dtype)
-      y += beside(y, bias)
-    return self.activation(y), tail
+    return self.activation(y if bias is None else y + beside(y, bias)), tail
 
 
 def gate_types(x: jax.Array, param_dtype: Any, precision: str | None) -> dict[str, Any]:

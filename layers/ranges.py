@@ -29,6 +29,7 @@ _COUNT, _POSITIVE = Range(True, 1), Range(False, 0, excluded=True)
 RANGES: dict[str, Range] = {
   **dict.fromkeys(("num_heads", "num_key_heads", "head_dim", "key_dim", "value_dim", "channels", "hidden"), _COUNT),
   **dict.fromkeys(("num_experts", "experts_per_token", "shared_hidden", "expert_groups", "groups_per_token"), _COUNT),
+  **dict.fromkeys(("num_memories", "memories_per_token"), _COUNT),
   **dict.fromkeys(("width", "depth", "vocab_size", "input_dim", "output_dim", "rope_dim", "length"), _COUNT),
   **dict.fromkeys(("latent_dim", "shared_dim", "feature_dim"), _COUNT),
   **dict.fromkeys(("conv_width", "chunk_size", "segment", "window", "max_length", "max_documents", "num_writes"), _COUNT),
@@ -37,7 +38,7 @@ RANGES: dict[str, Range] = {
   **dict.fromkeys(("persistent_tokens", "iterations", "reads_below", "eidetic_slots"), Range(True, 0)),
   **dict.fromkeys(("ratio", "expansion", "clip", "norm_epsilon", "ridge", "min_ridge", "scale"), _POSITIVE),
   **dict.fromkeys(("factor", "low", "high", "magnitude"), _POSITIVE),
-  **dict.fromkeys(("mlp_ratio", "max_step"), Range(False, 0)),
+  **dict.fromkeys(("mlp_ratio", "max_step", "balance"), Range(False, 0)),
   "rope_base": Range(False, 1),
   "decay_lower_bound": Range(False, below=0),
   **dict.fromkeys(("note_threshold", "read_threshold"), Range(False)),

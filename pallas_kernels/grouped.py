@@ -40,15 +40,19 @@ class Blocks(NamedTuple):
     return y.reshape(-1, y.shape[-1]).at[self.place].get(mode="fill", fill_value=0)
 
 
-def blocks_of(group: jax.Array, groups: int) -> Blocks:
-  """Sorts rows by their groups, int32 [rows] from 0 on; those of group `groups` and above are in no block."""
+def blocks_of(group: jax.Array, groups: int, largest: int = _LARGEST) -> Blocks:
+  """Sorts rows by their groups, int32 [rows] from 0 on; those of group `groups` and above are in no block.
+
+  Blocks have at most `largest` rows, a power of two. The rows of a group stay in their order.
+  """
   (rows,) = group.shape
-  size = _size(rows, groups)
+  size = _size(rows, groups, largest)
   used = bounded(groups, rows) if known(rows) else groups
   count = (rows + used * (size - 1)) // size
   counts = jnp.bincount(group, length=groups + 1)[:groups]
   order = jnp.argsort(group, stable=True)
-  rank = jnp.argsort(order) - (jnp.cumsum(counts) - counts)[jnp.minimum(group, groups - 1)]
+  sorted_at = jnp.zeros_like(order).at[order].set(jnp.arange(rows, dtype=order.dtype), unique_indices=True)
+  rank = sorted_at - (jnp.cumsum(counts) - counts)[jnp.minimum(group, groups - 1)]
   ends = jnp.cumsum(-(-counts // size) * size)  # of the groups' places
   starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])[:-1]
   place = jnp.where(group < groups, starts[jnp.minimum(group, groups - 1)] + rank, count * size).astype(jnp.int32)
@@ -57,11 +61,11 @@ def blocks_of(group: jax.Array, groups: int) -> Blocks:
   return Blocks(jnp.minimum(of_block, groups - 1).astype(jnp.int32), row.reshape(count, size), place)
 
 
-def _size(rows: int, groups: int) -> int:
+def _size(rows: int, groups: int, largest: int) -> int:
   """Rows of a block: a power of two, so many that about a fifth of all places stay empty."""
   if not known(rows):
-    return _LARGEST
-  return min(_LARGEST, 1 << max(0, (rows // (2 * groups)).bit_length() - 1))
+    return largest
+  return min(largest, 1 << max(0, (rows // (2 * groups)).bit_length() - 1))
 
 
 @jax.custom_vjp

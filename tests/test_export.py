@@ -80,7 +80,7 @@ def test_one_program_serves_all_batches_and_lengths(name, continues):
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(lambda leaf: (1, *leaf.shape[1:]), state)
 
 
-OTHERS = "BMojo", "DeltaProduct", "MemoryAsContext", "TTTLinear", "ContextModel"
+OTHERS = "BMojo", "DeltaProduct", "MemoryAsContext", "MixtureOfMemories", "TTTLinear", "ContextModel"
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS])

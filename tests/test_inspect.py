@@ -83,7 +83,10 @@ def test_effective_rank_is_the_exponential_of_the_entropy_and_zero_for_nothing()
   np.testing.assert_allclose(ranks, [4 / 3**0.75, 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, kind in LAYERS.items() if issubclass(kind, LinearAttention)])
+ONE_MATRIX = [n for n, kind in LAYERS.items() if issubclass(kind, LinearAttention) and n != "MixtureOfMemories"]
+
+
+@pytest.mark.parametrize("name", ONE_MATRIX)
 def test_every_linear_attention_names_its_matrix(name):
   module = layer(name)
   found = memories(module, module.initial_state(3))

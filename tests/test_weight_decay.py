@@ -11,7 +11,7 @@ from memzoo.zoo.registry import LAYERS
 from subjects import hybrid, layer
 
 DECAY = {"kernel", "weight", "embedding", "persistent", "memory_0", "memory_1", "memory_gate", "memory_up", "memory_down"}
-DECAY |= {"token_key", "token_value", "latent_key", "latent_value", "gate", "up", "down"}
+DECAY |= {"token_key", "token_value", "latent_key", "latent_value", "gate", "up", "down", "key", "value"}
 STAY = {"scale", "bias", "A_log", "D", "dt_bias", "trigger_bias", "average", "memory_norm_scale", "ridge", "memory_norm_bias"}
 STAY |= {"fast_memory_0", "fast_memory_1", "slow_memory_0", "slow_memory_1", "feature_0_scale", "choice_bias"}
 STAY |= {"feedback", "read_correction_scale"}

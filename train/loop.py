@@ -228,6 +228,8 @@ class _Run:
     }
     if self.setup.experiment.optimizer.accumulate_steps > 1 and math.isfinite(metrics.update_loss):
       row["update_loss"] = float(metrics.update_loss)
+    if metrics.balance is not None:
+      row["balance"] = float(metrics.balance)
     if self.trainer.log_group_norms:
       row["group_norms"] = dict(zip(self.program.groups, map(float, metrics.group_norms), strict=True))
     return row

@@ -110,6 +110,8 @@ class Report:
 
   def _show(self, row: Row, rate: float, seconds_left: float) -> None:
     text = f"loss {row['loss']:.3f}  {row[self._measure]:.3f} {MEASURES[self._measure]}"
+    if "balance" in row:
+      text += f"  balance {row['balance']:.2f}"
     if f"validation_{self._measure}" in row:
       text += f"  validation {row[f'validation_{self._measure}']:.3f}"
     if rate:

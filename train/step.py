@@ -2,9 +2,10 @@
 
     state, metrics = train_step(state, batch)
 
-Loss is the mean cross-entropy in nats over the targets of non-zero weight. A step whose loss or gradient is not finite
-changes only the counters: its update is discarded. With gradient accumulation a step adds its batch to the others of an update,
-and the last step of a run makes an update of the batches that are there.
+Loss is the mean cross-entropy in nats over the targets of non-zero weight. For layers that route, what is minimised also has a
+loss that balances them (`memzoo.layers.routing`), that of each batch; it is reported apart. A step whose loss or gradient is
+not finite changes only the counters: its update is discarded. With gradient accumulation a step adds its batch to the others
+of an update, and the last step of a run makes an update of the batches that are there.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,9 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from ..zoo.stack import PERIODS
+from ..layers.context import Notes
+from ..layers.routing import balance_loss
+from ..zoo.stack import PERIODS, Stack
 from .accumulation import Accumulation
 from .keys import key_from_data, new_key
 from .optimizer import Optimizer, decay_mask
@@ -56,6 +59,7 @@ class Metrics(NamedTuple):
     skipped_in_a_row: int32; 0 if this step updated the parameters.
     nonfinite_groups: bool [groups]; whether each group of parameters had a non-finite gradient.
     update_loss: nats per target over all batches of the update that this step made; NaN if it made none.
+    balance: float32; the loss of `balance_loss`, without its coefficient, of this batch; `None` if no layer has one.
   """
 
   loss: jax.Array
@@ -66,6 +70,7 @@ class Metrics(NamedTuple):
   skipped_in_a_row: jax.Array
   nonfinite_groups: jax.Array
   update_loss: jax.Array
+  balance: jax.Array | None
 
 
 class Program(NamedTuple):
@@ -189,13 +194,17 @@ def make_train_step(
   """
   transform = optax.with_extra_args_support(transform)
 
-  def mean_loss(params, batch, key):
-    nats, targets = sum_loss(model, params, batch, key)
-    return nats / jnp.where(targets > 0, targets, 1), targets
+  def objective(params, batch, key):
+    outputs, notes = run_model(model, params, batch, key)
+    nats, _, targets = sum_targets(outputs, batch)
+    loss, balance = nats / jnp.where(targets > 0, targets, 1), balance_loss(notes)
+    if balance is None:
+      return loss, (loss, targets, None)
+    return loss + balance[1].astype(loss.dtype), (loss, targets, balance[0].astype(jnp.float32))
 
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(key_from_data(state.key), state.step)
-    (loss, targets), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, batch, key)
+    (_, (loss, targets, balance)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params, batch, key)
     squares = group_squares(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(squares.sum())
     # Not optax.apply_if_finite: it does not look at the loss, and after its limit it applies updates that are not finite.
@@ -220,6 +229,7 @@ def make_train_step(
       skipped_in_a_row=in_a_row,
       nonfinite_groups=~jnp.isfinite(squares),
       update_loss=update_loss,
+      balance=balance,
     )
     skipped = state.skipped + jnp.where(finite, 0, 1)
     return TrainState(state.step + 1, skipped, in_a_row, state.key, params, opt_state), metrics
@@ -227,24 +237,28 @@ def make_train_step(
   return train_step
 
 
-def sum_loss(
-  model: nn.Module, params: Any, batch: dict, key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-  """The cross-entropy in nats summed over a batch's targets of non-zero weight, and their number; both float32.
-
-  For float targets it is the mean squared error over the last axis instead.
-  """
-  nats, _, answers = sum_scores(model, params, batch, key)
-  return nats, answers
-
-
 def sum_scores(
   model: nn.Module, params: Any, batch: dict, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Like `sum_loss`, with the number of targets that are the likeliest prediction in between (0 for float targets)."""
-  rngs = None if key is None else {"dropout": key}
-  logits, _ = model.apply(params, batch["tokens"], segment_ids=batch["segment_ids"], rngs=rngs)
-  losses, right = score_targets(logits, batch["targets"])
+  """`sum_targets` of a model's outputs for a batch."""
+  return sum_targets(run_model(model, params, batch, key)[0], batch)
+
+
+def run_model(model: nn.Module, params: Any, batch: dict, key: jax.Array | None = None) -> tuple[jax.Array, dict[str, Notes]]:
+  """A model's outputs for a batch, and what its layers published."""
+  options = {"segment_ids": batch["segment_ids"], "rngs": None if key is None else {"dropout": key}}
+  if not isinstance(model, Stack):
+    return model.apply(params, batch["tokens"], **options)[0], {}
+  outputs, _, notes = model.apply(params, batch["tokens"], method="with_notes", **options)
+  return outputs, notes
+
+
+def sum_targets(outputs: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Sums over a batch's targets of non-zero weight, float32: their cross-entropy, those predicted best, and their number.
+
+  For float targets it is the mean squared error over the last axis, and none is predicted best.
+  """
+  losses, right = score_targets(outputs, batch["targets"])
   weights = batch["weights"]
   return (losses * weights).sum(), (right & (weights > 0)).sum(dtype=jnp.float32), weights.sum()
 

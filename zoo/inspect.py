@@ -3,6 +3,7 @@
     curves = curves_over_time(model, params, tokens, every=16)      # norm and effective rank of every memory matrix
     inner_losses(model, params, tokens)                             # errors of memories that learn at test time, per token
     gates(model, params, tokens)                                    # write strengths, decays, erase strengths
+    routing(model, params, tokens)                                  # shares of tokens that each memory or expert gets
     distances(model, params, tokens)                                # of queries from the keys, in local linear attention
     retention(model, params, tokens)                                # how well each written value can be read later
     linear_response(lambda x: layer.apply(params, x)[0], x, 0)      # how strongly an input affects later outputs
@@ -26,11 +27,13 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from ..layers.experts import MixtureOfExperts
 from ..layers.hierarchical_memory import HierarchicalMemory, Level
 from ..layers.inner_learner import InnerLearner
 from ..layers.linear_attention import LinearAttention
 from ..layers.local_linear_attention import LocalLinearAttention
 from ..layers.memory_layer import MemoryLayer
+from ..layers.mixture_of_memories import MixtureOfMemories
 from ..layers.projections import LogDecay, LogShare, Strength
 from ..layers.titans_wirings import MemoryAsContext
 from ..pallas_kernels import test_time_memory as ttm
@@ -265,6 +268,20 @@ def writes(model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Ar
   return {f"{place}/memory".lstrip("/"): written for place, written in found.items()}
 
 
+def routing(model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Array | None = None) -> dict[str, jax.Array]:
+  """The share of each row's tokens that is sent to each memory or expert, [B, M], by place: "block 0/routing".
+
+  Shares add up to the number of memories, or of experts, of a token. A memory or an expert that all tokens share is left out.
+
+  Raises:
+    ValueError: if the model has no such layer.
+  """
+  found = _capture(model, _sent, params, inputs, segment_ids)
+  found = found or _nothing(model, "layers that route", "MixtureOfMemories")
+  is_token = jnp.ones(inputs.shape[:2], bool) if segment_ids is None else segment_ids != 0
+  return {f"{place}/routing".lstrip("/"): sent.mean(axis=1, where=is_token[..., None]) for place, sent in found.items()}
+
+
 def distances(model: nn.Module, params: Any, inputs: jax.Array, segment_ids: jax.Array | None = None) -> dict[str, jax.Array]:
   """How far each query of local linear attention lies from the keys that it attends to, [B, T, H]: "block 0/distance".
 
@@ -329,6 +346,14 @@ def _distance(module, method, args, result):
     return None
   q, k, _, _, segment_ids, _, ridge = args
   return module.distances(q, k, ridge, segment_ids)
+
+
+def _sent(module, method, args, result):
+  """Whether each token is sent to each memory or expert, 0 or 1 in [B, T, M]."""
+  if method != "route" or not isinstance(module, MixtureOfMemories | MixtureOfExperts):
+    return None
+  (scores,), (chosen, _) = args, result
+  return jax.nn.one_hot(chosen, scores.shape[-1], dtype=scores.dtype).sum(axis=2)
 
 
 def _write(module, method, args, result):

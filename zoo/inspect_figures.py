@@ -53,6 +53,19 @@ def draw_gates(values: dict[str, np.ndarray], bins: int = 40) -> "Figure":
   return figure
 
 
+def draw_routing(values: dict[str, np.ndarray]) -> "Figure":
+  """A bar for the share of tokens that each memory or expert gets, the mean over rows; a dashed line for even shares."""
+  figure, axes = _figure(len(values), 1, (6, 1.7 * len(values) + 0.3))
+  for ax, (name, value) in zip(axes[:, 0], values.items(), strict=True):
+    shares = np.asarray(value).mean(axis=0)
+    ax.bar(np.arange(shares.size), shares)
+    ax.axhline(shares.mean(), color="0.2", linewidth=1, linestyle="--")
+    ax.set_title(f"{name}, largest {shares.max():.2f}, smallest {shares.min():.2f}", fontsize="medium")
+    ax.set(xticks=np.arange(shares.size), ylim=(0, 1))
+    ax.spines[["right", "top"]].set_visible(False)
+  return figure
+
+
 def draw_retention(found: dict[str, Retention], row: int = 0, labels: Sequence[str] | None = None) -> "Figure":
   """A map for each memory: the cosine between each written value and what its key reads later on, averaged over heads.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..layers.axes import named
+from ..layers.context import Notes
 from ..layers.projections import INIT, dense, embed, unembed
 from ..pallas_kernels.numerics import accumulator
 from .stack import Stack
@@ -31,7 +32,6 @@ class LanguageModel(Stack, kw_only=True):
     """The shape and dtype of an input."""
     return jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
 
-  @nn.compact
   def __call__(
     self, tokens: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, tuple[Any, ...]]:
@@ -48,18 +48,25 @@ class LanguageModel(Stack, kw_only=True):
     Raises:
       ValueError: for tokens that are not integers [B, T], a state of another model, or arguments that a layer refuses.
     """
+    return self.with_notes(tokens, state, segment_ids)[:2]
+
+  @nn.compact
+  def with_notes(
+    self, tokens: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, tuple[Any, ...], dict[str, Notes]]:
+    """See `Stack.with_notes`."""
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; expected integers [batch, tokens].")
     self.check_state(state, tokens.shape[0])
     embedding = self.param("embedding", named(INIT, "vocab", "embed"), (self.vocab_size, self.width), self.param_dtype)
     x = embed(embedding, tokens).astype(self.dtype)
-    x, state = self.residual(x, state, segment_ids, tokens)
+    x, state, notes = self.residual(x, state, segment_ids, tokens)
     if self.tie_embeddings:
       logits = unembed(x, embedding.astype(x.dtype))
     else:
       types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
       logits = dense(self.vocab_size, ("embed", "vocab"), name="head", **types)(x)
-    return logits.astype(accumulator(x)), state
+    return logits.astype(accumulator(x)), state, notes
 
 
 class VectorModel(Stack, kw_only=True):
@@ -80,15 +87,21 @@ class VectorModel(Stack, kw_only=True):
     """The shape and dtype of an input."""
     return jax.ShapeDtypeStruct((batch_size, length, self.input_dim), jnp.float32)
 
-  @nn.compact
   def __call__(
     self, vectors: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Maps vectors, floats [B, T, input_dim], to ([B, T, output_dim], state); otherwise as `LanguageModel`."""
+    return self.with_notes(vectors, state, segment_ids)[:2]
+
+  @nn.compact
+  def with_notes(
+    self, vectors: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, tuple[Any, ...], dict[str, Notes]]:
+    """See `Stack.with_notes`."""
     if vectors.ndim != 3 or vectors.shape[2] != self.input_dim or not jnp.issubdtype(vectors.dtype, jnp.floating):
       raise ValueError(f"vectors is {vectors.dtype}{list(vectors.shape)}; expected floats [batch, tokens, {self.input_dim}].")
     self.check_state(state, vectors.shape[0])
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = dense(self.width, (None, "embed"), name="embedding", **types)(vectors)
-    x, state = self.residual(x, state, segment_ids)
-    return dense(self.output_dim, ("embed", None), name="head", **types)(x).astype(accumulator(x)), state
+    x, state, notes = self.residual(x, state, segment_ids)
+    return dense(self.output_dim, ("embed", None), name="head", **types)(x).astype(accumulator(x)), state, notes

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..layers.context import Context, ContextLayer
+from ..layers.context import Context, ContextLayer, Notes
 from ..layers.memory_layer import from_template
 from ..layers.norms import RMSNorm
 from ..layers.ranges import check_ranges
@@ -176,19 +176,25 @@ class Stack(nn.Module, kw_only=True):
     before, size = len(self.first), len(self.mixers) if self.repeats else 0
     return range(before), range(before, before + size), range(before + size * self.repeats, self.depth)
 
-  @nn.compact
   def __call__(
     self, x: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
   ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Maps x [B, T, D] to (y [B, T, D], state); arguments as in `MemoryLayer`."""
+    return self.with_notes(x, state, segment_ids)[:2]
+
+  @nn.compact
+  def with_notes(
+    self, x: jax.Array, state: tuple[Any, ...] | None = None, segment_ids: jax.Array | None = None
+  ) -> tuple[jax.Array, tuple[Any, ...], dict[str, Notes]]:
+    """The results of `__call__`, and what the layers published through their `Context`, by name."""
     self.check_state(state, x.shape[0])
     return self.residual(x.astype(self.dtype), state, segment_ids)
 
   @nn.nowrap
   def residual(
     self, x: jax.Array, state: tuple[Any, ...] | None, segment_ids: jax.Array | None, tokens: jax.Array | None = None
-  ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """The blocks and the final norm: x [B, T, D] to the same, and the state. Part of a model's `__call__`."""
+  ) -> tuple[jax.Array, tuple[Any, ...], dict[str, Notes]]:
+    """The blocks and the final norm: x [B, T, D] to the same, the state, and the notes. Part of a model's `with_notes`."""
     context = Context.start(self.sublayers(), x, tokens)
     first, period, rest = self._parts()
     given, states = iter(state or itertools.repeat(None)), []
@@ -217,7 +223,7 @@ class Stack(nn.Module, kw_only=True):
       states.extend(after)
     for i in rest:
       x, context = run(i, x, context)
-    return self.norm(name="final_norm")(x), tuple(states)
+    return self.norm(name="final_norm")(x), tuple(states), context.notes
 
   @property
   def norm(self) -> Callable[..., nn.Module]:
