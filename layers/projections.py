@@ -178,16 +178,16 @@ class Strength(nn.Module):
     num_heads: number of heads, H. The output is [B, T, H] or, with `channels`, [B, T, H, channels].
     maximum: upper bound of the gate. With 2, an update of the delta rule can be a reflection (negative eigenvalues).
     bias: initial b; `None` for no bias.
-    channels: number of strengths per head; `None` for one strength per head.
     precision: `None`, or "highest" for full precision whatever the dtype of x.
+    channels: number of strengths per head; `None` for one strength per head.
   """
 
   num_heads: int
   maximum: float = 1.0
   bias: float | None = None
-  channels: int | None = None
   param_dtype: Any = jnp.float32
   precision: str | None = None
+  channels: int | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
