@@ -12,8 +12,8 @@ The paper leaves open, or its code disagrees -> we do: a convolution runs over t
 the released code convolves tokens of several memories and samples together · no token is dropped, whatever the routing · the
 step bias of the decays is each memory's own, in the code it is common · initial A as in `delta_net.py`.
 
-The shared memory is the last of all memories, to which every token is sent with weight 1. `routed_scan.py` sorts the tokens by
-memory and runs the operation over those of each.
+The shared memory is the last of all memories, to which every token is sent with weight 1. `memzoo.pallas_kernels.routed_scan`
+sorts the tokens by memory and runs the operation over those of each.
 """
 
 import itertools
@@ -29,8 +29,9 @@ from jax.sharding import PartitionSpec as P
 
 from ..pallas_kernels.delta_rule import gated_delta_rule
 from ..pallas_kernels.grouped import grouped_matmul
-from ..pallas_kernels.numerics import accumulator
+from ..pallas_kernels.numerics import accumulator, einsum
 from ..pallas_kernels.partition import HEADS, ROWS, partitioned
+from ..pallas_kernels.routed_scan import Copies
 from ..pallas_kernels.states import exportable
 from .axes import named
 from .context import Context, ContextLayer
@@ -39,7 +40,6 @@ from .linear_attention import FEATURES
 from .memory_layer import silence_padding
 from .norms import l2_normalise
 from .projections import INIT, LogDecay, ShortConv, dense, for_tokens, gate_types
-from .routed_scan import Copies
 from .routing import choose, publish_routing, publishes_routing
 
 STREAMS = "query", "key", "value"
@@ -246,8 +246,9 @@ def _run(
 
   query, beta, log_decay = map(copies.gather, (tokens.query, tokens.beta, tokens.log_decay))
   reads, states = copies.scan(step, states, (query, keys, values, beta, log_decay))
-  weighted = copies.scatter(reads).astype(accumulator(reads)) * tokens.weight[..., None, None]
-  return weighted.sum(axis=2).astype(reads.dtype), states
+  # An einsum: XLA on a CPU is slow at a sum that it fuses with the gather before it.
+  weighted = einsum("btchv,btc->bthv", copies.scatter(reads), tokens.weight)
+  return weighted.astype(reads.dtype), states
 
 
 def _project(x: jax.Array, memory: jax.Array, maps: jax.Array) -> jax.Array:

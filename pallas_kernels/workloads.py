@@ -14,6 +14,8 @@ import numpy as np
 from . import delta_rule, local_linear, selective_scan, short_conv
 from . import test_time_memory as ttm
 from .measure import count_flops
+from .numerics import einsum
+from .routed_scan import Copies
 from .taylor_attention import count_features, taylor_attention
 
 DIRECTIONS = ("forward", "gradient")
@@ -68,11 +70,29 @@ def _packed(q, *others, segment_ids=None, **options):
   return delta_rule.gated_delta_rule(q, *others, segment_ids=of_1000 if segment_ids is None else segment_ids, **options)
 
 
+def _mixture(q, k, v, beta, log_decay, scores, *, segment_ids=None, **options):
+  """Memories of the gated delta rule: each token goes to the two of largest score, and to one more that all tokens share."""
+  weights, chosen = jax.lax.top_k(jax.nn.softmax(scores), 2)
+  weights, chosen = (
+    jnp.pad(x, ((0, 0), (0, 0), (0, 1)), constant_values=last) for x, last in ((weights, 1), (chosen, scores.shape[-1]))
+  )
+  copies = Copies.of(chosen.astype(jnp.int32), segment_ids, scores.shape[-1] + 1)
+
+  def step(state, memory, document, inputs):
+    del memory
+    return delta_rule.gated_delta_rule(*inputs, initial_state=state, segment_ids=document, **options)
+
+  states = jnp.zeros((len(q), scores.shape[-1] + 1, q.shape[2], q.shape[3], v.shape[3]), jnp.float32)
+  reads, states = copies.scan(step, states, [copies.gather(x) for x in (q, k, v, beta, log_decay)])
+  return einsum("btchv,btc->bthv", copies.scatter(reads), weights).astype(reads.dtype), states
+
+
 _LINEAR = partial(ttm.Memory, depth=1, residual=False)
 _MLP = partial(ttm.Memory, depth=2, residual=False)
 _TTT_MLP = partial(ttm.Memory, depth=2, expansion=4, norm=True, biases=True)
 _TTT_CHUNK = 16
 _STATES = 16  # of a selective scan
+_MEMORIES = 4  # of a mixture, without the one that all tokens share
 _TAYLOR = 16  # channels of queries and keys, as in Based
 
 # Operations with per-channel decays get the bound that their layers pass.
@@ -100,6 +120,7 @@ VARIANTS: dict[str, Callable[..., Any]] = {
   "comba_rule": delta_rule.comba_rule,
   "taylor_attention": taylor_attention,
   "linear_attention_taylor_state": delta_rule.linear_attention,
+  "mixture_of_memories": _mixture,
   "selective_scan": selective_scan.selective_scan,
   "softmax_attention": partial(_local_linear, iterations=0),
   "local_linear_attention": partial(_local_linear, iterations=16),
@@ -149,6 +170,9 @@ def _named_inputs(name: str, shape: Shape, seed: int) -> dict[str, jax.Array]:
     case "linear_attention_taylor_state":  # as large as that of Taylor attention
       features = count_features(_TAYLOR)
       return {"q": unit(b, t, h, features), "k": unit(b, t, h, features), "v": normal(b, t, h, v + 1)}
+    case "mixture_of_memories":
+      gates = {"beta": strength(b, t, h), "log_decay": decay(b, t, h), "scores": normal(b, t, _MEMORIES)}
+      return {"q": q, "k": unit(b, t, h, k), "v": values} | gates
     case "taylor_attention":
       return {"q": normal(b, t, h, _TAYLOR), "k": normal(b, t, h, _TAYLOR), "v": values}
     case "linear_attention_shared_keys":

@@ -202,6 +202,7 @@ _ANY_DECAY = (
   "kimi_delta_rule_unbounded",
   "gated_delta_rule_2",
   "comba_rule",
+  "mixture_of_memories",
   "erase_then_delta_rule_unbounded",
 )
 

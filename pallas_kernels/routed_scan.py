@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..pallas_kernels.documents import documents, select_rows, undivided
-from ..pallas_kernels.grouped import blocks_of
-from ..pallas_kernels.partition import varying_alike
+from .documents import documents, select_rows, undivided
+from .grouped import blocks_of
+from .partition import varying_alike
 
 _LARGEST = 128  # copies in a block: several chunks of an operation, and few empty places
 
@@ -62,8 +62,7 @@ class Copies(NamedTuple):
     document = jnp.take_along_axis(docs.index[:, None], column, axis=2) + 1
     document = jnp.where(blocks.row < tokens * copies, document, 0)
     by_block = (jnp.swapaxes(x, 0, 1) for x in (blocks.group, document, row[..., None] * tokens + column))
-    # The barrier keeps XLA on a CPU from computing them again for each channel that is gathered.
-    return jax.lax.optimization_barrier(cls(*by_block, place.reshape(route.shape), docs.index[:, -1]))
+    return cls(*by_block, place.reshape(route.shape), docs.index[:, -1])
 
   def gather(self, x: jax.Array) -> jax.Array:
     """x [B, T, ...] in blocks [n, B, P, ...], with the last token in places without a copy."""
