@@ -1,10 +1,13 @@
 """The mixture of memories: in NumPy from its paper, against memories that skip the tokens of others, and by its identities."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 from memzoo.layers import GatedDeltaNet, MixtureOfMemories
 from memzoo.layers.norms import l2_normalise
 from memzoo.pallas_kernels.delta_rule import gated_delta_rule
@@ -264,3 +267,23 @@ def test_inspection_names_every_memory_and_finds_the_shares_of_tokens():
 def test_settings_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match="memories_per_token=5; expected at most num_memories=4"):
     MixtureOfMemories(**SIZES, memories_per_token=5).check_settings()
+
+
+@pytest.mark.slow
+def test_values_memories_and_gradients_are_those_of_flash_linear_attention():
+  """`compare_flash_linear_mixture.py --write` made the numbers; it also compares the gradients by the weights."""
+  with np.load(Path(__file__).with_name("mixture_from_flash_linear.npz")) as file:
+    saved = {name: jnp.asarray(file[name]) for name in file.files}
+  params = {name.removeprefix("params/"): x for name, x in saved.items() if name.startswith("params/")}
+  params = {"params": unflatten_dict(params, sep="/")}
+  module = MixtureOfMemories(num_heads=2, key_dim=4, value_dim=8, chunk_size=4, output_gate="silu", param_dtype=jnp.float64)
+
+  @jax.jit
+  def run(x, weight):
+    y, pull_back, state = jax.vjp(lambda x: module.apply(params, x), x, has_aux=True)
+    return y, state.memory, pull_back(weight)[0]
+
+  y, memory, gradient = run(saved["input"], saved["weight"])
+  assert_close(y, saved["output"])
+  assert_close(memory, saved["memory"])
+  assert_close(gradient, saved["input_gradient"], gradients=True)
