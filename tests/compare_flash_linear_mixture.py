@@ -6,15 +6,16 @@
 It needs `torch` and `flash-linear-attention`, which memzoo itself does not need. Errors are ratios of root mean squares, of the
 output, of the final memories, and of the worst gradient by the input and the weights.
 
-Their layer runs as for evaluation, where its convolutions stop at the borders of memories and rows; in training they do not. Its
-three Triton kernels, of float32, are replaced by PyTorch of the same equations, which stands below: the gated delta rule token by
-token, the convolution, and the gated norm. Routing, sorting and mixing are theirs. They sort tokens by memory with an `argsort` that
-need not keep the order of equal entries, and on a CPU does not: a memory then gets its tokens in another order than that of time.
-Here it is a stable sort. During its calls `Tensor.float`, `torch.float` and `torch.float32` stand for float64.
+Their layer runs as for evaluation, where its convolutions stop at the borders of memories and rows; in training they do not.
+Its three Triton kernels, of float32, are replaced by PyTorch of the same equations, below: the gated delta rule token by token,
+the convolution, and the gated norm. Routing, sorting and mixing are theirs. They sort tokens by memory with an `argsort` that
+need not keep the order of equal entries, and on a CPU does not: a memory then gets its tokens in another order than that of
+time. Here it is a stable sort. During its calls `Tensor.float`, `torch.float` and `torch.float32` stand for float64.
 """
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def gated_delta_rule(q, k, v, g, beta, cu_seqlens=None, **options: Any) -> tuple
   unit = [x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k)]
   if cu_seqlens is not None:
     borders = cu_seqlens.tolist()
-    pieces = [[x[0, a:b] for x in (*unit, v, g, beta)] for a, b in zip(borders, borders[1:], strict=False)]
+    pieces = [[x[0, a:b] for x in (*unit, v, g, beta)] for a, b in itertools.pairwise(borders)]
   else:
     pieces = [[x[n] for x in (*unit, v, g, beta)] for n in range(len(q))]
   outs, states = zip(*(_of_piece(*piece) for piece in pieces), strict=True)
@@ -68,7 +69,7 @@ def convolution(self, x, cu_seqlens=None, **options: Any) -> tuple[torch.Tensor,
   borders = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
   width = self.weight.shape[-1]
   pieces = []
-  for a, b in zip(borders, borders[1:], strict=False):
+  for a, b in itertools.pairwise(borders):
     padded = torch.nn.functional.pad(x[:, a:b], (0, 0, width - 1, 0))
     pieces.append(sum(padded[:, j : j + b - a] * self.weight[:, 0, j] for j in range(width)))
   return torch.nn.functional.silu(torch.cat(pieces, dim=1)), None
