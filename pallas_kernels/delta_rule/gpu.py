@@ -39,7 +39,7 @@ def forward(
   Raises:
     ValueError: if there is no kernel for such a call.
   """
-  if why := objection(plan.updates, plan.dtype, operands, initial_state.shape):
+  if why := objection(plan.updates, plan.dtype, operands, log_decay, initial_state.shape):
     raise ValueError(f"implementation='pallas' does not do for this call in a program for GPUs: {why}.")
   plan = _with_kernels(plan, operands, interpret)
   if log_decay is not None and log_decay.shape[-1] > 1:
