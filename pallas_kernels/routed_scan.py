@@ -38,14 +38,14 @@ class Copies(NamedTuple):
     document: in each place of a block, int32 [n, B, P]; 1 + the index of the copy's document, 0 where there is no copy.
     token: the number of the token, among those of all rows, int32 [n, B, P].
     place: of each copy, among those of all blocks, int32 [B, T, C].
-    current: the index of the last document of each row, int32 [B].
+    current: the index of the last document of each row, int32 [B]; `None` for one document.
   """
 
   memory: jax.Array
   document: jax.Array
   token: jax.Array
   place: jax.Array
-  current: jax.Array
+  current: jax.Array | None
 
   @classmethod
   def of(cls, route: jax.Array, segment_ids: jax.Array | None, memories: int) -> "Copies":
@@ -62,7 +62,7 @@ class Copies(NamedTuple):
     document = jnp.take_along_axis(docs.index[:, None], column, axis=2) + 1
     document = jnp.where(blocks.row < tokens * copies, document, 0)
     by_block = (jnp.swapaxes(x, 0, 1) for x in (blocks.group, document, row[..., None] * tokens + column))
-    return cls(*by_block, place.reshape(route.shape), docs.index[:, -1])
+    return cls(*by_block, place.reshape(route.shape), None if segment_ids is None else docs.index[:, -1])
 
   def gather(self, x: jax.Array) -> jax.Array:
     """x [B, T, ...] in blocks [n, B, P, ...], with the last token in places without a copy."""
@@ -97,12 +97,18 @@ class Copies(NamedTuple):
       states: before the call, [B, N, ...].
       after: after each block, arrays [n, B, ...].
     """
-    memory, group = jnp.arange(jax.tree.leaves(states)[0].shape[1], dtype=jnp.int32), self.memory.T
-    last = jnp.sum(group[:, None] <= memory[None, :, None], axis=-1, dtype=jnp.int32) - 1
-    has_block = jnp.take_along_axis(group, last, axis=1) == memory[None]
-    found = _entries(jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), after), last)
-    state, document = _select(has_block, found, _Carry(states, jnp.zeros_like(found.document)))
-    return _select(document == self.current[:, None], state, jax.tree.map(jnp.zeros_like, state))
+    rows, many = jnp.arange(self.memory.shape[1], dtype=jnp.int32)[None], jax.tree.leaves(states)[0].shape[1]
+    is_last = jnp.concatenate([self.memory[1:] != self.memory[:-1], jnp.ones_like(self.memory[:1], bool)])
+    memory = jnp.where(is_last, self.memory, many)  # out of bounds, and therefore dropped
+
+    def put(leaf, new):
+      return leaf.at[rows, memory].set(new, mode="drop")
+
+    found = jax.tree.map(put, states, after.state)
+    if self.current is None:
+      return found
+    document = put(jnp.zeros((len(self.current), many), jnp.int32), after.document)
+    return _select(document == self.current[:, None], found, jax.tree.map(jnp.zeros_like, found))
 
 
 class _Carry(NamedTuple):
