@@ -95,6 +95,18 @@ OPERATIONS = {
       (IDS, ROW),
     ],
   ),
+  "delta rule with one key": (
+    _delta,
+    [
+      (keys(BATCH, TOKENS, 1, WIDTH), ROW),
+      (keys(BATCH, TOKENS, 1, WIDTH, seed=1), ROW),
+      (normal(*MANY, WIDTH), TOKEN),
+      (gate(*MANY), TOKEN),
+      (-gate(*MANY), TOKEN),
+      (normal(BATCH, 8, WIDTH, WIDTH), STATE),
+      (IDS, ROW),
+    ],
+  ),
   "delta product": (
     _product,
     [
@@ -208,7 +220,7 @@ NAMES = [pytest.param(name, marks=marks(name)) for name in OPERATIONS]
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["automatic", "explicit"])
 @pytest.mark.parametrize("name", NAMES)
 def test_each_device_computes_its_share_and_nothing_is_gathered(name, kind, layout):
-  """Forward and gradient. Only gradients of arguments without rows are summed over the devices that split the rows."""
+  """Forward and gradient. Only gradients of arguments without rows, or heads, are summed over the devices that split these."""
   check_share(name, kind, layout, declared=kind == AUTO)
 
 
@@ -234,8 +246,10 @@ def check_share(name, kind, layout, declared):
   assert flops(program) <= 0.27 * whole
   kinds, elements = collectives(program)
   assert kinds <= {"all-reduce"}
-  without_rows = sum(x.size for x, spec in args if ROWS not in spec)
-  assert elements == (without_rows // (mesh.shape[heads] if heads else 1) if rows else 0)
+  floats = [(x.size, spec) for x, spec in args if x.dtype == np.float32]
+  without_rows, without_heads = (sum(size for size, spec in floats if label not in spec) for label in (ROWS, HEADS))
+  expected = without_rows // (mesh.shape[heads] if heads else 1) if rows else 0
+  assert elements == expected + (without_heads // (mesh.shape[rows] if rows else 1) if heads else 0)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -86,11 +86,11 @@ class Inputs(NamedTuple):
 
 def run(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
   """The output [B, T, H, V] in the dtype of the values, and the final state [B, H, K, V]."""
-  return _rule(options, reverse_only(aligned(inputs, _specs(options))))
+  return _rule(options, reverse_only(aligned(inputs, _specs(options, inputs))))
 
 
 def _values(options, inputs):
-  return partitioned(partial(_run, options), (_specs(options),), (TOKENS, STATE), differentiable=False)(inputs)
+  return partitioned(partial(_run, options), (_specs(options, inputs),), (TOKENS, STATE), differentiable=False)(inputs)
 
 
 def _run(options, inputs):
@@ -108,7 +108,7 @@ def _results_and_kept(form, inputs):
 
 def _run_forward(options, inputs):
   local = partial(_run_and_keep, options)
-  results, kept = partitioned(local, (_specs(options),), ((TOKENS, STATE), _KEPT), differentiable=False)(inputs)
+  results, kept = partitioned(local, (_specs(options, inputs),), ((TOKENS, STATE), _KEPT), differentiable=False)(inputs)
   return checkpoint_name(results, OUTPUT), (inputs, checkpoint_name(kept, KEPT))
 
 
@@ -119,8 +119,16 @@ def _run_and_keep(options, inputs):
 
 def _run_backward(options, residuals, cotangents):
   inputs, kept = residuals
-  local, specs = partial(_pull_back, options), _specs(options)
-  return (partitioned(local, (specs, _KEPT, (TOKENS, STATE)), specs, differentiable=False)(inputs, kept, cotangents),)
+  local, specs = partial(_pull_back, options), _specs(options, inputs)
+  parts = specs._replace(operands=options.specs)
+  d_inputs = partitioned(local, (specs, _KEPT, (TOKENS, STATE)), parts, differentiable=False)(inputs, kept, cotangents)
+  operands = map(_sum_of_devices, specs.operands, options.specs, d_inputs.operands)
+  return (d_inputs._replace(operands=tuple(operands)),)
+
+
+def _sum_of_devices(given: P, part: P, d: jax.Array) -> jax.Array:
+  """The cotangent of an operand, whose parts by device lie along its heads where the operand is whole on each device."""
+  return d if given == part else jnp.sum(d, axis=tuple(part).index(HEADS), keepdims=True, dtype=d.dtype)
 
 
 def _pull_back(options, inputs, kept, cotangents):
@@ -134,7 +142,7 @@ def objections(options: Options, inputs: Inputs) -> Objections:
   """Why there are no kernels for such a call, by platform."""
   call = options.updates, options.dtype, inputs.operands, inputs.log_decay, inputs.state.shape
   own = (partial(module.objection, *call) for module in (tpu, gpu))
-  return Objections(*(objection_to_kernels(inputs, _specs(options), options.chunk_size, each) for each in own))
+  return Objections(*(objection_to_kernels(inputs, _specs(options, inputs), options.chunk_size, each) for each in own))
 
 
 def recurrence(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
@@ -146,11 +154,17 @@ def recurrence(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     out, state = recurrent(q, updates, options.scale, *given, options.undecayed)
     return out.astype(inputs.operands[2].dtype), state
 
-  return partitioned(local, (_specs(options),), (TOKENS, STATE))(inputs)
+  return partitioned(local, (_specs(options, inputs),), (TOKENS, STATE))(inputs)
 
 
-def _specs(options: Options) -> Inputs:
-  return Inputs(P(ROWS), options.specs, TOKENS, STATE)
+def _specs(options: Options, inputs: Inputs) -> Inputs:
+  """Which axes of the inputs are `ROWS` and `HEADS`. A single head of keys for all value heads is whole on each device."""
+  heads = inputs.state.shape[1]
+
+  def place(spec, x):
+    return P(ROWS) if heads > 1 and x.shape[tuple(spec).index(HEADS)] == 1 else spec
+
+  return Inputs(P(ROWS), tuple(map(place, options.specs, inputs.operands)), TOKENS, STATE)
 
 
 def _documents(inputs: Inputs):
