@@ -39,6 +39,7 @@ class Kind(NamedTuple):
 KINDS = {
   "simple": Kind(35, 21),
   "network": Kind(60, 20, without=("nnx_values",)),
+  "routed": Kind(50, 20),
   "composite": Kind(75, 17, without=("nnx_values", "lengths")),
   # Rounding moves a score over its threshold, and then another note is read.
   "selecting": Kind(75, 17, without=("nnx_values", "lengths", "bfloat16", "hostile", "plasticity")),
@@ -56,6 +57,7 @@ KIND_OF = {
   "DeltaNet": "variant",  # of GatedDeltaNet
   "Comba": "variant",  # of GatedDeltaNet2
   "LatentAttention": "variant",  # of Attention
+  "MixtureOfMemories": "routed",
   "Parallax": "variant",  # of LocalLinearAttention
   "TTTLinear": "variant",
   "MemoryAsContext": "segmented",

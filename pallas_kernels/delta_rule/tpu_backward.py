@@ -83,10 +83,11 @@ def call(
   d_gates = [like((*columns.shape[:4], by_column * count), jnp.float32), like((*rows.shape[:3], by_row, LANES), jnp.float32)]
   d_gates = d_gates if step.erases or not by_channel else []
   key_places, value_places = [blocks.keys] * len(ks), [blocks.values] * len(vs)
-  channel_places = [blocks.decays, [blocks.keys] * len(covectors)] if by_channel else []
-  d_channels = [blocks.decays, [blocks.key_gradients] * len(covectors)] if by_channel else []
-  of_channels = [like(by_channel[0].shape, by_channel[0].dtype)] if by_channel else []
-  of_channels += [[of_keys] * len(covectors)] if by_channel else []
+  channel_places, d_channel_places, of_channels = [], [], []
+  if by_channel:
+    channel_places = [blocks.decays, [blocks.keys] * len(covectors)]
+    d_channel_places = [blocks.decays, [blocks.key_gradients] * len(covectors)]
+    of_channels = [like(by_channel[0].shape, by_channel[0].dtype), [of_keys] * len(covectors)]
   d_q, d_ks, d_vs, *others = pl.pallas_call(
     step.kernel(kernel or _kernel),
     grid=blocks.grid,
@@ -95,7 +96,7 @@ def call(
       *(*map(blocks.gates, (columns, rows)), *map(whole, constants), blocks.states, blocks.state),
     ],
     out_specs=[
-      *(blocks.key_gradients, [blocks.key_gradients] * len(ks), value_places, *d_channels),
+      *(blocks.key_gradients, [blocks.key_gradients] * len(ks), value_places, *d_channel_places),
       *(blocks.state, *map(blocks.gates, d_gates)),
     ],
     out_shape=[
