@@ -107,7 +107,7 @@ class Copies(NamedTuple):
     found = jax.tree.map(put, states, after.state)
     if self.current is None:
       return found
-    document = put(jnp.zeros((len(self.current), many), jnp.int32), after.document)
+    document = put(jnp.zeros((*self.current.shape, many), jnp.int32), after.document)
     return _select(document == self.current[:, None], found, jax.tree.map(jnp.zeros_like, found))
 
 
