@@ -21,9 +21,9 @@ from ..pallas_kernels.dispatch import Forms, by_platform
 from ..pallas_kernels.documents import Documents, documents, positions, undivided
 from ..pallas_kernels.numerics import einsum
 from ..pallas_kernels.partition import HEADS, ROWS, partitioned
-from ..pallas_kernels.sizes import at_most, pad_end, pieces
+from ..pallas_kernels.sizes import at_most
 from ..pallas_kernels.states import exportable
-from .columns import padding_last, take_tokens
+from .columns import blocks, merge_blocks, padding_last, take_tokens, windows
 from .memory_layer import MemoryLayer, count_key_heads, silence_padding
 from .norms import RMSNorm
 from .projected_memory import GATES
@@ -259,19 +259,10 @@ class Attention(MemoryLayer):
   def _blocked(self, q, k, v, query_tokens: Tokens, key_tokens: Tokens, prefix_kv) -> jax.Array:
     """`_over` for T queries and slots + T keys, in blocks of `slots` queries, each against two blocks of keys."""
     batch, tokens = q.shape[:2]
-    size = self.slots
-    count = pieces(tokens, size)
-
-    def blocks(a, number=count, fill=0):
-      return pad_end(a, count * size - tokens, fill=fill).reshape(batch, number, size, *a.shape[2:])
-
-    def pairs(a, fill=0):
-      a = blocks(a, count + 1, fill)
-      return _merge(jnp.concatenate([a[:, :-1], a[:, 1:]], axis=2))
-
-    query_tokens = jax.tree.map(lambda a: _merge(blocks(a)), query_tokens)
-    key_tokens = jax.tree.map(lambda a: pairs(a, fill=-1), key_tokens)
-    out = self._over(_merge(blocks(q)), pairs(k), pairs(v), query_tokens, key_tokens, prefix_kv)
+    q, query_tokens = jax.tree.map(lambda a: merge_blocks(blocks(a, self.slots)), (q, query_tokens))
+    k, v = (merge_blocks(windows(a, self.slots)) for a in (k, v))
+    key_tokens = jax.tree.map(lambda a: merge_blocks(windows(a, self.slots, fill=-1)), key_tokens)
+    out = self._over(q, k, v, query_tokens, key_tokens, prefix_kv)
     return out.reshape(batch, -1, *out.shape[2:])[:, :tokens]
 
 
@@ -408,8 +399,3 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arra
   logits = einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
   weights = jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min), axis=-1)
   return einsum("bhts,bshd->bthd", weights, v.astype(weights.dtype)).astype(q.dtype)
-
-
-def _merge(a: jax.Array) -> jax.Array:
-  """[B, N, C, ...] -> [B * N, C, ...]."""
-  return jax.lax.collapse(a, 0, 2)

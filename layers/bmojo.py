@@ -39,7 +39,7 @@ from ..pallas_kernels.sizes import pad_end
 from ..pallas_kernels.states import exportable
 from ..pallas_kernels.top_scores import Held, Offered, hold_highest
 from .attention import Attention, CacheState, Source, in_ring, joint_attention, locate, write_ring
-from .columns import before, block_size, blocks, missing, padding_last, places_before, take_tokens, windows
+from .columns import before, block_size, blocks, merge_blocks, missing, padding_last, places_before, take_tokens, windows
 from .mamba import Mamba2
 from .memory_layer import MemoryLayer, from_template
 
@@ -388,11 +388,6 @@ class BMojo(Attention, kw_only=True):
       shape = *index.shape, *numbered[0].shape[2:]
       k, v = (take_tokens(a, index.reshape(index.shape[0], -1)).reshape(shape) for a in numbered)
       sources.append(Source(sources[0].q, k, v, view.eidetic))
-    out = joint_attention([Source(*map(_merge, source)) for source in sources])
+    out = joint_attention([Source(*map(merge_blocks, source)) for source in sources])
     out = out.reshape(position.shape[0], -1, *out.shape[2:])[:, :tokens]
     return take_tokens(out, view.back)
-
-
-def _merge(a: jax.Array) -> jax.Array:
-  """[B, N, C, ...] -> [B * N, C, ...]."""
-  return jax.lax.collapse(a, 0, 2)

@@ -64,5 +64,10 @@ def windows(a: jax.Array, window: int, fill: Any = 0) -> jax.Array:
   return jnp.concatenate([a[:, :-1], a[:, 1:]], axis=2)
 
 
+def merge_blocks(a: jax.Array) -> jax.Array:
+  """[B, N, C, ...] -> [B * N, C, ...]."""
+  return jax.lax.collapse(a, 0, 2)
+
+
 def _cut(a: jax.Array, count: Any, size: Any) -> jax.Array:
   return a.reshape(a.shape[0], count, size, *a.shape[2:])
