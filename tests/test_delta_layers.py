@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from delta_variants import by_hand
 from flax import linen as nn
+from in_numpy import sigmoid, silu, unit
 from memzoo.layers import Comba, DeltaProduct, EraseThenDelta, GatedDeltaNet2, KimiDeltaAttention, LinearAttention
 from memzoo.layers.projections import LogDecay
 from tolerances import assert_close
@@ -16,20 +17,8 @@ SIZES = {"num_heads": 4, "num_key_heads": 2, "key_dim": 3, "value_dim": 2, "conv
 HEADS, KEY_HEADS, KEY_DIM, VALUE_DIM = 4, 2, 3, 2
 
 
-def sigmoid(x):
-  return 1 / (1 + np.exp(-x))
-
-
-def silu(x):
-  return x * sigmoid(x)
-
-
 def elu_plus_1(x):
   return np.where(x > 0, x, np.exp(x) - 1) + 1
-
-
-def unit(x):
-  return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
 def linear(p, x):

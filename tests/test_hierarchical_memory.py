@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from filled import filled
 from flax import linen as nn
+from in_numpy import sigmoid, silu, unit
 from memzoo.layers import Attention, HierarchicalMemory, SwiGLU
 from memzoo.layers.hierarchical_memory import largest_step
 from memzoo.layers.titans import Gating
@@ -29,18 +30,6 @@ def inputs(rows=1, tokens=TOKENS, seed=0):
 
 def parameters(layer, x, std=0.5):
   return filled(layer, jnp.asarray(x), std=std)
-
-
-def sigmoid(x):
-  return 1 / (1 + np.exp(-x))
-
-
-def silu(x):
-  return x * sigmoid(x)
-
-
-def unit(x):
-  return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
 def rms(x):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from filled import filled
+from in_numpy import sigmoid, silu
 from memzoo.layers import Mamba, Mamba2, MemMamba
 from memzoo.zoo.stack import Stack, scan_params, unroll_state
 from tolerances import assert_close
@@ -19,14 +20,6 @@ FLOAT64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 SIZES = {"channels": CHANNELS, "state_dim": STATES, "conv_width": 3, "chunk_size": 4} | FLOAT64
 MAMBA2 = {"num_heads": 4, "head_dim": 2, "state_dim": STATES, "num_groups": 2, "conv_width": 3, "chunk_size": 4} | FLOAT64
 NOTES = SIZES | {"slots": 3, "note_dim": 4, "read_heads": 2, "gate_rank": 5, "note_threshold": 0.45, "read_threshold": 0.5}
-
-
-def sigmoid(x):
-  return 1 / (1 + np.exp(-x))
-
-
-def silu(x):
-  return x * sigmoid(x)
 
 
 def softplus(x):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
+from in_numpy import sigmoid, silu, unit
 from memzoo.layers import GatedDeltaNet, MixtureOfMemories
 from memzoo.layers.norms import l2_normalise
 from memzoo.pallas_kernels.delta_rule import gated_delta_rule
@@ -37,18 +38,6 @@ def case(rows=2, tokens=16, seed=0, **fields):
 
 
 # In NumPy, token by token.
-
-
-def sigmoid(x):
-  return 1 / (1 + np.exp(-x))
-
-
-def silu(x):
-  return x * sigmoid(x)
-
-
-def unit(x):
-  return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
 class OneMemory:

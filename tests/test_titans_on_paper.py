@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from in_numpy import sigmoid, silu, unit
 from memzoo.layers import TTTMLP, TitansMemory
 from memzoo.layers.titans import Gating, Network, Update
 from memzoo.layers.titans_wirings import MemoryAsContext, MemoryAsGate, MemoryAsLayer
@@ -25,14 +26,6 @@ TITANS = SIZES | {
 PRINTED = Gating(max_step=0.3, decay_to="zero")
 
 
-def sigmoid(x):
-  return 1 / (1 + np.exp(-x))
-
-
-def silu(x):
-  return x * sigmoid(x)
-
-
 def gelu(x):
   return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
@@ -40,10 +33,6 @@ def gelu(x):
 def gelu_slope(x):
   tanh = np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))
   return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * (2 / np.pi) ** 0.5 * (1 + 3 * 0.044715 * x**2)
-
-
-def unit(x):
-  return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
 def rms_norm(x, scale, epsilon=1e-6):
