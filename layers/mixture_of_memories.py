@@ -16,7 +16,6 @@ The shared memory is the last of all memories, to which every token is sent with
 sorts the tokens by memory and runs the operation over those of each.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from ..pallas_kernels.delta_rule import gated_delta_rule
 from ..pallas_kernels.grouped import grouped_matmul
-from ..pallas_kernels.numerics import accumulator, einsum
+from ..pallas_kernels.numerics import accumulator
 from ..pallas_kernels.partition import HEADS, ROWS, partitioned
 from ..pallas_kernels.routed_scan import Copies
 from ..pallas_kernels.states import exportable
@@ -138,7 +137,8 @@ class MixtureOfMemories(ContextLayer, GatedDeltaNet, kw_only=True):
     maps = Maps(*(self._maps(name, x.shape[-1]) for name in ("key", "value")), self._convolutions(convolve))
     options = {"chunk_size": self.chunk_size, "precision": self.precision}
     rule = partial(gated_delta_rule, implementation=for_tokens(self.implementation, x), **options)
-    run = partitioned(partial(_run, rule, convolve), (TOKENS, MAPS, STATE), (P(ROWS, None, HEADS), STATE))
+    local = partial(_run, rule, convolve, self.implementation == "recurrent")
+    run = partitioned(local, (TOKENS, MAPS, STATE), (P(ROWS, None, HEADS), STATE))
     out, after = run(tokens, maps, _map_tails(self._by_head, state))
     return silence_padding(self.read_out(x, out), segment_ids), _map_tails(_flat, after), context
 
@@ -218,37 +218,38 @@ STATE = MemoriesState(P(ROWS, None, HEADS), *[P(ROWS, None, None, HEADS)] * 3)
 
 
 def _run(
-  rule: Callable, convolve: dict[str, ShortConv], tokens: Tokens, maps: Maps, states: MemoriesState
+  rule: Callable, convolve: dict[str, ShortConv], plain: bool, tokens: Tokens, maps: Maps, states: MemoriesState
 ) -> tuple[jax.Array, MemoriesState]:
   """The weighted sum of a token's reads, [B, T, H, V], and the next states, for one device's rows and heads.
 
   Args:
     rule: the update, called like `gated_delta_rule`.
     convolve: the convolutions.
+    plain: whether JAX differentiates the scan itself.
     tokens, maps: see there.
     states: with the tails' channels by head, [B, N, W - 1, heads, channels].
   """
   copies = Copies.of(tokens.memory, tokens.segment_ids, states.memory.shape[1])
   x = copies.gather(tokens.x)
-  keys, values = (_project(x, copies.memory, each) for each in (maps.key, maps.value))
+  keys, values = (_project(x, copies.blocks.memory, each) for each in (maps.key, maps.value))
 
-  def step(state, memory, document, inputs):
-    *inputs, beta, log_decay = inputs
-    (q, k, v), tails = zip(*map(convolved, STREAMS, inputs, state[1:], itertools.repeat(document)), strict=True)
-    gates = _of_set(beta, memory), _of_set(log_decay, memory)
-    out, memory = rule(l2_normalise(q), l2_normalise(k), v, *gates, initial_state=state.memory, segment_ids=document)
-    return out, MemoriesState(memory, *tails)
+  def step(convolutions, state, block, tokens, inputs):
+    (query, beta, log_decay), (key, value, weight) = tokens, inputs
+    streams = zip(STREAMS, (query, key, value), state[1:], strict=True)
+    (q, k, v), tails = zip(*(convolved(convolutions, block.document, *each) for each in streams), strict=True)
+    gates = _of_set(beta, block.memory), _of_set(log_decay, block.memory)
+    options = {"initial_state": state.memory, "segment_ids": block.document}
+    read, memory = rule(l2_normalise(q), l2_normalise(k), v, *gates, **options)
+    return weight[..., None, None] * read.astype(weight.dtype), MemoriesState(memory, *tails)
 
-  def convolved(name, x, tail, document):
-    weights = jax.tree.map(partial(_flat, name), maps.convolutions[name])
+  def convolved(convolutions, document, name, x, tail):
+    weights = jax.tree.map(partial(_flat, name), convolutions[name])
     y, after = convolve[name].convolve(*weights, _flat(name, x), _flat(name, tail), document)
     return y.reshape(x.shape), after.reshape(tail.shape)
 
-  query, beta, log_decay = map(copies.gather, (tokens.query, tokens.beta, tokens.log_decay))
-  reads, states = copies.scan(step, states, (query, keys, values, beta, log_decay))
-  # An einsum: XLA on a CPU is slow at a sum that it fuses with the gather before it.
-  weighted = einsum("btchv,btc->bthv", copies.scatter(reads), tokens.weight)
-  return weighted.astype(reads.dtype), states
+  by_token, by_copy = (tokens.query, tokens.beta, tokens.log_decay), (keys, values, copies.weigh(tokens.weight))
+  y, states = copies.scan(step, maps.convolutions, states, by_token, by_copy, plain)
+  return y.astype(tokens.query.dtype), states
 
 
 def _project(x: jax.Array, memory: jax.Array, maps: jax.Array) -> jax.Array:

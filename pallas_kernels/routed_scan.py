@@ -1,15 +1,17 @@
 """Several memories, each of which gets some of the tokens: a scan over the tokens, sorted by memory.
 
     state_m  <-  step(state_m, the tokens sent to memory m, in their order)        for each memory m
+    y_t  =  the sum of what the memories that token t is sent to return for it
 
 A token is copied for each memory that it is sent to. The copies of each row are sorted by memory into blocks of one memory
-(`memzoo.pallas_kernels.grouped`). A scan over the blocks carries the state of one memory, which is replaced by that of the next
-one where its blocks begin. So no token is dropped, shapes do not depend on the routing, and the cost is that of one memory for
-each copy, and of less than one block more for each memory.
+(`memzoo.pallas_kernels.grouped`), and a scan takes one block of each row at a time. So no token is dropped, shapes do not
+depend on the routing, and the cost is that of one memory for each copy, and of less than one block more for each memory.
 
     copies = Copies.of(route, segment_ids, memories)
-    reads, states = copies.scan(step, states, copies.gather(x))
-    y = copies.scatter(reads).sum(axis=2)
+    y, states = copies.scan(step, parameters, states, x, copies.weigh(weights))
+
+Each step of the scan reads the tokens of its block where they are and adds to y, so that no array of all copies is written.
+JAX's derivative of such a loop would add whole arrays in each step; the one written here adds to the tokens of a block.
 """
 
 from collections.abc import Callable
@@ -19,32 +21,45 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .derivatives import reverse_only
 from .documents import documents, select_rows, undivided
 from .grouped import blocks_of
+from .numerics import accumulator
 from .partition import varying_alike
 
 _LARGEST = 128  # copies in a block: several chunks of an operation, and few empty places
 
-# From the state of a memory for each row, [B, ...], the memories, int32 [B], segment ids, int32 [B, P], and inputs [B, P, ...]
-# to the outputs [B, P, ...] and the next state. It obeys the laws of a layer.
-Step = Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# step(parameters, state [B, ...], block, tokens [B, P, ...], inputs [B, P, ...]) -> what each copy adds to y, [B, P, ...], and
+# the next state. It obeys the laws of a layer, and closes over no arrays.
+Step = Callable[[Any, Any, "Block", Any, Any], tuple[jax.Array, Any]]
+
+
+class Block(NamedTuple):
+  """P copies of each row, all for one memory.
+
+  Attributes:
+    memory: int32 [B].
+    document: 1 + the index of each copy's document, 0 where there is no copy, int32 [B, P]: the segment ids of the block.
+    token: the number of each copy's token, among those of all rows, int32 [B, P]; beyond all of them, and all different, where
+      there is no copy.
+  """
+
+  memory: jax.Array
+  document: jax.Array
+  token: jax.Array
 
 
 class Copies(NamedTuple):
   """Copies of tokens in n blocks of P copies for each of B rows, on one device.
 
   Attributes:
-    memory: of each block, int32 [n, B].
-    document: in each place of a block, int32 [n, B, P]; 1 + the index of the copy's document, 0 where there is no copy.
-    token: the number of the token, among those of all rows, int32 [n, B, P].
-    place: of each copy, among those of all blocks, int32 [B, T, C].
+    blocks: arrays [n, B, ...].
+    number: of each copy, among those of all rows, int32 [n, B, P]; beyond all of them where there is no copy.
     current: the index of the last document of each row, int32 [B]; `None` for one document.
   """
 
-  memory: jax.Array
-  document: jax.Array
-  token: jax.Array
-  place: jax.Array
+  blocks: Block
+  number: jax.Array
   current: jax.Array | None
 
   @classmethod
@@ -54,92 +69,166 @@ class Copies(NamedTuple):
     docs = undivided(rows, tokens) if segment_ids is None else documents(segment_ids)
     memory = jnp.where(docs.is_token[..., None], route, memories).reshape(rows, -1)
     blocks = jax.vmap(partial(blocks_of, groups=memories, largest=_LARGEST))(memory)
-    _, count, size = blocks.row.shape
-    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
-    column = jnp.minimum(blocks.row // copies, tokens - 1)
-    place = jnp.minimum(blocks.place, count * size - 1)
-    place = (place // size * rows + row) * size + place % size
-    document = jnp.take_along_axis(docs.index[:, None], column, axis=2) + 1
-    document = jnp.where(blocks.row < tokens * copies, document, 0)
-    by_block = (jnp.swapaxes(x, 0, 1) for x in (blocks.group, document, row[..., None] * tokens + column))
-    return cls(*by_block, place.reshape(route.shape), None if segment_ids is None else docs.index[:, -1])
+    is_copy = blocks.row < tokens * copies
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None, None]
+    empty = jnp.arange(is_copy.size, dtype=jnp.int32).reshape(is_copy.shape)
+    token = jnp.where(is_copy, row * tokens + blocks.row // copies, rows * tokens + empty)
+    number = jnp.where(is_copy, row * tokens * copies + blocks.row, rows * tokens * copies)
+    document = jnp.take_along_axis(docs.index[:, None], jnp.minimum(blocks.row // copies, tokens - 1), axis=2) + 1
+    document = jnp.where(is_copy, document, 0)
+    *block, number = (jnp.swapaxes(x, 0, 1) for x in (blocks.group, document, token, number))
+    return cls(Block(*block), number, None if segment_ids is None else docs.index[:, -1])
 
   def gather(self, x: jax.Array) -> jax.Array:
-    """x [B, T, ...] in blocks [n, B, P, ...], with the last token in places without a copy."""
-    return x.reshape(-1, *x.shape[2:]).at[self.token].get(mode="clip")
+    """x [B, T, ...] by block, [n, B, P, ...]. In places without a copy it is anything finite."""
+    return _take(_all_rows(x), self.blocks.token)
 
-  def scatter(self, y: jax.Array) -> jax.Array:
-    """y [n, B, P, ...] by token and copy, [B, T, C, ...]. At padding it is anything."""
-    return y.reshape(-1, *y.shape[3:]).at[self.place].get(mode="clip")
+  def weigh(self, weights: jax.Array) -> jax.Array:
+    """Numbers [B, T, C] of all copies by block, [n, B, P]; 0 where there is no copy."""
+    return weights.reshape(-1).at[self.number].get(mode="fill", fill_value=0)
 
-  def scan(self, step: Step, states: Any, inputs: Any) -> tuple[jax.Array, Any]:
+  def scan(
+    self, step: Step, parameters: Any, states: Any, tokens: Any, inputs: Any, plain: bool = False
+  ) -> tuple[jax.Array, Any]:
     """Runs `step` on the blocks of each memory, in their order.
 
     Args:
       step: what a memory does with a block; see `Step`.
-      states: a tree of arrays [B, N, ...], the state of each memory. A document begins with states of zeros.
-      inputs: a tree of arrays [n, B, P, ...].
+      parameters: a tree of floats.
+      states: a tree of floats [B, N, ...], the state of each memory. A document begins with states of zeros.
+      tokens: a tree of floats [B, T, ...].
+      inputs: a tree of floats [n, B, P, ...], by block.
+      plain: whether JAX differentiates the loop itself, slowly, and also in forward mode.
 
     Returns:
-      The outputs [n, B, P, ...], and the next states.
+      y [B, T, ...], zeros at padding, and the next states.
     """
-    memory, document = self.memory, self.document
-    is_first = jnp.concatenate([jnp.ones_like(memory[:1], bool), memory[1:] != memory[:-1]])
-    start = _Carry(jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:, 0]), states), jnp.zeros_like(memory[0]))
-    start = _Carry(varying_alike(states, start.state), varying_alike(memory, start.document))
-    _, (out, after) = jax.lax.scan(partial(_step, step, states), start, (memory, is_first, document, inputs))
-    return out, self._last(states, after)
-
-  def _last(self, states: Any, after: "_Carry") -> Any:
-    """The state of each memory after its last token; zeros if another document has begun since.
-
-    Args:
-      states: before the call, [B, N, ...].
-      after: after each block, arrays [n, B, ...].
-    """
-    rows, many = jnp.arange(self.memory.shape[1], dtype=jnp.int32)[None], jax.tree.leaves(states)[0].shape[1]
-    is_last = jnp.concatenate([self.memory[1:] != self.memory[:-1], jnp.ones_like(self.memory[:1], bool)])
-    memory = jnp.where(is_last, self.memory, many)  # out of bounds, and therefore dropped
-
-    def put(leaf, new):
-      return leaf.at[rows, memory].set(new, mode="drop")
-
-    found = jax.tree.map(put, states, after.state)
-    if self.current is None:
-      return found
-    document = put(jnp.zeros((*self.current.shape, many), jnp.int32), after.document)
-    return _select(document == self.current[:, None], found, jax.tree.map(jnp.zeros_like, found))
+    rows, length = jax.tree.leaves(tokens)[0].shape[:2]
+    run = _run if plain else _differentiable
+    tokens = jax.tree.map(_all_rows, tokens)
+    operands = parameters, states, tokens, inputs
+    y, states, document = run(step, self.blocks, *(operands if plain else reverse_only(operands)))
+    if self.current is not None:  # a memory may have got its last token before the document that is current began
+      states = _select(document == self.current[:, None], states, jax.tree.map(jnp.zeros_like, states))
+    return y.reshape(rows, length, *y.shape[1:]), states
 
 
 class _Carry(NamedTuple):
-  """The state of one memory, [B, ...], and the index of the document that it belongs to, int32 [B]."""
+  """Of the loop.
+
+  Attributes:
+    states: a tree [B, N, ...].
+    document: the index of the document that each state belongs to, int32 [B, N].
+    y: [B T, ...], in float32 or wider.
+  """
+
+  states: Any
+  document: jax.Array
+  y: jax.Array
+
+
+class _Before(NamedTuple):
+  """What a block starts from: the state of its memory, [B, ...], zeros where `begins`, [B], a document."""
 
   state: Any
-  document: jax.Array
+  begins: jax.Array
 
 
-def _step(step: Step, states: Any, carry: _Carry, block: tuple) -> tuple[_Carry, tuple[jax.Array, _Carry]]:
-  """One block: from the state before it to (the state after it, (outputs [B, P, ...], the state after it)).
+def _run(step: Step, blocks: Block, *operands: Any) -> tuple[jax.Array, Any, jax.Array]:
+  """The loop, with operands as for `Copies.scan`, but tokens [B T, ...]. Returns y, the states and their documents."""
+  return _loop(step, blocks, *operands)[0]
 
-  Args:
-    step, states: of the scan.
-    carry: after the block before it.
-    block: the memory and whether this is its first block, [B]; 1 + the index of each copy's document, 0 where there is none,
-      [B, P]; and the inputs.
-  """
-  memory, is_first, document, inputs = block
-  fresh = _Carry(_entries(states, memory), jnp.zeros_like(carry.document))
-  state, current = select_rows(is_first, fresh, carry)
-  begins = (document[:, 0] != current + 1) & (document[:, 0] != 0)
-  state = select_rows(begins, jax.tree.map(jnp.zeros_like, state), state)
-  out, state = step(state, memory, document, inputs)
-  after = _Carry(state, jnp.maximum(current, document.max(axis=1) - 1))
-  return after, (out, after)
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(step: Step, blocks: Block, *operands: Any) -> tuple[jax.Array, Any, jax.Array]:
+  return _run(step, blocks, *operands)
+
+
+def _forward(step: Step, blocks: Block, *operands: Any) -> tuple[tuple, tuple]:
+  results, before = _loop(step, blocks, *operands, keep=True)
+  return results, (blocks, operands, before)
+
+
+def _backward(step: Step, residuals: tuple, cotangents: tuple) -> tuple:
+  """The loop backwards: each block is computed again from what it started from."""
+  blocks, (parameters, states, tokens, inputs), before = residuals
+  dy, dstates, _ = cotangents
+
+  def retreat(carry, each):
+    dparameters, dstates, dtokens = carry
+    block, (state, begins), inputs = each
+
+    def of_block(parameters, state, tokens, inputs):
+      return step(parameters, state, block, tokens, inputs)
+
+    (added, _), pullback = jax.vjp(of_block, parameters, state, _take(tokens, block.token), inputs)
+    dadded = dy.at[block.token].get(mode="fill", fill_value=0).astype(added.dtype)
+    *to_sum, dstate, dtoken, dinputs = pullback((dadded, _entries(dstates, block.memory)))
+    dparameters = jax.tree.map(jnp.add, dparameters, *to_sum)
+    dstate = select_rows(begins, jax.tree.map(jnp.zeros_like, dstate), dstate)
+    return (dparameters, _put(dstates, block.memory, dstate), _add(dtokens, block.token, dtoken)), dinputs
+
+  zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, accumulator(x)))
+  start = varying_alike(residuals, (zeros(parameters), dstates, zeros(tokens)))
+  sums, dinputs = jax.lax.scan(retreat, start, (blocks, before, inputs), reverse=True)
+  dparameters, dstates, dtokens = (
+    jax.tree.map(lambda d, x: d.astype(x.dtype), *pair) for pair in zip(sums, (parameters, states, tokens), strict=True)
+  )
+  return None, dparameters, dstates, dtokens, dinputs
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _loop(
+  step: Step, blocks: Block, parameters: Any, states: Any, tokens: Any, inputs: Any, keep: bool = False
+) -> tuple[tuple[jax.Array, Any, jax.Array], _Before | None]:
+  """The results of `_run`, and, if `keep`, what each block started from, arrays [n, B, ...]."""
+
+  def advance(carry, each):
+    block, inputs = each
+    state, document = _entries((carry.states, carry.document), block.memory)
+    begins = (block.document[:, 0] != document + 1) & (block.document[:, 0] != 0)
+    state = select_rows(begins, jax.tree.map(jnp.zeros_like, state), state)
+    added, after = step(parameters, state, block, _take(tokens, block.token), inputs)
+    document = jnp.maximum(document, block.document.max(axis=1) - 1)
+    states, document = _put((carry.states, carry.document), block.memory, (after, document))
+    return _Carry(states, document, _add(carry.y, block.token, added)), _Before(state, begins) if keep else None
+
+  def first():
+    block, own = jax.tree.map(lambda x: x[0], (blocks, inputs))
+    return step(parameters, _entries(states, block.memory), block, _take(tokens, block.token), own)[0]
+
+  added, count = jax.eval_shape(first), jax.tree.leaves(tokens)[0].shape[0]
+  y = jnp.zeros((count, *added.shape[2:]), accumulator(added))
+  document = jnp.zeros(jax.tree.leaves(states)[0].shape[:2], jnp.int32)
+  start = _Carry(states, varying_alike(blocks, document), varying_alike((parameters, states, tokens, inputs), y))
+  carry, before = jax.lax.scan(advance, start, (blocks, inputs))
+  return (carry.y.astype(added.dtype), carry.states, carry.document), before
+
+
+def _all_rows(x: jax.Array) -> jax.Array:
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _take(tree: Any, token: jax.Array) -> Any:
+  """Of arrays [B T, ...] those of the tokens `token`, int32 [...]; those of the last token for numbers beyond."""
+  return jax.tree.map(lambda x: x.at[token].get(mode="clip"), tree)
+
+
+def _add(tree: Any, token: jax.Array, added: Any) -> Any:
+  """Arrays [B T, ...] with more [B, P, ...] added at the tokens [B, P], which are different; none for numbers beyond."""
+  return jax.tree.map(lambda x, d: x.at[token].add(d.astype(x.dtype), mode="drop", unique_indices=True), tree, added)
 
 
 def _entries(tree: Any, index: jax.Array) -> Any:
-  """Entries `index`, int32 [B, ...], of arrays [B, N, ...], row by row."""
+  """Entries `index`, int32 [B], of arrays [B, N, ...], row by row."""
   return jax.tree.map(lambda leaf: jax.vmap(lambda x, i: x[i])(leaf, index), tree)
+
+
+def _put(tree: Any, index: jax.Array, entries: Any) -> Any:
+  """Arrays [B, N, ...] with others [B, ...] as entries `index`, int32 [B], row by row."""
+  return jax.tree.map(lambda leaf, new: jax.vmap(lambda x, i, y: x.at[i].set(y))(leaf, index, new), tree, entries)
 
 
 def _select(condition: jax.Array, yes: Any, no: Any) -> Any:

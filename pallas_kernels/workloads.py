@@ -14,7 +14,6 @@ import numpy as np
 from . import delta_rule, local_linear, selective_scan, short_conv
 from . import test_time_memory as ttm
 from .measure import count_flops
-from .numerics import einsum
 from .routed_scan import Copies
 from .taylor_attention import count_features, taylor_attention
 
@@ -78,13 +77,14 @@ def _mixture(q, k, v, beta, log_decay, scores, *, segment_ids=None, **options):
   )
   copies = Copies.of(chosen.astype(jnp.int32), segment_ids, scores.shape[-1] + 1)
 
-  def step(state, memory, document, inputs):
-    del memory
-    return delta_rule.gated_delta_rule(*inputs, initial_state=state, segment_ids=document, **options)
+  def step(parameters, state, block, tokens, weight):
+    del parameters
+    out, state = delta_rule.gated_delta_rule(*tokens, initial_state=state, segment_ids=block.document, **options)
+    return weight[..., None, None] * out.astype(weight.dtype), state
 
   states = jnp.zeros((len(q), scores.shape[-1] + 1, q.shape[2], q.shape[3], v.shape[3]), jnp.float32)
-  reads, states = copies.scan(step, states, [copies.gather(x) for x in (q, k, v, beta, log_decay)])
-  return einsum("btchv,btc->bthv", copies.scatter(reads), weights).astype(reads.dtype), states
+  y, states = copies.scan(step, (), states, (q, k, v, beta, log_decay), copies.weigh(weights))
+  return y.astype(v.dtype), states
 
 
 _LINEAR = partial(ttm.Memory, depth=1, residual=False)

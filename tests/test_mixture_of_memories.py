@@ -151,6 +151,7 @@ def every_memory_alone(layer, params, x, state, ids):
 def test_values_and_gradients_are_those_of_every_memory_alone(fields):
   layer, params, x, state = case(rows=3, tokens=45, **fields)
   ids = np.ones((3, 45), np.int32)
+  ids[0, 1:] = 2  # memories without the first token begin with this document
   ids[1] = np.repeat([3, 0, 3, 7, 8], [5, 9, 2, 28, 1])
   ids[2, 20:] = 0
 
