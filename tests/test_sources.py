@@ -152,6 +152,7 @@ def test_empty_documents_special_files_and_folders_of_a_glob_are_counted(tmp_pat
   assert [document.name for document in matched.documents] == ["a.txt", "c.jsonl:3"]
   assert matched.skipped == {"empty documents": 2, "special files": 1, "folders that a glob matches": 1}
   (deep,) = read_sources(str(tmp_path / "**"))
+  assert len(deep.documents) == 3
   assert deep.skipped == {"empty documents": 2, "special files": 1}
 
 

@@ -220,6 +220,32 @@ def tokenizer(
 
 
 @app.command(no_args_is_help=True)
+def tokenize(
+  sources: Annotated[list[str], typer.Argument(help="Files, folders, globs or stdlib, as in TextData.sources.")],
+  out: Annotated[Path, typer.Option(help="Folder to write.")],
+  tokenizer: Annotated[str, typer.Option(help='"bytes", or a tokenizer as in TextData.tokenizer.')] = "bytes",
+  text_field: Annotated[str, typer.Option(help="The field of JSONL objects, or the column of tables.")] = "text",
+) -> None:
+  """Write text as tokens into a folder, which TextData.sources then takes. The same command continues a stopped one.
+
+  [bold]memzoo tokenize 'corpus/*.parquet' --tokenizer tokenizer.json --out corpus-tokens[/bold]
+
+  [bold]memzoo train quickstart --set TextData.sources=corpus-tokens --set TextData.tokenizer=tokenizer.json[/bold]
+  """
+  from collections import Counter
+
+  from .data import TextData
+  from .sources import skipped_in_words
+  from .token_writer import text_progress
+
+  index = TextData(tuple(sources), tokenizer, text_field=text_field).tokenize(out, text_progress(print)).index
+  print(
+    f"Wrote {out}: {index.tokens:,} tokens of {index.documents:,} documents.{skipped_in_words(Counter(index.skipped))} "
+    f"Train with --set TextData.sources={out} --set TextData.tokenizer={tokenizer}"
+  )
+
+
+@app.command(no_args_is_help=True)
 def describe(
   config: Config,
   overrides: Set = None,

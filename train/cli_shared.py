@@ -1,6 +1,5 @@
 """What the commands of `memzoo` share: the application, options, and how JAX is started."""
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -41,6 +40,7 @@ def start(cache: bool = True) -> None:
   """Starts JAX without its warnings, and with a persistent cache of compiled programs."""
   import jax
 
+  from .files import cache_folder
   from .runtime import start_quietly
 
   start_quietly()
@@ -48,8 +48,7 @@ def start(cache: bool = True) -> None:
   if not cache or "--no-compile-cache" in sys.argv:
     jax.config.update("jax_enable_compilation_cache", False)
   elif not jax.config.jax_compilation_cache_dir:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "memzoo" / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -9,7 +9,8 @@ In a row `segment_ids` counts documents from 1; 0 is padding. The target of a to
 The last token of a document has no target: its weight is 0. A document that does not fit in its row continues in another
 row, with a fresh memory.
 
-The tokens of all text are held in memory, in one byte each if tokens are bytes.
+The tokens of a small text are held in memory, in one byte each if tokens are bytes. Those of a large one are written to a file
+once (`token_store.py`), from which rows are read when they are needed.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -27,7 +29,10 @@ import numpy as np
 from ..zoo.formats import thousands
 from ..zoo.stack import Stack
 from .checks import at_least, check_seed
-from .sources import Document, read_sources, skipped_in_words
+from .files import cache_folder
+from .sources import Document, Source, read_sources, skipped_in_words
+from .token_store import Part, Pieces, TokenStore, is_store, joined, name_hash, update_digest
+from .token_writer import WITHOUT_TOKENS, Report, text_digest, write_store
 from .tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 
 _EPOCHS = 2**31
+_IN_MEMORY = 2**28  # bytes of text in a source, above which its tokens are written to a file
 _PROMPT = 32  # the most tokens of a prompt that is taken from the text
 
 
@@ -44,7 +50,8 @@ class TextData:
   """Text to train on, and how it is cut into batches.
 
   Attributes:
-    sources: "stdlib" (the source text of Python's standard library), or files, folders and globs; see `read_sources`.
+    sources: "stdlib" (the source text of Python's standard library), files, folders and globs (see `read_sources`), or folders
+      of tokens that `memzoo tokenize` wrote.
     tokenizer: "bytes" (256 tokens), or the path of a tokenizer.json.
     sequence_length: tokens in a row.
     batch_size: rows in a batch, over all devices and processes.
@@ -53,7 +60,7 @@ class TextData:
     seed: random seed of the order of the rows.
     weights: for a mixture, the relative number of rows from each source; `None` takes every row of every source once an
       epoch.
-    text_field: the field of objects in *.jsonl files that holds the text.
+    text_field: the field of objects in *.jsonl files, or the column of tables, that holds the text.
     max_documents: the most documents in a row; a row ends early if one more would follow. `None` for any number. Layers with
       a chunk grid need a bound.
   """
@@ -128,40 +135,91 @@ class TextData:
     """"bytes", or a digest of the tokenizer's file as it was when it was loaded."""
     return self._tokenizer.digest
 
-  def load(self) -> "Corpus":
+  def load(self, report: Report = lambda text, documents: None) -> "Corpus":
     """Reads, splits and tokenises all text.
+
+    Args:
+      report: called while the tokens of a large text are written, with the bytes of text and the documents so far.
 
     Raises:
       ValueError: if a source is missing, unreadable, empty or malformed, or there is less than a row of text to train on.
     """
-    sources = read_sources(self.sources, self.text_field)
-    names, skipped = [source.name for source in sources], sum((source.skipped for source in sources), Counter())
-    parts = [source.documents for source in sources]
-    if self.weights is None:
-      parts = [[document for part in parts for document in part]]
-    splits = [split_documents(part, self.validation_fraction) for part in parts]
-    del sources, parts  # documents that were cut in two
-    training, counts = self._lay_out([part for part, _ in splits])
-    validation, _ = self._lay_out([part for _, part in splits])
-    without = sum(len(part) for split in splits for part in split) - sum(counts) - len(validation.document_ends)
-    corpus = Corpus(self, training, validation, counts, skipped + Counter({"documents or parts without tokens": without}))
-    self._check(corpus, names)
+    sources = self._find(report)
+    apart = self.weights or any(map(_is_file, sources))
+    training, validation = zip(*map(self._split, [[source] for source in sources] if apart else [sources]), strict=True)
+    counts = [len(part.lengths) for part in training]
+    skipped = sum((Counter(s.index.skipped) if _is_file(s) else s.skipped for s in sources), Counter())
+    corpus = Corpus(
+      self,
+      self._join(training),
+      self._join(validation),
+      tuple(counts) if self.weights else (sum(counts),),
+      skipped + Counter({WITHOUT_TOKENS: sum(part.without for part in (*training, *validation))}),
+    )
+    self._check(corpus, [self.sources] if isinstance(self.sources, str) else self.sources)
     return corpus
 
-  def _lay_out(self, parts: Sequence[Sequence[Document]]) -> tuple["Split", tuple[int, ...]]:
-    """The split of all documents that have tokens, and their number in each part."""
-    documents = [document for part in parts for document in part]
+  def tokenize(self, folder: Path, report: Report = lambda text, documents: None) -> TokenStore:
+    """Writes the tokens of all text to a folder, or continues with that. As a source it stands for the text.
+
+    Args:
+      folder: an empty or a new one, or one where this was begun.
+      report: see `load`.
+
+    Raises:
+      ValueError: as for `load`, or if the folder holds something else.
+    """
+    return write_store(folder, read_sources(self.sources, self.text_field), self._tokenizer, self.tokenizer, report)
+
+  def _find(self, report: Report) -> list[Source | TokenStore]:
+    """The sources; those with much text as tokens in a folder."""
+    found, names = [], [self.sources] if isinstance(self.sources, str) else self.sources
+    for name in names or read_sources(names):
+      folder = Path(name).expanduser()
+      if is_store(folder):
+        found.append(self._open(folder))
+        continue
+      (source,) = read_sources(name, self.text_field)
+      if source.size <= _IN_MEMORY:
+        found.append(source)
+      else:
+        folder = cache_folder("tokens") / text_digest([source], self._tokenizer)
+        found.append(write_store(folder, [source], self._tokenizer, self.tokenizer, report))
+    return found
+
+  def _open(self, folder: Path) -> TokenStore:
+    store = TokenStore(folder, trusted=True)
+    if store.index.tokenizer_digest != self.tokenizer_digest:
+      raise ValueError(
+        f"TextData.sources names {str(folder)!r}, which holds tokens of {store.index.tokenizer!r}, and TextData.tokenizer is "
+        f"{self.tokenizer!r}, whose content is another; expected the same tokenizer."
+      )
+    return store
+
+  def _split(self, sources: Sequence[Source | TokenStore]) -> tuple[Part, Part]:
+    """The tokens of training and of validation, of a store or of texts that are split together."""
+    if _is_file(sources[0]):
+      return sources[0].split(self.validation_fraction)
+    documents = [document for source in sources for document in source.read()]
+    training, validation = split_documents(documents, self.validation_fraction)
+    del documents  # which may have been cut in two
+    return self._encode(training), self._encode(validation)
+
+  def _encode(self, documents: Sequence[Document]) -> Part:
+    """The tokens of all documents that have some."""
     tokens, lengths = self._tokenizer.encode_documents(documents)
     kept = lengths > 0
-    split = Split(
-      tokens=tokens,
-      document_ends=np.cumsum(lengths[kept]),
-      num_bytes=sum(len(document.text) for document, length in zip(documents, lengths, strict=True) if length),
-      sequence_length=self.sequence_length,
-      max_documents=self.max_documents,
-    )
-    bounds = np.cumsum([0, *map(len, parts)])
-    return split, tuple(int(kept[start:end].sum()) for start, end in pairwise(bounds))
+    num_bytes = sum(len(document.text) for document, length in zip(documents, lengths, strict=True) if length)
+    return Part(tokens, lengths[kept], num_bytes, int((~kept).sum()))
+
+  def _join(self, parts: Sequence[Part]) -> "Split":
+    tokens = [part.tokens for part in parts]
+    if len(parts) == 1:
+      (whole,) = tokens
+    else:
+      whole = joined(tokens) if any(isinstance(t, Pieces) for t in tokens) else np.concatenate(tokens)
+    ends = np.cumsum(np.concatenate([part.lengths for part in parts]))
+    return Split(whole, ends, sum(part.num_bytes for part in parts), self.sequence_length, self.max_documents)
 
   def _check(self, corpus: "Corpus", names: Sequence[str]) -> None:
     """Raises `ValueError` if there is too little text in a split, or in a source of a mixture."""
@@ -185,6 +243,10 @@ class TextData:
       )
 
 
+def _is_file(source: Source | TokenStore) -> bool:
+  return isinstance(source, TokenStore)
+
+
 def check_documents(model: Any, most: int, remedy: str) -> None:
   """Raises `ValueError` if a layer of `model` takes fewer documents in a row than `most`."""
   for mixer in model.sublayers() if isinstance(model, Stack) else ():
@@ -202,8 +264,7 @@ def split_documents(documents: list[Document], fraction: float) -> tuple[list[Do
   """
 
   def is_validation(document: Document) -> bool:
-    digest = hashlib.blake2b(document.name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return name_hash(document.name) < fraction * 2**64
 
   validation = [document for document in documents if is_validation(document)]
   training = [document for document in documents if not is_validation(document)]
@@ -221,14 +282,14 @@ class Split:
   """The text of one split, concatenated. It is a sequence of rows, each with at least one target: `split[i]` is row `i`.
 
   Attributes:
-    tokens: [tokens] of unsigned integers.
+    tokens: [tokens] of unsigned integers, in memory or in files.
     document_ends: [documents], ascending; the end of each document in `tokens`.
     num_bytes: size of the text.
     sequence_length: tokens in a row.
     max_documents: the most documents in a row; `None` for any number.
   """
 
-  tokens: np.ndarray
+  tokens: np.ndarray | Pieces
   document_ends: np.ndarray
   num_bytes: int
   sequence_length: int
@@ -247,7 +308,8 @@ class Split:
   def documents(self, start: int, end: int) -> "Split":
     """The split of documents `start` to `end` alone. Nothing is copied."""
     bounds = np.concatenate([[0], self.document_ends])
-    tokens = self.tokens[bounds[start] : bounds[end]]
+    part = self.tokens.part if isinstance(self.tokens, Pieces) else lambda first, last: self.tokens[first:last]
+    tokens = part(bounds[start], bounds[end])
     num_bytes = round(self.num_bytes * tokens.size / max(1, self.tokens.size))
     ends = self.document_ends[start:end] - bounds[start]
     return Split(tokens, ends, num_bytes, self.sequence_length, self.max_documents)
@@ -284,8 +346,9 @@ class Split:
     place, length = self._rows[int(row)], self.sequence_length
     start, end = self.bounds[place : place + 2]
     window = self.tokens[start : end + 1 if end - start == length else end]  # a full row's last target is the next token
-    document = np.searchsorted(self.document_ends, np.arange(start, start + window.size), side="right")
-    segments = (document - document[0] + 1).astype(np.int32)
+    first, last = np.searchsorted(self.document_ends, (start, start + window.size), side="right")
+    ends = self.document_ends[first:last] - start
+    segments = (np.searchsorted(ends, np.arange(window.size), side="right") + 1).astype(np.int32)
     window, segments = (np.pad(array, (0, length + 1 - window.size)) for array in (window.astype(np.int32), segments))
     follows = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
     return {
@@ -402,7 +465,7 @@ class Corpus:
     """A digest of all tokens and document ends of both splits, and of the number of rows that are left out, if any."""
     digest = hashlib.blake2b(digest_size=16)
     for split in (self.training, self.validation):
-      digest.update(split.tokens.data)
+      update_digest(digest, split.tokens)
       digest.update(split.document_ends.data)
     if self._left_out:
       digest.update(str(self._left_out).encode())

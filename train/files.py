@@ -13,6 +13,11 @@ T = TypeVar("T")
 _FORMAT = 1  # of JSON files that hold a dataclass
 
 
+def cache_folder(name: str) -> Path:
+  """The folder `name` of what may be removed at any time and is then made again."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memzoo" / name
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
   """Yields a temporary path beside `path`, with the same suffix, to write to. It becomes `path` if the block succeeds."""

@@ -54,7 +54,7 @@ def train(experiment: Experiment, directory: str | Path, *, progress: bool = Tru
   say = print if shown else lambda message: None
   finished = find_finished(experiment, directory)
   if not finished:
-    setup = set_up(experiment, directory)
+    setup = set_up(experiment, directory, say)
     with claimed(directory, say) as check_lock:
       finished = find_finished(experiment, directory)  # again, as the folder may have changed before it was claimed
       if not finished:

@@ -17,6 +17,7 @@ from .processes import check_equal, row_share, together
 from .run_folder import Result, check_same_run, check_writable, finished_result
 from .sharding import layout
 from .step import Program, experiment_program
+from .token_writer import text_progress
 
 
 class Setup(NamedTuple):
@@ -102,8 +103,8 @@ def claimed(directory: Path, say: Callable[[str], None]) -> Iterator[Callable[[]
       lock.release()
 
 
-def set_up(experiment: Experiment, directory: Path) -> Setup:
-  """Lays out the program and loads the text. Nothing is compiled yet.
+def set_up(experiment: Experiment, directory: Path, say: Callable[[str], None] = lambda message: None) -> Setup:
+  """Lays out the program and loads the text, and says how far that is if it takes long. Nothing is compiled yet.
 
   Raises:
     ValueError: if the experiment cannot be run here, or another run uses `directory`.
@@ -117,7 +118,7 @@ def set_up(experiment: Experiment, directory: Path) -> Setup:
     check_writable(directory)
     if jax.process_index() == 0:
       check_free(directory)  # before much text is read; the lock is taken later
-    corpus = data.load()
+    corpus = data.load(text_progress(say))
     if experiment.trainer.sample_tokens and corpus.measure == "bits_per_byte":
       corpus.prompt(experiment.trainer.sample_prompt)  # the sample is written after the last step, too late for an error
   check_equal(text=corpus.fingerprint)

@@ -84,8 +84,9 @@ class TaskData:
     """Raises `ValueError`: a task is not made of text."""
     raise ValueError(f"{self.task} is not made of text; expected a run on text to generate from.")
 
-  def load(self) -> "TaskCorpus":
-    """The corpus of the task's examples. It reads no file."""
+  def load(self, report: Callable[[int, int], None] | None = None) -> "TaskCorpus":
+    """The corpus of the task's examples. It reads no file, so there is nothing to report."""
+    del report
     return TaskCorpus(self)
 
 
