@@ -74,7 +74,7 @@ def test_the_dependencies_are_what_the_package_imports():
   imported = {name.split(".")[0] for path in files for name in imported_modules(path)} - sys.stdlib_module_names - {"memzoo"}
   distributions = {"gin": "gin-config", "orbax": "orbax-checkpoint"}
   extras = PROJECT["project"]["optional-dependencies"]
-  optional = {line.partition(">")[0] for extra in ("hub", "eval") for line in extras[extra]}
+  optional = {line.partition(">")[0] for extra in extras.keys() - {"test", "colab"} for line in extras[extra]}
   needed = {distributions.get(name, name) for name in imported} - optional - {"numpy"}  # of jax
   assert {line.partition(">")[0] for line in PROJECT["project"]["dependencies"]} == needed
 

@@ -307,7 +307,7 @@ def test_a_missing_library_is_one_line(tmp_path, monkeypatch, module, name, extr
 def test_data_sets_of_the_hub_are_read_as_a_stream(tmp_path, plain, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   monkeypatch.setitem(sys.modules, "datasets", None)
-  with pytest.raises(ValueError, match=r"'hf:some/text@train', which needs the library datasets: pip install datasets"):
+  with pytest.raises(ValueError, match=r"'hf:some/text@train', which needs the library datasets: pip install .memzoo"):
     TextData("hf:some/text@train", **SETTINGS).load()
 
   class Library:

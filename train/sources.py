@@ -132,7 +132,9 @@ def _stream(source: str, name: str, config: str | None, split: str) -> Iterable[
   try:
     import datasets
   except ImportError:
-    raise ValueError(f"TextData.sources names {source!r}, which needs the library datasets: pip install datasets.") from None
+    raise ValueError(
+      f'TextData.sources names {source!r}, which needs the library datasets: pip install "memzoo[datasets]".'
+    ) from None
   try:
     return datasets.load_dataset(name, config, split=split, streaming=True)
   except Exception as error:  # the library raises whatever its parts raise
