@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
   tokenizer = Tokenizer(models.WordLevel(letters, unk_token="."))
   tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
   tokenizer.save(str(folder / "model" / "tokenizer.json"))
+  (folder / "model" / "tokenizer_config.json").write_text('{"model_max_length": 99}')
   (folder / "text.jsonl").write_text(60 * (json.dumps({"text": TEXT}) + "\n"))
   return folder
 
@@ -46,7 +47,8 @@ def test_a_run_begins_with_the_model_goes_on_and_is_written(folder, tmp_path):
   export_run(run, tmp_path / "same", say=said.append)
   before, after = Tensors(folder / "model"), Tensors(tmp_path / "same")
   assert all(np.array_equal(before[name], after[name]) for name in before)
-  assert (tmp_path / "same" / "tokenizer.json").read_bytes() == (folder / "model" / "tokenizer.json").read_bytes()
+  for name in ("tokenizer.json", "tokenizer_config.json"):
+    assert (tmp_path / "same" / name).read_bytes() == (folder / "model" / name).read_bytes()
 
   result = train(build(run, ["Trainer.steps=3", "Trainer.evaluate_every=3"]), run, progress=False)
   assert result.step == 3
@@ -71,7 +73,12 @@ def test_a_run_that_was_not_imported_is_written_by_a_config_that_describes_it(fo
   (run / "imported_config.json").unlink()
   with pytest.raises(ValueError, match=r"has no imported_config\.json; expected a run that `memzoo import` began, or a config"):
     export_run(run, tmp_path / "out")
+  config_file, in_folder = run / "config.gin", f"{str(run / 'tokenizer')!r}"
+  assert in_folder in config_file.read_text()
+  config_file.write_text(config_file.read_text().replace(in_folder, f"{str(run / 'tokenizer.json')!r}"))
+  shutil.move(run / "tokenizer" / "tokenizer.json", run / "tokenizer.json")  # where earlier versions had it
   export_run(run, tmp_path / "out", config=MODEL / "config.json")
+  assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
   before, after = Tensors(folder / "model"), Tensors(tmp_path / "out")
   assert all(np.array_equal(before[name], after[name]) for name in before)
   for change, words in (

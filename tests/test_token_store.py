@@ -139,6 +139,18 @@ def test_a_folder_of_tokens_stands_for_its_text(tmp_path, plain, kind):
   same_batches(plain, corpus)
 
 
+def test_tokens_in_a_folder_have_those_around_documents(tmp_path):
+  write_lines(tmp_path / "lines")
+  train_tokenizer(str(tmp_path / "lines"), 300, path := str(tmp_path / "tokenizer.json"))
+  data = TextData(str(tmp_path / "lines"), path, end_of_document="!", **SETTINGS)
+  data.tokenize(tmp_path / "tokens")
+  corpus = dataclasses.replace(data, sources=str(tmp_path / "tokens")).load()
+  assert set(corpus.training.tokens[:][corpus.training.document_ends - 1]) == {data.end_token}
+  same_batches(data.load(), corpus)
+  with pytest.raises(ValueError, match="TextData.end_of_document None. Expected those with which they were made"):
+    dataclasses.replace(corpus.data, end_of_document=None).load()
+
+
 def test_much_text_is_written_to_a_file_and_gives_the_same_run(tmp_path, plain, monkeypatch):
   monkeypatch.setattr(data_module, "_IN_MEMORY", 100)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -262,7 +274,7 @@ def test_folders_that_hold_something_else_are_refused(tmp_path):
     dataclasses.replace(data, sources="stdlib").tokenize(tmp_path / "tokens")
   train_tokenizer(str(tmp_path / "lines"), 300, path := str(tmp_path / "tokenizer.json"))
   other = dataclasses.replace(data, sources=str(tmp_path / "tokens"), tokenizer=path)
-  with pytest.raises(ValueError, match=r"holds tokens of 'bytes', and TextData.tokenizer is .*tokenizer.json"):
+  with pytest.raises(ValueError, match=r"holds tokens of 'bytes'; TextData.tokenizer is .*tokenizer.json"):
     other.load()
   (tmp_path / "tokens" / TOKENS).write_bytes((tmp_path / "tokens" / TOKENS).read_bytes()[:-700])
   with pytest.raises(ValueError, match=r"has not all files of tokens \(tokens.npy is shorter than its header says\)"):

@@ -61,10 +61,10 @@ def test_wrong_tokenizers_are_named(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
     _ = TextData(tokenizer=str(tmp_path / "tokenizer.json")).vocab_size
   with pytest.raises(ValueError, match="not a file"):
-    _ = TextData(tokenizer="byte").vocab_size
+    _ = TextData(tokenizer="byte.json").vocab_size
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(ValueError, match=r"pip install .memzoo\[hub\]."):
-    _ = TextData(tokenizer="tokenizer.json").vocab_size
+    _ = TextData(tokenizer=str(tmp_path / "tokenizer.json")).vocab_size
 
 
 # The tokens of a text are all of them, and no others.

@@ -171,6 +171,8 @@ def generate(
 ) -> None:
   """Continue a text with the newest checkpoint of a run; each token is shown immediately.
 
+  It ends earlier where the model draws the token that ends documents, if its tokenizer has one.
+
   [bold]memzoo generate runs/quickstart "def "[/bold]
 
   [bold]memzoo generate runs/quickstart "class Memory:" --tokens 1000 --temperature 0.5 --seed 7[/bold]
@@ -182,15 +184,16 @@ def generate(
   from .evaluation import load_run
 
   experiment, params, _ = load_run(run, best=best)
-  options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-  read = experiment.data.encode(prompt)
+  read, stops = experiment.data.encode_prompt(prompt), experiment.data.stop_tokens
+  options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop_token": stops}
   steps = stream(experiment.model, params, [read], max_new_tokens=tokens, **options)
   times = []
 
   def single_row():
     for step in steps:
       times.append(time.perf_counter())
-      yield int(step[0])
+      if step[0] not in stops:
+        yield int(step[0])
 
   print(prompt, end="", flush=True)
   for text in as_text(single_row(), experiment.data.decode, read):
@@ -225,6 +228,7 @@ def tokenize(
   out: Annotated[Path, typer.Option(help="Folder to write.")],
   tokenizer: Annotated[str, typer.Option(help='"bytes", or a tokenizer as in TextData.tokenizer.')] = "bytes",
   text_field: Annotated[str, typer.Option(help="The field of JSONL objects, or the column of tables.")] = "text",
+  end_of_document: Annotated[str, typer.Option(help="The token after each document, as in TextData.end_of_document.")] = "auto",
 ) -> None:
   """Write text as tokens into a folder, which TextData.sources then takes. The same command continues a stopped one.
 
@@ -238,7 +242,8 @@ def tokenize(
   from .sources import skipped_in_words
   from .token_writer import text_progress
 
-  index = TextData(tuple(sources), tokenizer, text_field=text_field).tokenize(out, text_progress(print)).index
+  data = TextData(tuple(sources), tokenizer, text_field=text_field, end_of_document=end_of_document)
+  index = data.tokenize(out, text_progress(print)).index
   print(
     f"Wrote {out}: {index.tokens:,} tokens of {index.documents:,} documents.{skipped_in_words(Counter(index.skipped))} "
     f"Train with --set TextData.sources={out} --set TextData.tokenizer={tokenizer}"

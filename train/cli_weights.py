@@ -16,7 +16,7 @@ def import_(
 ) -> None:
   """Begin a run with a model of transformers, which then generates, evaluates and trains like any other.
 
-  Parameters keep the dtype of the file; to train, give them float32. The tokenizer comes along.
+  Parameters keep the dtype of the file; to train, give them float32. The tokenizer comes along, with its special tokens.
 
   [bold]memzoo import Qwen/Qwen3.5-0.8B --out runs/qwen --set Attention.max_length=4096[/bold]
 

@@ -6,8 +6,9 @@ run is one integer. No token that has a target is dropped, and only the end of a
 left out, and so are rows without targets.
 
 In a row `segment_ids` counts documents from 1; 0 is padding. The target of a token is the next token of the same document.
-The last token of a document has no target: its weight is 0. A document that does not fit in its row continues in another
-row, with a fresh memory.
+The last token of a document has no target: its weight is 0. Where a token ends documents (`TextData.end_of_document`), it is
+the last token of each, and the target of the last token of the text. A document that does not fit in its row continues in
+another row, with a fresh memory.
 
 The tokens of a small text are held in memory, in one byte each if tokens are bytes. Those of a large one are written to a file
 once (`token_store.py`), from which rows are read when they are needed.
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -31,14 +32,13 @@ from ..zoo.stack import Stack
 from .checks import at_least, check_seed
 from .files import cache_folder
 from .sources import Document, Source, read_sources, skipped_in_words
+from .split import Batch, Split, stack_rows
 from .token_store import Part, Pieces, TokenStore, is_store, joined, name_hash, update_digest
 from .token_writer import WITHOUT_TOKENS, Report, text_digest, write_store
-from .tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
+from .tokenizer import BatchTokenizer, ByteTokenizer, load_tokenizer, with_special_tokens
 
 if TYPE_CHECKING:
   import grain
-
-Batch = dict[str, np.ndarray]
 
 _EPOCHS = 2**31
 _IN_MEMORY = 2**28  # bytes of text in a source, above which its tokens are written to a file
@@ -52,7 +52,8 @@ class TextData:
   Attributes:
     sources: "stdlib" (the source text of Python's standard library), files, folders and globs (see `read_sources`), or folders
       of tokens that `memzoo tokenize` wrote.
-    tokenizer: "bytes" (256 tokens), or the path of a tokenizer.json.
+    tokenizer: "bytes" (256 tokens); the path of a tokenizer.json, of a SentencePiece *.model, or of a folder with one of them
+      as `transformers` saves it; or a repository's name on the Hugging Face hub, such as "gpt2".
     sequence_length: tokens in a row.
     batch_size: rows in a batch, over all devices and processes.
     validation_fraction: the share of the documents, picked by a hash of their names, that is kept for validation. If that
@@ -63,6 +64,10 @@ class TextData:
     text_field: the field of objects in *.jsonl files, or the column of tables, that holds the text.
     max_documents: the most documents in a row; a row ends early if one more would follow. `None` for any number. Layers with
       a chunk grid need a bound.
+    end_of_document: the token after each document, as text, such as "<|endoftext|>"; `None` for none. "auto" takes the one that
+      the tokenizer's files name, if any: "bytes" and a tokenizer.json by its own path have none. If one document is cut into
+      training and validation, both parts count as documents. The token before each document, if any, is always that of the
+      tokenizer's folder.
   """
 
   sources: str | tuple[str, ...] = "stdlib"
@@ -74,6 +79,7 @@ class TextData:
   weights: tuple[float, ...] | None = None
   text_field: str = "text"
   max_documents: int | None = None
+  end_of_document: str | None = "auto"
 
   def __post_init__(self):
     at_least(1, self, "sequence_length", "batch_size", *([] if self.max_documents is None else ["max_documents"]))
@@ -89,7 +95,7 @@ class TextData:
     return 1 if isinstance(self.sources, str) else len(self.sources)
 
   @cached_property
-  def _tokenizer(self) -> ByteTokenizer | FileTokenizer:
+  def _tokenizer(self) -> ByteTokenizer | BatchTokenizer:
     return load_tokenizer(self.tokenizer)
 
   @property
@@ -97,12 +103,45 @@ class TextData:
     """One more than the largest token; a model's `vocab_size` must be at least this."""
     return self._tokenizer.vocab_size
 
+  @property
+  def begin_tokens(self) -> tuple[int, ...]:
+    """The tokens before each document, usually none or one."""
+    return self._tokenizer.special.begin
+
+  @cached_property
+  def end_token(self) -> int | None:
+    """The token after each document; see `end_of_document`. Raises `ValueError` if the tokenizer does not have it."""
+    if self.end_of_document is None:
+      return None
+    if self.end_of_document == "auto":
+      return self._tokenizer.special.end
+    token = self._tokenizer.number(self.end_of_document)
+    if token is None:
+      raise ValueError(
+        f"TextData.end_of_document is {self.end_of_document!r}, which is not a token of TextData.tokenizer={self.tokenizer!r}; "
+        'expected the text of one token, "auto" or None.'
+      )
+    return token
+
+  @property
+  def stop_tokens(self) -> tuple[int, ...]:
+    """The tokens that end a generated text: `end_token`, and those that the files of the tokenizer name."""
+    own = () if self.end_token is None else (self.end_token,)
+    return tuple(dict.fromkeys(own + self._tokenizer.special.stops))
+
   def encode(self, text: str) -> list[int]:
-    """The tokens of `text`."""
+    """The tokens of `text`, without those around a document."""
     return self._tokenizer.encode(text)
 
+  def encode_prompt(self, text: str) -> list[int]:
+    """The tokens of a document that begins with `text` and goes on."""
+    return [*self.begin_tokens, *self.encode(text)]
+
   def decode(self, tokens: Sequence[int], special: bool = True) -> str:
-    """The text of `tokens`, with or without that of special tokens."""
+    """The text of `tokens`, with or without that of special tokens and of those around a document."""
+    if not special:
+      around = {*self.begin_tokens, self.end_token}
+      tokens = [token for token in tokens if int(token) not in around]
     return self._tokenizer.decode(tokens, special)
 
   one_token: ClassVar[np.ndarray] = np.zeros((1, 1), np.int32)  # an input with which a model can be initialised
@@ -113,7 +152,11 @@ class TextData:
     return f"TextData.sources={self.sources!r}, {self.tokenizer} as tokens"
 
   def check_model(self, model: Any) -> None:
-    """Raises `ValueError` if `model` has fewer tokens than the tokenizer, or a layer takes fewer documents than a row holds."""
+    """Raises `ValueError` if `model` has fewer tokens than the tokenizer, or a layer takes fewer documents than a row holds.
+
+    Also if `end_of_document` is no token.
+    """
+    _ = self.end_token
     known = getattr(model, "vocab_size", 0)
     if known < self.vocab_size:
       raise ValueError(
@@ -132,7 +175,7 @@ class TextData:
 
   @property
   def tokenizer_digest(self) -> str:
-    """"bytes", or a digest of the tokenizer's file as it was when it was loaded."""
+    """"bytes", or a digest of the tokenizer's files as they were when they were loaded."""
     return self._tokenizer.digest
 
   def load(self, report: Report = lambda text, documents: None) -> "Corpus":
@@ -169,7 +212,11 @@ class TextData:
     Raises:
       ValueError: as for `load`, or if the folder holds something else.
     """
-    return write_store(folder, read_sources(self.sources, self.text_field), self._tokenizer, self.tokenizer, report)
+    return write_store(folder, read_sources(self.sources, self.text_field), self._encoder, self.tokenizer, report)
+
+  @property
+  def _encoder(self) -> "_Encoder":
+    return _Encoder(self._tokenizer, self.begin_tokens, self.end_token)
 
   def _find(self, report: Report) -> list[Source | TokenStore]:
     """The sources; those with much text as tokens in a folder."""
@@ -183,16 +230,17 @@ class TextData:
       if source.size <= _IN_MEMORY:
         found.append(source)
       else:
-        folder = cache_folder("tokens") / text_digest([source], self._tokenizer)
-        found.append(write_store(folder, [source], self._tokenizer, self.tokenizer, report))
+        folder = cache_folder("tokens") / text_digest([source], self._encoder)
+        found.append(write_store(folder, [source], self._encoder, self.tokenizer, report))
     return found
 
   def _open(self, folder: Path) -> TokenStore:
     store = TokenStore(folder, trusted=True)
-    if store.index.tokenizer_digest != self.tokenizer_digest:
+    if store.index.tokenizer_digest != self._encoder.digest:
       raise ValueError(
-        f"TextData.sources names {str(folder)!r}, which holds tokens of {store.index.tokenizer!r}, and TextData.tokenizer is "
-        f"{self.tokenizer!r}, whose content is another; expected the same tokenizer."
+        f"TextData.sources names {str(folder)!r}, which holds tokens of {store.index.tokenizer!r}; TextData.tokenizer is "
+        f"{self.tokenizer!r} and TextData.end_of_document {self.end_of_document!r}. Expected those with "
+        "which they were made."
       )
     return store
 
@@ -207,7 +255,7 @@ class TextData:
 
   def _encode(self, documents: Sequence[Document]) -> Part:
     """The tokens of all documents that have some."""
-    tokens, lengths = self._tokenizer.encode_documents(documents)
+    tokens, lengths = self._encoder.encode_documents(documents)
     kept = lengths > 0
     num_bytes = sum(len(document.text) for document, length in zip(documents, lengths, strict=True) if length)
     return Part(tokens, lengths[kept], num_bytes, int((~kept).sum()))
@@ -219,7 +267,8 @@ class TextData:
     else:
       whole = joined(tokens) if any(isinstance(t, Pieces) for t in tokens) else np.concatenate(tokens)
     ends = np.cumsum(np.concatenate([part.lengths for part in parts]))
-    return Split(whole, ends, sum(part.num_bytes for part in parts), self.sequence_length, self.max_documents)
+    num_bytes = sum(part.num_bytes for part in parts)
+    return Split(whole, ends, num_bytes, self.sequence_length, self.max_documents, len(self.begin_tokens))
 
   def _check(self, corpus: "Corpus", names: Sequence[str]) -> None:
     """Raises `ValueError` if there is too little text in a split, or in a source of a mixture."""
@@ -241,6 +290,27 @@ class TextData:
         f"TextData.sources={self.sources!r} leave {validation.tokens.size} tokens to validate on and none to predict; expected "
         f"a document of at least two tokens: give more text, or a larger TextData.validation_fraction.{skipped}"
       )
+
+
+class _Encoder(NamedTuple):
+  """A tokenizer, and the tokens before and after each document."""
+
+  tokenizer: ByteTokenizer | BatchTokenizer
+  begin: tuple[int, ...]
+  end: int | None
+
+  @property
+  def vocab_size(self) -> int:
+    return self.tokenizer.vocab_size
+
+  @property
+  def digest(self) -> str:
+    around = "" if not self.begin and self.end is None else f" {self.begin} {self.end}"
+    return f"{self.tokenizer.digest}{around}"
+
+  def encode_documents(self, documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all documents, [tokens], and how many each has; none where the tokenizer finds none."""
+    return with_special_tokens(*self.tokenizer.encode_documents(documents), self.begin, self.end)
 
 
 def _is_file(source: Source | TokenStore) -> bool:
@@ -275,88 +345,6 @@ def split_documents(documents: list[Document], fraction: float) -> tuple[list[Do
     [Document(name, text[:cut]) for name, text, cut in cuts if cut],
     [Document(name, text[cut:]) for name, text, cut in cuts],
   )
-
-
-@dataclass(frozen=True)
-class Split:
-  """The text of one split, concatenated. It is a sequence of rows, each with at least one target: `split[i]` is row `i`.
-
-  Attributes:
-    tokens: [tokens] of unsigned integers, in memory or in files.
-    document_ends: [documents], ascending; the end of each document in `tokens`.
-    num_bytes: size of the text.
-    sequence_length: tokens in a row.
-    max_documents: the most documents in a row; `None` for any number.
-  """
-
-  tokens: np.ndarray | Pieces
-  document_ends: np.ndarray
-  num_bytes: int
-  sequence_length: int
-  max_documents: int | None = None
-
-  @property
-  def bytes_per_token(self) -> float:
-    """Mean bytes of text in a token."""
-    return self.num_bytes / self.tokens.size
-
-  @property
-  def num_targets(self) -> int:
-    """Number of targets of non-zero weight in all rows. The last token of a document has no target."""
-    return self.tokens.size - np.count_nonzero(np.diff(self.document_ends, prepend=0))
-
-  def documents(self, start: int, end: int) -> "Split":
-    """The split of documents `start` to `end` alone. Nothing is copied."""
-    bounds = np.concatenate([[0], self.document_ends])
-    part = self.tokens.part if isinstance(self.tokens, Pieces) else lambda first, last: self.tokens[first:last]
-    tokens = part(bounds[start], bounds[end])
-    num_bytes = round(self.num_bytes * tokens.size / max(1, self.tokens.size))
-    ends = self.document_ends[start:end] - bounds[start]
-    return Split(tokens, ends, num_bytes, self.sequence_length, self.max_documents)
-
-  @cached_property
-  def bounds(self) -> np.ndarray:
-    """Ascending; the start of each row in `tokens`, also of those without targets, and the end of the last one."""
-    length, last = self.sequence_length, max(1, self.tokens.size - 1)
-    if self.max_documents is None:
-      return np.minimum(np.arange(math.ceil(last / length) + 1) * length, self.tokens.size)
-    bounds, ends = [0], np.append(self.document_ends, np.full(self.max_documents, self.tokens.size))
-    while bounds[-1] < last:
-      first = np.searchsorted(ends, bounds[-1], side="right")
-      bounds.append(min(bounds[-1] + length, int(ends[first + self.max_documents - 1])))
-    return np.array(bounds)
-
-  @cached_property
-  def _rows(self) -> np.ndarray:
-    """[rows]; the places in `bounds` of the rows that have more tokens than last tokens of documents, which have no target."""
-    starts, ends = self.bounds[:-1], self.bounds[1:]
-    last_tokens = np.searchsorted(np.unique(self.document_ends), self.bounds, side="right")
-    return np.flatnonzero(ends - starts > np.diff(last_tokens))
-
-  @property
-  def left_out(self) -> int:
-    """Number of rows that are left out, for lack of a target."""
-    return len(self.bounds) - 1 - len(self)
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  def __getitem__(self, row: int) -> Batch:
-    """Row `row`: tokens, targets and segment_ids int32, weights float32, all [sequence_length]."""
-    place, length = self._rows[int(row)], self.sequence_length
-    start, end = self.bounds[place : place + 2]
-    window = self.tokens[start : end + 1 if end - start == length else end]  # a full row's last target is the next token
-    first, last = np.searchsorted(self.document_ends, (start, start + window.size), side="right")
-    ends = self.document_ends[first:last] - start
-    segments = (np.searchsorted(ends, np.arange(window.size), side="right") + 1).astype(np.int32)
-    window, segments = (np.pad(array, (0, length + 1 - window.size)) for array in (window.astype(np.int32), segments))
-    follows = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
-    return {
-      "tokens": window[:-1],
-      "targets": window[1:],
-      "segment_ids": segments[:-1],
-      "weights": follows.astype(np.float32),
-    }
 
 
 @dataclass(frozen=True)
@@ -448,9 +436,10 @@ class Corpus:
       ValueError: if `text` has no tokens, or cannot be encoded.
     """
     if text is None:
-      return self.validation.tokens[: min(_PROMPT, self.validation.document_ends[0])].tolist()
+      ended = self.validation.document_ends[0] - (self.data.end_token is not None)
+      return self.validation.tokens[: min(_PROMPT, ended)].tolist()
     try:
-      tokens = self.data.encode(text)
+      tokens = self.data.encode_prompt(text)
     except ValueError as error:
       raise ValueError(f"Trainer.sample_prompt is {text!r}: {error}") from None
     if not tokens:
@@ -470,11 +459,6 @@ class Corpus:
     if self._left_out:
       digest.update(str(self._left_out).encode())
     return digest.hexdigest()
-
-
-def stack_rows(rows: Sequence[Batch]) -> Batch:
-  """Rows as one batch."""
-  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 @dataclass(frozen=True)
@@ -500,6 +484,8 @@ def baselines(text: bytes) -> Baselines:
 
 
 def predicted_text(batches: Sequence[Batch], data: TextData) -> bytes:
-  """The bytes of the targets of `batches`, in the order of the rows."""
+  """The bytes of the targets of `batches`, in the order of the rows. The token that ends a document has none."""
   tokens = np.concatenate([batch["targets"][batch["weights"] > 0] for batch in batches])
+  if data.end_token is not None:
+    tokens = tokens[tokens != data.end_token]
   return tokens.astype(np.uint8).tobytes() if data.tokenizer == "bytes" else data.decode(tokens.tolist()).encode()

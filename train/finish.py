@@ -54,7 +54,7 @@ def _next_commands(setup: Setup, step: int) -> list[str]:
   """Commands to go on with."""
   run, lines = shlex.quote(str(setup.directory)), []
   if setup.corpus.measure == "bits_per_byte":
-    prompt = setup.experiment.data.decode(setup.corpus.prompt(setup.experiment.trainer.sample_prompt))
+    prompt = setup.experiment.data.decode(setup.corpus.prompt(setup.experiment.trainer.sample_prompt), special=False)
     words = textwrap.shorten(prompt.strip().partition("\n")[0], 30, placeholder="") or prompt[:20]
     lines = [f"memzoo generate {run} {shlex.quote(words)}", f"memzoo evaluate {run} --task perplexity"]
   return ["Next, for example:", *(f"  {line}" for line in (*lines, f"memzoo train {run} --steps {2 * step}"))]
@@ -103,9 +103,9 @@ def _write_sample(setup: Setup, state: TrainState) -> None:
     return
   params = jax.device_put(state.params, jax.devices()[0])
   prompt = setup.corpus.prompt(trainer.sample_prompt)
-  options = {"max_new_tokens": trainer.sample_tokens, "temperature": 0.8, "seed": trainer.seed}
+  options = {"max_new_tokens": trainer.sample_tokens, "temperature": 0.8, "seed": trainer.seed, "stop_token": data.stop_tokens}
   tokens = generate(setup.experiment.model, params, [prompt], **options)
-  write_text(setup.directory / "sample.txt", data.decode(prompt + tokens[0]) + "\n")
+  write_text(setup.directory / "sample.txt", data.decode(prompt + tokens[0], special=False) + "\n")
 
 
 def _summary(setup: Setup, result: Result, evaluation: Evaluation, watch: Stopwatch) -> list[tuple[str, str]]:

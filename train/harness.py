@@ -36,8 +36,9 @@ class RunModel(TemplateLM):
   Args:
     experiment: of a run.
     params: its parameters.
-    begin: the token before a text that has no context; `None` for that with which the tokenizer encodes a new line.
-    end: the token that ends a text; `None` for no such token.
+    begin: the token before a text that has no context; `None` for that which begins documents, or else that with which the
+      tokenizer encodes a new line.
+    end: the token that ends a text; `None` for that which ends documents, if any.
     batch_size: rows in a call.
     begin_all: whether `begin` stands before every context.
 
@@ -59,8 +60,10 @@ class RunModel(TemplateLM):
     if not isinstance(experiment.data, TextData):
       raise ValueError(f"{experiment.name} was trained on {type(experiment.data).__name__}; expected a model of text.")
     self.model, self.params, self.data, self.batch_size = experiment.model, params, experiment.data, batch_size
-    self.begin = self.data.encode("\n")[0] if begin is None else begin
-    self.end, self.begin_all = end, begin_all
+    if begin is None:
+      begin = (self.data.begin_tokens or self.data.encode("\n"))[0]
+    self.begin, self.begin_all = begin, begin_all
+    self.end = self.data.end_token if end is None else end
 
   @property
   def eot_token_id(self) -> int | None:

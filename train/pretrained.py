@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,9 @@ from .run_folder import complete_checkpoints, write_config
 from .setup import claimed, set_up
 from .sharding import parameter_shardings
 from .step import abstract_params
+from .tokenizer_files import TOKENIZER_FILES, copy_tokenizer, download, vocabulary_in
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER = "tokenizer"  # the folder in a run with the tokenizer's files
 _TRIED, _TOLERANCE = 24, 1e-2  # tokens of a comparison of logits, and their relative error, which allows for bfloat16
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _ORIGINAL = "imported_config.json"  # the config.json of the model that a run began with
@@ -41,7 +41,7 @@ class Pretrained:
     model: an unbound `LanguageModel`.
     params: its parameters.
     text: its configuration as gin text, without overrides.
-    folder: where it was read from. A `tokenizer.json` there is its tokenizer.
+    folder: where it was read from. If its tokenizer is there, the folder is that of a `TextData.tokenizer`.
   """
 
   model: Any
@@ -80,15 +80,12 @@ def _folder(name: str | Path) -> Path:
   if folder.is_dir() or not _REPOSITORY.fullmatch(str(name)):
     return folder
   try:
-    from huggingface_hub import snapshot_download
+    return download(str(name), [hub.CONFIG, "*.safetensors", f"*{INDEX}", *TOKENIZER_FILES])
   except ImportError:
     message = f"{name} is no folder here; expected one, or a repository's name after `pip install memzoo[hub]`."
     raise ValueError(message) from None
-  try:
-    return Path(snapshot_download(str(name), allow_patterns=[hub.CONFIG, "*.safetensors", f"*{INDEX}", TOKENIZER]))
-  except Exception as error:  # of many kinds: no network, no such repository, no right to read it
-    reason = str(error).strip().split("\n")[0]
-    raise ValueError(f"{name} is no folder here, and cannot be downloaded: {reason}") from None
+  except ValueError as error:
+    raise ValueError(f"{name} is no folder here, and cannot be downloaded: {error}") from None
 
 
 def _read(folder: Path, config: hub.Config, model: Any, mesh: Mesh | None) -> Any:
@@ -112,7 +109,7 @@ def import_run(
   """Begins a run with a model that `transformers` has saved: its first checkpoint is that model, before the first step.
 
   Args:
-    folder: with `config.json`, safetensors files, and perhaps a `tokenizer.json`; or a repository, as in `from_pretrained`.
+    folder: with `config.json`, safetensors files, and perhaps a tokenizer; or a repository, as in `from_pretrained`.
     directory: folder of the run, without checkpoints; it is created if it is missing.
     overrides: of the configuration, such as "TextData.sources=my_texts".
     say: called with lines about what was done.
@@ -127,8 +124,8 @@ def import_run(
   config = hub.read_config(folder)
   text = hub.model_config(config, folder)
   directory.mkdir(parents=True, exist_ok=True)
-  if (folder / TOKENIZER).is_file():
-    shutil.copyfile(folder / TOKENIZER, directory / TOKENIZER)
+  if vocabulary_in(folder):
+    copy_tokenizer(folder, directory / TOKENIZER)
     text += f"\nTextData.tokenizer = {str(directory.absolute() / TOKENIZER)!r}\n"
   experiment = build_text(text, str(folder / hub.CONFIG), overrides=overrides)
   setup = set_up(experiment, directory)
@@ -183,10 +180,8 @@ def export_run(
   model, params = unroll_params(experiment.model, params)
   _check_described(config, path, model, params)
   hub.save_pretrained(folder, config, params)
-  if (run / TOKENIZER).is_file():
-    shutil.copyfile(run / TOKENIZER, folder / TOKENIZER)
+  copy_tokenizer(run / TOKENIZER if vocabulary_in(run / TOKENIZER) else run, folder)  # earlier versions: a file in the run
   say(f"{folder}: {config['model_type']}, step {step} of {run}.")
-
 
 
 def _check_described(config: hub.Config, path: Path, model: Any, params: Any) -> None:

@@ -62,14 +62,15 @@ def generate(
   top_k: int | None = None,
   top_p: float | None = None,
   seed: int | Sequence[int] = 0,
-  stop_token: int | None = None,
+  stop_token: int | Sequence[int] | None = None,
 ) -> list[list[int]]:
   """Returns the tokens that follow each prompt, without the prompt and the stop token. Arguments: see `stream`."""
+  ends = {STOPPED, *_stop_tokens(stop_token)}
   rows: list[list[int]] = [[] for _ in prompts]
   options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop_token": stop_token}
   for tokens in stream(model, params, prompts, max_new_tokens=max_new_tokens, **options):
     for row, token in zip(rows, tokens.tolist(), strict=True):
-      if token not in (STOPPED, stop_token):
+      if token not in ends:
         row.append(token)
   return rows
 
@@ -91,10 +92,11 @@ def generate_until(
     **options: those of `stream`.
   """
   rows: list[list[int]] = [[] for _ in prompts]
+  ends = {STOPPED, *_stop_tokens(options.get("stop_token"))}
   running = set(range(len(rows)))
   for tokens in stream(model, params, prompts, **options):
     for i in sorted(running):
-      if int(tokens[i]) in (STOPPED, options.get("stop_token")):
+      if int(tokens[i]) in ends:
         running.discard(i)
         continue
       rows[i].append(int(tokens[i]))
@@ -120,7 +122,7 @@ def stream(
   top_k: int | None = None,
   top_p: float | None = None,
   seed: int | Sequence[int] = 0,
-  stop_token: int | None = None,
+  stop_token: int | Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
   """Yields the next token of every row as soon as it is drawn.
 
@@ -132,7 +134,7 @@ def stream(
     temperature, top_k, top_p: see `Sampling`.
     seed: row `i` uses the seed `seed + i`, or `seed[i]`; integers from 0 to 2**32 - 1. The tokens of a row depend only on its
       own seed and prompt, not on the other rows of the batch.
-    stop_token: ends a row when it is drawn; None ends no row.
+    stop_token: ends a row when it is drawn, or one of several that do; None ends no row.
 
   Yields:
     int32 [batch]: the tokens, and `STOPPED` in rows that have ended. The stream ends early when all rows have ended.
@@ -144,7 +146,7 @@ def stream(
   _check_prompts(prompts, model.vocab_size)
   if not (max_new_tokens >= 1 and max_new_tokens == int(max_new_tokens)):
     raise ValueError(f"max_new_tokens is {max_new_tokens}; expected an integer of at least 1.")
-  return _stream(model, params, prompts, max_new_tokens, sampling, _row_keys(seed, len(prompts)), stop_token)
+  return _stream(model, params, prompts, max_new_tokens, sampling, _row_keys(seed, len(prompts)), _stop_tokens(stop_token))
 
 
 def as_text(
@@ -202,7 +204,7 @@ def draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
   return order[jax.random.categorical(key, ranked)].astype(jnp.int32)
 
 
-def _stream(model, params, prompts, max_new_tokens, sampling, keys, stop_token) -> Iterator[np.ndarray]:
+def _stream(model, params, prompts, max_new_tokens, sampling, keys, stop_tokens) -> Iterator[np.ndarray]:
   logits, state = prefill(model, params, prompts)
   tokens = _draw_rows(logits, keys, jnp.int32(0), sampling)
   running = np.ones(len(prompts), bool)
@@ -211,8 +213,7 @@ def _stream(model, params, prompts, max_new_tokens, sampling, keys, stop_token) 
     if step < max_new_tokens:  # the device computes the next token while the caller handles this one
       following, state = _step(model, params, tokens, state, keys, jnp.int32(step), sampling)
     current = np.where(running, np.asarray(tokens), STOPPED)
-    if stop_token is not None:
-      running &= current != stop_token
+    running &= ~np.isin(current, stop_tokens)
     yield current
     if not running.any():
       return
@@ -234,6 +235,10 @@ def _step(model, params, tokens, state, keys, step, sampling):
 @partial(jax.jit, static_argnames="sampling")
 def _draw_rows(logits, keys, step, sampling):
   return jax.vmap(lambda row, key: draw(row, jax.random.fold_in(key, step), sampling))(logits, keys)
+
+
+def _stop_tokens(stop_token: int | Sequence[int] | None) -> list[int]:
+  return [] if stop_token is None else np.atleast_1d(stop_token).tolist()
 
 
 def _row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:

@@ -84,6 +84,8 @@ class TaskData:
     """Raises `ValueError`: a task is not made of text."""
     raise ValueError(f"{self.task} is not made of text; expected a run on text to generate from.")
 
+  encode_prompt = encode
+
   def load(self, report: Callable[[int, int], None] | None = None) -> "TaskCorpus":
     """The corpus of the task's examples. It reads no file, so there is nothing to report."""
     del report
