@@ -11,6 +11,7 @@ A call is 16-bit if its main operands are; `intermediate_precision` decides.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,21 @@ def matmul(x: jax.Array, y: jax.Array, precision: Precision = FULL) -> jax.Array
 def rounded(x: jax.Array) -> jax.Array:
   """x, rounded to the precision of bfloat16. XLA may drop a conversion to bfloat16 and back, but not this."""
   return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def unfused(tree: Any) -> Any:
+  """The arrays of `tree`, unchanged, in whose computation XLA on a CPU does not include what follows.
+
+  A rounding to the precision that an array has anyway. With jaxlib 0.10.2 to 0.12 on a CPU, some products of matrices that
+  are compiled together with a sum over their results, such as a norm, and a further product read memory that was never
+  written. An optimization barrier does not keep them apart: it is removed before.
+  """
+
+  def apart(x: jax.Array) -> jax.Array:
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+  return jax.tree.map(apart, tree)
 
 
 @jax.custom_vjp

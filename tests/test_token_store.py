@@ -147,7 +147,7 @@ def test_tokens_in_a_folder_have_those_around_documents(tmp_path):
   corpus = dataclasses.replace(data, sources=str(tmp_path / "tokens")).load()
   assert set(corpus.training.tokens[:][corpus.training.document_ends - 1]) == {data.end_token}
   same_batches(data.load(), corpus)
-  with pytest.raises(ValueError, match="TextData.end_of_document None. Expected those with which they were made"):
+  with pytest.raises(ValueError, match=r"TextData\.end_of_document None\. Expected those with which they were made"):
     dataclasses.replace(corpus.data, end_of_document=None).load()
 
 

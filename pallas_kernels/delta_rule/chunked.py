@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from ..documents import Documents
-from ..numerics import einsum, inner, matmul
+from ..numerics import einsum, inner, matmul, unfused
 from ..partition import varying_alike
 from ..sizes import Size, known, pad_end, pieces
 from ..triangular import unit_lower_inverse, unit_lower_inverse_in_lanes
@@ -114,7 +114,8 @@ def forward(
   if plan.whole_chunks:
     out = _from_chunks(outs.reshape(-1, *outs.shape[2:]), batch, heads)
   kept = jax.tree.map(lambda x: x.reshape(-1, batch, heads, *x.shape[3:]), kept)
-  return (out[:, : operands[0].shape[1]], state.reshape(initial_state.shape)), kept
+  results = out[:, : operands[0].shape[1]], state.reshape(initial_state.shape)
+  return unfused(results) if blocks == 1 else results, kept  # a loop of one step is no loop
 
 
 def kept_shapes(plan: Plan, operands: Any, initial_state: jax.Array) -> Kept:
@@ -206,7 +207,8 @@ def backward(
   if plan.whole_chunks:
     d_inputs = _arrange_back(plan, docs, inputs, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), d_tokens))
   d_operands, d_log_decay = jax.tree.map(lambda x: x[:, :length], d_inputs)
-  return d_operands, d_log_decay, d_entry.reshape(d_final.shape)
+  results = d_operands, d_log_decay, d_entry.reshape(d_final.shape)
+  return unfused(results) if blocks == 1 else results
 
 
 def _block_backward(
