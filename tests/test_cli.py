@@ -244,7 +244,8 @@ def test_train_resume_evaluate_generate(memzoo, tmp_path):
   status, out, err = memzoo(*train, "--steps", "3")
   assert status == 0, err
   assert "bits per byte" in out
-  prompt, *others = (shlex.split(line) for line in out.splitlines()[-3:])
+  page, prompt, *others = (shlex.split(line) for line in out.splitlines()[-4:])
+  assert page == ["memzoo", "report", run]
   assert prompt[:3] == ["memzoo", "generate", run]
   assert prompt[3] in "the memory writes what the gate lets through. " * 3
   assert others == [["memzoo", "evaluate", run, "--task", "perplexity"], ["memzoo", "train", run, "--steps", "6"]]
@@ -383,7 +384,7 @@ def test_help_loads_no_jax():
 
 
 @pytest.mark.parametrize(
-  "command", ["train", "evaluate", "generate", "tokenizer", "describe", "list", "compare", "bench", "compile"]
+  "command", ["train", "evaluate", "generate", "report", "tokenizer", "describe", "list", "compare", "bench", "compile"]
 )
 def test_every_command_has_a_help_text(memzoo, command):
   status, out, _ = memzoo(command, "--help")

@@ -204,6 +204,43 @@ def generate(
 
 
 @app.command(no_args_is_help=True)
+def report(
+  folders: Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Folder of a run, several of them, or the folder of one comparison.")
+  ],
+  out: Annotated[
+    Path | None, typer.Option(help="File to write.", show_default="report.html in the folder; here for several runs")
+  ] = None,
+  open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+  memory: Annotated[
+    bool, typer.Option(help="For one run, also show what its memories do over a document; needs its checkpoint and text.")
+  ] = True,
+  best: Best = False,
+) -> None:
+  """Write one HTML file about a run, about several side by side, or about a comparison.
+
+  It needs no network and no other file. Of a run that is not finished it shows what there is.
+
+  [bold]memzoo report runs/quickstart --open[/bold]
+
+  [bold]memzoo report runs/quickstart runs/deeper --out both.html[/bold]
+
+  [bold]memzoo report compare/mqar[/bold]
+  """
+  start()
+  from ..zoo.formats import thousands
+  from .html_report import write_report
+
+  path = write_report(folders, out, memory=memory, best=best)
+  print(f"Wrote {path}, {thousands(path.stat().st_size, 'B')}.")
+  if open_:
+    import webbrowser
+
+    if not webbrowser.open(path.resolve().as_uri()):
+      print("There is no browser here to open it in.", file=sys.stderr)
+
+
+@app.command(no_args_is_help=True)
 def tokenizer(
   sources: Annotated[list[str], typer.Argument(help="Files, folders, globs or stdlib, as in TextData.sources.")],
   vocab_size: Annotated[int, typer.Option(help="Number of tokens, including the 256 bytes.")] = 8192,

@@ -1,8 +1,10 @@
 """Commands about layers and operations: laws, comparisons, benchmarks, and compilation for TPUs."""
 
 import os
+import shlex
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -106,7 +108,7 @@ def compare(
   with Live(board, console=console, refresh_per_second=1, transient=True) if console.is_terminal else nullcontext():
     comparison = run(entrants, budget, folder, report)
   console.print(board)
-  comparison.save(folder / "results.json")
+  replace(comparison, command=shlex.join(["memzoo", *sys.argv[1:]])).save(folder / "results.json")
   write_text(folder / "table.md", markdown(comparison))
   pictures = draw(comparison, folder)
   print(f"Wrote {', '.join(str(path) for path in (folder / 'table.md', folder / 'results.json', *pictures))}.")

@@ -126,6 +126,7 @@ class Comparison:
     continuous: scores are squared errors; smaller is better.
     budget: the budget of each trial.
     trials: the trials in the order of the entrants.
+    command: the command line that made it; "" if none did.
   """
 
   task: str
@@ -134,10 +135,22 @@ class Comparison:
   continuous: bool
   budget: Budget
   trials: list[Trial]
+  command: str = ""
 
   def save(self, path: Path) -> None:
     """Writes it as JSON."""
     write_record(path, self, indent=1)
+
+  @classmethod
+  def load(cls, path: Path) -> "Comparison":
+    """Reads what `save` has written. Raises `ValueError` if the file holds something else."""
+    remedy = "run `memzoo compare` again, which keeps finished trials"
+    found = read_record(cls, path, remedy)
+    try:
+      budget, trials = Budget(**found.budget), [Trial(**trial) for trial in found.trials]
+    except TypeError as error:
+      raise ValueError(f"{path} does not hold a comparison ({error}); {remedy}.") from None
+    return replace(found, budget=budget, trials=trials)
 
 
 Report = Callable[[Entrant, dict[str, Any]], None]

@@ -31,7 +31,7 @@ class Board:
     rows = []
     for row in self._rows.values():
       entrant, trial = row["entrant"], row.get("trial")
-      scores = [_spread(trial.scores[test], self.continuous) for test in tests] if trial else [""] * len(tests)
+      scores = [spread(trial.scores[test], self.continuous) for test in tests] if trial else [""] * len(tests)
       step = trial.steps if trial else row.get("step", "")
       now = [f"{row[name]:.3f}" if name in row else "" for name in ("loss", "score")]
       rows.append((entrant.name, formats.binary(entrant.state_bytes), f"{entrant.parameters:,}", str(step), *now, *scores))
@@ -41,14 +41,14 @@ class Board:
 def markdown(comparison: Comparison) -> str:
   """The table of results in Markdown: means over seeds, and half their range if there are several seeds."""
   tests, continuous = list(comparison.chance), comparison.continuous
-  spread = f"mean of {comparison.budget.seeds} seeds ± half their range"
+  means = f"mean of {comparison.budget.seeds} seeds ± half their range"
   rows = []
   for trial in comparison.trials:
     facts = [trial.name, f"{trial.state_bytes:,}", f"{trial.parameters:,}", str(trial.steps), f"{trial.learning_rate:g}"]
-    rows.append([*facts, *(_spread(trial.scores[test], continuous) for test in tests)])
-  rows.append(["without memory", *[""] * 4, *(_score(score, continuous) for score in comparison.chance.values())])
+    rows.append([*facts, *(spread(trial.scores[test], continuous) for test in tests)])
+  rows.append(["without memory", *[""] * 4, *(score(value, continuous) for value in comparison.chance.values())])
   columns = ["layer", "state, bytes", "parameters", "steps", "rate", *tests]
-  return f"`{comparison.task}`: {_measure(comparison)} by {comparison.grows}, {spread}\n\n{formats.markdown(columns, rows)}"
+  return f"`{comparison.task}`: {measure(comparison)} by {comparison.grows}, {means}\n\n{formats.markdown(columns, rows)}"
 
 
 def draw(comparison: Comparison, directory: Path) -> list[Path]:
@@ -74,7 +74,7 @@ def _draw_scores(comparison: Comparison, path: Path) -> Path:
   figure, axes = _canvas(comparison)
   tests = list(comparison.chance)
   for trial, style in zip(comparison.trials, _styles(comparison), strict=True):
-    _line(axes, range(len(tests)), [trial.scores[test] for test in tests], _label(comparison, trial), style)
+    _line(axes, range(len(tests)), [trial.scores[test] for test in tests], label(comparison, trial), style)
   axes.plot(range(len(tests)), list(comparison.chance.values()), ":", color="0.5", linewidth=1, label="without memory")
   axes.set_xticks(range(len(tests)), tests)
   axes.set_xlabel(comparison.grows)
@@ -85,7 +85,7 @@ def _draw_training(comparison: Comparison, path: Path) -> Path:
   figure, axes = _canvas(comparison, ", during training")
   for trial, style in zip(comparison.trials, _styles(comparison), strict=True):
     steps, _, scores = zip(*trial.training[f"{trial.learning_rate:g}"], strict=True)
-    _line(axes, steps, scores, _label(comparison, trial), style | {"markersize": 2})
+    _line(axes, steps, scores, label(comparison, trial), style | {"markersize": 2})
   if comparison.continuous:
     axes.set_yscale("log")
   axes.set_xlabel("step")
@@ -112,7 +112,7 @@ def _draw_kinds(comparison: Comparison, path: Path) -> Path:
   figure, axes = _canvas(comparison, f", on {hardest} {comparison.grows}")
   for trial, style in zip(comparison.trials, _styles(comparison), strict=True):
     kinds = trial.kinds[hardest]
-    _line(axes, range(len(kinds)), list(kinds.values()), _label(comparison, trial), style | {"markersize": 2})
+    _line(axes, range(len(kinds)), list(kinds.values()), label(comparison, trial), style | {"markersize": 2})
   names = list(comparison.trials[0].kinds[hardest])
   shown = range(0, len(names), max(1, len(names) // 8))
   axes.set_xticks(list(shown), [names[i] for i in shown])
@@ -139,13 +139,13 @@ def _draw_maps(comparison: Comparison, path: Path) -> Path:
     image = axes.imshow(values, vmin=0, vmax=top, aspect="auto", cmap="viridis")
     for (i, j), value in np.ndenumerate(values):
       ink = "white" if value < top / 2 else "black"
-      axes.text(j, i, _score(value, comparison.continuous), ha="center", va="center", size=7, color=ink)
-    axes.set_title(_label(comparison, trial), size=9)
+      axes.text(j, i, score(value, comparison.continuous), ha="center", va="center", size=7, color=ink)
+    axes.set_title(label(comparison, trial), size=9)
     axes.set_xticks(range(len(tests)), tests, size=8)
     axes.set_yticks(range(len(kinds)), kinds, size=8)
   for axes in list(grid.flat)[len(trials) :]:
     axes.set_axis_off()
-  figure.colorbar(image, ax=grid, label=_measure(comparison), shrink=0.8)
+  figure.colorbar(image, ax=grid, label=measure(comparison), shrink=0.8)
   figure.suptitle(_title(comparison), size=10)
   save_figure(figure, path)
   return path
@@ -157,7 +157,7 @@ def _canvas(comparison: Comparison, more: str = "") -> tuple[Any, Any]:
   figure = Figure(figsize=(8, 4.5), layout="constrained")
   figure.suptitle(_title(comparison, more), size=10)
   axes = figure.add_subplot()
-  axes.set_ylabel(_measure(comparison))
+  axes.set_ylabel(measure(comparison))
   if not comparison.continuous:
     axes.set_ylim(-0.02, 1.02)
   axes.grid(alpha=0.25)
@@ -192,7 +192,8 @@ def _styles(comparison: Comparison) -> list[dict[str, Any]]:
   return styles
 
 
-def _label(comparison: Comparison, trial: Trial) -> str:
+def label(comparison: Comparison, trial: Trial) -> str:
+  """A trial's name, with its bytes of state if the layer has several sizes."""
   several = sum(other.name == trial.name for other in comparison.trials) > 1
   return f"{trial.name}, {formats.binary(trial.state_bytes)}" if several else trial.name
 
@@ -202,14 +203,17 @@ def _title(comparison: Comparison, more: str = "") -> str:
   return "\n".join(textwrap.wrap(comparison.task + more, 80))
 
 
-def _measure(comparison: Comparison) -> str:
+def measure(comparison: Comparison) -> str:
+  """What a score is."""
   return "squared error" if comparison.continuous else "share of right answers"
 
 
-def _spread(seeds: list[float], continuous: bool) -> str:
+def spread(seeds: list[float], continuous: bool) -> str:
+  """The mean of the seeds' scores, and half their range if there are several."""
   half = (max(seeds) - min(seeds)) / 2
-  return _score(statistics.fmean(seeds), continuous) + (f" ± {_score(half, continuous)}" if len(seeds) > 1 else "")
+  return score(statistics.fmean(seeds), continuous) + (f" ± {score(half, continuous)}" if len(seeds) > 1 else "")
 
 
-def _score(value: float, continuous: bool) -> str:
+def score(value: float, continuous: bool) -> str:
+  """A score as text."""
   return f"{value:.3g}" if continuous else f"{value:.2f}"

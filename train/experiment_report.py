@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.table import Table
 
 from ..zoo.describe import Description, parts_table
 from ..zoo.formats import binary, table, thousands
@@ -82,15 +81,16 @@ def _laid_out(experiment: Any) -> tuple[Any, int, str]:
 
 def render(experiment: Any, description: Description, peak: Peak | None = None) -> list[Any]:
   """Rich tables of the parts of an experiment's model, and of its run."""
-  return [parts_table(experiment.name, description), _facts_table(experiment, description, peak)]
+  return [parts_table(experiment.name, description), table(None, ("", ""), facts(experiment, description, peak), words=2)]
 
 
-def _facts_table(experiment: Any, description: Description, peak: Peak | None) -> Table:
+def facts(experiment: Any, description: Description, peak: Peak | None = None) -> list[tuple[str, str]]:
+  """Names and descriptions of what an experiment is made of, and of the memory that it needs here."""
   model, data, optimizer, trainer = experiment.model, experiment.data, experiment.optimizer, experiment.trainer
   state = ", ".join(f"{binary(size)} in {kind}" for kind, size in description.state_bytes_by_kind().items())
   tokens = data.batch_size * data.sequence_length
   work = 3 * description.flops * tokens * trainer.steps
-  facts = {
+  found = {
     "model": f"width {model.width}, depth {model.depth}, {_interface(model)}, {jnp.dtype(model.dtype).name}",
     "state": f"{state}, for a sequence while generating",
     "data": f"{data.source}, {data.batch_size} x {data.sequence_length} per step",
@@ -104,11 +104,11 @@ def _facts_table(experiment: Any, description: Description, peak: Peak | None) -
     ),
   }
   if peak:
-    facts["peak"] = (
+    found["peak"] = (
       f"{binary(peak.total)} per device in a training step, as compiled for {peak.backend}: {binary(peak.state)} state, "
       f"{binary(peak.batch)} batch, {binary(peak.temporaries)} temporaries"
     )
-  return table(None, ("", ""), facts.items(), words=2)
+  return list(found.items())
 
 
 def _memory(experiment: Any) -> str:

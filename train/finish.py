@@ -2,6 +2,7 @@
 
 import shlex
 import textwrap
+from typing import Any
 
 import jax
 
@@ -52,11 +53,12 @@ def finish(setup: Setup, state: TrainState, report: Report, watch: Stopwatch, st
 
 def _next_commands(setup: Setup, step: int) -> list[str]:
   """Commands to go on with."""
-  run, lines = shlex.quote(str(setup.directory)), []
+  run = shlex.quote(str(setup.directory))
+  lines = [f"memzoo report {run}"]
   if setup.corpus.measure == "bits_per_byte":
     prompt = setup.experiment.data.decode(setup.corpus.prompt(setup.experiment.trainer.sample_prompt), special=False)
     words = textwrap.shorten(prompt.strip().partition("\n")[0], 30, placeholder="") or prompt[:20]
-    lines = [f"memzoo generate {run} {shlex.quote(words)}", f"memzoo evaluate {run} --task perplexity"]
+    lines += [f"memzoo generate {run} {shlex.quote(words)}", f"memzoo evaluate {run} --task perplexity"]
   return ["Next, for example:", *(f"  {line}" for line in (*lines, f"memzoo train {run} --steps {2 * step}"))]
 
 
@@ -82,7 +84,7 @@ def _of_text(evaluation: Evaluation) -> dict[str, float]:
   }
 
 
-def _speed(setup: Setup, watch: Stopwatch, steps: int) -> dict[str, float]:
+def _speed(setup: Setup, watch: Stopwatch, steps: int) -> dict[str, Any]:
   """The rates among `Result`'s fields, over `steps` steps; empty if there are none."""
   if steps < 1:
     return {}
@@ -91,6 +93,7 @@ def _speed(setup: Setup, watch: Stopwatch, steps: int) -> dict[str, float]:
   return {
     "tokens_per_second": steps * setup.tokens_per_step / watch.total,
     "step_share": inside / watch.total,
+    "shares": watch.shares(),
     "flops_per_second": flops,
     "matmul_share": flops / (matmul_rate() * setup.mesh.size),
   }

@@ -32,6 +32,7 @@ class Result:
     order_0_bits_per_byte, zlib_bits_per_byte: the same text under its own byte frequencies, and compressed by zlib -9.
     tokens_per_second: mean rate from the end of the first step to the end of the last, all pauses included.
     step_share: the share of that time inside the compiled step.
+    shares: the share of that time that each activity took: "step", "evaluation", "checkpoints", "input", "reporting".
     flops_per_second: rate of matrix products inside the compiled step; a backward pass counts as two forward ones.
     matmul_share: `flops_per_second` divided by the devices' rate in one large float32 product, measured after the last step.
     peak_bytes: peak memory of the fullest device, or of this process if devices do not report theirs.
@@ -48,6 +49,7 @@ class Result:
   zlib_bits_per_byte: float | None = None
   tokens_per_second: float | None = None
   step_share: float | None = None
+  shares: dict[str, float] | None = None
   flops_per_second: float | None = None
   matmul_share: float | None = None
   peak_bytes: int | None = None

@@ -138,19 +138,34 @@ def _first_indented_lines(text: str) -> str:
   return "\n".join(line.strip() for line in itertools.takewhile(lambda line: line.startswith("    "), lines))
 
 
-def parts_table(name: str, description: Description) -> Table:
-  columns = ("part", "memory", "parameters", "of the memory", "state, bytes", "FLOPs per token")
-  memory = sum(row.mixer_parameters for row in description.rows)
-  totals = (description.parameters, memory, description.state_bytes, description.flops)
-  shown = table(
-    f"{name}: {thousands(description.parameters)} parameters",
-    columns,
-    words=2,
-    footer=("all", "", *(f"{total:,.0f}" for total in totals)),
-    caption=f"State and work are those of one sequence of {description.length:,} tokens; a multiply-add is two FLOPs.",
-  )
+class Parts(NamedTuple):
+  """The cells of a table of a model's parts; neighbours that are equal share a row. Two columns of words, then numbers."""
+
+  columns: tuple[str, ...]
+  rows: list[tuple[str, ...]]
+  totals: tuple[str, ...]
+  caption: str
+
+
+def parts(description: Description) -> Parts:
+  """The table of a description."""
+  rows = []
   for (kind, *numbers), equal in itertools.groupby(description.rows, key=lambda row: row[1:]):
     names = [row.name for row in equal]
     name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1].removeprefix('block ')}, each"
-    shown.add_row(name, kind, *(f"{number:,.0f}" if number else "" for number in numbers))
-  return shown
+    rows.append((name, kind, *(f"{number:,.0f}" if number else "" for number in numbers)))
+  memory = sum(row.mixer_parameters for row in description.rows)
+  totals = (description.parameters, memory, description.state_bytes, description.flops)
+  return Parts(
+    columns=("part", "memory", "parameters", "of the memory", "state, bytes", "FLOPs per token"),
+    rows=rows,
+    totals=("all", "", *(f"{total:,.0f}" for total in totals)),
+    caption=f"State and work are those of one sequence of {description.length:,} tokens; a multiply-add is two FLOPs.",
+  )
+
+
+def parts_table(name: str, description: Description) -> Table:
+  """`parts` for the screen."""
+  columns, rows, totals, caption = parts(description)
+  title = f"{name}: {thousands(description.parameters)} parameters"
+  return table(title, columns, rows, words=2, footer=totals, caption=caption)
