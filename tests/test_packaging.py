@@ -72,7 +72,7 @@ def imported_modules(path: Path) -> list[str]:
 def test_the_dependencies_are_what_the_package_imports():
   files = [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
   imported = {name.split(".")[0] for path in files for name in imported_modules(path)} - sys.stdlib_module_names - {"memzoo"}
-  distributions = {"gin": "gin-config", "orbax": "orbax-checkpoint"}
+  distributions = {"gin": "gin-config", "orbax": "orbax-checkpoint", "mlflow": "mlflow-skinny"}
   extras = PROJECT["project"]["optional-dependencies"]
   optional = {line.partition(">")[0] for extra in extras.keys() - {"test", "colab"} for line in extras[extra]}
   needed = {distributions.get(name, name) for name in imported} - optional - {"numpy"}  # of jax

@@ -27,8 +27,9 @@ from .sharding import put_batch
 class _Bench:
   """A run whose parts can be timed separately."""
 
-  def __init__(self, config: str, rows: int, folder: Path):
-    self.experiment = build(config, [f"TextData.batch_size={rows}", "Trainer.evaluation_batches=1", "Trainer.log_every=1"])
+  def __init__(self, config: str, rows: int, loggers: str, folder: Path):
+    sizes = [f"TextData.batch_size={rows}", "Trainer.evaluation_batches=1", "Trainer.log_every=1"]
+    self.experiment = build(config, [*sizes, f"Trainer.loggers={loggers or ()}"])
     setup, self.checkpoints = set_up(self.experiment, folder), Checkpoints(folder)
     self.run = _Run(setup, self.checkpoints, None, progress=False)
     self.batch = put_batch(next(self.run.batches), setup.program.batch_sharding)
@@ -69,16 +70,17 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("config", nargs="?", default="models/erase_then_delta_10m")
   parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
+  parser.add_argument("--loggers", default="tensorboard", help="as Trainer.loggers, with commas")
   parser.add_argument("--rounds", type=int, default=5, help="number of measurements")
   arguments = parser.parse_args()
   start_quietly()
   with tempfile.TemporaryDirectory() as folder:
-    bench = _Bench(arguments.config, arguments.rows, Path(folder))
-    bench.bare(), bench.around(), bench.saving(0.0)  # compiles
-    rounds = []
-    for _ in range(arguments.rounds):
-      bare = statistics.median(bench.bare() for _ in range(3))
-      rounds.append((bare, *bench.around(), *bench.saving(bare)))
+    bench, rounds = _Bench(arguments.config, arguments.rows, arguments.loggers, Path(folder)), []
+    with bench.run.report:
+      bench.bare(), bench.around(), bench.saving(0.0)  # compiles
+      for _ in range(arguments.rounds):
+        bare = statistics.median(bench.bare() for _ in range(3))
+        rounds.append((bare, *bench.around(), *bench.saving(bare)))
     bench.checkpoints.wait()
   step, read, wrote, stopped, added, count = map(statistics.median, zip(*rounds, strict=True))
   every = bench.experiment.trainer.checkpoint_every

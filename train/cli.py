@@ -96,6 +96,8 @@ def train(
 
   [bold]memzoo train quickstart --set TextData.sources=~/books --steps 5000 --out runs/books[/bold]
 
+  [bold]memzoo train quickstart --set Trainer.loggers=tensorboard,wandb[/bold] (also: mlflow)
+
   [bold]memzoo train runs/books --steps 9000[/bold]
   """
   from .processes import join

@@ -2,6 +2,7 @@
 
 import shlex
 import textwrap
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -45,6 +46,7 @@ def finish(setup: Setup, state: TrainState, report: Report, watch: Stopwatch, st
   _write_sample(setup, state)
   if setup.primary:
     write_record(setup.directory / "result.json", result, indent=2)
+    report.finish(asdict(result))
   report.table(f"Finished: {result.step} steps", _summary(setup, result, evaluation, watch))
   for line in _next_commands(setup, result.step):
     report.say(line)
@@ -131,6 +133,6 @@ def _summary(setup: Setup, result: Result, evaluation: Evaluation, watch: Stopwa
   rows.append(("memory", f"{binary(result.peak_bytes)} at the peak, of {whose_peak()}"))
   if result.skipped:
     rows.append(("skipped", f"{result.skipped} steps, not finite"))
-  names = ("loss.png", "sample.txt", "metrics.jsonl", "tensorboard", "checkpoints")
+  names = ("loss.png", "sample.txt", "metrics.jsonl", "tensorboard", "wandb", "mlflow", "checkpoints")
   written = ", ".join(name for name in names if (setup.directory / name).exists())
   return [*rows, (str(setup.directory), written)]

@@ -22,7 +22,7 @@ from .evaluation import mean_loss, put_rows, validation_row
 from .finish import draw, finish
 from .processes import Vote, row_share, together
 from .report import Report
-from .run_folder import Result, write_config
+from .run_folder import Result, settings, write_config
 from .runtime import Stopwatch, interruptions, start_quietly
 from .setup import Setup, claimed, find_finished, introduction, set_up
 from .sharding import put_batch
@@ -35,9 +35,9 @@ __all__ = ["NonFiniteError", "Result", "Trainer", "train"]
 def train(experiment: Experiment, directory: str | Path, *, progress: bool = True) -> Result:
   """Trains `experiment` in `directory`: starts, resumes, or finds the run finished, and says which.
 
-  It leaves `config.gin`, `metrics.jsonl` (a line for every step), `tensorboard/`, `loss.png`, `sample.txt`,
-  `result.json` and `checkpoints/`. SIGTERM and Ctrl-C save a checkpoint and return; a second Ctrl-C stops at once. One run at a
-  time uses the folder; see `lock.py`.
+  It leaves `config.gin`, `metrics.jsonl` (a line for every step), `loss.png`, `sample.txt`, `result.json`, `checkpoints/` and
+  what `Trainer.loggers` write, such as `tensorboard/`. SIGTERM and Ctrl-C save a checkpoint and return; a second Ctrl-C stops
+  at once. One run at a time uses the folder; see `lock.py`.
 
   Args:
     experiment: an experiment from `memzoo.build`.
@@ -112,6 +112,8 @@ class _Run:
         tokens_per_step=setup.tokens_per_step,
         log_every=self.trainer.log_every,
         measure=setup.corpus.measure,
+        loggers=self.trainer.loggers,
+        settings=settings(setup.experiment.text),
         progress=progress,
         primary=setup.primary,
       )

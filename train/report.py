@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,17 @@ import numpy as np
 from matplotlib.figure import Figure  # without pyplot, which keeps global state and chooses a windowing system
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from ..zoo.formats import clock, table, thousands
 from .files import save_figure, write_text
+from .log_threads import LogThreads
 
 Row = dict[str, Any]
 MEASURES = {"bits_per_byte": "bits/byte", "bits_per_answer": "bits/answer", "squared_error": "squared error"}
 
 
 class Report:
-  """Takes a row of numbers at every step and writes it to the screen, to `metrics.jsonl` and to TensorBoard.
+  """Takes a row of numbers at every step and writes it to the screen and to `metrics.jsonl`, which loggers copy.
 
   A context manager. On a terminal it draws a bar; elsewhere it prints a line every `log_every` steps.
 
@@ -29,8 +30,10 @@ class Report:
     directory: folder of the run.
     first_step, last_step: number of steps taken before, and in total.
     tokens_per_step: tokens in a step, for the rate.
-    log_every: steps between two lines, and between two points in TensorBoard.
+    log_every: steps between two lines.
     measure: the number in each row besides the loss, one of `MEASURES`.
+    loggers: names of loggers; see `loggers.py`.
+    settings: the settings of the run for the loggers, as name -> text.
     progress: False shows nothing.
     primary: False writes no files and shows nothing; it is for all processes but the first.
   """
@@ -44,6 +47,8 @@ class Report:
     tokens_per_step: int,
     log_every: int,
     measure: str = "bits_per_byte",
+    loggers: Sequence[str] = (),
+    settings: Mapping[str, str] | None = None,
     progress: bool = True,
     primary: bool = True,
   ):
@@ -55,23 +60,26 @@ class Report:
     self._since, self._recent = (time.perf_counter(), first_step), []
     self._bar = _progress_bar(self._console) if self._console.is_terminal and not self._console.quiet else None
     self._task = self._bar and self._bar.add_task("", total=last_step, completed=first_step, rates="")
-    self._metrics = self._events = None
+    self._metrics = self._loggers = None
+    self._flushed = time.perf_counter()
     if primary:
       keep_rows(directory / "metrics.jsonl", first_step)
       self._metrics = (directory / "metrics.jsonl").open("a")
-      self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+      self._loggers = LogThreads(directory, loggers, settings or {}, first_step, self.say)
 
   def __enter__(self) -> "Report":
     if self._bar:
       self._bar.start()
+    if self._primary:
+      self._loggers.__enter__()
     return self
 
-  def __exit__(self, *_: Any) -> None:
+  def __exit__(self, *error: Any) -> None:
     if self._bar:
       self._bar.stop()
     if self._primary:
       self._metrics.close()
-      self._events.close()
+      self._loggers.__exit__(*error)
 
   def say(self, message: str) -> None:
     """Prints one line, above the bar where there is one."""
@@ -82,7 +90,10 @@ class Report:
     self._since = (time.perf_counter(), step)
 
   def row(self, row: Row) -> None:
-    """Takes the numbers of one step, including "step", "loss", "targets" and the measure; the next `flush` writes them."""
+    """Takes the numbers of one step, including "step", "loss", "targets" and the measure.
+
+    The operating system, and then the loggers, get them after a second, or at the next `flush`.
+    """
     if self._primary:
       self._metrics.write(json.dumps(_finite_or_none(row)) + "\n")
     self._recent.append(row)
@@ -90,9 +101,11 @@ class Report:
       self._summarise(row)
     elif self._bar:
       self._bar.update(self._task, completed=row["step"])
+    if time.perf_counter() - self._flushed > 1:
+      self.flush()
 
   def _summarise(self, row: Row) -> None:
-    """Shows and logs the means over the targets of the rows since the last summary."""
+    """Shows the means over the targets of the rows since the last summary, and the rate since then."""
     now, step = time.perf_counter(), row["step"]
     seconds, steps = now - self._since[0], step - self._since[1]
     self._since = (now, step)
@@ -100,11 +113,8 @@ class Report:
     means = {name: _mean([(r[name], r["targets"]) for r in self._recent]) for name in ("loss", self._measure)}
     self._recent = []
     if self._primary:
-      scalars = {name: value for name, value in row.items() if name not in ("step", "targets", "skipped", "group_norms")}
-      scalars |= {f"group_norms/{name}": value for name, value in row.get("group_norms", {}).items()}
-      for name, value in (scalars | means | {"tokens_per_second": rate}).items():
-        if math.isfinite(value):
-          self._events.add_scalar(name, value, step)
+      if rate:
+        self._loggers.rate(step, rate)
       self.flush()
     self._show(row | means, rate, seconds * (self._last_step - step) / max(1, steps))
 
@@ -123,9 +133,16 @@ class Report:
     self.say(f"step {row['step']:>{len(str(self._last_step))}}/{self._last_step}  {text}{left}")
 
   def flush(self) -> None:
-    """Hands all rows to the operating system, so that a kill does not lose them."""
+    """Hands all rows to the operating system, so that a kill does not lose them, and the loggers copy them."""
+    self._flushed = time.perf_counter()
     if self._primary:
       self._metrics.flush()
+      self._loggers.wake()
+
+  def finish(self, result: Row) -> None:
+    """Takes the content of `result.json` for the loggers."""
+    if self._primary:
+      self._loggers.finish(result)
 
   def table(self, title: str, rows: list[tuple[str, str]]) -> None:
     """Prints a table of two columns."""

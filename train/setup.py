@@ -13,6 +13,7 @@ from ..zoo.formats import thousands
 from .config import Experiment
 from .data import Corpus
 from .lock import Lock, check_free
+from .loggers import find_loggers
 from .processes import check_equal, row_share, together
 from .run_folder import Result, check_same_run, check_writable, finished_result
 from .sharding import layout
@@ -118,6 +119,7 @@ def set_up(experiment: Experiment, directory: Path, say: Callable[[str], None] =
     check_writable(directory)
     if jax.process_index() == 0:
       check_free(directory)  # before much text is read; the lock is taken later
+      find_loggers(experiment.trainer.loggers)  # only the first process logs
     corpus = data.load(text_progress(say))
     if experiment.trainer.sample_tokens and corpus.measure == "bits_per_byte":
       corpus.prompt(experiment.trainer.sample_prompt)  # the sample is written after the last step, too late for an error

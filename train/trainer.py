@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from .checks import at_least, check_seed
+from .loggers import logger_names
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,9 @@ class Trainer:
 
   Attributes:
     steps: batches to train on in total, including those before a resumption.
-    log_every: steps between two printed lines and two TensorBoard points. `metrics.jsonl` has every step.
+    log_every: steps between two printed lines. `metrics.jsonl` and the loggers have every step.
+    loggers: what else shows the run: "tensorboard", "wandb", "mlflow" or a class of your own, "my_module.MyLogger"; several as
+      a tuple, or in one string with commas; () for none. See `loggers.py`.
     evaluate_every: steps between two evaluations on the validation text; 0 evaluates only at the end.
     evaluation_batches: batches in such an evaluation, spread evenly over the validation text; 0 means all of it.
     final_evaluation_batches: the same for the evaluation at the end, which gives the reported numbers.
@@ -29,6 +32,7 @@ class Trainer:
 
   steps: int = 1000
   log_every: int = 20
+  loggers: str | tuple[str, ...] = ("tensorboard",)
   evaluate_every: int = 200
   evaluation_batches: int = 16
   final_evaluation_batches: int = 256
@@ -46,4 +50,5 @@ class Trainer:
     at_least(0, self, "evaluate_every", "evaluation_batches", "final_evaluation_batches", "checkpoint_every", "sample_tokens")
     if self.sample_tokens and self.sample_prompt == "":
       raise ValueError("Trainer.sample_prompt is ''; expected at least one character, or None, or Trainer.sample_tokens=0.")
+    object.__setattr__(self, "loggers", logger_names(self.loggers))
     check_seed(self)

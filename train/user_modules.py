@@ -43,8 +43,12 @@ def _has(folder: Path, name: str) -> bool:
   return spec is not None and (spec.origin is not None or "." in name)
 
 
-def import_class(path: str) -> type:
+def import_class(path: str, what: str = "layer", listed: str = "in `memzoo list`") -> type:
   """Imports the class "package.module.Class", also from the current folder.
+
+  Args:
+    path: the class.
+    what, listed: words for messages: what the class is for, and where the names are that need no module.
 
   Raises:
     ValueError: if it cannot be imported, or is no class.
@@ -55,7 +59,7 @@ def import_class(path: str) -> type:
       raise ImportError("it names no module")
     found: Any = getattr(import_from(module, [Path.cwd()])[0], name)
   except (ImportError, AttributeError) as error:
-    raise ValueError(f"layer {path!r} is neither in `memzoo list` nor a class: {error}; expected module.Class.") from None
+    raise ValueError(f"{what} {path!r} is neither {listed} nor a class: {error}; expected module.Class.") from None
   if not isinstance(found, type):
-    raise ValueError(f"layer {path!r} is {type(found).__name__}, not a class; expected module.Class.")
+    raise ValueError(f"{what} {path!r} is {type(found).__name__}, not a class; expected module.Class.")
   return found
