@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = shutil.ignore_patterns(".*_cache", ".git", ".venv", "*.egg-info", "__pycache__", "runs", "compare")
+LEFT_OUT = shutil.ignore_patterns(".*_cache", ".git", ".venv", "*.egg-info", "__pycache__", "runs", "compare", "site")
 
 
 class Mutant(NamedTuple):
