@@ -9,9 +9,11 @@ import pytest
 from memzoo.layers import GatedConv, MixtureOfExperts, MixtureOfMemories, SwiGLU
 from memzoo.layers.context import Context, ContextLayer
 from memzoo.layers.routing import balance_loss, choose, publish_routing, publishes_routing
+from memzoo.train.compare import Budget
 from memzoo.train.keys import new_key
 from memzoo.train.sharding import MeshShape
 from memzoo.train.step import create_state, make_train_step
+from memzoo.train.tasks.routing import LAYER, draw, shares_in_training
 from memzoo.zoo.language_model import LanguageModel
 from memzoo.zoo.stack import unroll_params
 from test_step import take_steps
@@ -159,3 +161,14 @@ def test_four_devices_balance_as_one(tmp_path):
   four, sharded = take_steps(tiny_experiment(tmp_path / "four", model=model(depth=1), mesh=MeshShape(1, 2, 2)), 2)
   chex.assert_trees_all_close(sharded, history, rtol=1e-4)
   chex.assert_trees_all_close(four.params, one.params, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_shares_of_memories_are_measured_while_a_model_is_trained():
+  budget = Budget(learning_rates=(3e-3,), seeds=2, steps=4, batch_size=2, test_examples=4)
+  shares, scores = shares_in_training(LAYER, budget, every=2)
+  assert shares.shape == (2, 2, 4)
+  assert_close(shares.sum(axis=-1), np.full((2, 2), 2.0), jnp.float32)
+  assert np.abs(shares[1] - shares[0]).max() > 0
+  axes = draw({"balance 0.01": (shares, scores)}, every=2).axes
+  np.testing.assert_allclose(axes[1].lines[2].get_ydata(), shares[:, 1, 2])

@@ -16,6 +16,7 @@ import numpy as np
 from ...zoo.inspect import routing
 from ..compare import Budget, VmappedRuns, enter
 from ..files import save_figure
+from ..runtime import start_quietly
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -75,6 +76,7 @@ def draw(results: dict[str, tuple[np.ndarray, np.ndarray]], every: int = EVERY) 
 
 def main(steps: int = 1500, seeds: int = 3, path: Path = Path("routing.png"), layers: Sequence[str] = (LAYER, OTHER)) -> None:
   """Trains, prints the shares at the end, and draws."""
+  start_quietly()
   budget = Budget(learning_rates=(3e-3,), seeds=seeds, steps=steps)
   titles = dict(zip((LAYER, OTHER), ("balance 0.01", "balance 0"), strict=True))
   results = {titles[layer]: shares_in_training(layer, budget) for layer in layers}
