@@ -163,8 +163,8 @@ def _backward(step: Step, residuals: tuple, cotangents: tuple) -> tuple:
 
     (added, _), pullback = jax.vjp(of_block, parameters, state, _take(tokens, block.token), inputs)
     dadded = dy.at[block.token].get(mode="fill", fill_value=0).astype(added.dtype)
-    *to_sum, dstate, dtoken, dinputs = pullback((dadded, _entries(dstates, block.memory)))
-    dparameters = jax.tree.map(jnp.add, dparameters, *to_sum)
+    dmore, dstate, dtoken, dinputs = pullback((dadded, _entries(dstates, block.memory)))
+    dparameters = jax.tree.map(lambda total, d: total + d.astype(total.dtype), dparameters, dmore)
     dstate = select_rows(begins, jax.tree.map(jnp.zeros_like, dstate), dstate)
     return (dparameters, _put(dstates, block.memory, dstate), _add(dtokens, block.token, dtoken)), dinputs
 

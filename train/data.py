@@ -220,19 +220,15 @@ class TextData:
 
   def _find(self, report: Report) -> list[Source | TokenStore]:
     """The sources; those with much text as tokens in a folder."""
-    found, names = [], [self.sources] if isinstance(self.sources, str) else self.sources
-    for name in names or read_sources(names):
-      folder = Path(name).expanduser()
-      if is_store(folder):
-        found.append(self._open(folder))
-        continue
-      (source,) = read_sources(name, self.text_field)
-      if source.size <= _IN_MEMORY:
-        found.append(source)
-      else:
-        folder = cache_folder("tokens") / text_digest([source], self._encoder)
-        found.append(write_store(folder, [source], self._encoder, self.tokenizer, report))
-    return found
+    return [self._small_or_store(source, report) for source in read_sources(self.sources, self.text_field)]
+
+  def _small_or_store(self, source: Source, report: Report) -> Source | TokenStore:
+    if is_store(folder := Path(source.name).expanduser()):
+      return self._open(folder)
+    if source.size <= _IN_MEMORY:
+      return source
+    folder = cache_folder("tokens") / text_digest([source], self._encoder)
+    return write_store(folder, [source], self._encoder, self.tokenizer, report)
 
   def _open(self, folder: Path) -> TokenStore:
     store = TokenStore(folder, trusted=True)

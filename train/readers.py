@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from .libraries import library
+
 _ROWS = 256  # of a table, decoded at once
 _BUFFER = 2**20  # bytes read at once from a table's file
 _LOOKED_AT = 8192  # bytes of a file, in which a zero says that it is binary
@@ -37,10 +39,6 @@ class Document(NamedTuple):
   text: bytes
 
 
-class Malformed(ValueError):
-  """A file that does not hold what its name says. The message is complete."""
-
-
 def read_file(path: Path, name: str, field: str) -> Iterator[Document]:
   """The documents of a file.
 
@@ -50,7 +48,7 @@ def read_file(path: Path, name: str, field: str) -> Iterator[Document]:
     field: the field of objects, or the column of tables, that holds the text.
 
   Raises:
-    Malformed: if the content is not what the file's name says, or a library is missing.
+    ValueError: if the content is not what the file's name says, or a library is missing.
     OSError, EOFError, zlib.error: if it cannot be read.
   """
   suffix, packed = _suffixes(path)
@@ -64,7 +62,7 @@ def read_file(path: Path, name: str, field: str) -> Iterator[Document]:
     yield Document(name, _content(path, packed))
     return
   if packed:
-    raise Malformed(f"{path} is compressed as a whole; expected a {suffix} file, which compresses its own content.")
+    raise ValueError(f"{path} is compressed as a whole; expected a {suffix} file, which compresses its own content.")
   name = f"{name.removesuffix(path.suffix)}.jsonl"
   for number, text in enumerate(rows(path, field), start=1):
     yield Document(f"{name}:{number}", text)
@@ -98,11 +96,12 @@ def saved_by_datasets(folder: Path) -> list[Path] | None:
   """The files of a folder that `datasets` saved, in the order of its rows; `None` for other folders.
 
   Raises:
-    Malformed: if the folder holds several data sets.
+    ValueError: if the folder holds several data sets.
   """
   if (folder / "dataset_dict.json").is_file():
     splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-    raise Malformed(f"{folder} holds data sets called {', '.join(splits)}; expected one of them, such as {folder / splits[0]}.")
+    names = ", ".join(splits)
+    raise ValueError(f"{folder} holds data sets called {names}; expected one of them, such as {folder / splits[0]}.")
   if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():
     return None
   return [folder / file["filename"] for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]]
@@ -128,7 +127,7 @@ def _opened(path: Path, packed: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _zstandard(path: Path) -> Iterator[IO[bytes]]:
-  zstandard = _library("zstandard", path, "data")
+  zstandard = library("zstandard", f"{path} needs the library zstandard", "memzoo[data]")
   try:
     with zstandard.open(path, "rb") as file:
       yield io.BufferedReader(file, _BUFFER)
@@ -144,14 +143,14 @@ def _json_lines(path: Path, name: str, lines: IO[bytes], field: str) -> Iterator
       value = json.loads(line)[field]
       yield Document(f"{name}:{number}", value.encode())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise Malformed(
+      raise ValueError(
         f'{path}, line {number}: expected a JSON object with a field "{field}" that is a string '
         f"({type(error).__name__}: {error})."
       ) from None
 
 
 def _parquet(path: Path, field: str) -> Iterator[bytes]:
-  pyarrow = _library("pyarrow", path, "data")
+  pyarrow = library("pyarrow", f"{path} needs the library pyarrow", "memzoo[data]")
   from pyarrow import parquet
 
   try:
@@ -161,18 +160,18 @@ def _parquet(path: Path, field: str) -> Iterator[bytes]:
       for batch in table.iter_batches(_ROWS, columns=[field], use_threads=False):
         yield from _texts(batch.column(0))
   except pyarrow.ArrowException as error:
-    raise Malformed(f"{path} is not a parquet file, or damaged: {str(error).rstrip('.')}.") from None
+    raise ValueError(f"{path} is not a parquet file, or damaged: {str(error).rstrip('.')}.") from None
 
 
 def _arrow(path: Path, field: str) -> Iterator[bytes]:
-  pyarrow = _library("pyarrow", path, "data")
+  pyarrow = library("pyarrow", f"{path} needs the library pyarrow", "memzoo[data]")
   try:
     with pyarrow.OSFile(str(path)) as file, _arrow_batches(pyarrow, file) as batches:
       _check_column(path, batches.schema, field)
       for batch in batches:
         yield from _texts(batch.column(batch.schema.get_field_index(field)))
   except pyarrow.ArrowException as error:
-    raise Malformed(f"{path} is not an Arrow file, or damaged: {str(error).rstrip('.')}.") from None
+    raise ValueError(f"{path} is not an Arrow file, or damaged: {str(error).rstrip('.')}.") from None
 
 
 def _arrow_batches(pyarrow: Any, file: Any) -> Any:
@@ -191,7 +190,7 @@ def _check_column(path: Path, schema: Any, field: str) -> None:
   texts = types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary, types.is_null
   known = [column.name for column in schema if any(is_text(column.type) for is_text in texts)]
   if field not in known:
-    raise Malformed(
+    raise ValueError(
       f'{path} has no column "{field}" of text; its columns of text are {known}. Expected one of them as TextData.text_field.'
     )
 
@@ -204,7 +203,7 @@ def _texts(column: Any) -> Iterator[bytes]:
 
 def _array_record(path: Path, field: str) -> Iterator[bytes]:
   del field
-  module = _library("array_record.python.array_record_module", path, "")
+  module = library("array_record.python.array_record_module", f"{path} needs the library array_record", "array_record")
   try:
     reader = module.ArrayRecordReader(str(path))
     count = reader.num_records()
@@ -212,19 +211,7 @@ def _array_record(path: Path, field: str) -> Iterator[bytes]:
       yield from reader.read(start, min(count, start + _ROWS))
     reader.close()
   except (RuntimeError, IndexError, TypeError, ValueError) as error:  # whichever the library raises
-    raise Malformed(f"{path} is not an ArrayRecord file, or damaged: {str(error).rstrip('.')}.") from None
+    raise ValueError(f"{path} is not an ArrayRecord file, or damaged: {str(error).rstrip('.')}.") from None
 
 
 _TABLES = {".parquet": _parquet, ".arrow": _arrow, ".array_record": _array_record, ".arrayrecord": _array_record}
-
-
-def _library(module: str, path: Path, extra: str) -> Any:
-  """The module that files like `path` need."""
-  import importlib
-
-  try:
-    return importlib.import_module(module)
-  except ImportError:
-    name = module.partition(".")[0]
-    remedy = f'pip install "memzoo[{extra}]"' if extra else f"pip install {name}"
-    raise Malformed(f"{path} needs the library {name}: {remedy}.") from None

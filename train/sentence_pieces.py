@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .tokenizer import BatchTokenizer, Tokens, digest_of
+from .libraries import library
+from .tokenizer import NOTHING_FOR_BYTES, BatchTokenizer, Tokens, digest_of
 from .tokenizer_files import SpecialTokens, TokenizerFolder, text_of
 
 
@@ -74,13 +75,10 @@ class SentencePieceTokenizer(BatchTokenizer):
 
 def _load(name: str, content: bytes) -> Any:
   """The library's model. Raises `ValueError` as `SentencePieceTokenizer` does."""
+  what = f"TextData.tokenizer is {name!r}, which needs the sentencepiece library"
+  module = library("sentencepiece", what, "memzoo[sentencepiece]", NOTHING_FOR_BYTES)
   try:
-    from sentencepiece import SentencePieceProcessor
-  except ImportError:
-    message = f'TextData.tokenizer is {name!r}, which needs the sentencepiece library: pip install "memzoo[sentencepiece]".'
-    raise ValueError(f'{message} The default, "bytes", needs nothing.') from None
-  try:
-    return SentencePieceProcessor.from_proto(content)
+    return module.SentencePieceProcessor.from_proto(content)
   except Exception as error:  # the library raises RuntimeError, and others
     reason = str(error).strip().rstrip(".")
     raise ValueError(f"TextData.tokenizer is {name!r}, which is not a SentencePiece model: {reason}.") from None

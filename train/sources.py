@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from .libraries import library
 from .readers import Document, is_binary, is_one_document, read_file, saved_by_datasets, size_of_text
 
 __all__ = ["Document", "Source", "read_documents", "read_sources", "skipped_in_words"]
@@ -129,12 +130,7 @@ class HubSource(Source):
 
 def _stream(source: str, name: str, config: str | None, split: str) -> Iterable[dict]:
   """The rows of a data set."""
-  try:
-    import datasets
-  except ImportError:
-    raise ValueError(
-      f'TextData.sources names {source!r}, which needs the library datasets: pip install "memzoo[datasets]".'
-    ) from None
+  datasets = library("datasets", f"TextData.sources names {source!r}, which needs the library datasets", "memzoo[datasets]")
   try:
     return datasets.load_dataset(name, config, split=split, streaming=True)
   except Exception as error:  # the library raises whatever its parts raise

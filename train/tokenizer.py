@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .files import replacing
+from .libraries import library
 from .sources import Document, read_documents
 from .tokenizer_files import EXPECTED, SpecialTokens, TokenizerFolder, find_tokenizer, read_folder, text_of
 
@@ -25,6 +26,7 @@ _SMALLEST_BATCH = 2**16
 _BATCHES = 256
 _OVERLAP = 2**12  # bytes that two pieces of a long document have in common
 _LONGEST_WORD = 64  # bytes in which a piece looks for a space to begin or end with
+NOTHING_FOR_BYTES = 'The default, "bytes", needs nothing.'
 
 Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, and the first and the end character of each
 
@@ -320,12 +322,7 @@ def _place_to_cut(text: bytes, place: int) -> int:
 
 
 def _need_tokenizers(what: str) -> None:
-  try:
-    import tokenizers  # noqa: F401
-  except ImportError:
-    raise ValueError(
-      f'{what} needs the tokenizers library: pip install "memzoo[hub]". The default, "bytes", needs nothing.'
-    ) from None
+  library("tokenizers", f"{what} needs the tokenizers library", "memzoo[hub]", NOTHING_FOR_BYTES)
 
 
 def load_tokenizer(name: str) -> ByteTokenizer | BatchTokenizer:

@@ -6,7 +6,6 @@ trains a small model on `overwriting` from three seeds, with `MixtureOfMemories.
 tokens that each memory gets against the training step (`routing.png`). It takes about ten minutes of one CPU core.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,12 +73,11 @@ def draw(results: dict[str, tuple[np.ndarray, np.ndarray]], every: int = EVERY) 
   return figure
 
 
-def main(steps: int = 1500, seeds: int = 3, path: Path = Path("routing.png"), layers: Sequence[str] = (LAYER, OTHER)) -> None:
+def main(steps: int = 1500, seeds: int = 3, path: Path = Path("routing.png")) -> None:
   """Trains, prints the shares at the end, and draws."""
   start_quietly()
   budget = Budget(learning_rates=(3e-3,), seeds=seeds, steps=steps)
-  titles = dict(zip((LAYER, OTHER), ("balance 0.01", "balance 0"), strict=True))
-  results = {titles[layer]: shares_in_training(layer, budget) for layer in layers}
+  results = {name: shares_in_training(layer, budget) for name, layer in (("balance 0.01", LAYER), ("balance 0", OTHER))}
   for name, (shares, scores) in results.items():
     for seed in range(seeds):
       print(f"{name}, seed {seed}: shares {np.round(shares[-1, seed], 2)}, {scores[-1, seed]:.2f} right")
