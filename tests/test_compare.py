@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from memzoo.train import cli
 from memzoo.train import compare as module
+from memzoo.train import trial as trial_module
 from memzoo.train.compare import Budget, compare, enter
 from memzoo.train.compare_report import Board, draw, markdown
 from memzoo.train.config import build
+from memzoo.train.files import write_record
 from memzoo.train.tasks import TASKS
 
 SMALL = ["MultiQueryRecall.tokens=64", "MultiQueryRecall.pairs=8", "MultiQueryRecall.vocabulary=32", "LanguageModel.width=16"]
@@ -75,7 +77,7 @@ def test_impossible_comparisons_are_refused_before_anything_is_compiled(argument
 
 
 def test_impossible_budgets_are_refused():
-  for field in ({"steps": 0}, {"learning_rates": ()}, {"learning_rates": (-1.0,)}, {"seeds": 0}):
+  for field in ({"steps": 0}, {"learning_rates": ()}, {"learning_rates": (-1.0,)}, {"seeds": 0}, {"warmup_steps": (1,)}):
     with pytest.raises(ValueError, match=f"{next(iter(field))} is "):
       Budget(**field)
 
@@ -108,7 +110,7 @@ def test_an_interrupted_comparison_continues_with_the_remaining_trials(done, mon
   assert compare(entrants, BUDGET, folder) == comparison
   runs = []
 
-  def interrupted(entrant, budget, report):
+  def interrupted(entrant, budget, path, report):
     if len(runs) == 1:
       raise KeyboardInterrupt
     runs.append(entrant.title)
@@ -126,17 +128,67 @@ def test_an_interrupted_comparison_continues_with_the_remaining_trials(done, mon
 @pytest.mark.slow
 def test_trials_are_reproducible_and_named_by_their_budget(done):
   entrants, _, comparison = done
-  again = module.run_trial(entrants[0], BUDGET)
+  again = trial_module.run_trial(entrants[0], BUDGET)
   assert (again.scores, again.training) == (comparison.trials[0].scores, comparison.trials[0].training)
-  other = Budget(**{**vars(BUDGET), "steps": 7})
-  assert module._file_name(entrants[0], BUDGET) != module._file_name(entrants[0], other)
+  other = replace(BUDGET, steps=7)
+  assert module.trial_path(entrants[0], BUDGET, "") != module.trial_path(entrants[0], other, "")
+
+
+CONSTANT = ["Optimizer.final_fraction=1.0", "GatedConv.channels=4"]
+LONG = replace(BUDGET, steps=90, warmup_steps=(2, 5), halve_every=30, evaluate_every=15)
+
+
+def outcome(trial):
+  """What does not depend on time."""
+  return {name: value for name, value in vars(trial).items() if name not in ("seconds", "tokens_per_second", "made")}
+
+
+@pytest.mark.slow
+def test_a_stopped_trial_continues_as_if_it_had_not_been_stopped(monkeypatch, tmp_path):
+  """Stopped before and after the worse learning rate was dropped. With a constant rate a larger budget continues it too."""
+  (entrant,) = enter("word_problem", ["GatedConv"], [*PARITY, *CONSTANT])
+  expected = trial_module.run_trial(entrant, LONG)
+  assert [len(rows) for rows in expected.training.values()] in ([2, 6], [6, 2])
+  path = tmp_path / "trial.npz"
+
+  def stop(progress):
+    if progress["step"] in stops:
+      stops.remove(progress["step"])
+      raise KeyboardInterrupt
+
+  stops = [30, 60]
+  monkeypatch.setattr(trial_module, "_SAVE_EVERY", -1.0)
+  for _ in range(2):
+    with pytest.raises(KeyboardInterrupt):
+      trial_module.run_trial(entrant, LONG, path, stop)
+  first = trial_module.run_trial(entrant, replace(LONG, steps=75), path)
+  assert first.steps == 75
+  write_record(tmp_path / "trial.json", first)
+  assert trial_module.finished_trial(LONG, tmp_path / "trial.json") is None
+  assert trial_module.finished_trial(replace(LONG, steps=75), tmp_path / "trial.json") == first
+  assert outcome(trial_module.run_trial(entrant, LONG, path)) == outcome(expected)
+  assert module.trial_path(entrant, LONG, "") == module.trial_path(entrant, replace(LONG, steps=75), "")
+  path.write_bytes(b"PK")
+  with pytest.raises(ValueError, match=r"trial\.npz is damaged"):
+    trial_module.run_trial(entrant, LONG, path)
+
+
+@pytest.mark.slow
+def test_every_learning_rate_has_its_own_warm_up(done):
+  """The rate of each run is that of `Optimizer.schedule`; a run equals the one that is trained alone with these settings."""
+  (entrant,) = enter("word_problem", ["GatedConv"], [*PARITY, *CONSTANT])
+  losses = trial_module.run_trial(entrant, replace(LONG, steps=60, halve_every=0)).training
+  (alone,) = enter("word_problem", ["GatedConv"], [*PARITY, *CONSTANT, "Optimizer.warmup_steps=5"])
+  budget = replace(LONG, learning_rates=(3e-2,), warmup_steps=(), steps=60)
+  expected = trial_module.run_trial(alone, budget).training["0.03"]
+  np.testing.assert_allclose([row[1] for row in losses["0.03"]], [row[1] for row in expected], rtol=1e-4)
 
 
 @pytest.mark.slow
 def test_a_run_trained_with_others_equals_the_run_alone(done):
   """Learning rates and seeds that are trained together do not affect each other."""
   entrants, _, comparison = done
-  alone = module.run_trial(entrants[0], Budget(**{**vars(BUDGET), "learning_rates": (3e-2,), "seeds": 1}))
+  alone = trial_module.run_trial(entrants[0], Budget(**{**vars(BUDGET), "learning_rates": (3e-2,), "seeds": 1}))
   losses = [look[1][0] for look in comparison.trials[0].training["0.03"]]
   np.testing.assert_allclose([look[1][0] for look in alone.training["0.03"]], losses, rtol=1e-4)
 

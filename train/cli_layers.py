@@ -13,6 +13,7 @@ import typer
 from .cli_shared import Config, Set, app, new_console, start, start_on_cpu
 
 _OTHER = "On accelerators"
+_SUITE = "Suites"
 
 
 @app.command(no_args_is_help=True)
@@ -61,8 +62,13 @@ def _field(setting: str) -> tuple[str, object]:
 
 @app.command(no_args_is_help=True)
 def compare(
-  task: Annotated[str, typer.Argument(help="A task (mqar, word_problem, ...; see `memzoo list`), or a config with one.")],
-  layers: Annotated[str, typer.Option(help="Layers to compare, separated by commas; one of your own is my_layers.MyLayer.")],
+  context: typer.Context,
+  task: Annotated[
+    str | None, typer.Argument(help="A task (mqar, word_problem, ...; see `memzoo list`), or a config with one.")
+  ] = None,
+  layers: Annotated[
+    str | None, typer.Option(help="Layers to compare, separated by commas; one of your own is my_layers.MyLayer.")
+  ] = None,
   overrides: Set = None,
   learning_rates: Annotated[str, typer.Option(help="Each layer is trained at all of these; the best counts.")] = "0.003,0.01",
   seeds: Annotated[int, typer.Option(help="Number of seeds for parameters and examples.")] = 2,
@@ -74,6 +80,15 @@ def compare(
   ] = None,
   parameters: Annotated[int | None, typer.Option(help="Match the number of parameters of all models, by their width.")] = None,
   out: Annotated[Path | None, typer.Option(help="Folder for tables and pictures.", show_default="compare/TASK")] = None,
+  suite: Annotated[
+    str | None, typer.Option(help="Instead of one task: all tasks and layers of a suite (memory).", rich_help_panel=_SUITE)
+  ] = None,
+  tasks: Annotated[
+    str | None, typer.Option(metavar="NAME,...", help="Only these of its tasks.", rich_help_panel=_SUITE)
+  ] = None,
+  table: Annotated[
+    bool, typer.Option("--table", help="Train nothing; make table and pictures from the results there.", rich_help_panel=_SUITE)
+  ] = False,
 ) -> None:
   """Train and test several memories on one task. Finished trials are kept, so a stopped comparison continues.
 
@@ -83,7 +98,15 @@ def compare(
 
   [bold]memzoo compare word_problem --layers DeltaNet,reflecting/DeltaNet
   --set reflecting/DeltaNet.negative_eigenvalues=True[/bold]
+
+  [bold]memzoo compare --suite memory[/bold] (hours; several may run at once; only layers and tasks: --layers ..., --tasks ...)
   """
+  if suite is not None or table or tasks is not None:
+    _refuse(context, "task", "learning_rates", "batch_size", "stop_at", "state_bytes", "parameters")
+    given = {name: value for name, value in (("steps", steps), ("seeds", seeds)) if _is_given(context, name)}
+    return _compare_suite(suite, _words(layers), _words(tasks), overrides or [], given, out, table)
+  if task is None or layers is None:
+    raise ValueError(f"{'TASK' if task is None else '--layers'} is missing; expected `memzoo compare TASK --layers NAME,...`.")
   start()
   from rich.live import Live
 
@@ -95,8 +118,7 @@ def compare(
   rates = _numbers("--learning-rates", learning_rates, float)
   budget = Budget(tuple(rates), seeds, steps, batch_size, stop_at)
   sizes = None if state_bytes is None else _numbers("--state-bytes", state_bytes, int)
-  names = [name.strip() for name in layers.split(",")]
-  entrants = enter(task, names, overrides or (), state_bytes=sizes, parameters=parameters)
+  entrants = enter(task, _words(layers), overrides or (), state_bytes=sizes, parameters=parameters)
   folder = out or Path("compare") / Path(task).stem
   console, board = new_console(), Board(entrants)
 
@@ -112,6 +134,51 @@ def compare(
   write_text(folder / "table.md", markdown(comparison))
   pictures = draw(comparison, folder)
   print(f"Wrote {', '.join(str(path) for path in (folder / 'table.md', folder / 'results.json', *pictures))}.")
+
+
+def _words(text: str | None) -> list[str]:
+  return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+  return context.get_parameter_source(name).name != "DEFAULT"
+
+
+def _refuse(context: typer.Context, *names: str) -> None:
+  """Raises `ValueError` if one of these options was given."""
+  for name in names:
+    if _is_given(context, name):
+      option = name.upper() if name == "task" else f"--{name.replace('_', '-')}"
+      raise ValueError(f"{option} is {context.params[name]!r}; expected --suite NAME without it, since a suite has its own.")
+
+
+def _compare_suite(
+  name: str | None, layers: list[str], tasks: list[str], overrides: list[str], given: dict, out: Path | None, table: bool
+) -> None:
+  """`compare --suite`: makes the missing cells, then the table and the pictures."""
+  from . import suite_report
+  from .suite import run
+  from .suites import SUITES
+  from .values import did_you_mean
+
+  if name not in SUITES:
+    raise ValueError(f"--suite is {name!r}{did_you_mean(name or '', SUITES)} Expected one of {', '.join(SUITES)}.")
+  suite = SUITES[name].selected(layers, tasks)
+  suite = replace(suite, settings=(*suite.settings, *overrides), budget=replace(suite.budget, **given))
+  folder = out or Path("compare") / name
+  if not table:
+    start()
+    folder.mkdir(parents=True, exist_ok=True)
+    run(suite, folder, _print_cell)
+  print(f"Wrote {', '.join(str(path) for path in suite_report.write(suite, folder))}.")
+
+
+def _print_cell(challenge, layer: str, progress: dict) -> None:
+  if cell := progress.get("cell"):
+    end = f"learned it in {cell.steps:,} steps" if cell.learned else f"has not learned it in {cell.steps:,} steps"
+    print(f"{challenge.name}: {layer} {end}, {cell.seconds:.0f} s", flush=True)
+  else:
+    print("{}: {}: step {step}, loss {loss:.3f}, score {score:.3f}".format(challenge.name, layer, **progress), flush=True)
 
 
 def _print_progress(entrant, progress: dict) -> None:

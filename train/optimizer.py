@@ -69,18 +69,21 @@ class Optimizer:
     )
     return _with_usual_promotion(schedule)
 
-  def build(self, steps: int, decays: Any = None) -> optax.GradientTransformationExtraArgs:
+  def build(
+    self, steps: int, decays: Any = None, schedule: optax.Schedule | None = None
+  ) -> optax.GradientTransformationExtraArgs:
     """The optimiser for a run of `steps` batches. Its `update` takes the arguments of `accumulate`.
 
     Args:
       steps: number of batches.
       decays: which parameters decay, from `decay_mask` of the parameters in their boxes; `None` for matrices.
+      schedule: the learning rate, in place of `self.schedule(steps)`.
     """
     transform = optax.chain(
       optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
       optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon),
       optax.add_decayed_weights(self.weight_decay, mask=decay_mask if decays is None else decays),
-      optax.scale_by_learning_rate(self.schedule(steps)),
+      optax.scale_by_learning_rate(self.schedule(steps) if schedule is None else schedule),
     )
     if self.accumulate_steps > 1:
       transform = accumulate(transform, self.accumulate_steps)

@@ -20,7 +20,6 @@ from flax import linen as nn
 from rich.table import Table
 
 from ..zoo import formats
-from .compare import score_answers, summed
 from .data import Corpus, stack_rows
 from .files import save_figure, write_text
 from .keys import new_key
@@ -28,6 +27,7 @@ from .step import score_targets
 from .tasks import Needle
 from .tasks.data import TaskCorpus
 from .tasks.needle import haystack
+from .vmapped_runs import score_answers, summed
 
 
 @dataclass(frozen=True)

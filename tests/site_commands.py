@@ -1,0 +1,149 @@
+"""The shell commands on the site, and a script that runs them all with less work.
+
+    python tests/site_commands.py --out FOLDER           # all pages; about an hour on two cores
+    python tests/site_commands.py training.md --out FOLDER
+
+It runs them page by page in a copy of the repository, with fewer steps, smaller models and fewer operations, and prints what
+failed. Exits with 1 if a command did.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "docs")]  # as conftest.py does
+
+import site_pages  # noqa: E402
+
+PAGES = site_pages.written() | site_pages.generated()
+
+TINY = ["LanguageModel.width=16", "LanguageModel.depth=1", "LanguageModel.mixers=[@GatedConv]", "GatedConv.channels=8"]
+BRIEF = ["TextData.sequence_length=32", "TextData.batch_size=4", "TextData.sources=['text']", "Trainer.steps=2"]
+BRIEF += ["Trainer.evaluation_batches=1", "Trainer.final_evaluation_batches=1", "Trainer.sample_tokens=4"]
+BRIEF += ["Trainer.evaluate_every=2", "Trainer.checkpoint_every=2"]
+SMALL = TINY + BRIEF
+
+
+def code(page: str, language: str) -> list[str]:
+  """The blocks of a page in a language."""
+  found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", PAGES[page], re.MULTILINE | re.DOTALL)
+  return [textwrap.dedent(block) for block in found]
+
+
+def commands(page: str) -> list[list[str]]:
+  """The shell commands of a page: all in blocks, and those in running text whose options have values.
+
+  Those with words in capitals, which a reader fills in, are left out.
+  """
+  text = "\n".join(code(page, "sh")).replace("\\\n", " ")
+  prose = re.sub(r"^ *```.*?^ *```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+  inline = re.findall(r"`(memzoo [^`]+ --[\w-]+ [^`]+|(?:python|make|pip install) [^`]+)`", prose)
+  lines = text.split("\n") + [" ".join(line.split()) for line in inline if not re.search(r"(?<![\w=.])[A-Z]{3,}\b", line)]
+  return [words for line in lines if (words := shlex.split(line.removesuffix("&"), comments=True))]
+
+
+def shortened(words: list[str]) -> list[str]:
+  """A command that does the same with less work."""
+  program, *rest = words
+  if program in ("pip", "make"):
+    return [*words, "--dry-run"]
+  text = shlex.join(LOCAL.get(word, word) for word in rest if word != "--open")
+  rest = shlex.split(re.sub(r"(?<=steps[= ])\d+", lambda steps: str(max(2, int(steps[0]) // 20)), text))
+  if program == "python":
+    return [program, *rest, *next((less for script, less in SCRIPTS.items() if script in words), [])]
+  name, *rest = rest
+  if name == "bench" and (not rest or rest[0].startswith("--")):
+    rest = ["gated_delta_rule", *rest]
+  if name in ("train", "describe") and not rest[0].startswith("runs/"):
+    settings = SMALL if rest[0] == "quickstart" else [*BRIEF, "TextData.batch_size=1"]
+    rest[1:1] = [f"--set={setting}" for setting in settings]  # before what the page sets, which counts
+  elif name == "train" and "--steps" not in rest:
+    rest += ["--steps=2"]
+  return [program, name, *rest, *LESS.get(name, []), *(["--tiny"] if "--gpu" in rest else [])]
+
+
+# Options that replace those of a command, or are added to them.
+LESS = {
+  "compare": ["--steps=2", "--seeds=1", "--batch-size=4"],
+  "bench": ["--length=256", "--heads=2", "--batch=1"],
+}
+SCRIPTS = {
+  "docs/pictures.py": ["--steps=2"],
+  "memzoo.train.bench_decoding": ["--lengths=64", "--seconds=0.5"],
+  "memzoo.train.bench_overhead": ["--rounds=1"],
+  "memzoo.pallas_kernels.gpu_bench": ["--tiny"],
+}
+MODEL = str(ROOT / "tests/pretrained/llama")
+LOCAL = {"Qwen/Qwen3.5-0.8B": MODEL, "models/Qwen3.5": MODEL, "llama/config.json": f"{MODEL}/config.json"}
+
+
+
+def main() -> None:
+  """Runs what the arguments say."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("pages", nargs="*", help="such as training.md; all by default")
+  parser.add_argument("--out", type=Path, required=True, help="folder for the copy and for what the commands print")
+  parser.add_argument("--minutes", type=float, default=15.0, help="the longest that a command may take (default %(default)s)")
+  given = parser.parse_args()
+  failed = 0
+  place = prepare(given.out)
+  for page in given.pages or PAGES:
+    failed += run_page(page, place, given.minutes)
+  print(f"{failed} failed" if failed else "all ran")
+  sys.exit(bool(failed))
+
+
+def prepare(out: Path) -> Path:
+  """A copy of the repository with the files that the pages speak of, and the home folder of the commands."""
+  place = out / "memzoo"
+  if not place.exists():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    for name in filter(None, listed):
+      (place / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy(ROOT / name, place / name)
+  words = "\n\n".join(f"Line {i} of a small text; its square is {i * i}." for i in range(2000))
+  for name in ("text", "texts/one.txt", "my_texts/one.txt", "../home/books/one.txt"):
+    (place / name).parent.mkdir(parents=True, exist_ok=True)
+    (place / name).write_text(words)
+  return place
+
+
+def run_page(page: str, place: Path, minutes: float) -> int:
+  """Runs the commands of a page in order, and prints how each ended. Returns how many failed."""
+  path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+  environment = {**os.environ, "HOME": str(place.parent / "home"), "PATH": path}
+  others, failed = [], 0
+  for words in commands(page):
+    if words[0] in ("export", "unset"):
+      name, _, value = words[1].partition("=")
+      environment[name] = value
+      continue
+    short, started = shortened(words), time.monotonic()
+    log = place.parent / "logs" / f"{page.replace('/', '_')}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("a") as file:
+      print(f"\n$ {shlex.join(short)}", file=file, flush=True)
+      process = subprocess.Popen(short, cwd=place, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if "--process" in words and words[words.index("--process") + 1] != "0":  # it waits for process 0
+      others.append(process)
+      continue
+    try:
+      status = process.wait(60 * minutes)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      status = "timeout"
+    failed += status != 0
+    print(f"{status!s:>7} {time.monotonic() - started:5.0f} s  {page}: {shlex.join(words)}", flush=True)
+  return failed + sum(process.wait(60) != 0 for process in others)
+
+
+if __name__ == "__main__":
+  main()
