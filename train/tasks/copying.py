@@ -1,4 +1,4 @@
-"""Copying tasks: copy scattered tokens, or the token that followed a marker."""
+"""Copying tasks: copy scattered tokens, the token that followed a marker, or the token at a requested position."""
 
 from dataclasses import dataclass, replace
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .task import Example, Task, require, sequence
+from .state_tracking import eighth, positions
+from .task import Example, Mixture, Task, require, sequence
 
 
 @dataclass(frozen=True)
@@ -113,3 +114,82 @@ class Induction(Task):
   def tests(self) -> dict[str, Task]:
     """Up to eight times as many tokens."""
     return {str(factor * self.tokens): replace(self, tokens=factor * self.tokens) for factor in (1, 2, 4, 8)}
+
+
+@dataclass(frozen=True)
+class Compression(Task):
+  """Compression (MAD, Poli et al. 2024, arXiv:2403.17844): give any token of a list by its position.
+
+      x_1 x_2 ... x_n   then each position once:   p_3 -> x_3   p_1 -> x_1 ...
+
+  In MAD the model squeezes the list into one vector, that of its last token, from which an MLP decodes the token at each
+  position. Here there is no such vector and no MLP: the state of the memory has to hold all tokens with their positions when
+  the first question comes. Positions have tokens of their own.
+
+  Attributes:
+    tokens: length of the list, n.
+    positions: number of position tokens, at least `tokens`; `None` for `tokens`.
+    vocabulary: number of data tokens.
+  """
+
+  tokens: int = 16
+  positions: int | None = None
+  vocabulary: int = 16
+
+  def __post_init__(self):
+    require(self, "tokens of at least 1", self.tokens >= 1)
+    require(self, "positions of at least `tokens`, or None", self._positions >= self.tokens)
+    require(self, "a vocabulary of at least 2", self.vocabulary >= 2)
+
+  @property
+  def _positions(self) -> int:
+    return self.tokens if self.positions is None else self.positions
+
+  @property
+  def length(self) -> int:
+    return 2 * self.tokens
+
+  @property
+  def vocab_size(self) -> int:
+    return self.vocabulary + self._positions
+
+  @property
+  def chance(self) -> float:
+    return 1 / self.vocabulary
+
+  @property
+  def kinds(self) -> tuple[str, ...]:
+    return positions(self.tokens)
+
+  def example(self, key: jax.Array) -> Example:
+    for_data, for_order = jax.random.split(key)
+    data = jax.random.randint(for_data, (self.tokens,), 0, self.vocabulary)
+    order = jax.random.permutation(for_order, self.tokens)
+    before = jnp.zeros(self.tokens, jnp.int32)
+    return sequence(
+      jnp.concatenate([data, self.vocabulary + order]),
+      jnp.concatenate([before, data[order]]),
+      jnp.arange(self.length) >= self.tokens,
+      jnp.concatenate([before, eighth(self.tokens)[order]]),
+    )
+
+  def solve(self, example: Example) -> np.ndarray:
+    tokens = np.asarray(example.tokens).tolist()
+    return np.array([0] * self.tokens + [tokens[token - self.vocabulary] for token in tokens[self.tokens :]])
+
+  def guess(self, example: Example, random: np.random.Generator) -> np.ndarray:
+    return random.integers(0, self.vocabulary, self.length)
+
+  def _shorter(self) -> list["Compression"]:
+    """The same with a quarter of the length, half, and the length, as far as they are whole numbers."""
+    lengths = [self.tokens // factor for factor in (4, 2, 1) if self.tokens % factor == 0]
+    return [replace(self, tokens=length, positions=self._positions) for length in lengths]
+
+  def training(self) -> Task:
+    """Lists of all lengths that are tested, in equal numbers; short ones are packed."""
+    shorter = self._shorter()
+    return Mixture(tuple(shorter), (1,) * len(shorter))
+
+  def tests(self) -> dict[str, Task]:
+    """Lists of a quarter of the length, half, and the length."""
+    return {str(task.tokens): task for task in self._shorter()}
