@@ -79,8 +79,10 @@ class Suite:
 
   def enter(self, challenge: Challenge, layer: str, parameters: int | None = None) -> Entrant:
     """The entrant of a cell, with about this number of parameters; `None` keeps the config's width."""
+    from ..zoo.registry import LAYERS
+
     settings = (*self.settings, *challenge.settings)
-    return enter(challenge.task, [layer], settings, parameters=parameters, others=self.layers)[0]
+    return enter(challenge.task, [layer], settings, parameters=parameters, others=list(LAYERS))[0]
 
 
 @dataclass(frozen=True)
