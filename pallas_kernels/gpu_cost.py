@@ -178,7 +178,7 @@ def _registers(text: str) -> str:
 def main() -> None:
   """Runs the command line. Each program is compiled in a process of its own, whose output has the assembler's words."""
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("operations", nargs="+", help="such as gated_delta_rule")
+  parser.add_argument("operations", nargs="*", default=["gated_delta_rule"], help="default: %(default)s")
   parser.add_argument("--one", nargs=2, metavar=("DIRECTION", "IMPLEMENTATION"), help="only this, in this process")
   options = parser.parse_args()
   if options.one:

@@ -8,6 +8,7 @@ failed. Exits with 1 if a command did.
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -81,8 +83,10 @@ SCRIPTS = {
   "memzoo.train.bench_overhead": ["--rounds=1"],
   "memzoo.pallas_kernels.gpu_bench": ["--tiny"],
 }
-MODEL = str(ROOT / "tests/pretrained/llama")
-LOCAL = {"Qwen/Qwen3.5-0.8B": MODEL, "models/Qwen3.5": MODEL, "llama/config.json": f"{MODEL}/config.json"}
+# What is somewhere else, or is the reader's own, and what stands for it; `prepare` makes these.
+LOCAL = {"Qwen/Qwen3.5-0.8B": "llama", "models/Qwen3.5": "llama", "runs/attention": "runs/qwen", "MyLayer": "DeltaNet"}
+# Of libraries that neither memzoo nor its tests install: commands that are run only where the library is.
+NEEDS = {"tests/compare_lm_eval.py": "lm_eval", "harness": "lm_eval", "tests/compare_": "torch", "tests/bench_torch": "torch"}
 
 
 
@@ -93,10 +97,9 @@ def main() -> None:
   parser.add_argument("--out", type=Path, required=True, help="folder for the copy and for what the commands print")
   parser.add_argument("--minutes", type=float, default=15.0, help="the longest that a command may take (default %(default)s)")
   given = parser.parse_args()
-  failed = 0
   place = prepare(given.out)
-  for page in given.pages or PAGES:
-    failed += run_page(page, place, given.minutes)
+  pages = given.pages or ["reference/command.md", *(page for page in PAGES if page != "reference/command.md")]
+  failed = sum(run_page(page, place, given.minutes) for page in pages)
   print(f"{failed} failed" if failed else "all ran")
   sys.exit(bool(failed))
 
@@ -104,16 +107,43 @@ def main() -> None:
 def prepare(out: Path) -> Path:
   """A copy of the repository with the files that the pages speak of, and the home folder of the commands."""
   place = out / "memzoo"
-  if not place.exists():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
-    for name in filter(None, listed):
-      (place / name).parent.mkdir(parents=True, exist_ok=True)
-      shutil.copy(ROOT / name, place / name)
-  words = "\n\n".join(f"Line {i} of a small text; its square is {i * i}." for i in range(2000))
-  for name in ("text", "texts/one.txt", "my_texts/one.txt", "../home/books/one.txt"):
+  shutil.rmtree(place, ignore_errors=True)
+  listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+  for name in filter(None, listed):
     (place / name).parent.mkdir(parents=True, exist_ok=True)
-    (place / name).write_text(words)
+    shutil.copy(ROOT / name, place / name)
+  words = "\n\n".join(f"Line {i} of a small text; its square is {i * i}." for i in range(2000))
+  layer = "from memzoo.layers import DeltaNet\n\n\nclass MyLayer(DeltaNet):\n  pass\n"
+  files = dict.fromkeys(("text", "texts/one.txt", "my_texts/one.txt", "../home/books/one.txt"), words)
+  for name, text in {**files, "my_layers.py": layer, "my.gin": "include 'quickstart.gin'\n"}.items():
+    (place / name).parent.mkdir(parents=True, exist_ok=True)
+    (place / name).write_text(text)
+  write_parquet(place / "corpus/one.parquet", words)
+  write_model(place / "llama")
   return place
+
+
+def write_parquet(path: Path, text: str) -> None:
+  """A parquet file with a column of documents."""
+  import pyarrow
+  from pyarrow import parquet
+
+  path.parent.mkdir()
+  parquet.write_table(pyarrow.table({"text": text.split("\n\n")}), path)
+
+
+def write_model(folder: Path) -> None:
+  """A model as `transformers` saves it, of bytes."""
+  import numpy as np
+  from safetensors.numpy import load_file, save_file
+
+  kept = ROOT / "tests/pretrained/llama"
+  config = json.loads((kept / "config.json").read_text()) | {"vocab_size": 256}
+  tensors = load_file(kept / "model.safetensors")
+  tables = {name: np.resize(table, (256, table.shape[1])) for name, table in tensors.items() if len(table) == 32}
+  folder.mkdir()
+  (folder / "config.json").write_text(json.dumps(config))
+  save_file(tensors | tables, folder / "model.safetensors", {"format": "pt"})
 
 
 def run_page(page: str, place: Path, minutes: float) -> int:
@@ -125,6 +155,10 @@ def run_page(page: str, place: Path, minutes: float) -> int:
     if words[0] in ("export", "unset"):
       name, _, value = words[1].partition("=")
       environment[name] = value
+      continue
+    library = next((library for start, library in NEEDS.items() if any(word.startswith(start) for word in words)), "json")
+    if find_spec(library) is None:
+      print(f"not run, without {library}: {shlex.join(words)}")
       continue
     short, started = shortened(words), time.monotonic()
     log = place.parent / "logs" / f"{page.replace('/', '_')}.log"

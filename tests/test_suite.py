@@ -41,7 +41,7 @@ def test_every_challenge_of_a_suite_can_be_entered(name):
 @pytest.mark.parametrize("name", SUITES)
 def test_every_layer_of_a_suite_can_be_entered(name):
   suite = SUITES[name]
-  for challenge in suite.challenges:
+  for challenge in (suite.challenges[0], suite.challenges[-1]):
     for layer in suite.layers:
       assert suite.selected([layer], None).enter(challenge, layer).state_bytes > 0
 
