@@ -51,7 +51,7 @@ MEMORY = Suite(
     warmup_steps=(50, 100, 200),
     seeds=3,
     steps=6000,
-    stop_at=0.98,
+    stop_at=0.97,
     halve_every=1000,
   ),
 )  # fmt: skip
