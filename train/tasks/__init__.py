@@ -5,6 +5,7 @@ from .data import TaskData
 from .facts import Facts
 from .formal_languages import EqualCounts, Shuffle
 from .fuzzy_recall import FuzzyRecall
+from .memorisation import Memorisation
 from .needle import Needle
 from .noised import Noised
 from .recall import MultiQueryRecall, NoisyRecall, Overwriting, StaleFacts
@@ -24,6 +25,7 @@ TASKS = {
   "needle": Needle,
   "selective_copying": SelectiveCopying,
   "induction": Induction,
+  "memorisation": Memorisation,
   "compression": Compression,
   "word_problem": WordProblem,
   "swaps": Swaps,

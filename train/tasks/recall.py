@@ -170,6 +170,8 @@ class NoisyRecall(_Rewritten):
 
       k v  k v'  j w  k v  j w ...   then each key once:   k -> v
 
+  Values are wrong here. MAD calls another task noisy recall: right values, with noise between the tokens (`Noised`).
+
   Attributes:
     pairs: number of pairs to remember.
     writes: writes of each pair; the writes of all pairs are in random order.

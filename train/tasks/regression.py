@@ -1,6 +1,6 @@
 """In-context regression: vectors instead of tokens, and a linear map that may change within a sequence."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import jax
@@ -27,6 +27,9 @@ class Regression(Task):
     noise: standard deviation of the noise on written values; targets have none.
     centre: length of a vector, drawn anew for every piece, to which keys of length 1 are added before they are normalised. With
       0, keys of all pieces are alike: those of earlier pieces mislead any method that does not forget by age.
+    cosine: expected cosine of any two keys of an example, c. Keys are sqrt(c) u + sqrt(1 - c) z, with a unit vector u that all
+      share and a unit vector z of each key's own, orthogonal to u. The closer to 1, the more a written value disturbs the
+      others. Not with a centre.
   """
 
   continuous: ClassVar[bool] = True
@@ -38,11 +41,20 @@ class Regression(Task):
   value_dim: int = 16
   noise: float = 0.0
   centre: float = 0.0
+  cosine: float = 0.0
 
   def __post_init__(self):
     require(self, "a piece of at least 2 that divides tokens", self.piece >= 2 and self.tokens % self.piece == 0)
     require(self, "tokens, key_dim and value_dim of at least 1", min(self.tokens, self.key_dim, self.value_dim) >= 1)
     require(self, "a noise and a centre of 0 or more", self.noise >= 0 and self.centre >= 0)
+    require(self, "a cosine from 0 to less than 1", 0 <= self.cosine < 1)
+    possible = self.cosine == 0 or (self.centre == 0 and self.key_dim >= 2)
+    require(self, "no centre and a key_dim of at least 2 with a cosine above 0", possible)
+
+  def __repr__(self) -> str:
+    """The task as text, without a cosine of 0: a run continues only if its text is as before, and older texts have none."""
+    shown = [field.name for field in fields(self) if field.name != "cosine" or self.cosine]
+    return f"Regression({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
   @property
   def length(self) -> int:
@@ -69,11 +81,14 @@ class Regression(Task):
     for_keys, for_maps, for_noise = jax.random.split(key, 3)
     pieces = self.tokens // self.piece
     keys = jax.random.normal(for_keys, (pieces, self.piece, self.key_dim))
-    keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
+    if self.cosine:
+      shared = _unit(jax.random.normal(jax.random.fold_in(for_keys, 2), (1, 1, self.key_dim)))
+      own = _unit(keys - jnp.sum(keys * shared, axis=-1, keepdims=True) * shared)
+      keys = self.cosine**0.5 * shared + (1 - self.cosine) ** 0.5 * own
+    keys = _unit(keys)
     if self.centre:
       centres = jax.random.normal(jax.random.fold_in(for_keys, 1), (pieces, 1, self.key_dim))
-      keys = keys + self.centre * centres / jnp.linalg.norm(centres, axis=-1, keepdims=True)
-      keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
+      keys = _unit(keys + self.centre * centres / jnp.linalg.norm(centres, axis=-1, keepdims=True))
     maps = jax.random.normal(for_maps, (pieces, self.value_dim, self.key_dim))
     values = jnp.einsum("pvk,pik->piv", maps, keys, precision=jax.lax.Precision.HIGHEST)
     written = values + self.noise * jax.random.normal(for_noise, values.shape)
@@ -102,3 +117,7 @@ class Regression(Task):
   def tests(self) -> dict[str, Task]:
     """Pieces of this length, and one map for the whole sequence."""
     return {str(piece): replace(self, piece=piece) for piece in dict.fromkeys((self.piece, self.tokens))}
+
+
+def _unit(vectors: jax.Array) -> jax.Array:
+  return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
