@@ -30,8 +30,8 @@ class ProjectedMemory(MemoryLayer, kw_only=True):
     conv_bias: whether they have biases.
     output_gate: activation of W_g x, which multiplies the normalised output: "none" (no gate), "silu" or "sigmoid".
     gate_rank: rank of W_g; `None` for full rank.
-    gate_bias: whether W_g x has a bias; `None` for one where the rank is low. Without one a "silu" gate starts near zero, with a
-      sign that differs from token to token, and small models learn to recall several times more slowly.
+    gate_bias: whether W_g x has a bias; `None` for one where the rank is low. Without one a "silu" gate starts near zero, with
+      a sign that differs from token to token, and small models learn to recall several times more slowly.
     norm_epsilon: epsilon of the output norm over each head's channels.
     implementation: of the memory's operation and of the convolutions: "auto", "pallas" (kernels, where the operation has some;
       the convolutions and a call of one token have none), "xla" or "recurrent" (the oracle: slow, but with derivatives of every

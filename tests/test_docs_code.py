@@ -1,34 +1,26 @@
 """The code on the site: Python is run, with less training, and every command is one that memzoo takes."""
 
-import contextlib
 import re
 import shlex
-import sys
-import textwrap
 import tomllib
 from pathlib import Path
 
 import jax
 import pytest
-import site_pages
+import site_commands
 import typer
 from memzoo.pallas_kernels.workloads import find
-from memzoo.train import cli, cli_shared
+from memzoo.train import cli
 from memzoo.train.compare import enter
 from memzoo.train.config import build, shipped
 from memzoo.train.loop import train
 from memzoo.train.probes import PROBES
 from memzoo.zoo.registry import LAYERS
+from site_commands import PAGES, SMALL, code, commands
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 APPLICATION = typer.main.get_command(cli.app)
-PAGES = site_pages.written() | site_pages.generated()
-
-SMALL = ["LanguageModel.width=16", "LanguageModel.depth=1", "LanguageModel.mixers=[@GatedConv]", "GatedConv.channels=8"]
-SMALL += ["TextData.sequence_length=32", "TextData.batch_size=4", "TextData.sources=['text']", "Trainer.steps=2"]
-SMALL += ["Trainer.evaluation_batches=1", "Trainer.final_evaluation_batches=1", "Trainer.sample_tokens=4"]
-SMALL += ["Trainer.evaluate_every=2", "Trainer.checkpoint_every=2"]
 
 SMALL_RUN = ["Trainer.steps=2", "TextData.sources=['text']"]
 
@@ -71,12 +63,6 @@ GIVEN = {
   "weights.md": "import jax.numpy as jnp, memzoo; tokens, context, continuation = jnp.array([[1, 2, 3]]), [1, 2], [3]",
 }
 ELSEWHERE = {"extend/layer.md": "test_check_layer.py runs the guide"}
-
-
-def code(page: str, language: str) -> list[str]:
-  """The blocks of a page in a language."""
-  found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", PAGES[page], re.MULTILINE | re.DOTALL)
-  return [textwrap.dedent(block) for block in found]
 
 
 @pytest.fixture
@@ -143,18 +129,6 @@ def changed(block: str, changes: dict[str, str]) -> str:
 # Commands.
 
 
-def commands(page: str) -> list[list[str]]:
-  """The shell commands of a page: all in blocks, and those in running text whose options have values.
-
-  Those with words in capitals, which a reader fills in, are left out.
-  """
-  text = "\n".join(code(page, "sh")).replace("\\\n", " ")
-  prose = re.sub(r"^ *```.*?^ *```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
-  inline = re.findall(r"`(memzoo [^`]+ --[\w-]+ [^`]+|(?:python|make|pip install) [^`]+)`", prose)
-  lines = text.split("\n") + [" ".join(line.split()) for line in inline if not re.search(r"(?<![\w=.])[A-Z]{3,}\b", line)]
-  return [words for line in lines if (words := shlex.split(line.removesuffix("&"), comments=True))]
-
-
 SHELL = [page for page in PAGES if commands(page)]
 
 
@@ -215,17 +189,10 @@ CHECKS = {
 
 
 @pytest.mark.slow
-def test_the_commands_of_getting_started_run(folder, monkeypatch, capsys):
-  monkeypatch.setattr(cli_shared, "start", lambda cache=True: None)
-  monkeypatch.setattr(cli, "start", lambda cache=True: None)
-  done = []
-  for name, *arguments in (words[1:] for words in commands("getting_started.md") if words[0] == "memzoo"):
-    more = [f"--set={setting}" for setting in SMALL] if name in ("train", "describe") else []
-    monkeypatch.setattr(sys, "argv", ["memzoo", name, *arguments, *more])
-    with contextlib.suppress(SystemExit):
-      cli.main()
-    done.append((name, capsys.readouterr()))
-  assert [name for name, _ in done] == ["describe", "train", "evaluate", "generate"]
-  assert not [printed.err for _, printed in done if "error:" in printed.err]
-  assert "bits per byte" in done[2][1].out
-  assert done[3][1].out.startswith("def ")
+@pytest.mark.xdist_group("site_commands")
+@pytest.mark.parametrize("page", ["getting_started.md", "training.md"])
+def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capfd):
+  """As `python tests/site_commands.py` runs those of all pages; without `pip`, and a compilation for a TPU of minutes."""
+  kept = [words for words in commands(page) if words[0] not in ("pip", "make") and words[1] != "compile"]
+  monkeypatch.setattr(site_commands, "commands", lambda page: kept)
+  assert site_commands.run_page(page, site_commands.prepare(tmp_path), minutes=10) == 0, capfd.readouterr().out
