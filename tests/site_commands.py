@@ -69,12 +69,14 @@ def shortened(words: list[str]) -> list[str]:
     rest[1:1] = [f"--set={setting}" for setting in settings]  # before what the page sets, which counts
   elif name == "train" and "--steps" not in rest:
     rest += ["--steps=2"]
-  return [program, name, *rest, *LESS.get(name, []), *(["--tiny"] if "--gpu" in rest else [])]
+  less = LESS.get("suite" if "--suite" in rest else name, [])
+  return [program, name, *rest, *less, *(["--tiny"] if "--gpu" in rest else [])]
 
 
 # Options that replace those of a command, or are added to them.
 LESS = {
   "compare": ["--steps=2", "--seeds=1", "--batch-size=4"],
+  "suite": ["--steps=2", "--seeds=1"],
   "bench": ["--length=256", "--heads=2", "--batch=1"],
 }
 SCRIPTS = {

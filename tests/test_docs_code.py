@@ -15,6 +15,7 @@ from memzoo.train.compare import enter
 from memzoo.train.config import build, shipped
 from memzoo.train.loop import train
 from memzoo.train.probes import PROBES
+from memzoo.train.suites import SUITES
 from memzoo.zoo.registry import LAYERS
 from site_commands import PAGES, SMALL, code, commands
 
@@ -153,6 +154,8 @@ def check_memzoo(words: list[str]) -> None:
     assert yours or config.startswith("runs/"), f"{config} is neither a shipped config nor a run"
   elif name in ("train", "describe", "compile"):
     build(config, overrides)
+  elif name == "compare" and given["suite"]:
+    SUITES[given["suite"]].selected(given["layers"].split(","), given["tasks"].split(","))
   elif name == "compare" and not yours:
     enter(given["task"], given["layers"].split(","), overrides)
   elif name == "laws" and not yours:
