@@ -7,7 +7,15 @@ import pytest
 from delta_variants import by_hand
 from flax import linen as nn
 from in_numpy import sigmoid, silu, unit
-from memzoo.layers import Comba, DeltaProduct, EraseThenDelta, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, LinearAttention
+from memzoo.layers import (
+  Comba,
+  DeltaProduct,
+  EraseThenDelta,
+  GatedDeltaNet,
+  GatedDeltaNet2,
+  KimiDeltaAttention,
+  LinearAttention,
+)
 from memzoo.layers.projections import LogDecay
 from tolerances import assert_close
 
@@ -141,5 +149,5 @@ def test_maps_of_full_rank_and_biases_are_parameters():
 @pytest.mark.parametrize(("activation", "start"), [("silu", 1.0), ("sigmoid", 0.0)])
 def test_a_gate_with_a_bias_starts_open(activation, start):
   layer = GatedDeltaNet(num_heads=1, key_dim=4, value_dim=4, output_gate=activation, gate_bias=True)
-  gate = nn.unbox(layer.init(jax.random.key(0), jnp.ones((1, 2, 8))))["params"]["gate"]["full"]
+  gate = nn.unbox(layer.init(jax.random.key(0), jnp.ones((1, 2, 8), jnp.float32)))["params"]["gate"]["full"]
   assert gate["bias"].tolist() == [start] * 4

@@ -155,7 +155,7 @@ def check_memzoo(words: list[str]) -> None:
   elif name in ("train", "describe", "compile"):
     build(config, overrides)
   elif name == "compare" and given["suite"]:
-    SUITES[given["suite"]].selected(given["layers"].split(","), given["tasks"].split(","))
+    SUITES[given["suite"]].selected((given["layers"] or "Attention").split(","), (given["tasks"] or "recall").split(","))
   elif name == "compare" and not yours:
     enter(given["task"], given["layers"].split(","), overrides)
   elif name == "laws" and not yours:
