@@ -65,7 +65,8 @@ def shortened(words: list[str]) -> list[str]:
   if name == "bench" and (not rest or rest[0].startswith("--")):
     rest = ["gated_delta_rule", *rest]
   if name in ("train", "describe") and not rest[0].startswith("runs/"):
-    settings = SMALL if rest[0] == "quickstart" else [*BRIEF, "TextData.batch_size=1"]
+    own = rest[0] != "quickstart" or "EraseThenDelta" in text  # the config's layers stay
+    settings = [*BRIEF, "TextData.batch_size=1"] if own else SMALL
     rest[1:1] = [f"--set={setting}" for setting in settings]  # before what the page sets, which counts
   elif name == "train" and "--steps" not in rest:
     rest += ["--steps=2"]
@@ -100,7 +101,8 @@ def main() -> None:
   parser.add_argument("--minutes", type=float, default=15.0, help="the longest that a command may take (default %(default)s)")
   given = parser.parse_args()
   place = prepare(given.out)
-  pages = given.pages or ["reference/command.md", *(page for page in PAGES if page != "reference/command.md")]
+  first = ["extend/task.md", "reference/command.md"]  # others speak of what these make
+  pages = given.pages or [*first, *(page for page in PAGES if page not in first)]
   failed = sum(run_page(page, place, given.minutes) for page in pages)
   print(f"{failed} failed" if failed else "all ran")
   sys.exit(bool(failed))

@@ -253,7 +253,8 @@ def tokenizer(
 
   [bold]memzoo tokenizer stdlib --vocab-size 4096[/bold]
 
-  [bold]memzoo train quickstart --set TextData.tokenizer=tokenizer.json --set LanguageModel.vocab_size=4096[/bold]
+  [bold]memzoo train quickstart --set TextData.tokenizer=tokenizer.json --set LanguageModel.vocab_size=4096
+  --out runs/words[/bold]
   """
   from .tokenizer import train_tokenizer
 
@@ -273,7 +274,8 @@ def tokenize(
 
   [bold]memzoo tokenize 'corpus/*.parquet' --tokenizer tokenizer.json --out corpus-tokens[/bold]
 
-  [bold]memzoo train quickstart --set TextData.sources=corpus-tokens --set TextData.tokenizer=tokenizer.json[/bold]
+  [bold]memzoo train quickstart --set TextData.sources=corpus-tokens --set TextData.tokenizer=tokenizer.json
+  --set LanguageModel.vocab_size=4096 --out runs/corpus[/bold]
   """
   from collections import Counter
 

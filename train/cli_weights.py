@@ -45,7 +45,7 @@ def export(
 
   [bold]memzoo export runs/mine --out mine[/bold]
 
-  [bold]memzoo export runs/attention --config llama/config.json --out mine[/bold]
+  [bold]memzoo export runs/attention --config llama/config.json --out llama-mine[/bold]
   """
   start()
   from .pretrained import export_run
