@@ -55,6 +55,8 @@ SHORTER = {
     "in enter(\"needle\", layers, settings)": "in enter(\"needle\", layers, settings)[:1]",
     "runs.train(400)": "runs.train(2)",
     "test_examples=64": "test_examples=2",
+    "steps=1500)": "steps=2, batch_size=2, test_examples=2)",
+    "(0.003, 0.03, 0.1)": "(0.03,)",
     "task.tests().items()": "task.tests().items() if name == '64 tokens'",
     "before=(0, 500, 50_000), rows=8": "before=(0,), rows=1",
   },
@@ -93,6 +95,7 @@ FINDINGS = {
   "what is left of a token": "draw_etmf",
   "a hierarchical memory": "mela = [",
   "where a Titans memory decays to": "zero_plain/",
+  "half-lives": "initial_step_bias",
 }
 
 
