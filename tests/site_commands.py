@@ -82,6 +82,7 @@ LESS = {
 }
 SCRIPTS = {
   "docs/pictures.py": ["--steps=2"],
+  "memzoo.train.tasks.routing": ["--steps=100", "--seeds=1"],
   "memzoo.train.bench_decoding": ["--lengths=64", "--seconds=0.5"],
   "memzoo.train.bench_overhead": ["--rounds=1"],
   "memzoo.pallas_kernels.gpu_bench": ["--tiny"],

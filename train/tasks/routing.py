@@ -2,10 +2,12 @@
 
     python -m memzoo.train.tasks.routing
 
-trains a small model on `overwriting` from three seeds, with `MixtureOfMemories.balance` 0.01 and 0, and draws the share of the
+trains a small model on `overwriting` import argparse
+from three seeds, with `MixtureOfMemories.balance` 0.01 and 0, and draws the share of the
 tokens that each memory gets against the training step (`routing.png`). It takes about ten minutes of one CPU core.
 """
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,16 +75,21 @@ def draw(results: dict[str, tuple[np.ndarray, np.ndarray]], every: int = EVERY) 
   return figure
 
 
-def main(steps: int = 1500, seeds: int = 3, path: Path = Path("routing.png")) -> None:
+def main(arguments: list[str] | None = None) -> None:
   """Trains, prints the shares at the end, and draws."""
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("--steps", type=int, default=1500, help="training steps (default %(default)s)")
+  parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default %(default)s)")
+  parser.add_argument("--out", type=Path, default=Path("routing.png"), help="the picture (default %(default)s)")
+  given = parser.parse_args(arguments)
   start_quietly()
-  budget = Budget(learning_rates=(3e-3,), seeds=seeds, steps=steps)
+  budget = Budget(learning_rates=(3e-3,), seeds=given.seeds, steps=given.steps)
   results = {name: shares_in_training(layer, budget) for name, layer in (("balance 0.01", LAYER), ("balance 0", OTHER))}
   for name, (shares, scores) in results.items():
-    for seed in range(seeds):
+    for seed in range(given.seeds):
       print(f"{name}, seed {seed}: shares {np.round(shares[-1, seed], 2)}, {scores[-1, seed]:.2f} right")
-  save_figure(draw(results), path)
-  print(f"Wrote {path}.")
+  save_figure(draw(results), given.out)
+  print(f"Wrote {given.out}.")
 
 
 if __name__ == "__main__":
