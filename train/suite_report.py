@@ -185,7 +185,9 @@ def draw_curves(results: Results, path: Path) -> None:
     axes.grid(alpha=0.25)
   for axes in list(grid.flat)[len(challenges) :]:
     axes.set_axis_off()
-  shown = {label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+  for axes in grid[-1]:
+    axes.set_xlabel("step", size=9)
+  found = {label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+  shown = {layer: found[layer] for layer in results.layers if layer in found}
   figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-  figure.supxlabel("step", size=9)
   save_figure(figure, path)
