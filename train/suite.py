@@ -187,7 +187,7 @@ def _make(
 
 def _cell(entrant: Entrant, trial: Trial, digest: str) -> Cell:
   def shares(scores: list[float]) -> list[float]:
-    return np.round(goodness(entrant.task, np.asarray(scores)), 4).tolist()
+    return np.round(np.maximum(goodness(entrant.task, np.asarray(scores)), 0.0), 4).tolist()
 
   every = -(-len(trial.curve) // _ROWS)
   rows = trial.curve[::-1][::every][::-1]  # the last one is among them

@@ -139,7 +139,7 @@ class _Training:
     quality = goodness(self.entrant.task, score)
     order = np.argsort(-quality.mean(axis=1), kind="stable")
     self.reached = bool(quality[order[0]].min() >= self.budget.stop_at)
-    if halve and step % halve < every and len(order) > 1 and not self.reached:
+    if halve and step // halve > before // halve and len(order) > 1 and not self.reached:
       self.runs.keep(sorted(order[: (len(order) + 1) // 2].tolist()))
     return {"step": step, "loss": float(loss[order[0]].mean()), "score": float(score[order[0]].mean())}
 
