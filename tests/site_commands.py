@@ -1,10 +1,10 @@
 """The shell commands on the site, and a script that runs them all with less work.
 
-    python tests/site_commands.py --out FOLDER           # all pages; about an hour on two cores
+    python tests/site_commands.py --out FOLDER           # all pages; two hours on one core
     python tests/site_commands.py training.md --out FOLDER
 
-It runs them page by page in a copy of the repository, with fewer steps, smaller models and fewer operations, and prints what
-failed. Exits with 1 if a command did.
+It runs them page by page in a copy of the repository, with fewer steps, smaller models and fewer operations, and prints how
+each ended. What has run (`done.txt` in the folder) is not run again. Exits with 1 if a command failed.
 """
 
 import argparse
@@ -78,6 +78,7 @@ def shortened(words: list[str]) -> list[str]:
 LESS = {
   "compare": ["--steps=2", "--seeds=1", "--batch-size=4"],
   "suite": ["--steps=2", "--seeds=1"],
+  "compile": ["--set=LanguageModel.depth=2"],
   "bench": ["--length=256", "--heads=2", "--batch=1"],
 }
 SCRIPTS = {
@@ -112,7 +113,6 @@ def main() -> None:
 def prepare(out: Path) -> Path:
   """A copy of the repository with the files that the pages speak of, and the home folder of the commands."""
   place = out / "memzoo"
-  shutil.rmtree(place, ignore_errors=True)
   listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
   for name in filter(None, listed):
     (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def write_parquet(path: Path, text: str) -> None:
   import pyarrow
   from pyarrow import parquet
 
-  path.parent.mkdir()
+  path.parent.mkdir(exist_ok=True)
   parquet.write_table(pyarrow.table({"text": text.split("\n\n")}), path)
 
 
@@ -146,7 +146,7 @@ def write_model(folder: Path) -> None:
   config = json.loads((kept / "config.json").read_text()) | {"vocab_size": 256}
   tensors = load_file(kept / "model.safetensors")
   tables = {name: np.resize(table, (256, table.shape[1])) for name, table in tensors.items() if len(table) == 32}
-  folder.mkdir()
+  folder.mkdir(exist_ok=True)
   (folder / "config.json").write_text(json.dumps(config))
   save_file(tensors | tables, folder / "model.safetensors", {"format": "pt"})
 
@@ -155,15 +155,18 @@ def run_page(page: str, place: Path, minutes: float) -> int:
   """Runs the commands of a page in order, and prints how each ended. Returns how many failed."""
   path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
   environment = {**os.environ, "HOME": str(place.parent / "home"), "PATH": path}
-  others, failed = [], 0
+  others, failed, done = [], 0, place.parent / "done.txt"
   for words in commands(page):
+    line = f"{page}: {shlex.join(words)}"
+    if done.exists() and line in done.read_text().split("\n"):
+      continue
     if words[0] in ("export", "unset"):
       name, _, value = words[1].partition("=")
       environment[name] = value
       continue
     library = next((library for start, library in NEEDS.items() if any(word.startswith(start) for word in words)), "json")
     if find_spec(library) is None:
-      print(f"not run, without {library}: {shlex.join(words)}")
+      print(f"not run, without {library}: {line}", flush=True)
       continue
     short, started = shortened(words), time.monotonic()
     log = place.parent / "logs" / f"{page.replace('/', '_')}.log"
@@ -180,7 +183,10 @@ def run_page(page: str, place: Path, minutes: float) -> int:
       process.kill()
       status = "timeout"
     failed += status != 0
-    print(f"{status!s:>7} {time.monotonic() - started:5.0f} s  {page}: {shlex.join(words)}", flush=True)
+    print(f"{status!s:>7} {time.monotonic() - started:5.0f} s  {line}", flush=True)
+    if status == 0:
+      with done.open("a") as file:
+        print(line, file=file)
   return failed + sum(process.wait(60) != 0 for process in others)
 
 
