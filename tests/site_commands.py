@@ -77,7 +77,7 @@ def shortened(words: list[str]) -> list[str]:
 # Options that replace those of a command, or are added to them.
 LESS = {
   "compare": ["--steps=2", "--seeds=1", "--batch-size=4"],
-  "suite": ["--steps=2", "--seeds=1"],
+  "suite": ["--steps=2", "--seeds=1", "--layers=DeltaNet", "--tasks=recall"],
   "compile": ["--set=LanguageModel.depth=2"],
   "bench": ["--length=256", "--heads=2", "--batch=1"],
 }
