@@ -44,6 +44,7 @@ dnn_version_info { major: 9 minor: 7 }
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+_MISSING = "the compiler for GPUs is not installed; expected jax-cuda12-plugin and jax-cuda12-pjrt."
 _FLAGS = "--xla_gpu_autotune_level=0"  # which would run kernels
 # Instructions that launch nothing.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
@@ -88,7 +89,7 @@ def measure(function: Callable[..., Any], *arguments: Any) -> Cost:
     ImportError: if JAX's plugin for CUDA is not installed.
   """
   if not find_spec("jax_cuda12_plugin"):
-    raise ImportError("the compiler for GPUs is not installed; expected jax-cuda12-plugin and jax-cuda12-pjrt.")
+    raise ImportError(_MISSING)
   (device,) = topologies.get_topology_desc("H100", "cuda", topology="1x1x1", target_config=_TARGET).devices
   place = SingleDeviceSharding(device)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
@@ -184,7 +185,10 @@ def main() -> None:
   if options.one:
     _print_cost(options.operations[0], *options.one)
     return
-  tools = next(iter(getattr(find_spec("nvidia.cuda_nvcc"), "submodule_search_locations", None) or [""]))
+  if not find_spec("jax_cuda12_plugin"):
+    parser.error(_MISSING)
+  found = find_spec("nvidia.cuda_nvcc") if find_spec("nvidia") else None
+  tools = next(iter(getattr(found, "submodule_search_locations", None) or [""]))
   flags = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}" + (f" --xla_gpu_cuda_data_dir={tools}" if tools else "")
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
   for operation in options.operations:

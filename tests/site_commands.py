@@ -92,6 +92,7 @@ SCRIPTS = {
 LOCAL = {"Qwen/Qwen3.5-0.8B": "llama", "models/Qwen3.5": "llama", "runs/attention": "runs/qwen", "MyLayer": "DeltaNet"}
 # Of libraries that neither memzoo nor its tests install: commands that are run only where the library is.
 NEEDS = {"tests/compare_lm_eval.py": "lm_eval", "harness": "lm_eval", "tests/compare_": "torch", "tests/bench_torch": "torch"}
+NEEDS |= {"memzoo.pallas_kernels.gpu_cost": "jax_cuda12_plugin"}
 
 
 

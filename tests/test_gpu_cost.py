@@ -62,3 +62,11 @@ def test_launches_count_with_their_loops_and_slices_count_as_what_they_move():
 def test_without_the_compiler_the_error_says_what_to_install():
   with pytest.raises(ImportError, match="expected jax-cuda12-plugin and jax-cuda12-pjrt"):
     gpu_cost.measure(jnp.sin, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def test_without_the_compiler_for_gpus_the_command_says_what_is_missing(monkeypatch, capsys):
+  monkeypatch.setattr(gpu_cost, "find_spec", lambda name: None)
+  monkeypatch.setattr("sys.argv", ["gpu_cost"])
+  with pytest.raises(SystemExit, match="2"):
+    gpu_cost.main()
+  assert "expected jax-cuda12-plugin" in capsys.readouterr().err
