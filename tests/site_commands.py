@@ -65,7 +65,7 @@ def shortened(words: list[str]) -> list[str]:
   if name == "bench" and (not rest or rest[0].startswith("--")):
     rest = ["gated_delta_rule", *rest]
   if name in ("train", "describe") and not rest[0].startswith("runs/"):
-    own = rest[0] != "quickstart" or "EraseThenDelta" in text  # the config's layers stay
+    own = rest[0] != "quickstart" or "mixers" in text or "EraseThenDelta" in text  # these layers stay
     settings = [*BRIEF, "TextData.batch_size=1"] if own else SMALL
     rest[1:1] = [f"--set={setting}" for setting in settings]  # before what the page sets, which counts
   elif name == "train" and "--steps" not in rest:
@@ -119,7 +119,7 @@ def prepare(out: Path) -> Path:
     (place / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / name, place / name)
   words = "\n\n".join(f"Line {i} of a small text; its square is {i * i}." for i in range(2000))
-  layer = "from memzoo.layers import DeltaNet\n\n\nclass MyLayer(DeltaNet):\n  pass\n"
+  layer = "from memzoo.layers import DeltaNet\n\n\nclass MyLayer(DeltaNet):\n  num_heads: int = 2\n  key_dim: int = 4\n  value_dim: int = 4\n"
   files = dict.fromkeys(("text", "texts/one.txt", "my_texts/one.txt", "../home/books/one.txt"), words)
   for name, text in {**files, "my_layers.py": layer, "my.gin": "include 'quickstart.gin'\n"}.items():
     (place / name).parent.mkdir(parents=True, exist_ok=True)
