@@ -119,7 +119,8 @@ def prepare(out: Path) -> Path:
     (place / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / name, place / name)
   words = "\n\n".join(f"Line {i} of a small text; its square is {i * i}." for i in range(2000))
-  layer = "from memzoo.layers import DeltaNet\n\n\nclass MyLayer(DeltaNet):\n  num_heads: int = 2\n  key_dim: int = 4\n  value_dim: int = 4\n"
+  sizes = "".join(f"  {name}: int = 2\n" for name in ("num_heads", "key_dim", "value_dim"))
+  layer = f"from memzoo.layers import DeltaNet\n\n\nclass MyLayer(DeltaNet):\n{sizes}"
   files = dict.fromkeys(("text", "texts/one.txt", "my_texts/one.txt", "../home/books/one.txt"), words)
   for name, text in {**files, "my_layers.py": layer, "my.gin": "include 'quickstart.gin'\n"}.items():
     (place / name).parent.mkdir(parents=True, exist_ok=True)
