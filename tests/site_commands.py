@@ -91,9 +91,13 @@ SCRIPTS = {
 # What is somewhere else, or is the reader's own, and what stands for it; `prepare` makes these.
 LOCAL = {"Qwen/Qwen3.5-0.8B": "llama", "models/Qwen3.5": "llama", "runs/attention": "runs/qwen", "MyLayer": "DeltaNet"}
 # Of libraries that neither memzoo nor its tests install: commands that are run only where the library is.
-NEEDS = {"tests/compare_lm_eval.py": "lm_eval", "harness": "lm_eval", "tests/compare_": "torch", "tests/bench_torch": "torch"}
-NEEDS |= {"memzoo.pallas_kernels.gpu_cost": "jax_cuda12_plugin"}
-
+NEEDS = {
+  "harness": "lm_eval",
+  "tests/compare_lm_eval": "lm_eval",
+  "tests/compare_": "torch",
+  "tests/bench_torch": "torch",
+  "memzoo.pallas_kernels.gpu_cost": "jax_cuda12_plugin",
+}
 
 
 def main() -> None:
@@ -157,39 +161,50 @@ def run_page(page: str, place: Path, minutes: float) -> int:
   """Runs the commands of a page in order, and prints how each ended. Returns how many failed."""
   path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
   environment = {**os.environ, "HOME": str(place.parent / "home"), "PATH": path}
-  others, failed, done = [], 0, place.parent / "done.txt"
+  log, done = place.parent / "logs" / f"{page.replace('/', '_')}.log", place.parent / "done.txt"
+  log.parent.mkdir(exist_ok=True)
+  done.touch()
+  waiting, failed = [], 0
   for words in commands(page):
     line = f"{page}: {shlex.join(words)}"
-    if done.exists() and line in done.read_text().split("\n"):
-      continue
     if words[0] in ("export", "unset"):
       name, _, value = words[1].partition("=")
       environment[name] = value
-      continue
-    library = next((library for start, library in NEEDS.items() if any(word.startswith(start) for word in words)), "json")
-    if find_spec(library) is None:
+    elif library := _missing(words):
       print(f"not run, without {library}: {line}", flush=True)
-      continue
-    short, started = shortened(words), time.monotonic()
-    log = place.parent / "logs" / f"{page.replace('/', '_')}.log"
-    log.parent.mkdir(exist_ok=True)
-    with log.open("a") as file:
-      print(f"\n$ {shlex.join(short)}", file=file, flush=True)
-      process = subprocess.Popen(short, cwd=place, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if "--process" in words and words[words.index("--process") + 1] != "0":  # it waits for process 0
-      others.append(process)
-      continue
-    try:
-      status = process.wait(60 * minutes)
-    except subprocess.TimeoutExpired:
-      process.kill()
-      status = "timeout"
-    failed += status != 0
-    print(f"{status!s:>7} {time.monotonic() - started:5.0f} s  {line}", flush=True)
-    if status == 0:
-      with done.open("a") as file:
-        print(line, file=file)
-  return failed + sum(process.wait(60) != 0 for process in others)
+    elif line not in done.read_text().split("\n"):
+      started = time.monotonic()
+      process = _start(shortened(words), place, environment, log)
+      if "--process" in words and words[words.index("--process") + 1] != "0":  # it waits for process 0
+        waiting.append(process)
+        continue
+      status = _status(process, minutes)
+      failed += status != "0"
+      print(f"{status:>7} {time.monotonic() - started:5.0f} s  {line}", flush=True)
+      if status == "0":
+        done.write_text(f"{done.read_text()}{line}\n")
+  return failed + sum(_status(process, 1) != "0" for process in waiting)
+
+
+def _missing(words: list[str]) -> str | None:
+  """The library that a command needs and that is not installed."""
+  needed = (library for start, library in NEEDS.items() if any(word.startswith(start) for word in words))
+  return next((library for library in needed if find_spec(library) is None), None)
+
+
+def _start(words: list[str], place: Path, environment: dict[str, str], log: Path) -> subprocess.Popen:
+  with log.open("a") as file:
+    print(f"\n$ {shlex.join(words)}", file=file, flush=True)
+    return subprocess.Popen(words, cwd=place, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def _status(process: subprocess.Popen, minutes: float) -> str:
+  """The exit status of a process, or "timeout"."""
+  try:
+    return str(process.wait(60 * minutes))
+  except subprocess.TimeoutExpired:
+    process.kill()
+    return "timeout"
 
 
 if __name__ == "__main__":
