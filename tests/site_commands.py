@@ -4,7 +4,7 @@
     python tests/site_commands.py training.md --out FOLDER
 
 It runs them page by page in a copy of the repository, with fewer steps, smaller models and fewer operations, and prints how
-each ended. What has run (`done.txt` in the folder) is not run again. Exits with 1 if a command failed.
+each ended. What has run (`done.txt` in the folder), on any page, is not run again. Exits with 1 if one failed.
 """
 
 import argparse
@@ -166,12 +166,12 @@ def run_page(page: str, place: Path, minutes: float) -> int:
   done.touch()
   waiting, failed = [], 0
   for words in commands(page):
-    line = f"{page}: {shlex.join(words)}"
+    line = shlex.join(words)
     if words[0] in ("export", "unset"):
       name, _, value = words[1].partition("=")
       environment[name] = value
     elif library := _missing(words):
-      print(f"not run, without {library}: {line}", flush=True)
+      print(f"not run, without {library}: {page}: {line}", flush=True)
     elif line not in done.read_text().split("\n"):
       started = time.monotonic()
       process = _start(shortened(words), place, environment, log)
@@ -180,7 +180,7 @@ def run_page(page: str, place: Path, minutes: float) -> int:
         continue
       status = _status(process, minutes)
       failed += status != "0"
-      print(f"{status:>7} {time.monotonic() - started:5.0f} s  {line}", flush=True)
+      print(f"{status:>7} {time.monotonic() - started:5.0f} s  {page}: {line}", flush=True)
       if status == "0":
         done.write_text(f"{done.read_text()}{line}\n")
   return failed + sum(_status(process, 1) != "0" for process in waiting)
