@@ -6,7 +6,6 @@ where it was.
 """
 
 import bisect
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from .files import read_record, write_record
 from .gin_files import Reference
 from .tasks import TASKS
 from .tasks.data import TaskData
-from .trial import Trial, finished_trial, identity, run_trial
+from .trial import Trial, digest, finished_trial, run_trial
 from .user_modules import import_class
 from .values import did_you_mean
 from .vmapped_runs import Budget, Entrant, VmappedRuns
@@ -105,13 +104,8 @@ def stored_trial(
 
 def trial_path(entrant: Entrant, budget: Budget, directory: str | Path) -> Path:
   """The file of a trial."""
-  return Path(directory) / "trials" / f"{_file_name(entrant, budget)}.json"
-
-
-def _file_name(entrant: Entrant, budget: Budget) -> str:
-  """The name of a trial's file; it contains a digest of everything that the trial depends on."""
-  digest = hashlib.blake2b(identity(entrant, budget).encode(), digest_size=6).hexdigest()
-  return f"{entrant.name.replace('/', '_')}-{entrant.state_bytes}-{digest}"
+  name = f"{entrant.name.replace('/', '_')}-{entrant.state_bytes}-{digest(entrant, budget)}"
+  return Path(directory) / "trials" / f"{name}.json"
 
 
 def enter(

@@ -8,7 +8,6 @@ Every cell of the table is a file in the suite's folder, `TASK/LAYER.json`. Cell
 ones continue, and several processes may share the folder.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from .compare import enter
 from .files import read_record, write_record
 from .lock import Lock
-from .trial import Trial, goodness, identity, run_trial
+from .trial import Trial, digest, goodness, run_trial
 from .vmapped_runs import Budget, Entrant
 
 LEARNED = 0.95  # the share of right answers at which a layer has learned a task
@@ -130,10 +129,10 @@ def run(suite: Suite, folder: Path, report: Report = lambda challenge, layer, pr
   """
   for challenge, layer in _order(suite):
     entrant = suite.enter(challenge, layer)
-    digest = _digest(entrant, suite.budget)
+    wanted = digest(entrant, suite.budget)
     cell = read(folder, challenge.name, layer)
-    if cell is None or cell.digest != digest or not _is_finished(cell, suite.budget):
-      cell = _make(suite, challenge, layer, folder, digest, lambda progress, at=(challenge, layer): report(*at, progress))
+    if cell is None or cell.digest != wanted or not _is_finished(cell, suite.budget):
+      cell = _make(suite, challenge, layer, folder, wanted, lambda progress, at=(challenge, layer): report(*at, progress))
     if cell is not None:
       report(challenge, layer, {"cell": cell})
 
@@ -159,16 +158,12 @@ def _is_finished(cell: Cell, budget: Budget) -> bool:
   return min(cell.training) >= budget.stop_at or cell.steps >= budget.steps
 
 
-def _digest(entrant: Entrant, budget: Budget) -> str:
-  return hashlib.blake2b(identity(entrant, budget).encode(), digest_size=6).hexdigest()
-
-
 def _make(
-  suite: Suite, challenge: Challenge, layer: str, folder: Path, digest: str, report: Callable[[dict[str, Any]], None]
+  suite: Suite, challenge: Challenge, layer: str, folder: Path, wanted: str, report: Callable[[dict[str, Any]], None]
 ) -> Cell | None:
   """Trains a layer on a challenge and writes the cell; `None` if another process is doing so."""
   path = _path(folder, challenge.name, layer)
-  work = folder / "work" / path.parent.name / f"{path.stem}-{digest}"
+  work = folder / "work" / path.parent.name / f"{path.stem}-{wanted}"
   work.mkdir(parents=True, exist_ok=True)
   path.parent.mkdir(exist_ok=True)
   try:
@@ -178,21 +173,21 @@ def _make(
   try:
     entrant = suite.enter(challenge, layer, suite.enter(challenge, challenge.reference).parameters)
     trial = run_trial(entrant, suite.budget, work / "state.npz", report)
-    cell = _cell(entrant, trial, digest)
+    cell = _cell(entrant, trial, wanted)
     write_record(path, cell)
   finally:
     lock.release()
   return cell
 
 
-def _cell(entrant: Entrant, trial: Trial, digest: str) -> Cell:
+def _cell(entrant: Entrant, trial: Trial, wanted: str) -> Cell:
   def shares(scores: list[float]) -> list[float]:
     return np.round(np.maximum(goodness(entrant.task, np.asarray(scores)), 0.0), 4).tolist()
 
   every = -(-len(trial.curve) // _ROWS)
   rows = trial.curve[::-1][::every][::-1]  # the last one is among them
   return Cell(
-    digest=digest,
+    digest=wanted,
     steps=trial.steps,
     seconds=round(trial.seconds, 1),
     learning_rate=trial.learning_rate,

@@ -12,8 +12,6 @@ from ..zoo import formats
 from .files import save_figure, write_text
 from .suite import LEARNED, Cell, Challenge, Suite, read
 
-_HATCH = "////"
-
 
 class Column(NamedTuple):
   """A column of the table.
@@ -113,12 +111,13 @@ def _challenges(results: Results) -> Iterator[list[str]]:
 
 def draw(results: Results, path: Path) -> None:
   """The picture: layers by tasks, colour by score; hatched where a layer has not learned the task."""
+  from matplotlib import colormaps
   from matplotlib.figure import Figure
 
   rows, columns = len(results.layers), len(results.columns)
   figure = Figure(figsize=(3.6 + 0.62 * columns, 2.3 + 0.34 * rows), layout="constrained")
   axes = figure.add_subplot()
-  colours = _colours()
+  colours = colormaps["RdYlBu"]
   for i, layer in enumerate(results.layers):
     for j, column in enumerate(results.columns):
       _draw_cell(axes, colours, results, layer, column, (j, i))
@@ -144,12 +143,6 @@ def _notes(results: Results) -> Iterator[str]:
   yield "Left: bytes of state of one sequence.   Right: tokens per second in training; attention is 1."
 
 
-def _colours() -> Any:
-  from matplotlib import colormaps
-
-  return colormaps["RdYlBu"]
-
-
 def _draw_cell(axes: Any, colours: Any, results: Results, layer: str, column: Column, place: tuple[int, int]) -> None:
   from matplotlib.patches import Rectangle
 
@@ -158,7 +151,7 @@ def _draw_cell(axes: Any, colours: Any, results: Results, layer: str, column: Co
     return
   box = {"xy": (x - 0.47, y - 0.46), "width": 0.94, "height": 0.92, "linewidth": 0}
   if not cell.learned:
-    axes.add_patch(Rectangle(**box, facecolor="0.96", edgecolor="0.75", hatch=_HATCH))
+    axes.add_patch(Rectangle(**box, facecolor="0.96", edgecolor="0.75", hatch="////"))
     return
   share = cell.share(column.test)
   axes.add_patch(Rectangle(**box, facecolor=colours(share)))

@@ -4,6 +4,7 @@ A trial that was stopped continues: at evaluations it writes the state of its ru
 with the number of steps (`Optimizer.final_fraction=1`), a finished trial also continues when the budget has more steps.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -97,12 +98,13 @@ def run_trial(entrant: Entrant, budget: Budget, state: Path | None = None, repor
   return trial
 
 
-def identity(entrant: Entrant, budget: Budget) -> str:
-  """Everything that a trial's numbers depend on, as text. The number of steps is left out if more would only add to them."""
+def digest(entrant: Entrant, budget: Budget) -> str:
+  """A digest of everything that a trial's numbers depend on. The steps are left out if more of them only add numbers."""
   shown = asdict(budget)
   if _is_open_ended(entrant):
     shown["steps"] = [optimizer.warmup(budget.steps) for optimizer in budget.optimizers(entrant.experiment.optimizer)]
-  return f"{entrant.name}\n{settings(entrant.experiment.text)}\n{shown}"
+  text = f"{entrant.name}\n{settings(entrant.experiment.text)}\n{shown}"
+  return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def _is_open_ended(entrant: Entrant) -> bool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .state_tracking import eighth, positions
-from .task import Example, Mixture, Task, require, sequence
+from .task import Example, Mixture, Task, multiples, require, sequence
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SelectiveCopying(Task):
 
   def tests(self) -> dict[str, Task]:
     """The same number of data tokens among up to four times as many tokens."""
-    return {str(factor * self.tokens): replace(self, tokens=factor * self.tokens) for factor in (1, 2, 4)}
+    return multiples(self, "tokens", (1, 2, 4))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Induction(Task):
 
   def tests(self) -> dict[str, Task]:
     """Up to eight times as many tokens."""
-    return {str(factor * self.tokens): replace(self, tokens=factor * self.tokens) for factor in (1, 2, 4, 8)}
+    return multiples(self, "tokens", (1, 2, 4, 8))
 
 
 @dataclass(frozen=True)

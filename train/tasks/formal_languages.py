@@ -1,6 +1,6 @@
 """Formal languages: words a^n b^n, and brackets of several kinds that are interleaved."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .state_tracking import eighth, positions
-from .task import Example, Task, require, sequence
+from .task import Example, Task, multiples, require, sequence
 
 _A, _B, _END = range(3)
 
@@ -79,7 +79,7 @@ class EqualCounts(Task):
 
   def tests(self) -> dict[str, Task]:
     """Words of up to four times as many a."""
-    return {str(factor * self.longest): replace(self, longest=factor * self.longest) for factor in (1, 2, 4)}
+    return multiples(self, "longest", (1, 2, 4))
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Shuffle(Task):
 
   def tests(self) -> dict[str, Task]:
     """Up to four times as many tokens."""
-    return {str(factor * self.tokens): replace(self, tokens=factor * self.tokens) for factor in (1, 2, 4)}
+    return multiples(self, "tokens", (1, 2, 4))
 
 
 @lru_cache

@@ -1,13 +1,13 @@
 """A dictionary that is the same in all examples."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..keys import new_key
-from .task import Example, Task, require, sequence
+from .task import Example, Task, multiples, require, sequence
 
 
 @dataclass(frozen=True)
@@ -69,4 +69,4 @@ class Memorisation(Task):
 
   def tests(self) -> dict[str, Task]:
     """Up to four times as many tokens, with the same dictionary."""
-    return {str(factor * self.tokens): replace(self, tokens=factor * self.tokens) for factor in (1, 2, 4)}
+    return multiples(self, "tokens", (1, 2, 4))

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .task import Example, Task, require, sequence
+from .task import Example, Task, multiples, require, sequence
 
 GROUPS = ("parity", "S3", "S4", "A5", "S5")
 _EIGHTHS = 8
@@ -95,7 +95,7 @@ class WordProblem(Task):
 
   def tests(self) -> dict[str, Task]:
     """Up to four times as many tokens."""
-    return {str(factor * self.tokens): replace(self, tokens=factor * self.tokens) for factor in (1, 2, 4)}
+    return multiples(self, "tokens", (1, 2, 4))
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Swaps(Task):
 
   def tests(self) -> dict[str, Task]:
     """Up to four times as many swaps."""
-    return {str(factor * self.swaps): replace(self, swaps=factor * self.swaps) for factor in (1, 2, 4)}
+    return multiples(self, "swaps", (1, 2, 4))
 
 
 def eighth(length: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """The base of all memory tasks: sequences made from random keys, in which some positions ask about earlier ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -109,6 +109,12 @@ def require(task: Task, expected: str, condition: bool) -> None:
   """Raises a `ValueError` with the task and what is expected, unless `condition` holds."""
   if not condition:
     raise ValueError(f"{task} is impossible; expected {expected}.")
+
+
+def multiples(task: Task, field: str, factors: Sequence[int]) -> dict[str, Task]:
+  """The task with this field multiplied by each of `factors`, keyed by the field's value."""
+  values = [factor * getattr(task, field) for factor in factors]
+  return {str(value): replace(task, **{field: value}) for value in values}
 
 
 def distinct(key: jax.Array, count: int, first: int, end: int) -> jax.Array:
